@@ -1,0 +1,140 @@
+"""One frozen dataclass a pipeline, filled from a YAML file and the command line.
+
+A field is an option: `data: str` is --data. Lists take several values, booleans have --no-x.
+All errors are reported together, each with the bad value and what would be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from diffitm import storage
+from diffitm.errors import InputError, suggest
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the help line of its option."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse(config: type[C], arguments: Sequence[str] | None = None, description: str = "") -> C:
+    """Build the config from --config FILE (YAML) and the options, which win over the file.
+
+    Raises InputError with every problem found.
+    """
+    fields = _types(config)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with any of the options below")
+    for name, kind in fields.items():
+        _add(parser, name, kind, _help(config, name))
+    known, unknown = parser.parse_known_args(arguments)
+    values = {k: v for k, v in vars(known).items() if k != "config" and v is not None}
+    problems = _unknown(unknown, ["--" + name.replace("_", "-") for name in fields])
+    from_file = _read(known.config) if known.config else {}
+    problems += [
+        f"{known.config}: unknown key {key!r}{suggest(str(key), fields)}"
+        for key in from_file
+        if key not in fields
+    ]
+    merged = {**{k: v for k, v in from_file.items() if k in fields}, **values}
+    checked = {}
+    for name, value in merged.items():
+        try:
+            checked[name] = _convert(value, fields[name])
+        except (TypeError, ValueError) as error:
+            problems.append(f"{name}: {value!r} is not {error}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return config(**checked)
+
+
+def _unknown(words: list[str], flags: list[str]) -> list[str]:
+    """A problem for each unknown option; the values that follow one are not told again."""
+    problems, after_option = [], False
+    for word in words:
+        if word.startswith("-"):
+            problems.append(f"unknown option {word!r}{suggest(word.split('=')[0], flags)}")
+        elif not after_option:
+            problems.append(f"unexpected argument {word!r}")
+        after_option = word.startswith("-") or after_option
+    return problems
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(storage.read_text(path))
+    except FileNotFoundError:
+        raise InputError(f"--config: there is no file {path!r}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict | None):
+        raise InputError(f"{path}: must hold 'option: value' lines, got {type(values).__name__}")
+    return values or {}
+
+
+def _types(config: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
+def _help(config: type, name: str) -> str:
+    field = next(f for f in dataclasses.fields(config) if f.name == name)
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = " ".join(str(v) for v in field.default_factory())
+    return f"{field.metadata.get('help', '')} (default: {default})".replace("%", "%%")
+
+
+def _add(parser: argparse.ArgumentParser, name: str, kind: Any, text: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    spellings = list(dict.fromkeys([flag, "--" + name]))
+    if kind is bool:
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(*spellings, dest=name, action=action, default=None, help=text)
+    elif get_origin(kind) is list:
+        parser.add_argument(*spellings, dest=name, nargs="+", default=None, help=text)
+    else:
+        parser.add_argument(*spellings, dest=name, default=None, help=text)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """The value as its field's type; the ValueError's text completes 'x is not ...'."""
+    if get_origin(kind) in (Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    if get_origin(kind) is list:
+        values = value if isinstance(value, list) else [value]
+        return [_convert(v, get_args(kind)[0]) for v in values]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"one of {', '.join(map(str, get_args(kind)))}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError("true or false")
+        return value
+    if kind in (int, float):
+        if isinstance(value, bool):
+            raise ValueError("a number")
+        try:
+            number = kind(value)
+        except (TypeError, ValueError):
+            raise ValueError("a whole number" if kind is int else "a number") from None
+        if kind is int and isinstance(value, float) and value != number:
+            raise ValueError("a whole number")
+        return number
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value

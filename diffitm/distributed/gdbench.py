@@ -1,0 +1,244 @@
+"""Evaluate models on GDBench, from the data folder to the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from diffitm import pairs, registry, storage
+from diffitm.config import option
+from diffitm.errors import InputError
+from diffitm.matching.plan import plan_timesteps
+from diffitm.models.load import resolve
+from diffitm.provenance import fingerprint, record
+from diffitm.report.html import write_report
+from diffitm.report.terminal import print_results
+from diffitm.results import evaluate, present, write_results
+from diffitm.scorers import ClipSpec, DiffusionSpec, Spec
+from diffitm.store import Store, open_store, read_store
+
+log = logging.getLogger("diffitm")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of pipelines/gdbench.py."""
+
+    model: list[str] = option([], "diffusion models: shapes, a diffusers folder or a Hub id")
+    clip: list[str] = option([], "CLIP baselines: shapes, NAME:TAG, NAME:FILE or a folder")
+    tasks: list[str] = option(list(registry.TASKS), "which tasks")
+    data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
+    out: str = option("out/gdbench", "folder or URI for scores, results and the report")
+    protocol: Literal["diffusionitm", "paper", "diffusion-classifier"] = option(
+        "diffusionitm", "how timesteps and noise are chosen"
+    )
+    timesteps: int = option(10, "how many timesteps to ask the protocol for")
+    seed: int = option(0, "seed of the noise (and of the timesteps of 'paper')")
+    error: Literal["auto", "l2", "mse", "l1", "huber"] = option(
+        "auto", "error that is averaged; auto: l2 norm for diffusionitm, mse otherwise"
+    )
+    resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
+    latents: Literal["mean", "sample"] = option("mean", "posterior mean, or one seeded sample")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: fp16 on a GPU, else fp32")
+    variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
+    lora: str | None = option(None, "LoRA weights for the diffusion models' U-Net")
+    limit: int | None = option(None, "at most this many examples a task, evenly spread")
+    scenes: int = option(100, "scenes that --data shapes draws")
+    batch_size: int = option(64, "forwards of the model in one batch")
+    actors: int | None = option(None, "scoring actors (default: one a GPU, else one a processor)")
+    max_actors: int | None = option(None, "let the pool grow to this many")
+    cpus_per_actor: float = option(1.0, "processors (and threads) of an actor")
+    gpus_per_actor: float | None = option(None, "GPU share of an actor (default: 1 if there are any)")
+    ray: str | None = option(None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)")
+    report_only: bool = option(False, "recompute everything from OUT's scores, without a model")
+
+
+def run(config: Config) -> None:
+    """Score what is missing, then write results.json, provenance, failures and the report.
+
+    Raises InputError for bad input before anything is scored.
+    """
+    out = storage.absolute(config.out)
+    if config.report_only:
+        examples, stores = _read_run(out, config)
+        _finish(config, out, examples, stores)
+        return
+    timesteps = _check(config)
+    sources = [resolve(name) for name in config.model]
+    clips = _clip_sources(config.clip)
+    root = _data_root(config, out)
+    examples = _write_examples(config, root, out)
+
+    from diffitm.distributed import session
+
+    session.connect(config.ray)
+    pool = session.choose_pool(
+        config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
+    )
+    dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
+    specs: list[Spec] = [
+        DiffusionSpec(
+            source=source,
+            root=root,
+            protocol=config.protocol,
+            timesteps=timesteps,
+            seed=config.seed,
+            dtype=dtype,
+            resize=config.resize,
+            latent_seed=config.seed if config.latents == "sample" else None,
+            variant=config.variant,
+            lora=config.lora,
+            batch_size=config.batch_size,
+        )
+        for source in sources
+    ]
+    specs += [ClipSpec(source, root, config.batch_size) for source in clips]
+    stores = [open_store(out, _label(spec), spec.store_config()) for spec in specs]
+    _write_run(out, examples, stores)
+    for spec, store in zip(specs, stores, strict=True):
+        _score(spec, store, examples, out, pool)
+    _finish(config, out, {name: uri for name, (uri, _) in examples.items()}, stores)
+
+
+def _label(spec: Spec) -> str:
+    """The model's name in tables: with its LoRA file, and CLIP marked as such."""
+    if isinstance(spec, ClipSpec):
+        return f"CLIP {spec.source.name}"
+    return spec.source.name + (f" + {spec.lora}" if spec.lora else "")
+
+
+def _check(config: Config) -> tuple[int, ...]:
+    """All problems of the options together; the timesteps really used."""
+    problems = []
+    if not config.model and not config.clip:
+        problems.append("give at least one --model or --clip (shapes is the embedded default)")
+    for name in config.tasks:
+        try:
+            registry.find(registry.TASKS, name, "task")
+        except InputError as error:
+            problems.append(str(error))
+    least = {"batch_size": 1, "limit": 1, "scenes": 10, "cpus_per_actor": 0.1}
+    for key, bound in least.items():
+        value = getattr(config, key)
+        if value is not None and value < bound:
+            problems.append(f"--{key.replace('_', '-')} {value}: must be at least {bound}")
+    timesteps: list[int] = []
+    try:
+        timesteps = plan_timesteps(config.protocol, config.timesteps, config.seed)
+    except InputError as error:
+        problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return tuple(timesteps)
+
+
+def _clip_sources(names: list[str]) -> list[object]:
+    if not names:
+        return []
+    from diffitm.models.clip import resolve_clip
+
+    return [resolve_clip(name) for name in names]
+
+
+def _data_root(config: Config, out: str) -> str:
+    if config.data != "shapes":
+        root = storage.absolute(config.data)
+        if not storage.exists(root):
+            raise InputError(f"--data: there is no folder {root}")
+        return root
+    from diffitm.shapes.layouts import write_world
+
+    root = storage.join(out, f"shapes-{config.scenes}")
+    write_world(root, config.scenes)
+    return root
+
+
+def _write_examples(config: Config, root: str, out: str) -> dict[str, tuple[str, str]]:
+    """Task -> (examples file, what identifies its examples). Raises InputError for missing data."""
+    found = {}
+    for name in dict.fromkeys(config.tasks):
+        task = registry.find(registry.TASKS, name, "task")()
+        uri = storage.join(out, "examples", f"{name}.parquet")
+        count, digest = pairs.write_examples(name, task.examples(root), uri, config.limit)
+        if count == 0:
+            raise InputError(f"task {name}: its files below {root}/{task.folder} hold no example")
+        absent = present(root, uri)
+        if absent is not None:
+            raise InputError(f"task {name} needs its images, such as {absent} (from {task.source})")
+        log.info("%s: %s examples", name, f"{count:,}")
+        found[name] = (uri, f"{name}-{task.version}-{digest}")
+    return found
+
+
+def _score(
+    spec: Spec, store: Store, examples: dict[str, tuple[str, str]], out: str, pool: object
+) -> None:
+    """Score the pairs that the store lacks; an interrupted run of the same examples goes on."""
+    from diffitm.distributed.score import score
+
+    base = storage.join(out, "work", store.name, fingerprint(sorted(d for _, d in examples.values()))[:12])
+    number = 0
+    while storage.exists(storage.join(f"{base}-{number}", "done")):
+        number += 1
+    folder = f"{base}-{number}"
+    table, checkpoint = storage.join(folder, "work.parquet"), storage.join(folder, "checkpoint")
+    if storage.exists(storage.join(folder, "pairs.json")):
+        work = pairs.WorkTable(table, **json.loads(storage.read_text(storage.join(folder, "pairs.json"))))
+        rows, left = pairs.remaining(table, checkpoint)
+        log.info("%s: going on where it stopped, %s of %s pairs done", store.model,
+                 f"{work.pairs - left:,}", f"{work.pairs:,}")  # fmt: skip
+    else:
+        work = pairs.write_work([uri for uri, _ in examples.values()], store, table)
+        storage.write_text(
+            storage.join(folder, "pairs.json"), json.dumps({"rows": work.rows, "pairs": work.pairs})
+        )
+        rows, left = work.rows, work.pairs
+    if rows == 0:
+        log.info("%s: every pair is scored already, 0 forwards needed", store.model)
+        return
+    unit = "similarities" if store.is_clip else f"U-Net forwards ({spec.cost} timesteps)"
+    log.info("%s: %s pairs of %s images need %s %s", store.model, f"{left:,}", f"{rows:,}",
+             f"{left * spec.cost:,}", unit)  # fmt: skip
+    done = score(spec, work, store, checkpoint, pool)
+    storage.write_text(storage.join(folder, "done"), json.dumps(asdict(done)))
+    log.info("%s: %s pairs, %s forwards done, %s pairs failed", store.model, f"{done.pairs:,}",
+             f"{done.forwards:,}", f"{done.failures:,}")  # fmt: skip
+
+
+def _write_run(out: str, examples: dict[str, tuple[str, str]], stores: list[Store]) -> None:
+    """What --report-only needs to find."""
+    run = {"tasks": list(examples), "stores": [store.name for store in stores]}
+    storage.write_text(storage.join(out, "run.json"), json.dumps(run, indent=2))
+
+
+def _read_run(out: str, config: Config) -> tuple[dict[str, str], list[Store]]:
+    path = storage.join(out, "run.json")
+    try:
+        run = json.loads(storage.read_text(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--report-only: {path} cannot be read: {error}") from error
+    tasks = run["tasks"] if config.tasks == list(registry.TASKS) else config.tasks
+    lacking = sorted(set(tasks) - set(run["tasks"]))
+    if lacking:
+        raise InputError(f"--report-only: {out} holds no examples of {', '.join(lacking)}")
+    examples = {name: storage.join(out, "examples", f"{name}.parquet") for name in tasks}
+    return examples, [read_store(storage.join(out, "scores", name)) for name in run["stores"]]
+
+
+def _finish(config: Config, out: str, examples: dict[str, str], stores: list[Store]) -> None:
+    """Evaluate, write and show."""
+    error = config.error
+    if error == "auto":
+        error = "l2" if config.protocol == "diffusionitm" else "mse"
+    evaluation = evaluate(examples, stores, error)
+    provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}, "error": error}
+    results = write_results(evaluation, provenance, out)
+    report = write_report(evaluation, provenance, out)
+    print_results(evaluation)
+    print(f"results  {results}")
+    print(f"scores   {storage.join(out, 'scores')}")
+    print(f"report   {report}")
+    if evaluation.failures:
+        print(f"failures {storage.join(out, 'failures.json')} ({len(evaluation.failures)})")

@@ -1,0 +1,184 @@
+"""Score a work table with a pool of actors: Ray Data from Parquet to Parquet, with its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+from ray.data.checkpoint import CheckpointConfig
+
+from diffitm import pairs, storage
+from diffitm.distributed.session import IO_CPUS, Pool
+from diffitm.matching.scorer import Work
+from diffitm.schema import SCORES
+from diffitm.scorers import Spec
+from diffitm.store import Store
+
+log = logging.getLogger("diffitm")
+ROWS_PER_BLOCK = 32
+BLOCKS_PER_ACTOR = 8
+# A row that kills its worker is tried this often, then the run stops and names the error.
+RETRIES = 3
+FILTER_MEMORY = 128 * 2**20
+REPORT_EVERY = 10.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run did: pairs, forwards of the model, failed pairs, and how long actors computed."""
+
+    pairs: int = 0
+    forwards: int = 0
+    failures: int = 0
+    busy: float = 0.0
+    actors: int = 0
+    rate: float = 0.0
+
+
+@ray.remote(num_cpus=0)
+class Counter:
+    """Adds up what the actors report, for the progress lines."""
+
+    def __init__(self) -> None:
+        self.done = Done()
+
+    def ready(self, rate: float) -> None:
+        """An actor is up; `rate` is its measured forwards a second."""
+        d = self.done
+        self.done = Done(d.pairs, d.forwards, d.failures, d.busy, d.actors + 1, d.rate + rate)
+
+    def add(self, pairs_done: int, forwards: int, failures: int, busy: float) -> None:
+        d = self.done
+        self.done = Done(
+            d.pairs + pairs_done,
+            d.forwards + forwards,
+            d.failures + failures,
+            d.busy + busy,
+            d.actors,
+            d.rate,
+        )
+
+    def read(self) -> Done:
+        return self.done
+
+
+class ScoringActor:
+    """Loads the model once and scores blocks of work rows."""
+
+    def __init__(self, spec: Spec, device: str, counter: Any) -> None:
+        self.scorer, self.counter = spec.build(device), counter
+        counter.ready.remote(self.scorer.measure_rate())
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        start = time.perf_counter()
+        rows = [Work(**line) for line in table.select(["row", "image", "texts"]).to_pylist()]
+        lines = self.scorer.score(rows)
+        failed = sum(line["failure"] is not None for line in lines)
+        forwards = (len(lines) - failed) * self.scorer.cost
+        self.counter.add.remote(len(lines), forwards, failed, time.perf_counter() - start)
+        return pa.Table.from_pylist(lines, SCORES)
+
+
+def score(spec: Spec, work: pairs.WorkTable, store: Store, checkpoint: str, pool: Pool) -> Done:
+    """Score the rows of the work table that the checkpoint does not hold yet.
+
+    Raises whatever ended the run; every block written before stays and is not done again.
+    """
+    found, path = storage.filesystem(work.uri)
+    rows_left, pairs_left = pairs.remaining(work.uri, checkpoint)
+    if rows_left == 0:
+        return Done()
+    counter = Counter.remote()
+    table = ray.data.read_parquet(path, filesystem=found, ray_remote_args={"num_cpus": IO_CPUS})
+    table.context.enable_progress_bars = False
+    table.context.checkpoint_config = _checkpoint(checkpoint)
+    per_actor = -(-rows_left // (BLOCKS_PER_ACTOR * pool.min_actors))
+    blocks = table.repartition(target_num_rows_per_block=max(1, min(ROWS_PER_BLOCK, per_actor)))
+    scored = blocks.map_batches(
+        ScoringActor,
+        fn_constructor_args=(spec, pool.device, counter),
+        compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        max_restarts=RETRIES,
+        max_task_retries=RETRIES,
+    )
+    out, folder = storage.filesystem(store.uri)
+    with _Progress(counter, store.model, pairs_left, spec.cost):
+        scored.write_parquet(folder, filesystem=out, ray_remote_args={"num_cpus": IO_CPUS})
+    return ray.get(counter.read.remote())
+
+
+def _checkpoint(uri: str) -> CheckpointConfig:
+    found, path = storage.filesystem(uri)
+    config = CheckpointConfig(
+        id_column="row",
+        checkpoint_path=path,
+        delete_checkpoint_on_success=False,
+        override_filesystem=found,
+    )
+    # Ray's default of 1 GiB an actor keeps a resume from starting on a small machine.
+    config.checkpoint_actor_memory_bytes = FILTER_MEMORY
+    return config
+
+
+class _Progress(threading.Thread):
+    """Logs the estimate when the actors are up, then the rate and the time left."""
+
+    def __init__(self, counter: Any, name: str, pairs_left: int, cost: int) -> None:
+        super().__init__(daemon=True)
+        self.counter, self.name_, self.total, self.cost = counter, name, pairs_left, cost
+        self.stopped = threading.Event()
+
+    def __enter__(self) -> _Progress:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.join()
+
+    def run(self) -> None:
+        told, first, next_line = False, 0.0, 0.0
+        while not self.stopped.wait(0.5):
+            try:
+                done: Done = ray.get(self.counter.read.remote(), timeout=30)
+            except ray.exceptions.RayError:
+                return
+            now = time.monotonic()
+            if done.actors and not told:
+                told, first, next_line = True, now, now + REPORT_EVERY
+                self._estimate(done)
+            if told and done.pairs and now >= next_line:
+                next_line = now + REPORT_EVERY
+                rate = done.pairs / (now - first)
+                left = clock((self.total - done.pairs) / rate)
+                share = 100 * done.pairs / self.total
+                text = "%s: %s of %s pairs (%.0f%%), %.0f forwards/s, %s left"
+                count, total = f"{done.pairs:,}", f"{self.total:,}"
+                log.info(text, self.name_, count, total, share, rate * self.cost, left)
+
+    def _estimate(self, done: Done) -> None:
+        if done.rate:
+            seconds = self.total * self.cost / done.rate
+            text = "%s: %d actors up, %.0f forwards/s measured: about %s"
+            log.info(text, self.name_, done.actors, done.rate, clock(seconds))
+
+
+def clock(seconds: float) -> str:
+    """'45 s', '3 min 20 s', '2 h 5 min'."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

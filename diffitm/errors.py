@@ -1,0 +1,18 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Something the user gave is wrong: the message names it, its value and what would be right."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean x?' for the nearest known name, and the list of all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{hint} Known: {', '.join(names)}"

@@ -1,0 +1,79 @@
+"""Image bytes to sane RGB pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from diffitm import storage
+
+
+def split_crop(reference: str) -> tuple[str, tuple[int, int, int, int] | None]:
+    """'x.jpg#xywh=1,2,30,40' -> ('x.jpg', (1, 2, 30, 40)); without a fragment the crop is None."""
+    path, mark, box = reference.rpartition("#xywh=")
+    if not mark:
+        return reference, None
+    left, top, width, height = (int(part) for part in box.split(","))
+    return path, (left, top, width, height)
+
+
+def load(root: str, reference: str) -> tuple[Image.Image, str]:
+    """RGB image of a reference below `root`, and the sha256 of its file.
+
+    Raises OSError or ValueError with a message that names what is wrong.
+    """
+    path, crop = split_crop(reference)
+    data = storage.read_bytes(storage.join(root, path))
+    image = decode(data)
+    if crop is not None:
+        left, top, width, height = crop
+        inside = 0 <= left < image.width and 0 <= top < image.height and min(width, height) > 0
+        if not inside:
+            raise ValueError(f"crop {crop} lies outside of the image ({image.width}x{image.height})")
+        image = image.crop((left, top, left + width, top + height))
+    return image, hashlib.sha256(data).hexdigest()
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode whole, upright, as RGB: palettes, alpha (on white), grey, CMYK and 16 bits included."""
+    if not data:
+        raise ValueError("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image: Image.Image = Image.open(io.BytesIO(data))
+        image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _deep(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep(image: Image.Image) -> Image.Image:
+    """16-bit integers and floats in [0, 1], which PIL's own conversion would clip."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+    else:
+        scale = 1 / 257 if image.mode != "I" or values.max(initial=0) > 255 else 1.0
+    grey = (values * scale).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey, "L").convert("RGB")
+
+
+def to_pixels(image: Image.Image, size: int, resize: str) -> np.ndarray:
+    """uint8 [size, size, 3]: 'squash' ignores the aspect ratio (DiffusionITM), 'crop' resizes the
+    short side and takes the centre (Diffusion Classifier). Both bicubic."""
+    if resize == "squash":
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))

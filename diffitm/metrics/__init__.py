@@ -1,0 +1,1 @@
+"""Credits of decisions, means with intervals, paired tests. numpy and scipy."""

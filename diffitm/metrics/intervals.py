@@ -1,0 +1,66 @@
+"""95% intervals of a mean credit, and paired tests of two."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 5000
+LEVEL = 0.95
+
+
+def interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of the mean of values [n], clusters [n] labels.
+
+    Wilson's where the examples are independent and each is right or wrong; else a percentile
+    bootstrap that resamples whole clusters. Raises ValueError without values.
+    """
+    if len(values) == 0:
+        raise ValueError("an interval needs at least one value")
+    sums, counts = _by_cluster(values, clusters)
+    if len(sums) == len(values) and np.isin(values, (0.0, 1.0)).all():
+        return wilson(float(values.sum()), len(values))
+    means = _resampled(sums, counts, seed)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927)."""
+    found = stats.binomtest(round(successes), n).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def paired_p(first: np.ndarray, second: np.ndarray, clusters: np.ndarray, seed: int = 0) -> float:
+    """Two-sided p of equal mean credit for the same examples, [n] each.
+
+    McNemar's exact test where examples are independent and each is right or wrong; else a
+    permutation test that exchanges the two within whole clusters.
+    """
+    difference = first - second
+    sums, _ = _by_cluster(difference, clusters)
+    if len(sums) == len(difference) and np.isin(difference, (-1.0, 0.0, 1.0)).all():
+        won, lost = int((difference > 0).sum()), int((difference < 0).sum())
+        return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    rng = np.random.default_rng(seed)
+    observed, reached = abs(sums.sum()), 0
+    for _ in range(RESAMPLES // 500):
+        signs = rng.choice((-1.0, 1.0), size=(500, len(sums)))
+        reached += int((np.abs(signs @ sums) >= observed - 1e-12).sum())
+    return (reached + 1) / (RESAMPLES + 1)
+
+
+def _by_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    _, place = np.unique(clusters, return_inverse=True)
+    return np.bincount(place, weights=values), np.bincount(place).astype(float)
+
+
+def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    """Means over resampled clusters, in blocks so that memory stays small."""
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(RESAMPLES // 500):
+        chosen = rng.integers(len(sums), size=(500, len(sums)))
+        means.append(sums[chosen].sum(1) / counts[chosen].sum(1))
+    return np.concatenate(means)

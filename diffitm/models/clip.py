@@ -1,0 +1,124 @@
+"""CLIP through open_clip: the baseline that fills the same store with one cosine a pair."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from diffitm.errors import InputError, suggest
+from diffitm.matching.cache import TextCache
+from diffitm.matching.scorer import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
+from diffitm.models.load import SHAPES
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """A model for open_clip: its name (or 'local-dir:' or 'hf-hub:' form), its pretrained tag or file."""
+
+    name: str
+    model: str
+    pretrained: str | None
+    digest: str
+
+
+def resolve_clip(name: str) -> ClipSource:
+    """Find a CLIP by name: 'shapes', 'ViT-L-14:openai', 'ViT-L-14:checkpoint.pt', a folder with
+    open_clip_config.json, or 'hf-hub:org/name'. Loads no weights.
+
+    Raises InputError with the nearest known model or tag.
+    """
+    folder = SHAPES / "clip" if name == "shapes" else Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "open_clip_config.json").is_file():
+            raise InputError(f"--clip {name!r}: the folder has no open_clip_config.json")
+        weights = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt")]
+        # 'shapes' is found again on every machine; other folders are used where they are.
+        where = "shapes" if name == "shapes" else f"local-dir:{folder.absolute()}"
+        return ClipSource(name, where, None, _digest([folder / "open_clip_config.json", *weights]))
+    if name.startswith("hf-hub:"):
+        return ClipSource(name, name, None, name)
+    model, _, tag = name.partition(":")
+    if model not in open_clip.list_models():
+        raise InputError(f"--clip {name!r}: unknown model{suggest(model, open_clip.list_models())}")
+    if Path(tag).expanduser().is_file():
+        file = Path(tag).expanduser().absolute()
+        return ClipSource(name, model, str(file), _digest([file]))
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        raise InputError(f"--clip {name!r}: {tag!r} is no file and no tag{suggest(tag, tags)}")
+    return ClipSource(name, model, tag, f"{model}:{tag}")
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+class ClipScorer:
+    """Cosine similarity of image and text; every image and text encoded once.
+
+    Raises InputError if the weights cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        source: ClipSource,
+        root: str,
+        device: str = "cpu",
+        batch_size: int = 64,
+        text_cache_bytes: int = TEXT_CACHE_BYTES,
+    ) -> None:
+        self.root, self.device, self.batch_size = root, torch.device(device), batch_size
+        self.cost = 1
+        model = f"local-dir:{SHAPES / 'clip'}" if source.model == "shapes" else source.model
+        try:
+            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                model, pretrained=source.pretrained, device=self.device
+            )
+            self.tokenizer = open_clip.get_tokenizer(model)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"--clip {source.name!r} cannot be loaded: {error}") from error
+        self.model.eval()
+        self.texts = TextCache(self.encode_texts, text_cache_bytes, batch_size)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Unit text embeddings, [B, W]."""
+        tokens = self.tokenizer(list(texts)).to(self.device)
+        return {"embedding": normalize(self.model.encode_text(tokens).float(), dim=-1)}
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Unit image embeddings [B, W] of preprocessed pixels [B, 3, H, W]."""
+        return normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1)
+
+    def measure_rate(self) -> float:
+        """See matching.scorer.Scorer: one cosine a pair costs nothing."""
+        return 0.0
+
+    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+        """See matching.scorer.Scorer."""
+        loaded = load_images(rows, self.root, self.preprocess)
+        pixels = [item.value for item in loaded if item.failure is None]
+        chunks = range(0, len(pixels), self.batch_size)
+        stacked = (torch.stack(pixels[i : i + self.batch_size]) for i in chunks)
+        embedded = iter([row for chunk in stacked for row in self.encode_images(chunk)])
+        similarities = []
+        for row, item in zip(rows, loaded, strict=True):
+            if item.failure is not None:
+                similarities.append(None)
+                continue
+            texts = self.texts(row.texts)["embedding"]
+            similarities.append((texts @ next(embedded)).cpu().numpy())
+        return similarity_lines(rows, loaded, similarities)

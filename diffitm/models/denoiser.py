@@ -1,0 +1,54 @@
+"""The contract between a diffusion model and everything that uses one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffitm.matching.schedule import NoiseSchedule
+
+# What the model is conditioned on, by name; every tensor is [B, ...]. Stable Diffusion needs
+# {"hidden": [B, L, D]}; a model with pooled text or class labels adds its own.
+Condition = dict[str, Tensor]
+
+
+class Denoiser(ABC):
+    """A latent diffusion model, frozen and in eval mode.
+
+    Subclasses set the attributes and the three methods. Latents are float32 [B, C, h, w], already
+    multiplied by the model's scaling factor.
+    """
+
+    resolution: int  # side of the input image in pixels
+    latent_shape: tuple[int, int, int]  # C, h, w
+    schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor, seed: int | None = None) -> Tensor:
+        """Pixels float32 [B, 3, H, W] in [-1, 1] to latents: the posterior's mean.
+
+        With a seed, one sample of the posterior instead, with the same noise for every image.
+        """
+
+    @abstractmethod
+    def encode_texts(self, texts: Sequence[str]) -> Condition:
+        """The condition of each text; '' is the unconditional one."""
+
+    @abstractmethod
+    def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The model's output float32 [B, C, h, w] for noised latents, timesteps [B], condition [B]."""
+
+
+def select(condition: Condition, index: Tensor) -> Condition:
+    """Rows `index` [B] of a condition."""
+    return {name: value[index.to(value.device)] for name, value in condition.items()}
+
+
+def stack(conditions: Sequence[Condition]) -> Condition:
+    """Conditions of one row each, [1, ...], as one condition [B, ...]."""
+    return {name: torch.cat([c[name] for c in conditions]) for name in conditions[0]}

@@ -1,0 +1,123 @@
+"""LoRA weights of a U-Net, in the three layouts that are about, merged into its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from diffitm.errors import InputError
+
+# diffusers ('unet.<module>.lora_A.weight' or '.lora.down.weight') and PEFT ('base_model.model.<module>...').
+_PLAIN = re.compile(
+    r"(?:unet\.|base_model\.model\.)?(?P<module>.+?)\."
+    r"(?P<side>lora_A|lora_B|lora\.down|lora\.up)(?:\.[\w-]+)?\.weight"
+)
+# The older attention-processor file: '<block>.attn1.processor.to_q_lora.down.weight'.
+_PROCESSOR = re.compile(
+    r"(?:unet\.)?(?P<block>.+)\.processor\.(?P<name>to_q|to_k|to_v|to_out)_lora\."
+    r"(?P<side>down|up)\.weight"
+)
+_ALPHA = re.compile(r"(?:unet\.|base_model\.model\.)?(?P<module>.+)\.alpha")
+_DOWN = ("lora_A", "lora.down", "down")
+_FILES = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+)
+
+
+def lora_file(path: str) -> Path:
+    """The weights file that a path means: itself, or the known name in a folder.
+
+    Raises InputError if there is none.
+    """
+    given = Path(path).expanduser()
+    candidates = [given, *(given / name for name in _FILES)]
+    found = next((c for c in candidates if c.is_file()), None)
+    if found is None:
+        names = ", ".join(_FILES)
+        raise InputError(f"--lora: {path!r} is neither a file nor a folder with one of {names}")
+    return found
+
+
+def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
+    """The tensors of a LoRA file, and the scale (alpha / r) that its config or metadata states."""
+    file = lora_file(path)
+    beside = file.parent / "adapter_config.json"
+    settings = json.loads(beside.read_text()) if beside.is_file() else {}
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        settings = settings or {k.removeprefix("unet."): v for k, v in metadata.items()}
+    else:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    return tensors, _stated_scale(settings, file)
+
+
+def _stated_scale(settings: dict[str, object], file: Path) -> float | None:
+    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
+        if settings.get(key):
+            raise InputError(f"{file}: {key} = {settings[key]!r} is not supported, only plain LoRA")
+    if "lora_alpha" not in settings or "r" not in settings:
+        return None
+    rank = float(str(settings["r"]))
+    return float(str(settings["lora_alpha"])) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def merge_lora(unet: nn.Module, tensors: Mapping[str, Tensor], scale: float | None = None) -> int:
+    """Add scale * up @ down to each weight; how many tensors were used, which is all of them.
+
+    `scale` None means alpha / r where the file holds alpha, else 1 (the old files carry no alpha).
+    Raises InputError that lists the keys which do not fit the U-Net; nothing is changed then.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        if match := _PROCESSOR.fullmatch(key):
+            name = match["name"] + (".0" if match["name"] == "to_out" else "")
+            module = f"{match['block']}.{name}"
+        elif (match := _PLAIN.fullmatch(key)) or (match := _ALPHA.fullmatch(key)):
+            module = match["module"]
+        else:
+            strange.append(key)
+            continue
+        if "side" not in match.groupdict():
+            alphas[module] = float(tensor)
+            continue
+        side = "down" if match["side"] in _DOWN else "up"
+        pairs.setdefault(module, {})[side] = tensor
+    modules = dict(unet.named_modules())
+    strange += [name for name, pair in pairs.items() if not _fits(modules.get(name), pair)]
+    strange += [f"{name}.alpha" for name in alphas if name not in pairs]
+    if strange or not pairs:
+        shown = ", ".join(strange[:5]) or "no LoRA tensor at all"
+        raise InputError(
+            f"the LoRA weights do not fit this U-Net: {len(strange)} of {len(tensors)} keys, "
+            f"such as {shown}"
+        )
+    for name, pair in pairs.items():
+        weight = modules[name].weight
+        rank = len(pair["down"])
+        factor = scale if scale is not None else alphas.get(name, rank) / rank
+        delta = pair["up"].float().flatten(1) @ pair["down"].float().flatten(1)
+        merged = weight.float() + factor * delta.to(weight.device).view(weight.shape)
+        with torch.no_grad():
+            weight.copy_(merged.to(weight.dtype))
+    return 2 * len(pairs) + len(alphas)
+
+
+def _fits(module: nn.Module | None, pair: dict[str, Tensor]) -> bool:
+    if not isinstance(module, nn.Linear | nn.Conv2d) or set(pair) != {"down", "up"}:
+        return False
+    down, up = pair["down"].flatten(1), pair["up"].flatten(1)
+    flat = module.weight.flatten(1)
+    return up.shape[1] == down.shape[0] and (up.shape[0], down.shape[1]) == tuple(flat.shape)

@@ -1,0 +1,79 @@
+"""Stable Diffusion 1.x and 2.x in the diffusers layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffitm.matching.schedule import NoiseSchedule
+from diffitm.models.denoiser import Condition, Denoiser
+
+
+class StableDiffusion(Denoiser):
+    """VAE, text encoder and U-Net; epsilon or v-prediction, as the scheduler's config says.
+
+    `folder` is a local folder or a Hub id, `revision` a commit of the latter. The scheduler gives
+    the training schedule only. Raises OSError if a part cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        where = {"revision": revision}
+        weights = {**where, "torch_dtype": dtype, "variant": variant}
+        self.device, self.dtype = torch.device(device), dtype
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **where)
+        text = {**where, "dtype": dtype, "variant": variant}
+        encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **text)
+        self.text_encoder = encoder.to(self.device).eval()
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **weights)
+        self.vae = vae.to(self.device).eval()
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **weights)
+        self.unet = unet.to(self.device).eval()
+        for module in (self.text_encoder, self.vae, self.unet):
+            module.requires_grad_(False)
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **where)
+        self.schedule = NoiseSchedule.from_alphas_cumprod(
+            scheduler.alphas_cumprod, scheduler.config.prediction_type
+        )
+        side = int(unet.config.sample_size)
+        self.latent_shape = (int(unet.config.in_channels), side, side)
+        self.resolution = side * 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Tensor, seed: int | None = None) -> Tensor:
+        """See Denoiser."""
+        posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+        latents = posterior.mean
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(latents.shape[1:], generator=generator).to(latents)
+            latents = latents + posterior.std * noise
+        return latents.float() * self.vae.config.scaling_factor
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Condition:
+        """See Denoiser. Longer texts than the encoder takes are cut, as Stable Diffusion does."""
+        ids = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return {"hidden": self.text_encoder(ids.to(self.device)).last_hidden_state}
+
+    def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See Denoiser."""
+        hidden = condition["hidden"].to(self.dtype)
+        out = self.unet(noised.to(self.dtype), timesteps, hidden, return_dict=False)[0]
+        return out.float()

@@ -1,0 +1,183 @@
+"""The pair table: examples of all tasks become the (image, texts) rows that still need a score.
+
+Everything is streamed through Parquet and DuckDB, which spills to disk, so that memory does not
+grow with the number of pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+from pyarrow import parquet
+
+from diffitm import storage
+from diffitm.schema import EXAMPLES, WORK, Example
+from diffitm.store import Store
+
+T = TypeVar("T")
+BATCH = 1000
+# More texts of one image are split into several rows: a row is the smallest unit of a resume.
+MAX_TEXTS = 256
+_PAIRS = """
+    SELECT position, task, i, j, image, text, unconditional FROM (
+        SELECT *, unnest(range(len(texts))) AS j, unnest(texts) AS text FROM (
+            SELECT *, unnest(range(len(images))) AS i, unnest(images) AS image
+            FROM examples WHERE failure IS NULL))
+"""
+
+
+@dataclass(frozen=True)
+class WorkTable:
+    """A written work table: how many rows and pairs it holds."""
+
+    uri: str
+    rows: int
+    pairs: int
+
+
+def write_examples(task: str, examples: Iterable[Example], uri: str, limit: int | None) -> tuple[int, str]:
+    """Stream a task's examples to one Parquet file; `limit` keeps that many, evenly spread.
+
+    An example with an empty caption is written as a failure. Returns how many were written and a
+    digest of them.
+    """
+    kept = _spread(list(examples), limit) if limit is not None else examples
+    found, path = storage.filesystem(uri)
+    storage.make_folder(uri.rsplit("/", 1)[0])
+    total, digest = 0, hashlib.sha256()
+    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, EXAMPLES) as writer:
+        for batch in _batched(enumerate(kept), BATCH):
+            lines = [_line(task, position, example) for position, example in batch]
+            writer.write_table(pa.Table.from_pylist(lines, EXAMPLES))
+            digest.update(json.dumps(lines).encode())
+            total += len(lines)
+    return total, digest.hexdigest()
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    iterator = iter(items)
+    while batch := tuple(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _spread(examples: list[Example], limit: int) -> list[Example]:
+    if limit >= len(examples):
+        return examples
+    return [examples[i * len(examples) // limit] for i in range(limit)]
+
+
+def _line(task: str, position: int, example: Example) -> dict[str, Any]:
+    empty = [i for i, text in enumerate(example.texts) if not text.strip()]
+    return {
+        "task": task,
+        "position": position,
+        "id": example.id,
+        "images": list(example.images),
+        "texts": list(example.texts),
+        "direction": example.direction,
+        "gold": example.gold,
+        "cluster": example.cluster,
+        "groups": list(example.groups.items()),
+        "unconditional": example.needs_unconditional,
+        "failure": f"caption {empty[0]} is empty" if empty else None,
+    }
+
+
+def connect(**tables: ds.Dataset) -> duckdb.DuckDBPyConnection:
+    """DuckDB over the given datasets, with bounded memory."""
+    connection = duckdb.connect()
+    connection.execute("SET memory_limit = '1GB'; SET threads = 2; SET enable_progress_bar = false")
+    for name, table in tables.items():
+        connection.register(name, table)
+    return connection
+
+
+def examples_dataset(uris: list[str]) -> ds.Dataset:
+    """The examples of several tasks as one dataset."""
+    found = storage.filesystem(uris[0])[0]
+    paths = [storage.filesystem(uri)[1] for uri in uris]
+    return ds.dataset(paths, schema=EXAMPLES, filesystem=found, format="parquet")
+
+
+def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:
+    """Write the pairs that the examples need and the store lacks, one row an image, by image path.
+
+    A pair that failed before is tried again. CLIP needs no unconditional pair.
+    """
+    connection = connect(examples=examples_dataset(examples), scores=store.dataset())
+    unconditional = "" if store.is_clip else "UNION ALL SELECT image, '' FROM p WHERE unconditional"
+    query = f"""
+        WITH p AS ({_PAIRS}),
+        needed AS (SELECT image, text FROM p {unconditional}),
+        stored AS (SELECT image, text FROM scores WHERE failure IS NULL)
+        SELECT DISTINCT image, text FROM needed ANTI JOIN stored USING (image, text)
+        ORDER BY image, text
+    """
+    found, path = storage.filesystem(uri)
+    storage.make_folder(uri.rsplit("/", 1)[0])
+    rows = pairs = 0
+    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, WORK) as writer:
+        for batch in _batched(_rows(connection, query), BATCH):
+            lines = [{"row": rows + i, "image": im, "texts": t} for i, (im, t) in enumerate(batch)]
+            writer.write_table(pa.Table.from_pylist(lines, WORK))
+            rows += len(lines)
+            pairs += sum(len(texts) for _, texts in batch)
+    return WorkTable(uri, rows, pairs)
+
+
+def remaining(work: str, checkpoint: str) -> tuple[int, int]:
+    """Rows and pairs of a work table that its checkpoint does not hold."""
+    found, path = storage.filesystem(work)
+    table = ds.dataset(path, schema=WORK, filesystem=found, format="parquet")
+    ids = pa.schema([("row", pa.int64())])
+    whole, _ = storage.readable_parquet(checkpoint)
+    committed = [p for p in whole if not p.endswith(".pending.parquet")]
+    where = storage.filesystem(checkpoint)[0]
+    done = ds.dataset(committed, schema=ids, filesystem=where, format="parquet")
+    query = "SELECT count(*), coalesce(sum(len(texts)), 0) FROM work ANTI JOIN done USING (row)"
+    rows, pairs = connect(work=table, done=done).execute(query).fetchone() or (0, 0)
+    return int(rows), int(pairs)
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[tuple[str, list[str]]]:
+    for image, group in itertools.groupby(_lines(connection, query), key=lambda line: line[0]):
+        for texts in _batched((text for _, text in group), MAX_TEXTS):
+            yield image, list(texts)
+
+
+def _lines(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[tuple[str, str]]:
+    for batch in connection.execute(query).to_arrow_reader(BATCH):
+        yield from zip(batch["image"].to_pylist(), batch["text"].to_pylist(), strict=True)
+
+
+def scored_pairs(examples: str, store: Store, error: str) -> Iterator[pa.RecordBatch]:
+    """The pairs of one task's examples in order, with what the store holds of each.
+
+    Columns: position, i (image), j (text), errors and unconditional (lists over timesteps),
+    elements, similarity, failure. A pair scored twice is taken once.
+    """
+    connection = connect(examples=examples_dataset([examples]), scores=store.dataset())
+    column = "l2" if error == "mse" else error
+    lacks_unconditional = "FALSE" if store.is_clip else "p.unconditional AND u.image IS NULL"
+    query = f"""
+        WITH p AS ({_PAIRS}),
+        s AS (SELECT DISTINCT ON (image, text) image, text, {column} AS errors, elements,
+                     similarity, failure
+              FROM scores ORDER BY image, text, failure IS NOT NULL)
+        SELECT p.position, p.i, p.j, s.errors, u.errors AS unconditional, s.elements, s.similarity,
+               CASE WHEN s.image IS NULL OR ({lacks_unconditional}) THEN 'not scored yet'
+                    ELSE coalesce(s.failure, CASE WHEN p.unconditional THEN u.failure END) END
+               AS failure
+        FROM p LEFT JOIN s USING (image, text)
+        LEFT JOIN (SELECT * FROM s WHERE text = '') u ON u.image = p.image AND p.unconditional
+        ORDER BY p.position, p.i, p.j
+    """
+    yield from connection.execute(query).to_arrow_reader(100 * BATCH)

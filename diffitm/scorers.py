@@ -1,0 +1,83 @@
+"""What to score with, as values that travel to the workers: cheap here, loaded there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffitm.matching.plan import make_plan
+from diffitm.matching.scorer import DenoiserScorer, Scorer
+from diffitm.models.load import Source, load_denoiser, lora_digest
+
+SCORE_VERSION = 1  # grows when the same settings would give other scores
+
+
+@dataclass(frozen=True)
+class DiffusionSpec:
+    """A diffusion model under a protocol on the images below `root`."""
+
+    source: Source
+    root: str
+    protocol: str
+    timesteps: tuple[int, ...]
+    seed: int = 0
+    dtype: str = "fp32"
+    resize: str = "squash"
+    latent_seed: int | None = None
+    variant: str | None = None
+    lora: str | None = None
+    batch_size: int = 64
+
+    @property
+    def cost(self) -> int:
+        """Forwards of the U-Net a pair."""
+        return len(self.timesteps)
+
+    def store_config(self) -> dict[str, Any]:
+        """Everything that a score depends on."""
+        return {
+            "kind": "diffusion",
+            "version": SCORE_VERSION,
+            "weights": self.source.digest,
+            "variant": self.variant,
+            "lora": lora_digest(self.lora) if self.lora else None,
+            "protocol": self.protocol,
+            "timesteps": list(self.timesteps),
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "resize": self.resize,
+            "latent_seed": self.latent_seed,
+            "root": self.root,
+        }
+
+    def build(self, device: str) -> Scorer:
+        """Load the model on this machine."""
+        denoiser = load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
+        plan = make_plan(list(self.timesteps), denoiser.latent_shape, self.seed)
+        return DenoiserScorer(
+            denoiser, plan, self.root, self.resize, self.batch_size, self.latent_seed
+        )
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """A CLIP on the images below `root`."""
+
+    source: Any  # models.clip.ClipSource; open_clip is imported only where CLIP is used
+    root: str
+    batch_size: int = 64
+    cost = 1
+
+    def store_config(self) -> dict[str, Any]:
+        """Everything that a score depends on."""
+        weights = self.source.digest
+        return {"kind": "clip", "version": SCORE_VERSION, "weights": weights, "root": self.root}
+
+    def build(self, device: str) -> Scorer:
+        """Load the model on this machine."""
+        from diffitm.models.clip import ClipScorer
+
+        return ClipScorer(self.source, self.root, device, self.batch_size)
+
+
+Spec = DiffusionSpec | ClipSpec

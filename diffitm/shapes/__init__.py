@@ -1,0 +1,1 @@
+"""The embedded default: a small world of drawn scenes and tiny models trained on it."""

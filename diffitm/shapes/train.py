@@ -1,0 +1,301 @@
+"""Train the embedded default: `python -m diffitm.shapes.train --work DIR`.
+
+Stages, each resumed from its own checkpoint in the work folder: the VAE; CLIP; the text encoder and
+U-Net on the VAE's cached latents; then the export as fp16 safetensors in the standard layouts. What a
+step does is a function of (seed, stage, step, process), so a resumed run repeats an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.distributed as dist
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.parallel import DistributedDataParallel
+from transformers import CLIPTokenizer
+
+from diffitm.shapes import architecture as arch
+from diffitm.shapes.language import training_caption
+from diffitm.shapes.world import render, sample_scene
+
+log = logging.getLogger("diffitm.shapes.train")
+SEED = 20
+CAPTIONS = 6
+STEPS = {"vae": 5000, "clip": 1200, "diffusion": 9000}
+BATCH = {"vae": 24, "clip": 128, "diffusion": 64}
+RATE = {"vae": 1.5e-3, "clip": 1e-3, "diffusion": 1e-3}
+MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+
+
+def training_set(path: Path, count: int, tokenizer: CLIPTokenizer) -> dict[str, np.ndarray]:
+    """Images uint8 [N, 32, 32, 3] and token ids int16 [N, CAPTIONS, 16], drawn once and kept."""
+    if not path.exists():
+        images, texts = [], []
+        for index in range(count):
+            rng = np.random.default_rng([SEED, index])
+            scene = sample_scene(rng, 1 if index % 5 == 0 else 2, distinct=index % 4 != 0)
+            picture = Image.fromarray(render(scene))
+            images.append(np.asarray(picture.resize((arch.PIXELS,) * 2, Image.Resampling.BICUBIC)))
+            for i in range(CAPTIONS):
+                text = training_caption(scene, rng)
+                texts.append(f"{text.capitalize()}." if i == 0 else text)
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=arch.LENGTH)
+        tokens = np.array(ids.input_ids, np.int16).reshape(count, CAPTIONS, arch.LENGTH)
+        np.savez(path, images=np.stack(images), tokens=tokens)
+    with np.load(path) as data:
+        return {name: data[name] for name in data.files}
+
+
+def pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class VaeLoss(nn.Module):
+    """Reconstruction (absolute and squared) with a light pull of the latents to a unit normal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vae = arch.build_vae()
+
+    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        chosen = rng.integers(len(data["images"]), size=BATCH["vae"])
+        images = pixels(data["images"][chosen])
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = self.vae.encode(images).latent_dist
+            decoded = self.vae.decode(posterior.sample()).sample
+        wrong = decoded.float() - images
+        return wrong.abs().mean() + 2 * wrong.square().mean() + 1e-5 * posterior.kl().mean()
+
+
+class DiffusionLoss(nn.Module):
+    """Noise prediction; one caption in ten is dropped; timesteps favour where the layout is decided."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text_encoder = arch.build_text_encoder(tokenizer)
+        self.unet = arch.build_unet()
+        empty = tokenizer("", padding="max_length", max_length=arch.LENGTH).input_ids
+        self.register_buffer("empty", torch.tensor(empty), persistent=False)
+        schedule = arch.build_scheduler().alphas_cumprod
+        self.register_buffer("alphas_cumprod", schedule, persistent=False)
+
+    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        size = BATCH["diffusion"]
+        chosen = rng.integers(len(data["latents"]), size=size)
+        latents = torch.from_numpy(data["latents"][chosen])
+        tokens = torch.from_numpy(data["tokens"][chosen, rng.integers(CAPTIONS, size=size)]).long()
+        tokens = torch.where(torch.from_numpy(rng.random(size) < 0.1)[:, None], self.empty, tokens)
+        centred = 1 / (1 + np.exp(-rng.normal(-1.1, 0.9, size)))
+        share = np.where(rng.random(size) < 0.65, centred, rng.random(size))
+        timesteps = torch.from_numpy((share * 1000).astype(np.int64).clip(0, 999))
+        noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+        kept = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noised = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        condition = self.text_encoder(tokens).last_hidden_state
+        return F.mse_loss(self.unet(noised, timesteps, condition).sample, noise)
+
+
+class ClipLoss(nn.Module):
+    """The symmetric contrastive loss over one process's batch."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.clip = open_clip.CLIP(**arch.clip_config(tokenizer), output_dict=True)
+
+    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        chosen = rng.integers(len(data["images"]), size=BATCH["clip"])
+        images = ((pixels(data["images"][chosen]) + 1) / 2 - MEAN) / STD
+        captions = rng.integers(CAPTIONS, size=len(chosen))
+        tokens = torch.from_numpy(data["tokens"][chosen, captions]).long()
+        out = self.clip(images, tokens)
+        logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
+        target = torch.arange(len(chosen))
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def fit(
+    stage: str,
+    module: nn.Module,
+    data: dict[str, np.ndarray],
+    work: Path,
+    snapshots: tuple[int, ...] = (),
+) -> None:
+    """Train to the stage's number of steps; the averaged weights end in {stage}.safetensors."""
+    rank, steps, rate = dist.get_rank(), STEPS[stage], RATE[stage]
+    model = DistributedDataParallel(module)
+    average = torch.optim.swa_utils.AveragedModel(
+        module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    )
+    optimizer = torch.optim.AdamW(module.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    checkpoint, first = work / f"{stage}.ckpt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        module.load_state_dict(state["module"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    start, total = time.time(), 0.0
+    for step in range(first, steps):
+        rng = np.random.default_rng([SEED, list(STEPS).index(stage), step, rank])
+        torch.manual_seed(int(rng.integers(2**31)))
+        warm = min(1.0, (step + 1) / 200) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (0.02 + 0.98 * warm)
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(data, rng)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(module)
+        total += loss.item()
+        done = step + 1
+        if rank == 0 and done % 200 == 0:
+            pace = (time.time() - start) / (done - first)
+            left = (steps - done) * pace / 60
+            log.info("%s %d/%d loss %.4f, %.1f min left", stage, done, steps, total / 200, left)
+            total = 0.0
+        if rank == 0 and (done % 1000 == 0 or done == steps or done in snapshots):
+            states = {"module": module, "average": average, "optimizer": optimizer}
+            _save({k: v.state_dict() for k, v in states.items()} | {"step": done}, checkpoint)
+        if rank == 0 and (done == steps or done in snapshots):
+            name = stage if done == steps else f"{stage}-{done}"
+            weights = {k: v.contiguous() for k, v in average.module.state_dict().items()}
+            save_file(weights, work / f"{name}.safetensors")
+    dist.barrier()
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def standardise(vae: nn.Module, images: np.ndarray) -> None:
+    """Fold a per-channel shift and scale into the VAE, so that latents have mean 0 and deviation 1."""
+    latents = encode(vae, images[:8192])
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    quant, back = vae.quant_conv, vae.post_quant_conv
+    with torch.no_grad():
+        channels = len(mean)
+        quant.weight[:channels] /= deviation.view(-1, 1, 1, 1)
+        quant.bias[:channels] = (quant.bias[:channels] - mean) / deviation
+        quant.bias[channels:] -= 2 * deviation.log()
+        back.bias += (back.weight[:, :, 0, 0] @ mean.unsqueeze(1)).squeeze(1)
+        back.weight *= deviation.view(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, images: np.ndarray) -> torch.Tensor:
+    """Posterior means float32 [N, 4, 8, 8]."""
+    parts = np.array_split(images, max(1, len(images) // 256))
+    return torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in parts])
+
+
+def run(rank: int, work: Path, processes: int, count: int, snapshots: tuple[int, ...]) -> None:
+    """One training process through all stages."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    if rank == 0:
+        arch.write_tokenizer(work / "tokenizer")
+        training_set(work / "data.npz", count, CLIPTokenizer.from_pretrained(work / "tokenizer"))
+    dist.barrier()
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    data = training_set(work / "data.npz", count, tokenizer)
+
+    stages: dict[str, Callable[[], nn.Module]] = {
+        "vae": VaeLoss,
+        "clip": lambda: ClipLoss(tokenizer),
+        "diffusion": lambda: DiffusionLoss(tokenizer),
+    }
+    for stage, build in stages.items():
+        torch.manual_seed(SEED)
+        if stage == "diffusion":
+            if rank == 0 and not (work / "latents.npy").exists():
+                vae = _load(VaeLoss(), work / "vae.safetensors").vae
+                standardise(vae, data["images"])
+                save_file(vae.state_dict(), work / "vae-standard.safetensors")
+                np.save(work / "latents.npy", encode(vae, data["images"]).numpy())
+            dist.barrier()
+            data["latents"] = np.load(work / "latents.npy")
+        if not (work / f"{stage}.safetensors").exists():
+            fit(stage, build(), data, work, snapshots if stage == "diffusion" else ())
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def _load(module: nn.Module, path: Path) -> Any:
+    from safetensors.torch import load_file
+
+    module.load_state_dict(load_file(path))
+    return module.eval()
+
+
+def export(work: Path, out: Path, diffusion: str = "diffusion") -> None:
+    """Write the diffusers folder and the open_clip folder in fp16."""
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    vae = _load(arch.build_vae(), work / "vae-standard.safetensors")
+    trained = _load(DiffusionLoss(tokenizer), work / f"{diffusion}.safetensors")
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=trained.text_encoder,
+        tokenizer=tokenizer,
+        unet=trained.unet,
+        scheduler=arch.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(out / "diffusion")
+    if (work / "clip.safetensors").exists():
+        clip = _load(ClipLoss(tokenizer), work / "clip.safetensors").clip
+        folder = out / "clip"
+        arch.write_tokenizer(folder)
+        state = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
+        save_file(state, folder / "open_clip_model.safetensors")
+        normal = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+        config = {"model_cfg": arch.clip_config(tokenizer), "preprocess_cfg": normal}
+        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = Path(tempfile.gettempdir()) / "diffitm-shapes"
+    parser.add_argument("--work", type=Path, default=default, help="checkpoints and cached data")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
+    parser.add_argument("--processes", type=int, default=2, help="one-thread gloo processes")
+    parser.add_argument("--scenes", type=int, default=40000)
+    parser.add_argument(
+        "--snapshots", type=int, nargs="*", default=[], help="also keep the denoiser at these steps"
+    )
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    torch.multiprocessing.spawn(
+        run, (args.work, args.processes, args.scenes, tuple(args.snapshots)), args.processes
+    )
+    export(args.work, args.out)
+
+
+if __name__ == "__main__":
+    main()

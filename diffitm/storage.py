@@ -1,0 +1,117 @@
+"""Files by path or URI (local, s3://, gs://, ...): pyarrow's file systems, fsspec where it has none."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs, parquet
+
+from diffitm.errors import InputError
+
+
+def absolute(uri: str) -> str:
+    """The URI as it is, a local path made absolute."""
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system that serves a URI, and the path within it.
+
+    Raises InputError for a scheme that neither pyarrow nor fsspec knows.
+    """
+    if "://" not in uri:
+        return fs.LocalFileSystem(), absolute(uri)
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        import fsspec
+
+        try:
+            found, path = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"cannot open {uri!r}: {error}") from error
+        return fs.PyFileSystem(fs.FSSpecHandler(found)), path
+
+
+def join(root: str, *parts: str) -> str:
+    """Path or URI of something below `root`."""
+    return "/".join([root.rstrip("/"), *parts])
+
+
+def exists(uri: str) -> bool:
+    found, path = filesystem(uri)
+    return found.get_file_info(path).type != fs.FileType.NotFound
+
+
+def read_bytes(uri: str) -> bytes:
+    """The file's content. Raises FileNotFoundError or another OSError."""
+    found, path = filesystem(uri)
+    with found.open_input_stream(path, compression=None) as stream:
+        return stream.read()
+
+
+def read_text(uri: str) -> str:
+    return read_bytes(uri).decode("utf-8-sig")
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write whole or not at all: beside it, synced and renamed; an object store's put is atomic."""
+    found, path = filesystem(uri)
+    if not isinstance(found, fs.LocalFileSystem):
+        with found.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, target)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def write_text(uri: str, text: str) -> None:
+    write_bytes(uri, text.encode())
+
+
+def make_folder(uri: str) -> None:
+    found, path = filesystem(uri)
+    found.create_dir(path, recursive=True)
+
+
+def delete_folder(uri: str) -> None:
+    """Remove a folder and what is in it; nothing happens if there is none."""
+    found, path = filesystem(uri)
+    if found.get_file_info(path).type == fs.FileType.Directory:
+        found.delete_dir(path)
+
+
+def files(uri: str, suffix: str = "", recursive: bool = False) -> list[str]:
+    """Sorted paths (in the file system's own form) of the files in a folder; empty if there is none."""
+    found, path = filesystem(uri)
+    selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    infos = found.get_file_info(selector)
+    return sorted(i.path for i in infos if i.type == fs.FileType.File and i.path.endswith(suffix))
+
+
+def readable_parquet(uri: str) -> tuple[list[str], list[str]]:
+    """The Parquet files in a folder that are whole, and those that a kill left cut off."""
+    found, _ = filesystem(uri)
+    whole, broken = [], []
+    for path in files(uri, ".parquet"):
+        try:
+            with found.open_input_file(path) as stream:
+                parquet.read_metadata(stream)
+            whole.append(path)
+        except (pa.ArrowInvalid, OSError):
+            broken.append(path)
+    return whole, broken

@@ -1,0 +1,86 @@
+"""What every task is: examples read from published files, and a credit for each decision."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from diffitm import storage
+from diffitm.errors import InputError
+from diffitm.metrics.credit import Credit, recall, recall_chance
+from diffitm.schema import Example
+
+
+class Task(ABC):
+    """A benchmark. `version` grows whenever its examples or credits change.
+
+    `folder` is where its files lie below the data root, `source` where they come from.
+    """
+
+    name: str
+    folder: str
+    source: str
+    version = 1
+
+    @abstractmethod
+    def examples(self, root: str) -> Iterator[Example]:
+        """The examples in the published order. Raises InputError for missing or malformed files."""
+
+    @abstractmethod
+    def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
+        """Metric name -> credit of one decision; `scores` is [images, texts], higher is better."""
+
+    @abstractmethod
+    def chance(self, example: Example) -> dict[str, float]:
+        """Metric name -> expected credit of a constant or random scorer."""
+
+    def read_json(self, root: str, name: str) -> Any:
+        """A JSON file of the task's folder. Raises InputError that names the file and its source."""
+        text = self.read_text(root, name)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{storage.join(root, self.folder, name)}: not JSON: {error}") from error
+
+    def read_text(self, root: str, name: str) -> str:
+        """A text file of the task's folder. Raises InputError that names the file and its source."""
+        path = storage.join(root, self.folder, name)
+        try:
+            return storage.read_text(path)
+        except FileNotFoundError:
+            raise InputError(f"task {self.name} needs {path} (from {self.source})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"task {self.name} cannot read {path}: {error}") from error
+
+    def malformed(self, root: str, name: str, entry: Any, expected: str) -> InputError:
+        """The error for an entry of another form than the published one."""
+        shown = json.dumps(entry, default=str)[:120]
+        where = storage.join(root, self.folder, name)
+        return InputError(f"{where}: task {self.name} expects {expected}, found {shown}")
+
+
+class RetrievalTask(Task):
+    """One gold candidate among several images or several texts."""
+
+    recalls: dict[str, int] = {"accuracy": 1}
+
+    def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
+        """Recall at each k over the candidates."""
+        flat = scores.ravel()
+        return {name: recall(flat, example.gold, k) for name, k in self.recalls.items()}
+
+    def chance(self, example: Example) -> dict[str, float]:
+        """k of n candidates."""
+        count = len(example.images) * len(example.texts)
+        return {name: recall_chance(count, k) for name, k in self.recalls.items()}
+
+
+def is_strings(value: Any, length: int | None = None) -> bool:
+    """Whether the value is a list of strings (of this length)."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        return False
+    return len(value) == length if length is not None else len(value) > 0

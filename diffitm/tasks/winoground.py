@@ -1,0 +1,86 @@
+"""Winoground (Thrush et al. 2022): two images, two captions of the same words."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from pyarrow import parquet
+
+from diffitm import storage
+from diffitm.errors import InputError
+from diffitm.metrics.credit import Credit, winoground, winoground_chance
+from diffitm.schema import Example
+from diffitm.tasks.base import Task
+
+FILES = ("data.json", "examples.jsonl", "data/examples.jsonl", "data.parquet")
+IMAGE_FOLDERS = ("images", ".", "data/images")
+
+
+class Winoground(Task):
+    """data.json (or examples.jsonl, or Parquet) and images named ex_{id}_img_{0,1}.png."""
+
+    name = "winoground"
+    folder = "winoground"
+    source = "the Hub dataset facebook/winoground (accept its terms, set HF_TOKEN)"
+
+    def examples(self, root: str) -> Iterator[Example]:
+        """One example an entry, by collapsed tag and by number of main predicates."""
+        name, entries = self._entries(root)
+        images = None
+        for entry in entries:
+            try:
+                number = int(entry["id"])
+                texts = (str(entry["caption_0"]), str(entry["caption_1"]))
+                groups = {key: str(entry[key]) for key in ("collapsed_tag", "num_main_preds")}
+            except (KeyError, TypeError, ValueError):
+                wanted = "the fields id, caption_0, caption_1, collapsed_tag, num_main_preds"
+                raise self.malformed(root, name, entry, wanted) from None
+            images = images or self._image_folder(root, number)
+            yield Example(
+                id=str(number),
+                images=tuple(f"{images}/ex_{number}_img_{k}.png" for k in (0, 1)),
+                texts=texts,
+                direction="both",
+                cluster=str(number),
+                groups=groups,
+            )
+
+    def _entries(self, root: str) -> tuple[str, list[dict[str, Any]]]:
+        found = [f for f in FILES if storage.exists(storage.join(root, self.folder, f))]
+        if not found:
+            path = storage.join(root, self.folder, FILES[0])
+            raise InputError(f"task {self.name} needs {path} (from {self.source})")
+        name = found[0]
+        path = storage.join(root, self.folder, name)
+        if name.endswith(".json"):
+            entries = self.read_json(root, name)
+            if not isinstance(entries, list):
+                raise self.malformed(root, name, entries, "a list of entries")
+            return name, entries
+        try:
+            if name.endswith(".jsonl"):
+                lines = storage.read_text(path).splitlines()
+                return name, [json.loads(line) for line in lines if line.strip()]
+            return name, parquet.read_table(io.BytesIO(storage.read_bytes(path))).to_pylist()
+        except (OSError, ValueError) as error:
+            raise InputError(f"task {self.name} cannot read {path}: {error}") from error
+
+    def _image_folder(self, root: str, number: int) -> str:
+        """Where the first entry's image lies, below the data root."""
+        for folder in IMAGE_FOLDERS:
+            below = self.folder if folder == "." else f"{self.folder}/{folder}"
+            if storage.exists(storage.join(root, below, f"ex_{number}_img_0.png")):
+                return below
+        return f"{self.folder}/images"
+
+    def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
+        """Text, image and group credit."""
+        return winoground(scores)
+
+    def chance(self, example: Example) -> dict[str, float]:
+        """Of continuous random scores."""
+        return winoground_chance()
