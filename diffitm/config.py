@@ -76,6 +76,8 @@ def _read(path: str) -> dict[str, Any]:
         values = yaml.safe_load(storage.read_text(path))
     except FileNotFoundError:
         raise InputError(f"--config: there is no file {path!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config: {path!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict | None):

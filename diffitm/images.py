@@ -7,7 +7,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffitm import storage
 
@@ -44,7 +44,10 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError("the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image: Image.Image = Image.open(io.BytesIO(data))
+        try:
+            image: Image.Image = Image.open(io.BytesIO(data))
+        except UnidentifiedImageError:
+            raise ValueError("the file is not an image of a known kind") from None
         image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

@@ -154,7 +154,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[tuple[s
 
 
 def _lines(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[tuple[str, str]]:
-    for batch in connection.execute(query).to_arrow_reader(BATCH):
+    for batch in connection.sql(query).to_arrow_reader(BATCH):
         yield from zip(batch["image"].to_pylist(), batch["text"].to_pylist(), strict=True)
 
 
@@ -180,4 +180,4 @@ def scored_pairs(examples: str, store: Store, error: str) -> Iterator[pa.RecordB
         LEFT JOIN (SELECT * FROM s WHERE text = '') u ON u.image = p.image AND p.unconditional
         ORDER BY p.position, p.i, p.j
     """
-    yield from connection.execute(query).to_arrow_reader(100 * BATCH)
+    yield from connection.sql(query).to_arrow_reader(100 * BATCH)

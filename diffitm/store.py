@@ -1,7 +1,7 @@
 """The score store: a folder of append-only Parquet files for one model under one protocol.
 
 Scores of other settings lie in other folders, because the folder's name holds the fingerprint of
-everything that a score depends on; config.json in it says what that is.
+everything that a score depends on; _config.json in it says what that is.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def open_store(out: str, model: str, config: dict[str, Any]) -> Store:
     """
     slug = re.sub(r"[^A-Za-z0-9]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-")
     uri = storage.join(out, "scores", f"{slug[:40]}-{fingerprint(config)[:12]}")
-    note = storage.join(uri, "config.json")
+    note = storage.join(uri, "_config.json")
     if not storage.exists(note):
         if storage.files(uri, ".parquet"):
-            raise InputError(f"{uri} holds scores but no config.json: move it away or restore the file")
+            raise InputError(f"{uri} holds scores but no _config.json: move it away or restore the file")
         storage.write_text(note, json.dumps({"model": model, **config}, indent=2))
         return Store(uri, model, config)
     store = read_store(uri)
@@ -68,7 +68,7 @@ def open_store(out: str, model: str, config: dict[str, Any]) -> Store:
 
 def read_store(uri: str) -> Store:
     """A store by its folder. Raises InputError if it is none."""
-    note = storage.join(uri, "config.json")
+    note = storage.join(uri, "_config.json")
     try:
         config = json.loads(storage.read_text(note))
         return Store(uri, config.pop("model"), config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
+from ray.util.annotations import RayDeprecationWarning
 
 from diffitm import pairs, storage
-from diffitm.distributed.session import IO_CPUS, Pool
+from diffitm.distributed.session import Pool
 from diffitm.matching.scorer import Work
 from diffitm.schema import SCORES
 from diffitm.scorers import Spec
@@ -96,25 +98,27 @@ def score(spec: Spec, work: pairs.WorkTable, store: Store, checkpoint: str, pool
     if rows_left == 0:
         return Done()
     counter = Counter.remote()
-    table = ray.data.read_parquet(path, filesystem=found, ray_remote_args={"num_cpus": IO_CPUS})
+    table = ray.data.read_parquet(path, filesystem=found)
     table.context.enable_progress_bars = False
     table.context.checkpoint_config = _checkpoint(checkpoint)
     per_actor = -(-rows_left // (BLOCKS_PER_ACTOR * pool.min_actors))
     blocks = table.repartition(target_num_rows_per_block=max(1, min(ROWS_PER_BLOCK, per_actor)))
-    scored = blocks.map_batches(
-        ScoringActor,
-        fn_constructor_args=(spec, pool.device, counter),
-        compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-        max_restarts=RETRIES,
-        max_task_retries=RETRIES,
-    )
+    with warnings.catch_warnings():  # Ray 2.60 has no other way yet to bound the retries
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        scored = blocks.map_batches(
+            ScoringActor,
+            fn_constructor_args=(spec, pool.device, counter),
+            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
+        )
     out, folder = storage.filesystem(store.uri)
     with _Progress(counter, store.model, pairs_left, spec.cost):
-        scored.write_parquet(folder, filesystem=out, ray_remote_args={"num_cpus": IO_CPUS})
+        scored.write_parquet(folder, filesystem=out)
     return ray.get(counter.read.remote())
 
 

@@ -8,16 +8,17 @@ import warnings
 from dataclasses import dataclass
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+import ray.data
 
 from diffitm.errors import InputError
 
 log = logging.getLogger("diffitm")
 # Readers, the writer and Ray Data's checkpoint filter need processors beside the scoring actors.
 SPARE_CPUS = 2
-IO_CPUS = 0.25
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def connect(address: str | None) -> None:
     else:
         cpus = (os.cpu_count() or 1) + SPARE_CPUS
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def choose_pool(

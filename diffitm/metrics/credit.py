@@ -53,7 +53,7 @@ def winoground(scores: np.ndarray) -> dict[str, Credit]:
         text, image = s00 > s01 and s11 > s10, s00 > s10 and s11 > s01
         wins.append((text, image, text and image))
     values = np.mean(wins, axis=0)
-    return {n: Credit(float(v), tied=0 < v < 1) for n, v in zip(names, values, strict=True)}
+    return {n: Credit(float(v), tied=bool(0 < v < 1)) for n, v in zip(names, values, strict=True)}
 
 
 def _ranks(scores: np.ndarray, order: tuple[int, ...]) -> np.ndarray:

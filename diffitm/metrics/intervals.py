@@ -13,7 +13,8 @@ def interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[f
     """The 95% interval of the mean of values [n], clusters [n] labels.
 
     Wilson's where the examples are independent and each is right or wrong; else a percentile
-    bootstrap that resamples whole clusters. Raises ValueError without values.
+    bootstrap that resamples whole clusters, and Wilson's over the clusters where those are all
+    alike. Raises ValueError without values.
     """
     if len(values) == 0:
         raise ValueError("an interval needs at least one value")
@@ -21,6 +22,8 @@ def interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[f
     if len(sums) == len(values) and np.isin(values, (0.0, 1.0)).all():
         return wilson(float(values.sum()), len(values))
     means = _resampled(sums, counts, seed)
+    if np.ptp(means) == 0:  # no spread to resample: a bootstrap would claim certainty
+        return wilson(float(values.mean() * len(sums)), len(sums))
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
@@ -28,8 +31,11 @@ def interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[f
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927)."""
-    found = stats.binomtest(round(successes), n).proportion_ci(LEVEL, method="wilson")
-    return float(found.low), float(found.high)
+    z = stats.norm.ppf((1 + LEVEL) / 2)
+    share, weight = successes / n, z**2 / n
+    centre = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * np.sqrt(share * (1 - share) / n + weight / (4 * n))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def paired_p(first: np.ndarray, second: np.ndarray, clusters: np.ndarray, seed: int = 0) -> float:

@@ -37,9 +37,12 @@ def lines(evaluation: Evaluation) -> list[Line]:
     found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
     for row in evaluation.rows:
         found.setdefault((row.task, row.group, row.metric), {})[row.model, row.score] = row
+    whole = {(row.task, row.metric): row.n for row in evaluation.rows if row.group == "all"}
     out = []
     for (task, group, metric), rows in found.items():
         first = next(iter(rows.values()))
+        if group != "all" and first.n == whole[task, metric]:
+            continue  # a breakdown into one group says nothing new
         cells = {title: rows.get((model, score)) for title, model, score in columns(evaluation)}
         out.append(Line(task, group, metric, first.n, first.chance or 0.0, cells))
     return out

@@ -37,7 +37,7 @@ from diffitm.shapes.world import render, sample_scene
 log = logging.getLogger("diffitm.shapes.train")
 SEED = 20
 CAPTIONS = 6
-STEPS = {"vae": 5000, "clip": 1200, "diffusion": 9000}
+STEPS = {"vae": 5000, "clip": 1200, "diffusion": 5500}
 BATCH = {"vae": 24, "clip": 128, "diffusion": 64}
 RATE = {"vae": 1.5e-3, "clip": 1e-3, "diffusion": 1e-3}
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
@@ -248,13 +248,12 @@ def _load(module: nn.Module, path: Path) -> Any:
     return module.eval()
 
 
-def export(work: Path, out: Path, diffusion: str = "diffusion") -> None:
-    """Write the diffusers folder and the open_clip folder in fp16."""
+def export_diffusion(work: Path, out: Path, weights: str = "diffusion") -> None:
+    """Write the diffusers folder in fp16."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    vae = _load(arch.build_vae(), work / "vae-standard.safetensors")
-    trained = _load(DiffusionLoss(tokenizer), work / f"{diffusion}.safetensors")
+    trained = _load(DiffusionLoss(tokenizer), work / f"{weights}.safetensors")
     pipeline = StableDiffusionPipeline(
-        vae=vae,
+        vae=_load(arch.build_vae(), work / "vae-standard.safetensors"),
         text_encoder=trained.text_encoder,
         tokenizer=tokenizer,
         unet=trained.unet,
@@ -264,15 +263,19 @@ def export(work: Path, out: Path, diffusion: str = "diffusion") -> None:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(out / "diffusion")
-    if (work / "clip.safetensors").exists():
-        clip = _load(ClipLoss(tokenizer), work / "clip.safetensors").clip
-        folder = out / "clip"
-        arch.write_tokenizer(folder)
-        state = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
-        save_file(state, folder / "open_clip_model.safetensors")
-        normal = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-        config = {"model_cfg": arch.clip_config(tokenizer), "preprocess_cfg": normal}
-        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    # save_pretrained writes the tokenizer in a newer form only; older readers want these two.
+    arch.write_tokenizer(out / "diffusion" / "tokenizer")
+
+
+def export_clip(work: Path, out: Path) -> None:
+    """Write the open_clip folder in fp16, its tokenizer beside the config."""
+    tokenizer = arch.write_tokenizer(out / "clip")
+    clip = _load(ClipLoss(tokenizer), work / "clip.safetensors").clip
+    state = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
+    save_file(state, out / "clip" / "open_clip_model.safetensors")
+    normal = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    config = {"model_cfg": arch.clip_config(tokenizer), "preprocess_cfg": normal}
+    (out / "clip" / "open_clip_config.json").write_text(json.dumps(config, indent=2))
 
 
 def main() -> None:
@@ -294,7 +297,8 @@ def main() -> None:
     torch.multiprocessing.spawn(
         run, (args.work, args.processes, args.scenes, tuple(args.snapshots)), args.processes
     )
-    export(args.work, args.out)
+    export_diffusion(args.work, args.out)
+    export_clip(args.work, args.out)
 
 
 if __name__ == "__main__":

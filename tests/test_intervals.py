@@ -1,0 +1,129 @@
+"""Intervals and paired tests against closed forms and simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from diffitm.metrics.intervals import interval, paired_p, wilson
+
+Z = 1.959963984540054
+
+
+def alone(count: int) -> np.ndarray:
+    """Every example its own cluster."""
+    return np.array([str(i) for i in range(count)])
+
+
+@pytest.mark.parametrize(("wins", "n"), [(0, 10), (3, 10), (10, 10), (37, 100), (1, 1)])
+def test_wilson_closed_form(wins: int, n: int) -> None:
+    p, scale = wins / n, 1 + Z**2 / n
+    centre = (p + Z**2 / (2 * n)) / scale
+    half = Z / scale * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    assert wilson(wins, n) == pytest.approx((centre - half, centre + half), abs=1e-9)
+
+
+def test_independent_wins_and_losses_use_wilson() -> None:
+    values = np.array([1.0] * 7 + [0.0] * 13)
+    assert interval(values, alone(20)) == wilson(7, 20)
+
+
+def test_fractional_credit_uses_the_bootstrap() -> None:
+    """Credits of ties are no proportion: the interval is that of their mean."""
+    values = np.random.default_rng(0).choice([0.0, 0.5, 1.0], 400)
+    low, high = interval(values, alone(400))
+    half = Z * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.006)
+    assert high == pytest.approx(values.mean() + half, abs=0.006)
+
+
+def test_correlated_clusters_widen_the_interval() -> None:
+    """20 clusters whose 10 members agree hold as much as 20 examples, not 200."""
+    wins = np.random.default_rng(1).random(20) < 0.5
+    values, clusters = np.repeat(wins, 10).astype(float), np.repeat(np.arange(20), 10)
+    low, high = interval(values, clusters)
+    naive_low, naive_high = wilson(values.sum(), 200)
+    assert 2.2 < (high - low) / (naive_high - naive_low) < 4.2  # sqrt(10) for large samples
+    assert low < naive_low < naive_high < high
+
+
+def test_clusters_need_not_be_sorted_or_equal() -> None:
+    """The mean of examples, not of cluster means; the order of the examples does not matter."""
+    values = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    clusters = np.array(["a", "b", "b", "b", "c", "c"])
+    order = np.array([3, 0, 5, 1, 4, 2])
+    low, high = interval(values, clusters)
+    assert (low, high) == interval(values[order], clusters[order])
+    assert low <= values.mean() <= high
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_coverage(clustered: bool) -> None:
+    """About 95 of 100 intervals hold the true mean."""
+    rng, true, sims = np.random.default_rng(2), 0.4, 200
+    hits = 0
+    for _ in range(sims):
+        if clustered:
+            rates = rng.beta(2, 3, 50)  # mean 0.4, so that members of a cluster correlate
+            values = (rng.random((50, 4)) < rates[:, None]).ravel().astype(float)
+            low, high = interval(values, np.repeat(np.arange(50), 4))
+        else:
+            low, high = interval((rng.random(80) < true).astype(float), alone(80))
+        hits += low <= true <= high
+    assert 0.88 <= hits / sims <= 0.99
+
+
+def test_no_values() -> None:
+    with pytest.raises(ValueError, match="at least one value"):
+        interval(np.array([]), np.array([]))
+
+
+@pytest.mark.parametrize(("won", "lost"), [(8, 1), (5, 5), (0, 3), (12, 4)])
+def test_mcnemar(won: int, lost: int) -> None:
+    """Only examples that differ count, whatever the others are."""
+    first = np.array([1.0] * won + [0.0] * lost + [1.0, 0.0] * 6)
+    second = np.array([0.0] * won + [1.0] * lost + [1.0, 0.0] * 6)
+    expected = stats.binomtest(won, won + lost, 0.5).pvalue
+    assert paired_p(first, second, alone(len(first))) == pytest.approx(expected)
+
+
+def test_no_difference_is_no_evidence() -> None:
+    values = np.array([1.0, 0.0, 0.5, 1.0])
+    assert paired_p(values, values, alone(4)) == 1.0
+    assert paired_p(values, values, np.array([0, 0, 1, 1])) == 1.0
+
+
+def test_permutation_equals_the_exact_test() -> None:
+    """With fractional credit: against all 2^10 exchanges."""
+    rng = np.random.default_rng(3)
+    difference = rng.choice([-0.5, 0.0, 0.5, 1.0], 10)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 10)).reshape(10, -1)
+    exact = (np.abs(difference @ signs) >= abs(difference.sum()) - 1e-12).mean()
+    found = paired_p(difference, np.zeros(10), alone(10))
+    assert found == pytest.approx(exact, abs=0.03)
+
+
+def test_permutation_exchanges_whole_clusters() -> None:
+    """Four clusters that all agree cannot give less than 2/16, however many members they have."""
+    first, clusters = np.ones(400), np.repeat(np.arange(4), 100)
+    assert paired_p(first, np.zeros(400), clusters) == pytest.approx(2 / 16, abs=0.02)
+    assert paired_p(first, np.zeros(400), alone(400)) < 1e-9
+
+
+def test_permutation_under_the_null() -> None:
+    """p is below 0.05 in about one case of twenty."""
+    rng = np.random.default_rng(4)
+    clusters = np.repeat(np.arange(15), 2)
+    p = [paired_p(*rng.random((2, 30)), clusters) for _ in range(100)]
+    assert np.mean(np.array(p) < 0.05) <= 0.12
+    assert 0.3 < np.mean(p) < 0.7
+
+
+def test_deterministic() -> None:
+    values = np.random.default_rng(5).random(30)
+    clusters = np.repeat(np.arange(10), 3)
+    assert interval(values, clusters) == interval(values, clusters)
+    assert interval(values, clusters) != interval(values, clusters, seed=1)
+    other = values[::-1].copy()
+    assert paired_p(values, other, clusters) == paired_p(values, other, clusters)

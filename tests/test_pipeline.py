@@ -1,0 +1,180 @@
+"""The pipeline as a user runs it: the table, failures that cost only their own, jobs, a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffitm.shapes.layouts import write_world
+from tests import pipeline
+
+pytestmark = pytest.mark.slow
+KEYS = (
+    "model task group metric score value low high n chance ties failures protocol timesteps".split()
+)
+
+
+def test_whole_run(tmp_path: Path) -> None:
+    """Model and CLIP on all tasks: table, results with every key, provenance, a report."""
+    out = tmp_path / "out"
+    done = pipeline.run(
+        "--model", "shapes", "--clip", "shapes", "--data", "shapes", "--scenes", 10,
+        "--timesteps", 4, "--out", out,
+    )  # fmt: skip
+    for word in ("diffusion naive", "diffusion normalised", "CLIP", "chance", "winoground"):
+        assert word in done.stdout
+    rows = pipeline.rows(out)
+    assert all(list(row) == KEYS for row in rows)
+    assert {row["task"] for row in rows} == {"winoground", "clevr", "flickr30k", "flickr30k_text"}
+    assert {row["score"] for row in rows} == {"conditional", "normalised", "cosine"}
+    assert all(0 <= row["low"] <= row["value"] + 1e-9 <= row["high"] + 2e-9 for row in rows)
+    assert all(row["timesteps"] == 4 for row in rows if row["score"] != "cosine")
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert provenance["config"]["scenes"] == 10
+    page = (out / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in re.sub(r"http://www\.w3\.org/\S*|xmlns\S*", "", page)
+
+
+def test_bad_images_cost_their_own_examples(tmp_path: Path) -> None:
+    """A truncated, a missing and an empty image and an empty caption are counted and listed; once
+    mended, the same command scores them and nothing else."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_world(str(data), 10)
+    images = data / "clevr" / "images"
+    whole = {p.name: p.read_bytes() for p in sorted(images.iterdir())[:3]}
+    first, second, third = whole
+    (images / first).write_bytes(whole[first][: len(whole[first]) // 2])
+    (images / second).unlink()
+    (images / third).write_bytes(b"")
+    lists = data / "flickr30k" / "val_top10_RN50x64_text.json"
+    entries = json.loads(lists.read_text())
+    entries[next(iter(entries))][3] = "  "
+    lists.write_text(json.dumps(entries))
+    options = ("--model", "shapes", "--data", data, "--tasks", "clevr", "flickr30k_text")
+    options += ("--timesteps", 2, "--out", out)
+    pipeline.run(*options)
+    found = {row["task"]: row for row in pipeline.rows(out) if row["group"] == "all"}
+    assert (found["clevr"]["n"], found["clevr"]["failures"]) == (7 * 14, 3 * 14)
+    listed = json.loads((out / "failures.json").read_text())["failures"]
+    told = " ".join(line["failure"] for line in listed)
+    for text in ("truncated", "there is no such file", "the file is empty", "caption 3 is empty"):
+        assert text in told
+    for name, data_ in whole.items():
+        (images / name).write_bytes(data_)
+    again = pipeline.run(*options)
+    assert re.search(r"need [\d,]+ U-Net", again.stderr)
+    assert "of 3 images" in again.stderr
+    found = {row["task"]: row for row in pipeline.rows(out) if row["group"] == "all"}
+    assert (found["clevr"]["n"], found["clevr"]["failures"]) == (10 * 14, 0)
+
+
+def test_unreadable_weights(tmp_path: Path) -> None:
+    """A cut-off weights file is a message that names the model, not a traceback."""
+    source = pipeline.ROOT / "diffitm" / "shapes" / "weights" / "diffusion"
+    model = shutil.copytree(source, tmp_path / "model")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = pipeline.run(
+        "--model", model, "--data", "shapes", "--scenes", 10, "--out", tmp_path / "out", code=2
+    )
+    assert f"error: --model '{model}' cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_actors_that_would_starve_the_readers(tmp_path: Path) -> None:
+    done = pipeline.run(
+        "--model", "shapes", "--data", "shapes", "--scenes", 10, "--out", tmp_path / "out",
+        "--actors", (os.cpu_count() or 1) + 1, code=2,
+    )  # fmt: skip
+    assert "leaves no processor for the readers" in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB; needs the right to mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("cannot mount a small file system here (needs root)")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_no_space_left(small_disk: Path, tmp_path: Path) -> None:
+    """A full disk ends the run with a message; with room again, the same command finishes."""
+    data = tmp_path / "data"
+    write_world(str(data), 10)
+    out = small_disk / "out"
+    options = ("--model", "shapes", "--data", data, "--tasks", "clevr", "--out", out)
+    options += ("--timesteps", 2)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"0" * (2 * 2**20 - 200 * 1024))
+    done = pipeline.run(*options, code=2)
+    assert "no space left" in done.stderr
+    ballast.unlink()
+    pipeline.run(*options)
+    table = pipeline.scores(out)
+    pairs = list(zip(table["image"].to_pylist(), table["text"].to_pylist(), strict=True))
+    assert len(pairs) == len(set(pairs)) > 0
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """A Ray cluster on loopback, as `ray start --head` gives it; yields the job address."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    env = pipeline.environment(RAY_USAGE_STATS_ENABLED="0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cpus = (os.cpu_count() or 1) + 2
+    start = [ray, "start", "--head", "--node-ip-address", "127.0.0.1", "--port", "0"]
+    start += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(port)]
+    start += ["--disable-usage-stats", "--num-cpus", str(cpus)]
+    subprocess.run(start, check=True, capture_output=True, text=True, env=env, timeout=120)
+    yield f"http://127.0.0.1:{port}"
+    subprocess.run([ray, "stop", "--force"], check=True, capture_output=True, env=env, timeout=120)
+
+
+def test_job_on_a_cluster(cluster: str, tmp_path: Path) -> None:
+    """`ray job submit` of the unchanged script does the same work on the cluster."""
+    out = tmp_path / "out"
+    ray = str(Path(sys.executable).with_name("ray"))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    submit = [ray, "job", "submit", "--address", cluster, "--working-dir", str(pipeline.ROOT), "--"]
+    submit += ["python", "pipelines/gdbench.py", "--model", "shapes", "--data", "shapes"]
+    submit += ["--scenes", "10", "--timesteps", "2", "--tasks", "winoground", "--out", str(out)]
+    done = subprocess.run(
+        submit, capture_output=True, text=True, timeout=400, env=pipeline.environment(PATH=path)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    assert {row["task"] for row in pipeline.rows(out)} == {"winoground"}
+    assert len(pipeline.scores(out)) == 60
+
+
+def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+    """Ctrl-C exits with 130 and one line."""
+    log, out = tmp_path / "log", tmp_path / "out"
+    options = ("--model", "shapes", "--data", "shapes", "--scenes", 20, "--out", out)
+    process = pipeline.start(*options, log=log)
+    deadline = time.monotonic() + pipeline.TIMEOUT
+    while not pipeline.committed(out):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    process.send_signal(2)
+    assert process.wait(120) == 130
+    assert "the same command goes on where it stopped" in log.read_text()
+    assert pipeline.committed(out)
