@@ -18,7 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,21 +40,10 @@ from tests.plain import Pair, Plain, list_pairs, published_timesteps
 TIMESTEPS = tuple(published_timesteps(10))
 BATCH_SIZES = (16, 32, 64, 128)
 PROBE = 1024  # forwards that tell how good a batch size is
-NAMES = {
-    "plain": "plain",
-    "plain alone": "plain, one process",
-    "ours whole": "ours, whole",
-    "ours": "ours, actors up",
-    "bare": "bare",
-}
-RATIOS = {
-    ("ours", "plain"): " (aim: at least 4)",
-    ("ours", "plain alone"): "",
-    ("ours", "bare"): " (aim: at least 0.9)",
-    ("ours whole", "bare"): "",
-}
-Span = tuple[float, float]  # when a job began and ended, seconds since the epoch
-worker: Worker  # in the processes of `plain` and `bare`
+PLAIN, WHOLE, OURS, BARE = "plain", "ours, whole", "ours, actors up", "bare"
+RATIOS = ((OURS, PLAIN), (OURS, BARE), (WHOLE, BARE))
+model: Plain  # in each process of `plain` and `bare`, which begin together at the start line
+start_line: Any
 
 
 @dataclass(frozen=True)
@@ -98,29 +87,22 @@ def make_table(root: str, images: int) -> Table:
     return Table(root, list(Flickr30kText().examples(root)), image)
 
 
-class Worker:
-    """The model in a process of its own, for `plain` and `bare`."""
+def plain(text: list[list[Pair]], image: list[list[Pair]]) -> None:
+    model.score(text, image_retrieval=False)
+    model.score(image, image_retrieval=True)
 
-    def __init__(self, folder: str, barrier: Any) -> None:
-        self.model, self.barrier = Plain(folder, TIMESTEPS), barrier
 
-    def plain(self, text: list[list[Pair]], image: list[list[Pair]]) -> None:
-        self.model.score(text, image_retrieval=False)
-        self.model.score(image, image_retrieval=True)
-
-    @torch.inference_mode()
-    def bare(self, forwards: int, images: int, texts: int, batch: int) -> None:
-        model = self.model
-        pixels = torch.zeros(batch, 3, model.side, model.side)
-        ids = torch.zeros(batch, model.tokenizer.model_max_length, dtype=torch.long)
-        steps, noised = torch.full((batch,), 500), model.noise[:batch]
-        hidden = model.text_encoder(ids).last_hidden_state
-        for size in batches(images, batch):
-            model.vae.encode(pixels[:size])
-        for size in batches(texts, batch):
-            model.text_encoder(ids[:size])
-        for size in batches(forwards, batch):
-            model.unet(noised[:size], steps[:size], hidden[:size])
+@torch.inference_mode()
+def bare(forwards: int, images: int, texts: int, batch: int) -> None:
+    pixels, noised = torch.zeros(batch, 3, model.side, model.side), model.noise[:batch]
+    ids = torch.zeros(batch, model.tokenizer.model_max_length, dtype=torch.long)
+    hidden, steps = model.text_encoder(ids).last_hidden_state, torch.full((batch,), 500)
+    for size in batches(images, batch):
+        model.vae.encode(pixels[:size])
+    for size in batches(texts, batch):
+        model.text_encoder(ids[:size])
+    for size in batches(forwards, batch):
+        model.unet(noised[:size], steps[:size], hidden[:size])
 
 
 def batches(total: int, size: int) -> list[int]:
@@ -128,48 +110,46 @@ def batches(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def start_worker(folder: str, barrier: Any) -> None:
-    global worker
-    worker = Worker(folder, barrier)
+def load(folder: str, barrier: Any) -> None:
+    global model, start_line
+    torch.set_num_threads(1)
+    model, start_line = Plain(folder, TIMESTEPS), barrier
 
 
-def work(job: str, arguments: tuple[Any, ...], threads: int, together: bool) -> Span:
-    """Run a worker's job; all processes begin at the same moment."""
-    torch.set_num_threads(threads)
-    if together:
-        worker.barrier.wait()
+def timed(job: Callable[..., None], *arguments: Any) -> tuple[float, float]:
+    """When the job began, which is at the same moment in all processes, and when it ended."""
+    start_line.wait()
     start = time.time()
-    getattr(worker, job)(*arguments)
+    job(*arguments)
     return start, time.time()
 
 
 class Workers:
-    """As many one-thread processes as there are actors, or one process with as many threads."""
+    """As many one-thread processes with the model as `ours` has actors."""
 
     def __init__(self, folder: str, processes: int) -> None:
         context = multiprocessing.get_context("spawn")
         arguments = (folder, context.Barrier(processes))
-        self.pool = ProcessPoolExecutor(processes, context, start_worker, arguments)
+        self.pool = ProcessPoolExecutor(processes, context, load, arguments)
         self.processes = processes
 
-    def seconds(self, job: str, *shards: Sequence[Any]) -> float:
-        """From the first start to the last end of `job` over the shards, one a process."""
-        threads, together = self.processes // len(shards), len(shards) == self.processes
-        futures = [self.pool.submit(work, job, tuple(s), threads, together) for s in shards]
+    def seconds(self, job: Callable[..., None], shards: Iterable[Sequence[Any]]) -> float:
+        """From the start to the last end of `job` over the shards, one a process."""
+        futures = [self.pool.submit(timed, job, *shard) for shard in shards]
         spans = [future.result() for future in futures]
         return max(end for _, end in spans) - min(start for start, _ in spans)
 
-    def plain(self, table: Table, images: int, processes: int) -> float:
+    def plain(self, table: Table, images: int) -> float:
         """Seconds of the published algorithm for the decisions of the first `images` images."""
         text, image = table.decisions(table.text[:images]), table.decisions(table.image[:images])
-        shards = [(text[i::processes], image[i::processes]) for i in range(processes)]
-        return self.seconds("plain", *shards)
-
-    def bare(self, forwards: int, images: int, texts: int, batch: int) -> float:
-        """Seconds of the bare model for this much work."""
         n = self.processes
-        parts = [[(total + i) // n for total in (forwards, images, texts)] for i in range(n)]
-        return self.seconds("bare", *([*part, batch] for part in parts))
+        return self.seconds(plain, ((text[i::n], image[i::n]) for i in range(n)))
+
+    def bare(self, batch: int, *work: int) -> float:
+        """Seconds of the bare model for this many forwards, images and texts."""
+        n = self.processes
+        shards = ([(total + i) // n for total in work] for i in range(n))
+        return self.seconds(bare, ([*shard, batch] for shard in shards))
 
 
 @dataclass(frozen=True)
@@ -197,7 +177,7 @@ class Ours:
         self.table, self.source = table, resolve(model)
 
     def seconds(self) -> tuple[float, float]:
-        """From the examples to the last stored score: all of it, and since the first actor was up."""
+        """From the examples to the last stored score: all, and since an actor was up."""
         from diffitm.distributed.score import score
 
         with tempfile.TemporaryDirectory() as out:
@@ -218,30 +198,25 @@ class Ours:
             return end - start, end - min(float(stamp.name) for stamp in stamps.iterdir())
 
 
-def measure(table: Table, workers: Workers, ours: Ours, plain_images: int, rounds: int,
-            batch: int) -> dict[str, list[float]]:  # fmt: skip
-    """(pair, timestep)s a second of every way in every round, in alternating order."""
-    rates: dict[str, list[float]] = {name: [] for name in NAMES}
-    share = plain_images / len(table.text)
+def one_round(
+    table: Table, workers: Workers, ours: Ours, plain_images: int, batch: int, backwards: bool
+) -> dict[str, float]:
+    """(pair, timestep)s a second of every way."""
+    seconds: dict[str, float] = {}
 
-    def plain() -> None:
-        for name, processes in (("plain", workers.processes), ("plain alone", 1)):
-            seconds = workers.plain(table, plain_images, processes)
-            rates[name].append(table.pair_steps * share / seconds)
+    def run_plain() -> None:
+        share = plain_images / len(table.text)
+        seconds[PLAIN] = workers.plain(table, plain_images) / share
 
-    def through_ray() -> None:
-        for name, seconds in zip(("ours whole", "ours"), ours.seconds(), strict=True):
-            rates[name].append(table.pair_steps / seconds)
+    def run_ours() -> None:
+        seconds[WHOLE], seconds[OURS] = ours.seconds()
 
-    def bare() -> None:
-        seconds = workers.bare(table.forwards, len(table.text), table.texts, batch)
-        rates["bare"].append(table.pair_steps / seconds)
+    def run_bare() -> None:
+        seconds[BARE] = workers.bare(batch, table.forwards, len(table.text), table.texts)
 
-    jobs: list[Callable[[], None]] = [plain, through_ray, bare]
-    for number in range(rounds):
-        for job in jobs if number % 2 == 0 else reversed(jobs):
-            job()
-    return rates
+    for job in (run_bare, run_ours, run_plain) if backwards else (run_plain, run_ours, run_bare):
+        job()
+    return {name: table.pair_steps / taken for name, taken in seconds.items()}
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -252,9 +227,7 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Times scoring in three ways; see README.md.")
     parser.add_argument("--model", default="shapes", help="shapes or a diffusers folder")
     parser.add_argument("--images", type=int, default=200, help="images of the table, 10 or more")
     parser.add_argument("--plain-images", type=int, default=8, help="images that plain does")
@@ -268,47 +241,30 @@ def main() -> None:
         ours = Ours(table, args.model)
         folder = str(SHAPES / "diffusion") if args.model == "shapes" else args.model
         workers = Workers(folder, ours.pool.min_actors)
-        workers.bare(PROBE, PROBE, PROBE, BATCH_SIZES[0])  # warms up
-        probes = {size: PROBE / workers.bare(PROBE, 0, 0, size) for size in BATCH_SIZES}
+        workers.bare(BATCH_SIZES[0], PROBE, PROBE, PROBE)  # warms up
+        probes = {size: PROBE / workers.bare(size, PROBE, 0, 0) for size in BATCH_SIZES}
         batch = max(probes, key=lambda size: probes[size])
-        rates = measure(table, workers, ours, args.plain_images, args.rounds, batch)
-    ratios = {
-        f"{top}/{bottom}": [b / a for b, a in zip(rates[top], rates[bottom], strict=True)]
-        for top, bottom in RATIOS
-    }
-    result = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
-        f"{workers.processes} processes of one thread",
-        "options": vars(args),
-        "forwards": table.forwards,
-        "pair_steps": table.pair_steps,
-        "ray_start_seconds": ours.start_seconds,
-        "bare_batches": probes,
-        "pair_steps_per_second": rates,
-        "ratios": ratios,
-    }
-    show(result, batch)
-    if args.out:
-        storage.write_text(args.out, json.dumps(result, indent=2))
-
-
-def show(result: dict[str, Any], batch: int) -> None:
-    """Print medians and ranges."""
-    forwards = result["forwards"] / result["pair_steps"]
-    # Half of plain's pairs are image retrieval's, whose unconditional error is a forward more.
-    each = dict.fromkeys(NAMES, forwards) | {"plain": 1.5, "plain alone": 1.5}
-    print(result["machine"])
-    print(f"{result['options']['images']} images, {result['pair_steps']} (pair, timestep)s")
-    probes = ", ".join(f"{size}: {rate:.0f}" for size, rate in result["bare_batches"].items())
-    print(f"bare U-Net forwards/s by batch size: {probes}; taken: {batch}")
-    print(f"Ray's start, in no figure below: {result['ray_start_seconds']:.1f} s")
+        rounds = [
+            one_round(table, workers, ours, args.plain_images, batch, backwards=k % 2 == 1)
+            for k in range(args.rounds)
+        ]
+    machine = f"{os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}"
+    print(f"{machine}, {workers.processes} processes of one thread")
+    print(f"{args.images} images, {table.pair_steps} (pair, timestep)s, {table.forwards} forwards")
+    print("bare U-Net forwards/s by batch size:", {size: round(r) for size, r in probes.items()})
+    print(f"Ray's start, in no figure below: {ours.start_seconds:.1f} s")
     print(f"{'':34}{'(pair, timestep)/s':>24}{'forwards/s':>24}")
-    for name, what in NAMES.items():
-        rates = result["pair_steps_per_second"][name]
-        print(f"{what:34}{spread(rates):>24}{spread([each[name] * r for r in rates]):>24}")
-    for (top, bottom), aim in RATIOS.items():
-        values = result["ratios"][f"{top}/{bottom}"]
-        print(f"{NAMES[top]} / {NAMES[bottom]}: {spread(values, 2)}{aim}")
+    for name in (PLAIN, WHOLE, OURS, BARE):
+        # Half of plain's pairs are image retrieval's, whose unconditional error is one more.
+        each = 1.5 if name == PLAIN else table.forwards / table.pair_steps
+        rates = [found[name] for found in rounds]
+        print(f"{name:34}{spread(rates):>24}{spread([each * rate for rate in rates]):>24}")
+    for top, bottom in RATIOS:
+        print(f"{top} / {bottom}: {spread([found[top] / found[bottom] for found in rounds], 2)}")
+    if args.out:
+        result = {"machine": machine, "options": vars(args), "forwards": table.forwards}
+        result |= {"bare_batches": probes, "pair_steps_per_second": rounds}
+        storage.write_text(args.out, json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ BAD_INPUT, INTERRUPTED = 2, 130
 def main(config: type[C], run: Callable[[C], None], description: str | None) -> None:
     """Parse the command line and run; exits 2 for bad input, 130 when interrupted."""
     logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
     )
     logging.getLogger("diffitm").setLevel(logging.INFO)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

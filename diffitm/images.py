@@ -33,7 +33,9 @@ def load(root: str, reference: str) -> tuple[Image.Image, str]:
         left, top, width, height = crop
         inside = 0 <= left < image.width and 0 <= top < image.height and min(width, height) > 0
         if not inside:
-            raise ValueError(f"crop {crop} lies outside of the image ({image.width}x{image.height})")
+            raise ValueError(
+                f"crop {crop} lies outside of the image ({image.width}x{image.height})"
+            )
         image = image.crop((left, top, left + width, top + height))
     return image, hashlib.sha256(data).hexdigest()
 

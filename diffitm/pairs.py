@@ -43,7 +43,9 @@ class WorkTable:
     pairs: int
 
 
-def write_examples(task: str, examples: Iterable[Example], uri: str, limit: int | None) -> tuple[int, str]:
+def write_examples(
+    task: str, examples: Iterable[Example], uri: str, limit: int | None
+) -> tuple[int, str]:
     """Stream a task's examples to one Parquet file; `limit` keeps that many, evenly spread.
 
     An example with an empty caption is written as a failure. Returns how many were written and a

@@ -14,7 +14,16 @@ from typing import Any
 
 import diffitm
 
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "ray", "pyarrow", "numpy")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "open_clip_torch",
+    "ray",
+    "pyarrow",
+    "numpy",
+)
 
 
 def fingerprint(value: Any) -> str:

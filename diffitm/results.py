@@ -83,12 +83,11 @@ def evaluate(examples: dict[str, str], stores: list[Store], error: str = "l2") -
         for name, uri in examples.items():
             task: Task = registry.find(registry.TASKS, name, "task")()
             by_score, failed = _credits(task, uri, store, error)
-            kinds = {"store": store, "task": name}
             out.failures += [{"model": store.model, "task": name, **line} for line in failed]
             for score, found in by_score.items():
-                out.rows += _rows(found, score, len(failed), **kinds)
+                out.rows += _rows(found, score, len(failed), store, name)
             if "normalised" in by_score:
-                out.comparisons += _compare(by_score, **kinds)
+                out.comparisons += _compare(by_score, store, name)
     return out
 
 
@@ -120,8 +119,8 @@ def _credits(
             found.groups.append(example.groups)
             found.chance.append(task.chance(example))
             found.credits.append(credits)
-            if kind != "normalised" and not np.isfinite(values).all():
-                failed.append({"example": example.id, "failure": "a score is not finite"})
+        if not all(np.isfinite(values).all() for values in scores.values()):
+            failed.append({"example": example.id, "failure": "a score is not finite"})
     return by_score, failed
 
 
@@ -264,5 +263,7 @@ def present(root: str, uri: str, tries: int = 8) -> str | None:
     from diffitm.images import split_crop
 
     head = ds.Scanner.from_dataset(examples_dataset([uri]), columns=["images"]).head(tries)
-    paths = [storage.join(root, split_crop(i)[0]) for line in head.to_pylist() for i in line["images"]]
+    paths = [
+        storage.join(root, split_crop(i)[0]) for line in head.to_pylist() for i in line["images"]
+    ]
     return None if not paths or any(storage.exists(path) for path in paths) else paths[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffitm.matching.plan import make_plan
 from diffitm.matching.scorer import DenoiserScorer, Scorer
 from diffitm.models.load import Source, load_denoiser, lora_digest
+
+if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
+    from diffitm.models.clip import ClipSource
 
 SCORE_VERSION = 1  # grows when the same settings would give other scores
 
@@ -63,7 +66,7 @@ class DiffusionSpec:
 class ClipSpec:
     """A CLIP on the images below `root`."""
 
-    source: Any  # models.clip.ClipSource; open_clip is imported only where CLIP is used
+    source: ClipSource
     root: str
     batch_size: int = 64
     cost = 1

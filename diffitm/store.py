@@ -52,7 +52,9 @@ def open_store(out: str, model: str, config: dict[str, Any]) -> Store:
     note = storage.join(uri, "_config.json")
     if not storage.exists(note):
         if storage.files(uri, ".parquet"):
-            raise InputError(f"{uri} holds scores but no _config.json: move it away or restore the file")
+            raise InputError(
+                f"{uri} holds scores but no _config.json: move it away or restore the file"
+            )
         storage.write_text(note, json.dumps({"model": model, **config}, indent=2))
         return Store(uri, model, config)
     store = read_store(uri)

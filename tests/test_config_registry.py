@@ -118,7 +118,9 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     path = yaml(tmp_path, "bach_size: 3\nname: 3\n")
     found = problems(["--config", path, "--shar", "1", "--dtype", "fp8"]).splitlines()
     assert len(found) == 4
-    assert found[0].startswith("unknown option '--shar'; did you mean '--share'? Known: --batch-size")
+    assert found[0].startswith(
+        "unknown option '--shar'; did you mean '--share'? Known: --batch-size"
+    )
     assert "unknown key 'bach_size'; did you mean 'batch_size'? Known: batch_size" in found[1]
     assert path in found[1]
     assert set(found[2:]) == {"name: 3 is not text", "dtype: 'fp8' is not one of auto, fp32"}

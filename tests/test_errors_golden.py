@@ -25,7 +25,9 @@ def plan(golden: Golden) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def errors(golden: Golden, golden_sd: StableDiffusion, golden_texts: list[str], plan: Plan) -> Errors:
+def errors(
+    golden: Golden, golden_sd: StableDiffusion, golden_texts: list[str], plan: Plan
+) -> Errors:
     """All 3 images x (3 captions and the empty text), from pixels to errors."""
     latents = golden_sd.encode_images(torch.from_numpy(golden["pixels"]))
     return pair_errors(golden_sd, latents, golden_sd.encode_texts(golden_texts), plan, PAIRS)

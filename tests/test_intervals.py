@@ -48,6 +48,15 @@ def test_correlated_clusters_widen_the_interval() -> None:
     assert low < naive_low < naive_high < high
 
 
+def test_clusters_that_are_all_alike_claim_no_certainty() -> None:
+    """Nothing to resample: as wide as that many independent examples, not a point."""
+    values, clusters = np.ones(12), np.repeat(np.arange(3), 4)
+    assert interval(values, clusters) == pytest.approx(wilson(3, 3))
+    low, high = interval(np.full(8, 0.5), alone(8))
+    assert low < 0.25
+    assert high > 0.75
+
+
 def test_clusters_need_not_be_sorted_or_equal() -> None:
     """The mean of examples, not of cluster means; the order of the examples does not matter."""
     values = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])

@@ -46,7 +46,9 @@ def test_interrupted_write_leaves_the_old_file_alone(
 @pytest.mark.parametrize("kind", ["path", "file://", "memory://"])
 def test_round_trip(tmp_path: Path, kind: str) -> None:
     """The same calls on a plain path, pyarrow's file system and fsspec's."""
-    root = {"path": str(tmp_path), "file://": tmp_path.as_uri(), "memory://": "memory://round"}[kind]
+    root = {"path": str(tmp_path), "file://": tmp_path.as_uri(), "memory://": "memory://round"}[
+        kind
+    ]
     path = storage.join(root, "a", "b.bin")
     assert not storage.exists(path)
     assert storage.files(storage.join(root, "a")) == []
@@ -111,9 +113,9 @@ def test_store_of_another_configuration_lies_elsewhere(tmp_path: Path) -> None:
 
 
 def test_store_refuses_scores_of_another_configuration(tmp_path: Path) -> None:
-    """An edited config.json is noticed; the message names every field that differs."""
+    """An edited _config.json is noticed; the message names every field that differs."""
     store = open_store(str(tmp_path), "m", DIFFUSION)
-    note = Path(store.uri) / "config.json"
+    note = Path(store.uri) / "_config.json"
     content = json.loads(note.read_text())
     del content["protocol"]
     note.write_text(json.dumps({**content, "seed": 5}))
@@ -124,8 +126,8 @@ def test_store_refuses_scores_of_another_configuration(tmp_path: Path) -> None:
 def test_scores_without_a_config_are_not_taken(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), "m", DIFFUSION)
     write_scores(store, [score_row("a", "x", [1.0])])
-    (Path(store.uri) / "config.json").unlink()
-    with pytest.raises(InputError, match=r"holds scores but no config\.json"):
+    (Path(store.uri) / "_config.json").unlink()
+    with pytest.raises(InputError, match=r"holds scores but no _config\.json"):
         open_store(str(tmp_path), "m", DIFFUSION)
     with pytest.raises(InputError, match="is not the config of a score store"):
         read_store(store.uri)
@@ -232,7 +234,7 @@ def test_many_texts_are_split(tmp_path: Path) -> None:
 
 def test_texts_are_pairs_of_their_own_whatever_they_hold(tmp_path: Path) -> None:
     """Quotes, other scripts and differences in case or in blanks are kept apart."""
-    texts = ("It's \"so\"", "Ein Bär", "ein bär", "ein bär ", "猫; DROP TABLE p", "a\nb")
+    texts = ('It\'s "so"', "Ein Bär", "ein bär", "ein bär ", "猫; DROP TABLE p", "a\nb")
     uri = written(tmp_path, "one", text_example("0", "a", *texts))
     store = open_store(str(tmp_path), "m", DIFFUSION)
     rows = work_rows(pairs.write_work([uri], store, str(tmp_path / "work.parquet")))
@@ -460,21 +462,15 @@ def test_normalised_score_mends_the_naive_one(tmp_path: Path) -> None:
 
 def winoground_rows(image: int, errors: tuple[float, float], ease: float) -> list[dict[str, Any]]:
     texts = zip(("c0", "c1"), errors, strict=True)
-    return [score_row(f"i{image}", t, [e]) for t, e in texts] + [
-        score_row(f"i{image}", "", [ease])
-    ]
+    return [score_row(f"i{image}", t, [e]) for t, e in texts] + [score_row(f"i{image}", "", [ease])]
 
 
 def test_winoground_by_hand(tmp_path: Path) -> None:
     """Text right; naive image wrong because image 1 is easy; normalised image and group right."""
-    example = Example(
-        "0", ("i0", "i1"), ("c0", "c1"), "both", groups={"collapsed_tag": "Object"}
-    )
+    example = Example("0", ("i0", "i1"), ("c0", "c1"), "both", groups={"collapsed_tag": "Object"})
     uri = written(tmp_path, "winoground", example)
     store = open_store(str(tmp_path), "m", DIFFUSION)
-    write_scores(
-        store, winoground_rows(0, (8.0, 9.0), 10.0) + winoground_rows(1, (4.0, 2.0), 5.0)
-    )
+    write_scores(store, winoground_rows(0, (8.0, 9.0), 10.0) + winoground_rows(1, (4.0, 2.0), 5.0))
     rows = rows_by(results.evaluate({"winoground": uri}, [store]))
     found = {key: row.value for key, row in rows.items() if key[0] == "all"}
     assert found == {

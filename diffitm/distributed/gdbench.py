@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from diffitm import pairs, registry, storage
 from diffitm.config import option
 from diffitm.errors import InputError
 from diffitm.matching.plan import plan_timesteps
-from diffitm.models.load import resolve
+from diffitm.models.load import Source, resolve
 from diffitm.provenance import fingerprint, record
 from diffitm.report.html import write_report
 from diffitm.report.terminal import print_results
@@ -19,7 +19,18 @@ from diffitm.results import evaluate, present, write_results
 from diffitm.scorers import ClipSpec, DiffusionSpec, Spec
 from diffitm.store import Store, open_store, read_store
 
+if TYPE_CHECKING:
+    from diffitm.distributed.session import Pool
+    from diffitm.models.clip import ClipSource
+
 log = logging.getLogger("diffitm")
+
+
+class Examples(NamedTuple):
+    """A task's examples as written: the file, and what identifies its content."""
+
+    uri: str
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,9 @@ class Config:
     )
     resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
     latents: Literal["mean", "sample"] = option("mean", "posterior mean, or one seeded sample")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: fp16 on a GPU, else fp32")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto: fp16 on a GPU, else fp32"
+    )
     variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
     lora: str | None = option(None, "LoRA weights for the diffusion models' U-Net")
     limit: int | None = option(None, "at most this many examples a task, evenly spread")
@@ -50,8 +63,12 @@ class Config:
     actors: int | None = option(None, "scoring actors (default: one a GPU, else one a processor)")
     max_actors: int | None = option(None, "let the pool grow to this many")
     cpus_per_actor: float = option(1.0, "processors (and threads) of an actor")
-    gpus_per_actor: float | None = option(None, "GPU share of an actor (default: 1 if there are any)")
-    ray: str | None = option(None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)")
+    gpus_per_actor: float | None = option(
+        None, "GPU share of an actor (default: 1 if there are any)"
+    )
+    ray: str | None = option(
+        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
+    )
     report_only: bool = option(False, "recompute everything from OUT's scores, without a model")
 
 
@@ -62,11 +79,10 @@ def run(config: Config) -> None:
     """
     out = storage.absolute(config.out)
     if config.report_only:
-        examples, stores = _read_run(out, config)
-        _finish(config, out, examples, stores)
+        _finish(config, out, *_read_run(out, config))
         return
     timesteps = _check(config)
-    sources = [resolve(name) for name in config.model]
+    sources = [resolve(name) for name in dict.fromkeys(config.model)]
     clips = _clip_sources(config.clip)
     root = _data_root(config, out)
     examples = _write_examples(config, root, out)
@@ -78,28 +94,31 @@ def run(config: Config) -> None:
         config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
     )
     dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
-    specs: list[Spec] = [
-        DiffusionSpec(
-            source=source,
-            root=root,
-            protocol=config.protocol,
-            timesteps=timesteps,
-            seed=config.seed,
-            dtype=dtype,
-            resize=config.resize,
-            latent_seed=config.seed if config.latents == "sample" else None,
-            variant=config.variant,
-            lora=config.lora,
-            batch_size=config.batch_size,
-        )
-        for source in sources
-    ]
+    specs: list[Spec] = [_diffusion(config, s, root, timesteps, dtype) for s in sources]
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
     stores = [open_store(out, _label(spec), spec.store_config()) for spec in specs]
     _write_run(out, examples, stores)
     for spec, store in zip(specs, stores, strict=True):
         _score(spec, store, examples, out, pool)
-    _finish(config, out, {name: uri for name, (uri, _) in examples.items()}, stores)
+    _finish(config, out, {name: found.uri for name, found in examples.items()}, stores)
+
+
+def _diffusion(
+    config: Config, source: Source, root: str, timesteps: tuple[int, ...], dtype: str
+) -> DiffusionSpec:
+    return DiffusionSpec(
+        source=source,
+        root=root,
+        protocol=config.protocol,
+        timesteps=timesteps,
+        seed=config.seed,
+        dtype=dtype,
+        resize=config.resize,
+        latent_seed=config.seed if config.latents == "sample" else None,
+        variant=config.variant,
+        lora=config.lora,
+        batch_size=config.batch_size,
+    )
 
 
 def _label(spec: Spec) -> str:
@@ -134,12 +153,12 @@ def _check(config: Config) -> tuple[int, ...]:
     return tuple(timesteps)
 
 
-def _clip_sources(names: list[str]) -> list[object]:
+def _clip_sources(names: list[str]) -> list[ClipSource]:
     if not names:
         return []
     from diffitm.models.clip import resolve_clip
 
-    return [resolve_clip(name) for name in names]
+    return [resolve_clip(name) for name in dict.fromkeys(names)]
 
 
 def _data_root(config: Config, out: str) -> str:
@@ -155,8 +174,8 @@ def _data_root(config: Config, out: str) -> str:
     return root
 
 
-def _write_examples(config: Config, root: str, out: str) -> dict[str, tuple[str, str]]:
-    """Task -> (examples file, what identifies its examples). Raises InputError for missing data."""
+def _write_examples(config: Config, root: str, out: str) -> dict[str, Examples]:
+    """The examples of every task. Raises InputError for missing data."""
     found = {}
     for name in dict.fromkeys(config.tasks):
         task = registry.find(registry.TASKS, name, "task")()
@@ -168,29 +187,31 @@ def _write_examples(config: Config, root: str, out: str) -> dict[str, tuple[str,
         if absent is not None:
             raise InputError(f"task {name} needs its images, such as {absent} (from {task.source})")
         log.info("%s: %s examples", name, f"{count:,}")
-        found[name] = (uri, f"{name}-{task.version}-{digest}")
+        found[name] = Examples(uri, f"{name}-{task.version}-{digest}")
     return found
 
 
-def _score(
-    spec: Spec, store: Store, examples: dict[str, tuple[str, str]], out: str, pool: object
-) -> None:
+def _score(spec: Spec, store: Store, examples: dict[str, Examples], out: str, pool: Pool) -> None:
     """Score the pairs that the store lacks; an interrupted run of the same examples goes on."""
     from diffitm.distributed.score import score
 
-    base = storage.join(out, "work", store.name, fingerprint(sorted(d for _, d in examples.values()))[:12])
+    base = storage.join(
+        out, "work", store.name, fingerprint(sorted(e.identity for e in examples.values()))[:12]
+    )
     number = 0
     while storage.exists(storage.join(f"{base}-{number}", "done")):
         number += 1
     folder = f"{base}-{number}"
     table, checkpoint = storage.join(folder, "work.parquet"), storage.join(folder, "checkpoint")
     if storage.exists(storage.join(folder, "pairs.json")):
-        work = pairs.WorkTable(table, **json.loads(storage.read_text(storage.join(folder, "pairs.json"))))
+        work = pairs.WorkTable(
+            table, **json.loads(storage.read_text(storage.join(folder, "pairs.json")))
+        )
         rows, left = pairs.remaining(table, checkpoint)
         log.info("%s: going on where it stopped, %s of %s pairs done", store.model,
                  f"{work.pairs - left:,}", f"{work.pairs:,}")  # fmt: skip
     else:
-        work = pairs.write_work([uri for uri, _ in examples.values()], store, table)
+        work = pairs.write_work([e.uri for e in examples.values()], store, table)
         storage.write_text(
             storage.join(folder, "pairs.json"), json.dumps({"rows": work.rows, "pairs": work.pairs})
         )
@@ -207,7 +228,7 @@ def _score(
              f"{done.forwards:,}", f"{done.failures:,}")  # fmt: skip
 
 
-def _write_run(out: str, examples: dict[str, tuple[str, str]], stores: list[Store]) -> None:
+def _write_run(out: str, examples: dict[str, Examples], stores: list[Store]) -> None:
     """What --report-only needs to find."""
     run = {"tasks": list(examples), "stores": [store.name for store in stores]}
     storage.write_text(storage.join(out, "run.json"), json.dumps(run, indent=2))
@@ -233,7 +254,10 @@ def _finish(config: Config, out: str, examples: dict[str, str], stores: list[Sto
     if error == "auto":
         error = "l2" if config.protocol == "diffusionitm" else "mse"
     evaluation = evaluate(examples, stores, error)
-    provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}, "error": error}
+    provenance = record(asdict(config)) | {
+        "stores": {s.name: s.config for s in stores},
+        "error": error,
+    }
     results = write_results(evaluation, provenance, out)
     report = write_report(evaluation, provenance, out)
     print_results(evaluation)

@@ -44,7 +44,6 @@ class Done:
     rate: float = 0.0
 
 
-@ray.remote(num_cpus=0)
 class Counter:
     """Adds up what the actors report, for the progress lines."""
 
@@ -97,7 +96,7 @@ def score(spec: Spec, work: pairs.WorkTable, store: Store, checkpoint: str, pool
     rows_left, pairs_left = pairs.remaining(work.uri, checkpoint)
     if rows_left == 0:
         return Done()
-    counter = Counter.remote()
+    counter = ray.remote(num_cpus=0)(Counter).remote()
     table = ray.data.read_parquet(path, filesystem=found)
     table.context.enable_progress_bars = False
     table.context.checkpoint_config = _checkpoint(checkpoint)

@@ -70,7 +70,9 @@ def choose_pool(
         fitting = total.get("GPU", 0) / gpus if gpus else free / cpus
         actors = max(1, int(fitting))
     if actors < 1 or (max_actors is not None and max_actors < actors):
-        raise InputError(f"--actors {actors} to --max-actors {max_actors}: must be 1 or more, rising")
+        raise InputError(
+            f"--actors {actors} to --max-actors {max_actors}: must be 1 or more, rising"
+        )
     if gpus == 0 and actors * cpus > free:
         raise InputError(
             f"--actors {actors} x --cpus-per-actor {cpus:g} leaves no processor for the readers: "

@@ -63,7 +63,9 @@ def plan_timesteps(protocol: str, count: int, seed: int = 0, total: int = 1000) 
 def standard_noise(positions: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     """The first `positions` slices of torch.randn(1000, C, h, w) from a CPU generator, float32."""
     if positions > NOISE_TABLE:
-        raise InputError(f"timesteps: {positions} is out of range, the noise table has {NOISE_TABLE}")
+        raise InputError(
+            f"timesteps: {positions} is out of range, the noise table has {NOISE_TABLE}"
+        )
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(NOISE_TABLE, *shape, generator=generator)[:positions].clone()
 

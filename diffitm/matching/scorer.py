@@ -75,7 +75,12 @@ class DenoiserScorer:
         place = {text: t for t, text in enumerate(texts)}
         pairs = [(g, place[text]) for g, i in enumerate(good) for text in rows[i].texts]
         errors = pair_errors(
-            self.denoiser, latents, self.texts(texts), self.plan, torch.tensor(pairs), self.batch_size
+            self.denoiser,
+            latents,
+            self.texts(texts),
+            self.plan,
+            torch.tensor(pairs),
+            self.batch_size,
         )
         values = {name: getattr(errors, name).numpy() for name in ("l2", "l1", "huber")}
         scored = []

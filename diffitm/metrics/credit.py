@@ -58,7 +58,7 @@ def winoground(scores: np.ndarray) -> dict[str, Credit]:
 
 def _ranks(scores: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
     """Ranks [2, 2] of the scores, ties broken by `order`."""
-    return np.lexsort((order, scores.ravel())).argsort().reshape(2, 2)
+    return np.lexsort((np.array(order), scores.ravel())).argsort().reshape(2, 2)
 
 
 def winoground_chance() -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from torch import Tensor
@@ -39,7 +40,9 @@ def resolve_clip(name: str) -> ClipSource:
     if folder.is_dir():
         if not (folder / "open_clip_config.json").is_file():
             raise InputError(f"--clip {name!r}: the folder has no open_clip_config.json")
-        weights = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt")]
+        weights = [
+            p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt")
+        ]
         # 'shapes' is found again on every machine; other folders are used where they are.
         where = "shapes" if name == "shapes" else f"local-dir:{folder.absolute()}"
         return ClipSource(name, where, None, _digest([folder / "open_clip_config.json", *weights]))
@@ -114,7 +117,7 @@ class ClipScorer:
         chunks = range(0, len(pixels), self.batch_size)
         stacked = (torch.stack(pixels[i : i + self.batch_size]) for i in chunks)
         embedded = iter([row for chunk in stacked for row in self.encode_images(chunk)])
-        similarities = []
+        similarities: list[np.ndarray | None] = []
         for row, item in zip(rows, loaded, strict=True):
             if item.failure is not None:
                 similarities.append(None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from diffitm import registry
 from diffitm.errors import InputError
@@ -40,7 +41,9 @@ def resolve(name: str) -> Source:
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
-            raise InputError(f"--model {name!r}: the folder has no model_index.json (diffusers layout)")
+            raise InputError(
+                f"--model {name!r}: the folder has no model_index.json (diffusers layout)"
+            )
         missing = [part for part in _PARTS if not (folder / part).is_dir()]
         if missing:
             raise InputError(f"--model {name!r}: the folder lacks {', '.join(missing)}")
@@ -70,7 +73,7 @@ def load_denoiser(
     folder = str(SHAPES / "diffusion") if source.location == "shapes" else source.location
     try:
         denoiser = build(folder, DTYPES[dtype], device, source.revision, variant)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"--model {source.name!r} cannot be loaded: {error}") from error
     if lora is not None:
         tensors, scale = read_lora(lora)
@@ -86,7 +89,7 @@ def lora_digest(path: str) -> str:
 def _family(index: Path, name: str) -> str:
     try:
         return str(json.loads(index.read_text())["_class_name"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"--model {name!r}: model_index.json names no _class_name") from error
 
 
@@ -102,7 +105,11 @@ def _digest(folder: Path) -> str:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(name, "model_index.json"))
@@ -111,4 +118,6 @@ def _from_hub(name: str) -> Path:
     except RepositoryNotFoundError as error:
         raise InputError(f"--model {name!r}: there is no such model on the Hub") from error
     except (LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"--model {name!r}: no such folder, and the Hub gave none: {error}") from error
+        raise InputError(
+            f"--model {name!r}: no such folder, and the Hub gave none: {error}"
+        ) from error

@@ -6,9 +6,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffitm.errors import InputError
@@ -48,18 +49,29 @@ def lora_file(path: str) -> Path:
 
 
 def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
-    """The tensors of a LoRA file, and the scale (alpha / r) that its config or metadata states."""
+    """The tensors of a LoRA file, and the scale (alpha / r) that its config or metadata states.
+
+    Raises InputError if there is no such file, it cannot be read or is no plain LoRA.
+    """
     file = lora_file(path)
+    try:
+        tensors, settings = _read(file)
+    except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise InputError(f"--lora: {file} cannot be read: {error}") from error
+    return tensors, _stated_scale(settings, file)
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     beside = file.parent / "adapter_config.json"
     settings = json.loads(beside.read_text()) if beside.is_file() else {}
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         settings = settings or {k.removeprefix("unet."): v for k, v in metadata.items()}
     else:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    return tensors, _stated_scale(settings, file)
+    return tensors, settings
 
 
 def _stated_scale(settings: dict[str, object], file: Path) -> float | None:

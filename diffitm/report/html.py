@@ -75,7 +75,8 @@ def _table(table: list[Line], names: list[str]) -> str:
         cells.append(percent(line.chance))
         columns_ = "".join(f"<td>{html.escape(text)}</td>" for text in cells)
         body.append(f'<tr class="{"all" if line.group == "all" else "group"}">{columns_}</tr>')
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="wide"><table>{inner}</table></div>'
 
 
 def _comparisons(evaluation: Evaluation) -> str:
@@ -98,7 +99,9 @@ def _failures(evaluation: Evaluation) -> str:
     ]
     listed = "".join(f"<li>{html.escape(item)}</li>" for item in items)
     count = len(evaluation.failures)
-    return f"<h2>Failures</h2><p>{count} examples, all of them in failures.json.</p><ul>{listed}</ul>"
+    return (
+        f"<h2>Failures</h2><p>{count} examples, all of them in failures.json.</p><ul>{listed}</ul>"
+    )
 
 
 def _chart(table: list[Line], names: list[str]) -> str:
@@ -121,9 +124,12 @@ def _chart(table: list[Line], names: list[str]) -> str:
         axes.bar(at, values, width * 0.92, color=COLOURS[i % len(COLOURS)], label=name,
                  yerr=[low, high], capsize=2, ecolor="#333", error_kw={"lw": 1})  # fmt: skip
     for x, line in enumerate(table):
-        axes.hlines(100 * line.chance, x - 0.42, x + 0.42, colors="#000", linestyles=":", lw=1.2,
-                    label="chance" if x == 0 else None)  # fmt: skip
-    axes.set_xticks(range(len(table)), [f"{line.task}\n{line.metric}" for line in table], fontsize=8)
+        label = "chance" if x == 0 else "_again"  # matplotlib leaves out labels that start with _
+        level = 100 * line.chance
+        axes.hlines(level, x - 0.42, x + 0.42, colors="#000", linestyles=":", lw=1.2, label=label)
+    axes.set_xticks(
+        range(len(table)), [f"{line.task}\n{line.metric}" for line in table], fontsize=8
+    )
     axes.set_ylim(0, 105)
     axes.set_ylabel("accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)

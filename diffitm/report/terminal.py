@@ -33,11 +33,13 @@ def print_results(evaluation: Evaluation) -> None:
     console.print(table)
     if any(row.score == "conditional" for row in evaluation.rows):
         console.print("= : one image against several texts, where normalising changes no decision")
-    for line in evaluation.comparisons:
-        points = 100 * line.difference
+    for test in evaluation.comparisons:
+        points = 100 * test.difference
         console.print(
-            f"{line.model}, {line.task} {line.metric}: normalised is {points:+.1f} points against "
-            f"naive ({p_text(line.p)}, {line.n} examples, paired)"
+            f"{test.model}, {test.task} {test.metric}: normalised is {points:+.1f} points against "
+            f"naive ({p_text(test.p)}, {test.n} examples, paired)"
         )
     ties = sum(row.ties for row in evaluation.rows if row.group == "all")
-    console.print(f"ties {ties} (each counts its expected value), failures {len(evaluation.failures)}")
+    console.print(
+        f"ties {ties} (each counts its expected value), failures {len(evaluation.failures)}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
     for word in vocabulary():
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
-            known = next((p for p in merges if p in zip(pieces, pieces[1:], strict=False)), None)
+            known = next((p for p in merges if p in itertools.pairwise(pieces)), None)
             pair = known or (pieces[0], pieces[1])
             if known is None:
                 merges.append(pair)
@@ -117,7 +118,11 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_scheduler() -> DDPMScheduler:
     return DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
     )
 
 

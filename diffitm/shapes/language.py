@@ -62,8 +62,8 @@ class Caption:
             return any(self.place is None or _placed(thing, self.place) for thing in found)
         if len(things) != 2:
             return False
-        orders = (((things[0], things[1]), scene.relation()),)
-        orders += (((things[1], things[0]), OPPOSITE[scene.relation() or "left"]),)
+        seen = scene.relation() or "left"
+        orders = ((things, seen), (things[::-1], OPPOSITE[seen]))
         return any(
             self.relation in (None, relation)
             and all(m.fits(t) for m, t in zip(self.mentions, order, strict=True))
@@ -127,7 +127,9 @@ def turned(caption: Caption, rng: np.random.Generator) -> Caption:
 def replaced(caption: Caption, attribute: str, scene: Scene, rng: np.random.Generator) -> Caption:
     """Give one mention a colour or shape that nothing in the scene has."""
     known = list(COLOURS) if attribute == "colour" else list(SHAPES)
-    absent = [value for value in known if value not in {getattr(t, attribute) for t in scene.things}]
+    absent = [
+        value for value in known if value not in {getattr(t, attribute) for t in scene.things}
+    ]
     index = int(rng.integers(len(caption.mentions)))
     mentions = list(caption.mentions)
     mentions[index] = replace(mentions[index], **{attribute: str(rng.choice(absent))})

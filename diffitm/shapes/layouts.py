@@ -7,6 +7,7 @@ Everything is a function of (seed, number of scenes, held-out or not).
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -97,7 +98,7 @@ def write_winoground(world: World) -> None:
     for number in range(world.scenes):
         kind = kinds[number % 3]
         change = ("x", "y") if kind == "Relation" else ("colour",)
-        scenes = world.family(rng, lambda scene, change=change: [exchanged(scene, *change)])
+        scenes = world.family(rng, functools.partial(_exchanged_once, change=change))
         caption = full(scenes[0], relation=kind != "Object")
         other = reordered(caption) if kind == "Relation" else swapped(caption, "colour")
         for k, drawn in enumerate(scenes):
@@ -114,6 +115,10 @@ def write_winoground(world: World) -> None:
             }
         )
     world.save_json("winoground/data.json", entries)
+
+
+def _exchanged_once(scene: Scene, change: tuple[str, ...]) -> list[Things]:
+    return [exchanged(scene, *change)]
 
 
 def write_clevr(world: World) -> None:
@@ -175,8 +180,9 @@ def write_flickr30k(world: World) -> None:
     rng = world.rng(3)
     gallery: list[Scene] = []
     said: set[str] = set()
+    near_misses = functools.partial(_near_misses, rng=rng)
     while len(gallery) < world.scenes:
-        family = world.family(rng, lambda scene: _near_misses(scene, rng))
+        family = world.family(rng, near_misses)
         texts = {full(scene, size=True).text() for scene in family}
         texts |= {_flipped(scene).text() for scene in family}
         if not texts & said:
@@ -185,7 +191,8 @@ def write_flickr30k(world: World) -> None:
     paths = [f"datasets/flickr30k/images/{1000 + i}.jpg" for i in range(len(gallery))]
     for path, scene in zip(paths, gallery, strict=True):
         world.save(path.removeprefix("datasets/"), scene)
-    by_caption, by_image = {}, {}
+    by_caption: dict[str, list[str]] = {}
+    by_image: dict[str, list[str]] = {}
     for i, scene in enumerate(gallery):
         caption = full(scene, size=True)
         near = _nearest(scene, [j for j in range(len(gallery)) if j != i], gallery)

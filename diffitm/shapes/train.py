@@ -93,9 +93,8 @@ class DiffusionLoss(nn.Module):
         self.text_encoder = arch.build_text_encoder(tokenizer)
         self.unet = arch.build_unet()
         empty = tokenizer("", padding="max_length", max_length=arch.LENGTH).input_ids
-        self.register_buffer("empty", torch.tensor(empty), persistent=False)
-        schedule = arch.build_scheduler().alphas_cumprod
-        self.register_buffer("alphas_cumprod", schedule, persistent=False)
+        self.empty = torch.tensor(empty)
+        self.alphas_cumprod = arch.build_scheduler().alphas_cumprod
 
     def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
         size = BATCH["diffusion"]
@@ -173,7 +172,7 @@ def fit(
             log.info("%s %d/%d loss %.4f, %.1f min left", stage, done, steps, total / 200, left)
             total = 0.0
         if rank == 0 and (done % 1000 == 0 or done == steps or done in snapshots):
-            states = {"module": module, "average": average, "optimizer": optimizer}
+            states: dict[str, Any] = {"module": module, "average": average, "optimizer": optimizer}
             _save({k: v.state_dict() for k, v in states.items()} | {"step": done}, checkpoint)
         if rank == 0 and (done == steps or done in snapshots):
             name = stage if done == steps else f"{stage}-{done}"
@@ -187,7 +186,7 @@ def _save(state: dict[str, Any], path: Path) -> None:
     os.replace(path.with_suffix(".part"), path)
 
 
-def standardise(vae: nn.Module, images: np.ndarray) -> None:
+def standardise(vae: Any, images: np.ndarray) -> None:
     """Fold a per-channel shift and scale into the VAE, so that latents have mean 0 and deviation 1."""
     latents = encode(vae, images[:8192])
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -202,7 +201,7 @@ def standardise(vae: nn.Module, images: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, images: np.ndarray) -> torch.Tensor:
+def encode(vae: Any, images: np.ndarray) -> torch.Tensor:
     """Posterior means float32 [N, 4, 8, 8]."""
     parts = np.array_split(images, max(1, len(images) // 256))
     return torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in parts])

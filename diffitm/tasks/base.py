@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,7 +44,9 @@ class Task(ABC):
         try:
             return json.loads(text)
         except ValueError as error:
-            raise InputError(f"{storage.join(root, self.folder, name)}: not JSON: {error}") from error
+            raise InputError(
+                f"{storage.join(root, self.folder, name)}: not JSON: {error}"
+            ) from error
 
     def read_text(self, root: str, name: str) -> str:
         """A text file of the task's folder. Raises InputError that names the file and its source."""
@@ -66,7 +68,7 @@ class Task(ABC):
 class RetrievalTask(Task):
     """One gold candidate among several images or several texts."""
 
-    recalls: dict[str, int] = {"accuracy": 1}
+    recalls: ClassVar[dict[str, int]] = {"accuracy": 1}
 
     def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
         """Recall at each k over the candidates."""
