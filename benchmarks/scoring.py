@@ -10,7 +10,6 @@ bare    the model alone, doing only the work that the table needs, at its best b
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ from diffitm.schema import Example
 from diffitm.scorers import DiffusionSpec
 from diffitm.shapes.layouts import CANDIDATES, World, write_flickr30k
 from diffitm.store import open_store
-from diffitm.tasks.flickr30k import Flickr30kText
-from tests.plain import Pair, Plain, list_pairs, published_timesteps
+from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText
+from tests.plain import BATCH, Pair, Plain, list_pairs, published_timesteps
 
 TIMESTEPS = tuple(published_timesteps(10))
 BATCH_SIZES = (16, 32, 64, 128)
@@ -79,12 +78,19 @@ class Table:
 def make_table(root: str, images: int) -> Table:
     """Draw the shapes world's gallery; image retrieval asks with another wording than text's."""
     write_flickr30k(World(root, images))
-    asked = json.loads(Path(root, "flickr30k/val_top10_RN50x64.json").read_text())
-    image = [
-        Example(caption, tuple(p.removeprefix("datasets/") for p in paths), (caption,), "image")
-        for caption, paths in itertools.islice(asked.items(), 1, None, 5)
-    ]
+    image = [replace(e, texts=(e.texts[0].capitalize(),)) for e in Flickr30kImage().examples(root)]
     return Table(root, list(Flickr30kText().examples(root)), image)
+
+
+def batches(total: int, size: int) -> list[int]:
+    """The sizes of the batches that make up `total`."""
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+def load(folder: str, barrier: Any) -> None:
+    global model, start_line
+    torch.set_num_threads(1)
+    model, start_line = Plain(folder, TIMESTEPS), barrier
 
 
 def plain(text: list[list[Pair]], image: list[list[Pair]]) -> None:
@@ -105,17 +111,6 @@ def bare(forwards: int, images: int, texts: int, batch: int) -> None:
         model.unet(noised[:size], steps[:size], hidden[:size])
 
 
-def batches(total: int, size: int) -> list[int]:
-    """The sizes of the batches that make up `total`."""
-    return [min(size, total - start) for start in range(0, total, size)]
-
-
-def load(folder: str, barrier: Any) -> None:
-    global model, start_line
-    torch.set_num_threads(1)
-    model, start_line = Plain(folder, TIMESTEPS), barrier
-
-
 def timed(job: Callable[..., None], *arguments: Any) -> tuple[float, float]:
     """When the job began, which is at the same moment in all processes, and when it ended."""
     start_line.wait()
@@ -128,10 +123,8 @@ class Workers:
     """As many one-thread processes with the model as `ours` has actors."""
 
     def __init__(self, folder: str, processes: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        arguments = (folder, context.Barrier(processes))
-        self.pool = ProcessPoolExecutor(processes, context, load, arguments)
-        self.processes = processes
+        spawn, self.processes = multiprocessing.get_context("spawn"), processes
+        self.pool = ProcessPoolExecutor(processes, spawn, load, (folder, spawn.Barrier(processes)))
 
     def seconds(self, job: Callable[..., None], shards: Iterable[Sequence[Any]]) -> float:
         """From the start to the last end of `job` over the shards, one a process."""
@@ -140,10 +133,11 @@ class Workers:
         return max(end for _, end in spans) - min(start for start, _ in spans)
 
     def plain(self, table: Table, images: int) -> float:
-        """Seconds of the published algorithm for the decisions of the first `images` images."""
-        text, image = table.decisions(table.text[:images]), table.decisions(table.image[:images])
-        n = self.processes
-        return self.seconds(plain, ((text[i::n], image[i::n]) for i in range(n)))
+        """Seconds of the published algorithm, from those for `images` images in each process."""
+        n, text, image = self.processes, *map(table.decisions, (table.text, table.image))
+        parts = [slice(i * images, (i + 1) * images) for i in range(n)]
+        seconds = self.seconds(plain, ((text[part], image[part]) for part in parts))
+        return seconds * len(text) / (images * n)
 
     def bare(self, batch: int, *work: int) -> float:
         """Seconds of the bare model for this many forwards, images and texts."""
@@ -168,25 +162,23 @@ class Ours:
     """diffitm on this machine's Ray, an actor a core."""
 
     def __init__(self, table: Table, model: str) -> None:
+        # Ray would give its workers a low priority, and the other two ways have the usual one.
+        os.environ.update(RAY_worker_niceness="0")
         from diffitm.distributed import session
 
-        start = time.time()
         session.connect("local")
         self.pool = session.choose_pool(None, None, 1.0, 0.0)
-        self.start_seconds = time.time() - start
         self.table, self.source = table, resolve(model)
 
-    def seconds(self) -> tuple[float, float]:
-        """From the examples to the last stored score: all, and since an actor was up."""
+    def seconds(self) -> dict[str, float]:
+        """From the examples to the last stored score: all, and since the first actor was up."""
         from diffitm.distributed.score import score
 
         with tempfile.TemporaryDirectory() as out:
             start = time.time()
-            stamps = Path(out, "stamps")
-            stamps.mkdir()
-            spec = StampedSpec(
-                self.source, self.table.root, "diffusionitm", TIMESTEPS, stamps=str(stamps)
-            )
+            Path(out, "stamps").mkdir()
+            place = {"root": self.table.root, "stamps": f"{out}/stamps"}
+            spec = StampedSpec(self.source, protocol="diffusionitm", timesteps=TIMESTEPS, **place)
             store = open_store(out, self.source.name, spec.store_config())
             examples = f"{out}/examples.parquet"
             write_examples("mixed", self.table.text + self.table.image, examples, None)
@@ -195,28 +187,8 @@ class Ours:
             end = time.time()
             if done.forwards != self.table.forwards:
                 raise RuntimeError(f"{done.forwards} forwards, needed {self.table.forwards}")
-            return end - start, end - min(float(stamp.name) for stamp in stamps.iterdir())
-
-
-def one_round(
-    table: Table, workers: Workers, ours: Ours, plain_images: int, batch: int, backwards: bool
-) -> dict[str, float]:
-    """(pair, timestep)s a second of every way."""
-    seconds: dict[str, float] = {}
-
-    def run_plain() -> None:
-        share = plain_images / len(table.text)
-        seconds[PLAIN] = workers.plain(table, plain_images) / share
-
-    def run_ours() -> None:
-        seconds[WHOLE], seconds[OURS] = ours.seconds()
-
-    def run_bare() -> None:
-        seconds[BARE] = workers.bare(batch, table.forwards, len(table.text), table.texts)
-
-    for job in (run_bare, run_ours, run_plain) if backwards else (run_plain, run_ours, run_bare):
-        job()
-    return {name: table.pair_steps / taken for name, taken in seconds.items()}
+            up = min(float(name) for name in os.listdir(spec.stamps))
+            return {WHOLE: end - start, OURS: end - up}
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -230,12 +202,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times scoring in three ways; see README.md.")
     parser.add_argument("--model", default="shapes", help="shapes or a diffusers folder")
     parser.add_argument("--images", type=int, default=200, help="images of the table, 10 or more")
-    parser.add_argument("--plain-images", type=int, default=8, help="images that plain does")
+    few = "images that plain does in a process; its speed on more is the same"
+    parser.add_argument("--plain-images", type=int, default=BATCH, help=few)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
-    if args.images < CANDIDATES or not 1 <= args.plain_images <= args.images or args.rounds < 1:
-        parser.error("wanted: images >= 10, 1 <= plain-images <= images, rounds >= 1")
+    least = max(CANDIDATES, args.plain_images * (os.cpu_count() or 1))
+    if args.images < least or args.plain_images < 1 or args.rounds < 1:
+        parser.error(f"wanted: images >= {least}, plain-images >= 1, rounds >= 1")
     with tempfile.TemporaryDirectory() as root:
         table = make_table(root, args.images)
         ours = Ours(table, args.model)
@@ -244,15 +218,21 @@ def main() -> None:
         workers.bare(BATCH_SIZES[0], PROBE, PROBE, PROBE)  # warms up
         probes = {size: PROBE / workers.bare(size, PROBE, 0, 0) for size in BATCH_SIZES}
         batch = max(probes, key=lambda size: probes[size])
-        rounds = [
-            one_round(table, workers, ours, args.plain_images, batch, backwards=k % 2 == 1)
-            for k in range(args.rounds)
+        jobs: list[Callable[[], dict[str, float]]] = [
+            lambda: {PLAIN: workers.plain(table, args.plain_images)},
+            ours.seconds,
+            lambda: {BARE: workers.bare(batch, table.forwards, len(table.text), table.texts)},
         ]
+        rounds = []
+        for number in range(args.rounds):
+            seconds: dict[str, float] = {}
+            for job in jobs if number % 2 == 0 else reversed(jobs):
+                seconds |= job()
+            rounds.append({name: table.pair_steps / taken for name, taken in seconds.items()})
     machine = f"{os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}"
     print(f"{machine}, {workers.processes} processes of one thread")
     print(f"{args.images} images, {table.pair_steps} (pair, timestep)s, {table.forwards} forwards")
     print("bare U-Net forwards/s by batch size:", {size: round(r) for size, r in probes.items()})
-    print(f"Ray's start, in no figure below: {ours.start_seconds:.1f} s")
     print(f"{'':34}{'(pair, timestep)/s':>24}{'forwards/s':>24}")
     for name in (PLAIN, WHOLE, OURS, BARE):
         # Half of plain's pairs are image retrieval's, whose unconditional error is one more.

@@ -73,22 +73,29 @@ class Evaluation:
     failures: list[dict[str, str]] = field(default_factory=list)
 
 
-def evaluate(examples: dict[str, str], stores: list[Store], error: str = "l2") -> Evaluation:
+def evaluate(examples: dict[str, str], stores: list[Store], error: str = "auto") -> Evaluation:
     """Results of every task (name -> examples file) for every store, from the stores alone.
 
-    `error` is the kind of error that is averaged: l2, mse, l1 or huber.
+    `error` is the kind of error that is averaged: l2, mse, l1 or huber; 'auto' is the protocol's
+    own, the l2 norm for diffusionitm and the mean squared error for the others.
     """
     out = Evaluation()
     for store in stores:
         for name, uri in examples.items():
             task: Task = registry.find(registry.TASKS, name, "task")()
-            by_score, failed = _credits(task, uri, store, error)
+            by_score, failed = _credits(task, uri, store, _kind_of_error(error, store))
             out.failures += [{"model": store.model, "task": name, **line} for line in failed]
             for score, found in by_score.items():
                 out.rows += _rows(found, score, len(failed), store, name)
             if "normalised" in by_score:
                 out.comparisons += _compare(by_score, store, name)
     return out
+
+
+def _kind_of_error(error: str, store: Store) -> str:
+    if error != "auto":
+        return error
+    return "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
 
 
 def _credits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
+@functools.lru_cache(maxsize=256)  # to open an object store anew for every image is slow
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system that serves a URI, and the path within it.
 
@@ -37,8 +39,9 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def join(root: str, *parts: str) -> str:
-    """Path or URI of something below `root`."""
-    return "/".join([root.rstrip("/"), *parts])
+    """Path or URI of something below `root`; a URI's query (an S3 endpoint, say) stays at its end."""
+    path, mark, query = root.partition("?") if "://" in root else (root, "", "")
+    return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
 def exists(uri: str) -> bool:
@@ -48,7 +51,12 @@ def exists(uri: str) -> bool:
 
 def read_bytes(uri: str) -> bytes:
     """The file's content. Raises FileNotFoundError or another OSError."""
-    found, path = filesystem(uri)
+    folder, _, name = uri.rpartition("/")
+    if not folder.partition("://")[2] or "?" in uri:
+        found, path = filesystem(uri)
+    else:  # by its folder, so that the file system is kept open from one file to the next
+        found, path = filesystem(folder)
+        path = f"{path}/{name}"
     with found.open_input_stream(path, compression=None) as stream:
         return stream.read()
 

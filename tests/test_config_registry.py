@@ -161,7 +161,7 @@ def test_suggest() -> None:
 
 
 def test_registry_suggests_the_near_name() -> None:
-    with pytest.raises(InputError, match="unknown task 'winogrond'; did you mean 'winoground'?"):
+    with pytest.raises(InputError, match="unknown task 'winogrond'; did you mean 'winoground'"):
         registry.find(registry.TASKS, "winogrond", "task")
 
 

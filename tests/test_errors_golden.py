@@ -86,7 +86,7 @@ def test_batch_size_does_not_matter(
     errors: Errors,
     batch_size: int,
 ) -> None:
-    """Batches that cut through a pair's timesteps give the same errors, in another pair order too."""
+    """Batches that cut through a pair's timesteps give the same errors, in any pair order."""
     latents = torch.from_numpy(golden["latents"])
     condition = golden_sd.encode_texts(golden_texts)
     order = torch.randperm(len(PAIRS), generator=torch.Generator().manual_seed(1))

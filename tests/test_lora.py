@@ -113,13 +113,12 @@ def test_file_that_diffusers_writes(tmp_path: Path) -> None:
     unet.fuse_lora()
     state = unet.state_dict()
     fused = {k.replace(".base_layer", ""): v for k, v in state.items() if ".lora_" not in k}
-    metadata = {f"unet.{k}": v for k, v in {"r": RANK, "lora_alpha": 6}.items()}
     tensors, _ = read_lora(str(tmp_path))
     pipeline_file = tmp_path / "pipeline" / "pytorch_lora_weights.safetensors"
     StableDiffusionPipeline.save_lora_weights(
         pipeline_file.parent,
         unet_lora_layers={k.removeprefix("unet."): v for k, v in tensors.items()},
-        unet_lora_adapter_metadata={k.removeprefix("unet."): v for k, v in metadata.items()},
+        unet_lora_adapter_metadata={"r": RANK, "lora_alpha": 6},
     )
     for path in (tmp_path, pipeline_file):
         found, scale = read_lora(str(path))

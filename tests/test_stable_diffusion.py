@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffitm.errors import InputError
@@ -187,6 +188,18 @@ def test_broken_weights(broken: Path, part: str, harm: str) -> None:
     assert str(broken) in str(raised.value)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_lack_a_tensor(broken: Path, part: str) -> None:
+    """Nothing is filled in at random."""
+    (file,) = (broken / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[len(tensors) // 2]
+    tensors[f"{name}_renamed"] = tensors.pop(name)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load.load_denoiser(load.resolve(str(broken)))
+
+
 def test_weights_of_another_shape(broken: Path) -> None:
     """A config that does not fit its weights is an error too."""
     config = broken / "unet" / "config.json"
@@ -212,7 +225,7 @@ def test_hub_that_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(InputError, match="'org/none': no such folder.* no connection"):
+    with pytest.raises(InputError, match=r"'org/none': no such folder.* no connection"):
         load.resolve("org/none")
 
 

@@ -250,14 +250,8 @@ def _read_run(out: str, config: Config) -> tuple[dict[str, str], list[Store]]:
 
 def _finish(config: Config, out: str, examples: dict[str, str], stores: list[Store]) -> None:
     """Evaluate, write and show."""
-    error = config.error
-    if error == "auto":
-        error = "l2" if config.protocol == "diffusionitm" else "mse"
-    evaluation = evaluate(examples, stores, error)
-    provenance = record(asdict(config)) | {
-        "stores": {s.name: s.config for s in stores},
-        "error": error,
-    }
+    evaluation = evaluate(examples, stores, config.error)
+    provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}}
     results = write_results(evaluation, provenance, out)
     report = write_report(evaluation, provenance, out)
     print_results(evaluation)

@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -18,6 +20,17 @@ from diffitm.errors import InputError, suggest
 from diffitm.matching.cache import TextCache
 from diffitm.matching.scorer import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
 from diffitm.models.load import SHAPES
+
+# What open_clip lets through for a name, a config or a file that it cannot use.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    UnpicklingError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ def resolve_clip(name: str) -> ClipSource:
         raise InputError(f"--clip {name!r}: unknown model{suggest(model, open_clip.list_models())}")
     if Path(tag).expanduser().is_file():
         file = Path(tag).expanduser().absolute()
-        return ClipSource(name, model, str(file), _digest([file]))
+        return ClipSource(name, model, str(file), f"{model}:{_digest([file])}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
         raise InputError(f"--clip {name!r}: {tag!r} is no file and no tag{suggest(tag, tags)}")
@@ -90,7 +103,7 @@ class ClipScorer:
                 model, pretrained=source.pretrained, device=self.device
             )
             self.tokenizer = open_clip.get_tokenizer(model)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except _UNREADABLE as error:
             raise InputError(f"--clip {source.name!r} cannot be loaded: {error}") from error
         self.model.eval()
         self.texts = TextCache(self.encode_texts, text_cache_bytes, batch_size)

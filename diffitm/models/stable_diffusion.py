@@ -33,7 +33,11 @@ class StableDiffusion(Denoiser):
         self.device, self.dtype = torch.device(device), dtype
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **where)
         text = {**where, "dtype": dtype, "variant": variant}
-        encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", **text)
+        encoder, report = CLIPTextModel.from_pretrained(
+            folder, subfolder="text_encoder", output_loading_info=True, **text
+        )
+        if missing := sorted(report["missing_keys"]):  # transformers would make them up
+            raise OSError(f"the weights of text_encoder lack {', '.join(missing[:5])}")
         self.text_encoder = encoder.to(self.device).eval()
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **weights)
         self.vae = vae.to(self.device).eval()

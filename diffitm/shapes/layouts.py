@@ -44,12 +44,13 @@ class World:
     def family(
         self, rng: np.random.Generator, changes: Callable[[Scene], list[Things]]
     ) -> list[Scene]:
-        """A scene and its changed twins, each on a background of its own; all of them hold a
-        combination kept out of training, or none does."""
+        """A scene and its changed twins, each on a background of its own. None of them holds a
+        combination kept out of training; of a held-out world the first does (no exchange of colours
+        leaves one in both)."""
         while True:
             scene = self.scene(rng)
             drawn = [scene, *(repainted(scene, things, rng) for things in changes(scene))]
-            if all(one.held_out == self.held_out for one in drawn):
+            if self.held_out or not any(one.held_out for one in drawn):
                 return drawn
 
     def save(self, path: str, scene: Scene) -> None:

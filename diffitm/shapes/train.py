@@ -262,6 +262,9 @@ def export_diffusion(work: Path, out: Path, weights: str = "diffusion") -> None:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(out / "diffusion")
+    # diffusers loads its parts in float32 unless told otherwise, transformers as the config says.
+    config = out / "diffusion" / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     # save_pretrained writes the tokenizer in a newer form only; older readers want these two.
     arch.write_tokenizer(out / "diffusion" / "tokenizer")
 
