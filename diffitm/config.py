@@ -42,6 +42,7 @@ def parse(config: type[C], arguments: Sequence[str] | None = None, description: 
     values = {k: v for k, v in vars(known).items() if k != "config" and v is not None}
     problems = _unknown(unknown, ["--" + name.replace("_", "-") for name in fields])
     from_file = _read(known.config) if known.config else {}
+    from_file = {str(key).replace("-", "_"): value for key, value in from_file.items()}
     problems += [
         f"{known.config}: unknown key {key!r}{suggest(str(key), fields)}"
         for key in from_file

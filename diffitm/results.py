@@ -24,7 +24,8 @@ from diffitm.tasks.base import Task
 @dataclass(frozen=True)
 class Row:
     """One line of results.json. `score` is conditional, normalised or cosine; `low` and `high` bound
-    the 95% interval; `n` examples count, `failures` do not (or have a score that is not finite)."""
+    the 95% interval; `n` examples count. `failures` have no score and do not count, or one that is
+    not finite and count as lost; where nothing could be scored, `value`, `low` and `high` are null."""
 
     model: str
     task: str
@@ -35,7 +36,7 @@ class Row:
     low: float | None
     high: float | None
     n: int
-    chance: float | None
+    chance: float
     ties: int
     failures: int
     protocol: str
@@ -54,14 +55,15 @@ class Comparison:
     n: int
 
 
-@dataclass
-class Credits:
-    """Credits of one task under one score, an entry an example that could be scored."""
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one example: credits by kind of score and metric, none if it has no score."""
 
-    clusters: list[str] = field(default_factory=list)
-    groups: list[dict[str, str]] = field(default_factory=list)
-    chance: list[dict[str, float]] = field(default_factory=list)
-    credits: list[dict[str, Credit]] = field(default_factory=list)
+    cluster: str
+    groups: dict[str, str]
+    chance: dict[str, float]
+    credits: dict[str, dict[str, Credit]]
+    failed: bool
 
 
 @dataclass
@@ -83,12 +85,13 @@ def evaluate(examples: dict[str, str], stores: list[Store], error: str = "auto")
     for store in stores:
         for name, uri in examples.items():
             task: Task = registry.find(registry.TASKS, name, "task")()
-            by_score, failed = _credits(task, uri, store, _kind_of_error(error, store))
+            outcomes, failed = _outcomes(task, uri, store, _kind_of_error(error, store))
             out.failures += [{"model": store.model, "task": name, **line} for line in failed]
-            for score, found in by_score.items():
-                out.rows += _rows(found, score, len(failed), store, name)
-            if "normalised" in by_score:
-                out.comparisons += _compare(by_score, store, name)
+            kinds = list(dict.fromkeys(kind for o in outcomes for kind in o.credits))
+            for kind in kinds or ["cosine" if store.is_clip else "conditional"]:
+                out.rows += _rows(outcomes, kind, store, name)
+            if "normalised" in kinds:
+                out.comparisons += _compare(outcomes, store, name)
     return out
 
 
@@ -98,37 +101,36 @@ def _kind_of_error(error: str, store: Store) -> str:
     return "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
 
 
-def _credits(
+def _outcomes(
     task: Task, uri: str, store: Store, error: str
-) -> tuple[dict[str, Credits], list[dict[str, str]]]:
-    """Credits by kind of score, and the examples that failed."""
-    by_score: dict[str, Credits] = {}
+) -> tuple[list[Outcome], list[dict[str, str]]]:
+    """The outcome of every example, and the failures with their reasons."""
+    outcomes: list[Outcome] = []
     failed: list[dict[str, str]] = []
     pairs = _PairReader(scored_pairs(uri, store, error), error)
     for example, reason in read_examples(uri):
+        scores: dict[str, np.ndarray] = {}
+        if reason is None:
+            conditional, unconditional, similarity, reasons = pairs.take(
+                (len(example.images), len(example.texts))
+            )
+            if reasons:
+                reason = _where(example, reasons)
+            elif store.is_clip:
+                scores = {"cosine": similarity}
+            else:
+                scores = {"conditional": conditional_score(conditional)}
+                if example.needs_unconditional:
+                    scores["normalised"] = normalised_score(conditional, unconditional)
+        if not all(np.isfinite(values).all() for values in scores.values()):
+            reason = "a score is not finite"
         if reason is not None:
             failed.append({"example": example.id, "failure": reason})
-            continue
-        shape = (len(example.images), len(example.texts))
-        conditional, unconditional, similarity, reasons = pairs.take(shape)
-        if reasons:
-            failed.append({"example": example.id, "failure": _where(example, reasons)})
-            continue
-        scores = {"cosine": similarity}
-        if not store.is_clip:
-            scores = {"conditional": conditional_score(conditional)}
-            if example.needs_unconditional:
-                scores["normalised"] = normalised_score(conditional, unconditional)
-        for kind, values in scores.items():
-            found = by_score.setdefault(kind, Credits())
-            credits = task.credits(example, values)
-            found.clusters.append(example.cluster)
-            found.groups.append(example.groups)
-            found.chance.append(task.chance(example))
-            found.credits.append(credits)
-        if not all(np.isfinite(values).all() for values in scores.values()):
-            failed.append({"example": example.id, "failure": "a score is not finite"})
-    return by_score, failed
+        credits = {kind: task.credits(example, values) for kind, values in scores.items()}
+        chance = task.chance(example)
+        failure = reason is not None
+        outcomes.append(Outcome(example.cluster, example.groups, chance, credits, failure))
+    return outcomes, failed
 
 
 def _where(example: Example, reasons: dict[int, str]) -> str:
@@ -203,51 +205,56 @@ def read_examples(uri: str) -> Iterator[tuple[Example, str | None]]:
             yield example, line["failure"]
 
 
-def _rows(found: Credits, score: str, failures: int, store: Store, task: str) -> list[Row]:
+def _rows(outcomes: list[Outcome], score: str, store: Store, task: str) -> list[Row]:
     """The whole task and each of its groups, for each metric."""
-    groups: dict[str, list[int]] = {"all": list(range(len(found.credits)))}
-    for i, labels in enumerate(found.groups):
-        for key, value in labels.items():
-            groups.setdefault(f"{key}={value}", []).append(i)
-    rows = []
-    for group, chosen in groups.items():
-        clusters = np.array([found.clusters[i] for i in chosen])
-        for metric in found.credits[0]:
-            credits = [found.credits[i][metric] for i in chosen]
-            values = np.array([credit.value for credit in credits])
-            low, high = interval(values, clusters)
-            rows.append(
-                Row(
-                    model=store.model,
-                    task=task,
-                    group=group,
-                    metric=metric,
-                    score=score,
-                    value=float(values.mean()),
-                    low=low,
-                    high=high,
-                    n=len(values),
-                    chance=float(np.mean([found.chance[i][metric] for i in chosen])),
-                    ties=sum(credit.tied for credit in credits),
-                    failures=failures if group == "all" else sum(not c.finite for c in credits),
-                    protocol=store.config.get("protocol", "cosine"),
-                    timesteps=len(store.config.get("timesteps", [])),
-                )
-            )
-    return rows
+    groups: dict[str, list[Outcome]] = {"all": outcomes}
+    for outcome in outcomes:
+        for key, value in outcome.groups.items():
+            groups.setdefault(f"{key}={value}", []).append(outcome)
+    return [
+        _row(members, metric, score, store, task, group)
+        for group, members in groups.items()
+        for metric in outcomes[0].chance
+    ]
 
 
-def _compare(by_score: dict[str, Credits], store: Store, task: str) -> list[Comparison]:
-    naive, normalised = by_score["conditional"], by_score["normalised"]
-    clusters = np.array(naive.clusters)
+def _row(
+    members: list[Outcome], metric: str, score: str, store: Store, task: str, group: str
+) -> Row:
+    scored = [o for o in members if score in o.credits]
+    credits = [o.credits[score][metric] for o in scored]
+    values = np.array([credit.value for credit in credits])
+    low, high = interval(values, np.array([o.cluster for o in scored])) if scored else (None, None)
+    return Row(
+        model=store.model,
+        task=task,
+        group=group,
+        metric=metric,
+        score=score,
+        value=float(values.mean()) if scored else None,
+        low=low,
+        high=high,
+        n=len(values),
+        chance=float(np.mean([o.chance[metric] for o in members])),
+        ties=sum(credit.tied for credit in credits),
+        failures=sum(o.failed for o in members),
+        protocol=store.config.get("protocol", "cosine"),
+        timesteps=len(store.config.get("timesteps", [])),
+    )
+
+
+def _compare(outcomes: list[Outcome], store: Store, task: str) -> list[Comparison]:
+    scored = [o for o in outcomes if "normalised" in o.credits]
+    clusters = np.array([o.cluster for o in scored])
     out = []
-    for metric in naive.credits[0]:
-        first, second = (
-            np.array([c[metric].value for c in found.credits]) for found in (normalised, naive)
+    for metric in scored[0].chance:
+        normalised, naive = (
+            np.array([o.credits[kind][metric].value for o in scored])
+            for kind in ("normalised", "conditional")
         )
-        p = paired_p(first, second, clusters)
-        difference = float(first.mean() - second.mean())
-        out.append(Comparison(store.model, task, metric, difference, p, len(first)))
+        p = paired_p(normalised, naive, clusters)
+        difference = float(normalised.mean() - naive.mean())
+        out.append(Comparison(store.model, task, metric, difference, p, len(scored)))
     return out
 
 

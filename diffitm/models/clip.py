@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from diffitm.errors import InputError, suggest
 from diffitm.matching.cache import TextCache
 from diffitm.matching.scorer import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
-from diffitm.models.load import SHAPES
+from diffitm.models.load import SHAPES, from_hub
 
 # What open_clip lets through for a name, a config or a file that it cannot use.
 _UNREADABLE = (
@@ -60,7 +60,8 @@ def resolve_clip(name: str) -> ClipSource:
         where = "shapes" if name == "shapes" else f"local-dir:{folder.absolute()}"
         return ClipSource(name, where, None, _digest([folder / "open_clip_config.json", *weights]))
     if name.startswith("hf-hub:"):
-        return ClipSource(name, name, None, name)
+        config = from_hub(name.removeprefix("hf-hub:"), "open_clip_config.json", "--clip")
+        return ClipSource(name, name, None, f"{name}@{config.parent.name}")
     model, _, tag = name.partition(":")
     if model not in open_clip.list_models():
         raise InputError(f"--clip {name!r}: unknown model{suggest(model, open_clip.list_models())}")

@@ -51,7 +51,7 @@ def resolve(name: str) -> Source:
         return Source(name, location, None, _family(index, name), _digest(folder))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
         raise InputError(f"--model {name!r} is neither a folder nor a Hub id such as 'org/name'")
-    index = _from_hub(name)
+    index = from_hub(name, "model_index.json", "--model")
     commit = index.parent.name
     return Source(name, name, commit, _family(index, name), commit)
 
@@ -103,7 +103,11 @@ def _digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(name: str, file: str, option: str) -> Path:
+    """A file of a Hub repository, whose parent folder is named by the commit.
+
+    Raises InputError with what to do about it.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -112,12 +116,14 @@ def _from_hub(name: str) -> Path:
     )
 
     try:
-        return Path(hf_hub_download(name, "model_index.json"))
+        return Path(hf_hub_download(name, file))
     except GatedRepoError as error:
-        raise InputError(f"--model {name!r} is gated: accept its terms and set HF_TOKEN") from error
+        raise InputError(
+            f"{option} {name!r} is gated: accept its terms and set HF_TOKEN"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"--model {name!r}: there is no such model on the Hub") from error
+        raise InputError(f"{option} {name!r}: there is no such model on the Hub") from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"--model {name!r}: no such folder, and the Hub gave none: {error}"
+            f"{option} {name!r}: no such folder, and the Hub gave none: {error}"
         ) from error

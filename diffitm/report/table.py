@@ -44,7 +44,7 @@ def lines(evaluation: Evaluation) -> list[Line]:
         if group != "all" and first.n == whole[task, metric]:
             continue  # a breakdown into one group says nothing new
         cells = {title: rows.get((model, score)) for title, model, score in columns(evaluation)}
-        out.append(Line(task, group, metric, first.n, first.chance or 0.0, cells))
+        out.append(Line(task, group, metric, first.n, first.chance, cells))
     return out
 
 
@@ -53,9 +53,11 @@ def percent(value: float) -> str:
 
 
 def cell(row: Row | None) -> str:
-    """'81.3 [77.1, 84.9]', or '=' where normalising changes nothing."""
-    if row is None or row.value is None or row.low is None or row.high is None:
+    """'81.3 [77.1, 84.9]', '=' where normalising changes nothing, '-' where nothing was scored."""
+    if row is None:
         return "="
+    if row.value is None or row.low is None or row.high is None:
+        return "-"
     return f"{percent(row.value)} [{percent(row.low)}, {percent(row.high)}]"
 
 

@@ -118,45 +118,6 @@ def reordered(caption: Caption) -> Caption:
     return replace(caption, mentions=caption.mentions[::-1])
 
 
-def turned(caption: Caption, rng: np.random.Generator) -> Caption:
-    """The relation along the other axis."""
-    choices = ("above", "below") if caption.relation in ("left", "right") else ("left", "right")
-    return replace(caption, relation=str(rng.choice(choices)))
-
-
-def replaced(caption: Caption, attribute: str, scene: Scene, rng: np.random.Generator) -> Caption:
-    """Give one mention a colour or shape that nothing in the scene has."""
-    known = list(COLOURS) if attribute == "colour" else list(SHAPES)
-    absent = [
-        value for value in known if value not in {getattr(t, attribute) for t in scene.things}
-    ]
-    index = int(rng.integers(len(caption.mentions)))
-    mentions = list(caption.mentions)
-    mentions[index] = replace(mentions[index], **{attribute: str(rng.choice(absent))})
-    return replace(caption, mentions=tuple(mentions))
-
-
-FOILS = ("colour-swap", "shape-swap", "order-swap", "axis", "colour", "shape", "size-exchange")
-
-
-def foil(caption: Caption, kind: str, scene: Scene, rng: np.random.Generator) -> Caption:
-    """A caption that is false of the scene and differs from `caption` by one kind of change.
-
-    Raises ValueError for an unknown kind.
-    """
-    if kind in ("colour-swap", "shape-swap"):
-        return swapped(caption, kind.removesuffix("-swap"))
-    if kind == "size-exchange":
-        return swapped(caption, "size")
-    if kind == "order-swap":
-        return reordered(caption)
-    if kind == "axis":
-        return turned(caption, rng)
-    if kind in ("colour", "shape"):
-        return replaced(caption, kind, scene, rng)
-    raise ValueError(f"unknown foil kind {kind!r}; known: {', '.join(FOILS)}")
-
-
 def training_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A random true caption of the scene, as training sees it."""
     things = list(scene.things)
