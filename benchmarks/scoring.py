@@ -176,8 +176,7 @@ class Ours:
 
         with tempfile.TemporaryDirectory() as out:
             start = time.time()
-            Path(out, "stamps").mkdir()
-            place = {"root": self.table.root, "stamps": f"{out}/stamps"}
+            place = {"root": self.table.root, "stamps": tempfile.mkdtemp(dir=out)}
             spec = StampedSpec(self.source, protocol="diffusionitm", timesteps=TIMESTEPS, **place)
             store = open_store(out, self.source.name, spec.store_config())
             examples = f"{out}/examples.parquet"
@@ -193,8 +192,8 @@ class Ours:
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
     """'median (lowest to highest)'."""
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return f"{middle} ({low} to {high})"
 
 
 def main() -> None:
@@ -202,8 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times scoring in three ways; see README.md.")
     parser.add_argument("--model", default="shapes", help="shapes or a diffusers folder")
     parser.add_argument("--images", type=int, default=200, help="images of the table, 10 or more")
-    few = "images that plain does in a process; its speed on more is the same"
-    parser.add_argument("--plain-images", type=int, default=BATCH, help=few)
+    parser.add_argument("--plain-images", type=int, default=BATCH, help="of plain, in a process")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
