@@ -28,7 +28,8 @@ import torch
 from diffitm import storage
 from diffitm.matching.scorer import Scorer
 from diffitm.models.load import SHAPES, resolve
-from diffitm.pairs import write_examples, write_work
+from diffitm.pairs import write_examples
+from diffitm.resume import open_work
 from diffitm.schema import Example
 from diffitm.scorers import DiffusionSpec
 from diffitm.shapes.layouts import CANDIDATES, World, write_flickr30k
@@ -179,10 +180,9 @@ class Ours:
             place = {"root": self.table.root, "stamps": tempfile.mkdtemp(dir=out)}
             spec = StampedSpec(self.source, protocol="diffusionitm", timesteps=TIMESTEPS, **place)
             store = open_store(out, self.source.name, spec.store_config())
-            examples = f"{out}/examples.parquet"
-            write_examples("mixed", self.table.text + self.table.image, examples, None)
-            todo = write_work([examples], store, f"{out}/work/work.parquet")
-            done = score(spec, todo, store, f"{out}/work/checkpoint", self.pool)
+            wanted = self.table.text + self.table.image
+            examples, _ = write_examples("mixed", wanted, f"{out}/examples", None)
+            done = score(spec, open_work(out, store, [examples], ["mixed"]), store, self.pool)
             end = time.time()
             if done.forwards != self.table.forwards:
                 raise RuntimeError(f"{done.forwards} forwards, needed {self.table.forwards}")

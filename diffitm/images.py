@@ -26,6 +26,8 @@ def load(root: str, reference: str) -> tuple[Image.Image, str]:
     Raises OSError or ValueError with a message that names what is wrong.
     """
     path, crop = split_crop(reference)
+    if ".." in path.split("/"):
+        raise ValueError("the path leads out of the data root")
     data = storage.read_bytes(storage.join(root, path))
     image = decode(data)
     if crop is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from diffitm.store import Store
 T = TypeVar("T")
 BATCH = 1000
 # More texts of one image are split into several rows: a row is the smallest unit of a resume.
-MAX_TEXTS = 256
+MAX_TEXTS = 64
 _PAIRS = """
     SELECT position, task, i, j, image, text, unconditional FROM (
         SELECT *, unnest(range(len(texts))) AS j, unnest(texts) AS text FROM (
@@ -44,16 +45,16 @@ class WorkTable:
 
 
 def write_examples(
-    task: str, examples: Iterable[Example], uri: str, limit: int | None
-) -> tuple[int, str]:
+    task: str, examples: Iterable[Example], folder: str, limit: int | None
+) -> tuple[str, int]:
     """Stream a task's examples to one Parquet file; `limit` keeps that many, evenly spread.
 
-    An example with an empty caption is written as a failure. Returns how many were written and a
-    digest of them.
+    An example with an empty caption is written as a failure. Returns the file, which is named by
+    its content, and how many examples it holds.
     """
     kept = _spread(list(examples), limit) if limit is not None else examples
-    found, path = storage.filesystem(uri)
-    storage.make_folder(uri.rsplit("/", 1)[0])
+    storage.make_folder(folder)
+    found, path = storage.filesystem(storage.join(folder, f".{task}.part"))
     total, digest = 0, hashlib.sha256()
     with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, EXAMPLES) as writer:
         for batch in _batched(enumerate(kept), BATCH):
@@ -61,7 +62,9 @@ def write_examples(
             writer.write_table(pa.Table.from_pylist(lines, EXAMPLES))
             digest.update(json.dumps(lines).encode())
             total += len(lines)
-    return total, digest.hexdigest()
+    uri = storage.join(folder, f"{task}-{digest.hexdigest()[:12]}.parquet")
+    found.move(path, storage.filesystem(uri)[1])
+    return uri, total
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
@@ -96,7 +99,9 @@ def _line(task: str, position: int, example: Example) -> dict[str, Any]:
 def connect(**tables: ds.Dataset) -> duckdb.DuckDBPyConnection:
     """DuckDB over the given datasets, with bounded memory."""
     connection = duckdb.connect()
-    connection.execute("SET memory_limit = '1GB'; SET threads = 2; SET enable_progress_bar = false")
+    spill = tempfile.gettempdir().replace("'", "''")
+    connection.execute(f"SET temp_directory = '{spill}/diffitm-duckdb'; SET memory_limit = '1GB'")
+    connection.execute("SET threads = 2; SET enable_progress_bar = false")
     for name, table in tables.items():
         connection.register(name, table)
     return connection

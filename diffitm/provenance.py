@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -34,10 +35,11 @@ def fingerprint(value: Any) -> str:
 
 def record(config: dict[str, Any]) -> dict[str, Any]:
     """The provenance of a run with this configuration."""
-    return {
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    found = {
         "diffitm": diffitm.__version__,
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -46,6 +48,12 @@ def record(config: dict[str, Any]) -> dict[str, Any]:
         "config_sha256": fingerprint(config),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    return json.loads(redact(json.dumps(found)))
+
+
+def redact(text: str) -> str:
+    """The text without the keys and passwords that a URI can hold (s3://KEY:SECRET@bucket)."""
+    return re.sub(r"://[^/@\s\"]+@", "://***@", text)
 
 
 def _version(name: str) -> str | None:

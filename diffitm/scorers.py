@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diffitm.errors import InputError
 from diffitm.matching.plan import make_plan
 from diffitm.matching.scorer import DenoiserScorer, Scorer
 from diffitm.models.load import Source, load_denoiser, lora_digest
@@ -56,6 +57,9 @@ class DiffusionSpec:
     def build(self, device: str) -> Scorer:
         """Load the model on this machine."""
         denoiser = load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
+        if max(self.timesteps) >= denoiser.schedule.timesteps:
+            last = denoiser.schedule.timesteps - 1
+            raise InputError(f"timestep {max(self.timesteps)} is beyond the model's last, {last}")
         plan = make_plan(list(self.timesteps), denoiser.latent_shape, self.seed)
         return DenoiserScorer(
             denoiser, plan, self.root, self.resize, self.batch_size, self.latent_seed

@@ -96,13 +96,6 @@ def make_folder(uri: str) -> None:
     found.create_dir(path, recursive=True)
 
 
-def delete_folder(uri: str) -> None:
-    """Remove a folder and what is in it; nothing happens if there is none."""
-    found, path = filesystem(uri)
-    if found.get_file_info(path).type == fs.FileType.Directory:
-        found.delete_dir(path)
-
-
 def files(uri: str, suffix: str = "", recursive: bool = False) -> list[str]:
     """Sorted paths (in the file system's own form) of the files in a folder; empty if there is none."""
     found, path = filesystem(uri)

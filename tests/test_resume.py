@@ -115,3 +115,25 @@ def test_repeat_scores_nothing_and_settings_do_not_mix(undisturbed: Path) -> Non
         *OPTIONS, "--out", undisturbed, "--seed", 1, "--tasks", "winoground", "--limit", 6
     )
     assert "12 pairs of 4 images" in more.stderr
+
+
+def test_other_tasks_in_between(tmp_path: Path) -> None:
+    """A run killed, another set of tasks run to its end, then the first again: no pair twice."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    first = ("--model", "shapes", "--data", "shapes", "--scenes", 20, "--out", out)
+    first += ("--timesteps", 4, "--tasks", "clevr")
+    process = pipeline.start(*first, log=log)
+    deadline = time.monotonic() + pipeline.TIMEOUT
+    while not pipeline.committed(out):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    pipeline.kill(process)
+    both = (*first, "winoground")
+    pipeline.run(*both)
+    again = pipeline.run(*first)
+    assert "0 forwards needed" in again.stderr
+    table = pipeline.scores(out)
+    pairs = list(zip(table["image"].to_pylist(), table["text"].to_pylist(), strict=True))
+    assert len(pairs) == len(set(pairs))
+    assert not [row for row in pipeline.rows(out) if row["failures"]]

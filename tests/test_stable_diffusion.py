@@ -16,7 +16,7 @@ from diffitm.errors import InputError
 from diffitm.matching.errors import Errors, pair_errors
 from diffitm.matching.plan import make_plan
 from diffitm.models import load
-from diffitm.models.denoiser import Denoiser, select, stack
+from diffitm.models.denoiser import Denoiser, select
 from diffitm.models.stable_diffusion import StableDiffusion
 from tests import tiny
 
@@ -262,14 +262,12 @@ def test_unknown_dtype(sd_folder: Path) -> None:
         load.load_denoiser(load.resolve(str(sd_folder)), "int8")
 
 
-def test_select_and_stack() -> None:
+def test_select() -> None:
     """Rows of a condition with several tensors stay together."""
     whole = {"hidden": torch.arange(6.0).view(3, 2), "pooled": torch.arange(3.0).view(3, 1)}
     chosen = select(whole, torch.tensor([2, 0, 2]))
     assert chosen["pooled"].flatten().tolist() == [2, 0, 2]
     assert chosen["hidden"].tolist() == [[4, 5], [0, 1], [4, 5]]
-    again = stack([select(whole, torch.tensor([i])) for i in range(3)])
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_predict_takes_the_condition(sd: StableDiffusion) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from diffitm import pairs, registry, storage
 from diffitm.config import option
 from diffitm.errors import InputError
 from diffitm.matching.plan import plan_timesteps
 from diffitm.models.load import Source, resolve
-from diffitm.provenance import fingerprint, record
+from diffitm.models.lora import lora_file
+from diffitm.provenance import record
 from diffitm.report.html import write_report
 from diffitm.report.terminal import print_results
 from diffitm.results import evaluate, present, write_results
+from diffitm.resume import finish, open_work
 from diffitm.scorers import ClipSpec, DiffusionSpec, Spec
 from diffitm.store import Store, open_store, read_store
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from diffitm.models.clip import ClipSource
 
 log = logging.getLogger("diffitm")
+
+
+MOST = 2**63  # what a generator takes as a seed, and far beyond any sane number
 
 
 class Examples(NamedTuple):
@@ -50,7 +55,9 @@ class Config:
     error: Literal["auto", "l2", "mse", "l1", "huber"] = option(
         "auto", "error that is averaged; auto: l2 norm for diffusionitm, mse otherwise"
     )
-    resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
+    resize: Literal["auto", "squash", "crop"] = option(
+        "auto", "squash to a square, or crop the centre; auto: crop for diffusion-classifier"
+    )
     latents: Literal["mean", "sample"] = option("mean", "posterior mean, or one seeded sample")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto: fp16 on a GPU, else fp32"
@@ -62,7 +69,9 @@ class Config:
     batch_size: int = option(64, "forwards of the model in one batch")
     actors: int | None = option(None, "scoring actors (default: one a GPU, else one a processor)")
     max_actors: int | None = option(None, "let the pool grow to this many")
-    cpus_per_actor: float = option(1.0, "processors (and threads) of an actor")
+    cpus_per_actor: float | None = option(
+        None, "processors (and threads) of an actor (default: 1, less on a tiny cluster)"
+    )
     gpus_per_actor: float | None = option(
         None, "GPU share of an actor (default: 1 if there are any)"
     )
@@ -79,7 +88,7 @@ def run(config: Config) -> None:
     """
     out = storage.absolute(config.out)
     if config.report_only:
-        _finish(config, out, *_read_run(out, config))
+        _report_again(config, out)
         return
     timesteps = _check(config)
     sources = [resolve(name) for name in dict.fromkeys(config.model)]
@@ -96,16 +105,20 @@ def run(config: Config) -> None:
     dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
     specs: list[Spec] = [_diffusion(config, s, root, timesteps, dtype) for s in sources]
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
-    stores = [open_store(out, _label(spec), spec.store_config()) for spec in specs]
-    _write_run(out, examples, stores)
+    stores = [open_store(out, _label(spec, config.lora), spec.store_config()) for spec in specs]
+    provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}}
+    _write_run(out, examples, stores, provenance)
     for spec, store in zip(specs, stores, strict=True):
-        _score(spec, store, examples, out, pool)
-    _finish(config, out, {name: found.uri for name, found in examples.items()}, stores)
+        _score(spec, store, list(examples.values()), out, pool)
+    _finish(config, out, {name: e.uri for name, e in examples.items()}, stores, provenance)
 
 
 def _diffusion(
     config: Config, source: Source, root: str, timesteps: tuple[int, ...], dtype: str
 ) -> DiffusionSpec:
+    resize = config.resize
+    if resize == "auto":
+        resize = "crop" if config.protocol == "diffusion-classifier" else "squash"
     return DiffusionSpec(
         source=source,
         root=root,
@@ -113,19 +126,19 @@ def _diffusion(
         timesteps=timesteps,
         seed=config.seed,
         dtype=dtype,
-        resize=config.resize,
+        resize=resize,
         latent_seed=config.seed if config.latents == "sample" else None,
         variant=config.variant,
-        lora=config.lora,
+        lora=str(lora_file(config.lora).absolute()) if config.lora else None,
         batch_size=config.batch_size,
     )
 
 
-def _label(spec: Spec) -> str:
-    """The model's name in tables: with its LoRA file, and CLIP marked as such."""
+def _label(spec: Spec, lora: str | None) -> str:
+    """The model's name in tables: with its LoRA file as typed, and CLIP marked as such."""
     if isinstance(spec, ClipSpec):
         return f"CLIP {spec.source.name}"
-    return spec.source.name + (f" + {spec.lora}" if spec.lora else "")
+    return spec.source.name + (f" + {lora}" if lora else "")
 
 
 def _check(config: Config) -> tuple[int, ...]:
@@ -138,11 +151,17 @@ def _check(config: Config) -> tuple[int, ...]:
             registry.find(registry.TASKS, name, "task")
         except InputError as error:
             problems.append(str(error))
-    least = {"batch_size": 1, "limit": 1, "scenes": 10, "cpus_per_actor": 0.1}
+    least = {"batch_size": 1, "limit": 1, "scenes": 10, "seed": 0, "actors": 1, "max_actors": 1}
+    least |= {"cpus_per_actor": 0, "gpus_per_actor": 0}
     for key, bound in least.items():
         value = getattr(config, key)
-        if value is not None and value < bound:
+        if value is not None and not bound <= value < MOST:
             problems.append(f"--{key.replace('_', '-')} {value}: must be at least {bound}")
+    if config.lora:
+        try:
+            lora_file(config.lora)
+        except InputError as error:
+            problems.append(str(error))
     timesteps: list[int] = []
     try:
         timesteps = plan_timesteps(config.protocol, config.timesteps, config.seed)
@@ -167,9 +186,9 @@ def _data_root(config: Config, out: str) -> str:
         if not storage.exists(root):
             raise InputError(f"--data: there is no folder {root}")
         return root
-    from diffitm.shapes.layouts import write_world
+    from diffitm.shapes.layouts import VERSION, write_world
 
-    root = storage.join(out, f"shapes-{config.scenes}")
+    root = storage.join(out, f"shapes-{config.scenes}-v{VERSION}")
     write_world(root, config.scenes)
     return root
 
@@ -179,79 +198,73 @@ def _write_examples(config: Config, root: str, out: str) -> dict[str, Examples]:
     found = {}
     for name in dict.fromkeys(config.tasks):
         task = registry.find(registry.TASKS, name, "task")()
-        uri = storage.join(out, "examples", f"{name}.parquet")
-        count, digest = pairs.write_examples(name, task.examples(root), uri, config.limit)
+        folder = storage.join(out, "examples")
+        uri, count = pairs.write_examples(name, task.examples(root), folder, config.limit)
         if count == 0:
             raise InputError(f"task {name}: its files below {root}/{task.folder} hold no example")
         absent = present(root, uri)
         if absent is not None:
             raise InputError(f"task {name} needs its images, such as {absent} (from {task.source})")
         log.info("%s: %s examples", name, f"{count:,}")
-        found[name] = Examples(uri, f"{name}-{task.version}-{digest}")
+        found[name] = Examples(uri, f"{task.version}-{uri}")
     return found
 
 
-def _score(spec: Spec, store: Store, examples: dict[str, Examples], out: str, pool: Pool) -> None:
+def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: Pool) -> None:
     """Score the pairs that the store lacks; an interrupted run of the same examples goes on."""
     from diffitm.distributed.score import score
 
-    base = storage.join(
-        out, "work", store.name, fingerprint(sorted(e.identity for e in examples.values()))[:12]
-    )
-    number = 0
-    while storage.exists(storage.join(f"{base}-{number}", "done")):
-        number += 1
-    folder = f"{base}-{number}"
-    table, checkpoint = storage.join(folder, "work.parquet"), storage.join(folder, "checkpoint")
-    if storage.exists(storage.join(folder, "pairs.json")):
-        work = pairs.WorkTable(
-            table, **json.loads(storage.read_text(storage.join(folder, "pairs.json")))
-        )
-        rows, left = pairs.remaining(table, checkpoint)
-        log.info("%s: going on where it stopped, %s of %s pairs done", store.model,
-                 f"{work.pairs - left:,}", f"{work.pairs:,}")  # fmt: skip
-    else:
-        work = pairs.write_work([e.uri for e in examples.values()], store, table)
-        storage.write_text(
-            storage.join(folder, "pairs.json"), json.dumps({"rows": work.rows, "pairs": work.pairs})
-        )
-        rows, left = work.rows, work.pairs
-    if rows == 0:
+    work = open_work(out, store, [e.uri for e in examples], [e.identity for e in examples])
+    if work.rows_left == 0:
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
         return
+    if work.resumed:
+        finished = f"{work.table.pairs - work.pairs_left:,} of {work.table.pairs:,}"
+        log.info("%s: going on where it stopped, %s pairs done", store.model, finished)
     unit = "similarities" if store.is_clip else f"U-Net forwards ({spec.cost} timesteps)"
-    log.info("%s: %s pairs of %s images need %s %s", store.model, f"{left:,}", f"{rows:,}",
-             f"{left * spec.cost:,}", unit)  # fmt: skip
-    done = score(spec, work, store, checkpoint, pool)
-    storage.write_text(storage.join(folder, "done"), json.dumps(asdict(done)))
-    log.info("%s: %s pairs, %s forwards done, %s pairs failed", store.model, f"{done.pairs:,}",
-             f"{done.forwards:,}", f"{done.failures:,}")  # fmt: skip
+    needed = f"{work.pairs_left:,} pairs of {work.rows_left:,} images need"
+    log.info("%s: %s %s %s", store.model, needed, f"{work.pairs_left * spec.cost:,}", unit)
+    done = score(spec, work, store, pool)
+    finish(work, done)
+    made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
+    log.info("%s: %s", store.model, made)
 
 
-def _write_run(out: str, examples: dict[str, Examples], stores: list[Store]) -> None:
-    """What --report-only needs to find."""
-    run = {"tasks": list(examples), "stores": [store.name for store in stores]}
+def _write_run(
+    out: str, examples: dict[str, Examples], stores: list[Store], provenance: dict[str, Any]
+) -> None:
+    """What --report-only needs to find; from here on it reports on this run."""
+    files = {name: found.uri.rsplit("/", 1)[-1] for name, found in examples.items()}
+    run = {"examples": files, "stores": [store.name for store in stores], "provenance": provenance}
     storage.write_text(storage.join(out, "run.json"), json.dumps(run, indent=2))
 
 
-def _read_run(out: str, config: Config) -> tuple[dict[str, str], list[Store]]:
+def _report_again(config: Config, out: str) -> None:
+    """--report-only: the last run's examples and stores, with the chosen tasks and error."""
     path = storage.join(out, "run.json")
     try:
         run = json.loads(storage.read_text(path))
     except (OSError, ValueError) as error:
         raise InputError(f"--report-only: {path} cannot be read: {error}") from error
-    tasks = run["tasks"] if config.tasks == list(registry.TASKS) else config.tasks
-    lacking = sorted(set(tasks) - set(run["tasks"]))
+    tasks = list(run["examples"]) if config.tasks == list(registry.TASKS) else config.tasks
+    lacking = sorted(set(tasks) - set(run["examples"]))
     if lacking:
         raise InputError(f"--report-only: {out} holds no examples of {', '.join(lacking)}")
-    examples = {name: storage.join(out, "examples", f"{name}.parquet") for name in tasks}
-    return examples, [read_store(storage.join(out, "scores", name)) for name in run["stores"]]
+    examples = {name: storage.join(out, "examples", run["examples"][name]) for name in tasks}
+    stores = [read_store(storage.join(out, "scores", name)) for name in run["stores"]]
+    provenance = run["provenance"] | {"report": record(asdict(config))}
+    _finish(config, out, examples, stores, provenance)
 
 
-def _finish(config: Config, out: str, examples: dict[str, str], stores: list[Store]) -> None:
+def _finish(
+    config: Config,
+    out: str,
+    examples: dict[str, str],
+    stores: list[Store],
+    provenance: dict[str, Any],
+) -> None:
     """Evaluate, write and show."""
     evaluation = evaluate(examples, stores, config.error)
-    provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}}
     results = write_results(evaluation, provenance, out)
     report = write_report(evaluation, provenance, out)
     print_results(evaluation)

@@ -16,20 +16,24 @@ from ray.data import ActorPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
 from ray.util.annotations import RayDeprecationWarning
 
-from diffitm import pairs, storage
+from diffitm import storage
 from diffitm.distributed.session import Pool
-from diffitm.matching.scorer import Work
+from diffitm.matching.scorer import Work as WorkRow
+from diffitm.resume import Work
 from diffitm.schema import SCORES
 from diffitm.scorers import Spec
 from diffitm.store import Store
 
 log = logging.getLogger("diffitm")
+# A block is what a kill costs an actor, and what moves the progress on.
 ROWS_PER_BLOCK = 32
+FORWARDS_PER_BLOCK = 5000
 BLOCKS_PER_ACTOR = 8
 # A row that kills its worker is tried this often, then the run stops and names the error.
 RETRIES = 3
 FILTER_MEMORY = 128 * 2**20
 REPORT_EVERY = 10.0
+PATIENCE = 20  # half seconds that the estimate waits for the other actors
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class ScoringActor:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         start = time.perf_counter()
-        rows = [Work(**line) for line in table.select(["row", "image", "texts"]).to_pylist()]
+        rows = [WorkRow(**line) for line in table.select(["row", "image", "texts"]).to_pylist()]
         lines = self.scorer.score(rows)
         failed = sum(line["failure"] is not None for line in lines)
         forwards = (len(lines) - failed) * self.scorer.cost
@@ -87,21 +91,17 @@ class ScoringActor:
         return pa.Table.from_pylist(lines, SCORES)
 
 
-def score(spec: Spec, work: pairs.WorkTable, store: Store, checkpoint: str, pool: Pool) -> Done:
+def score(spec: Spec, work: Work, store: Store, pool: Pool) -> Done:
     """Score the rows of the work table that the checkpoint does not hold yet.
 
     Raises whatever ended the run; every block written before stays and is not done again.
     """
-    found, path = storage.filesystem(work.uri)
-    rows_left, pairs_left = pairs.remaining(work.uri, checkpoint)
-    if rows_left == 0:
-        return Done()
+    found, path = storage.filesystem(work.table.uri)
     counter = ray.remote(num_cpus=0)(Counter).remote()
     table = ray.data.read_parquet(path, filesystem=found)
     table.context.enable_progress_bars = False
-    table.context.checkpoint_config = _checkpoint(checkpoint)
-    per_actor = -(-rows_left // (BLOCKS_PER_ACTOR * pool.min_actors))
-    blocks = table.repartition(target_num_rows_per_block=max(1, min(ROWS_PER_BLOCK, per_actor)))
+    table.context.checkpoint_config = _checkpoint(work.checkpoint)
+    blocks = table.repartition(target_num_rows_per_block=_block_rows(work, spec.cost, pool))
     with warnings.catch_warnings():  # Ray 2.60 has no other way yet to bound the retries
         warnings.simplefilter("ignore", RayDeprecationWarning)
         scored = blocks.map_batches(
@@ -116,9 +116,16 @@ def score(spec: Spec, work: pairs.WorkTable, store: Store, checkpoint: str, pool
             max_task_retries=RETRIES,
         )
     out, folder = storage.filesystem(store.uri)
-    with _Progress(counter, store.model, pairs_left, spec.cost):
+    with _Progress(counter, store.model, work.pairs_left, spec.cost, pool.min_actors):
         scored.write_parquet(folder, filesystem=out)
     return ray.get(counter.read.remote())
+
+
+def _block_rows(work: Work, cost: int, pool: Pool) -> int:
+    """Rows of a block: enough blocks for every actor, none of them too long."""
+    per_actor = -(-work.rows_left // (BLOCKS_PER_ACTOR * pool.min_actors))
+    affordable = FORWARDS_PER_BLOCK * work.rows_left // (work.pairs_left * cost)
+    return max(1, min(ROWS_PER_BLOCK, per_actor, affordable))
 
 
 def _checkpoint(uri: str) -> CheckpointConfig:
@@ -137,8 +144,9 @@ def _checkpoint(uri: str) -> CheckpointConfig:
 class _Progress(threading.Thread):
     """Logs the estimate when the actors are up, then the rate and the time left."""
 
-    def __init__(self, counter: Any, name: str, pairs_left: int, cost: int) -> None:
+    def __init__(self, counter: Any, name: str, pairs_left: int, cost: int, actors: int) -> None:
         super().__init__(daemon=True)
+        self.actors, self.waited = actors, 0
         self.counter, self.name_, self.total, self.cost = counter, name, pairs_left, cost
         self.stopped = threading.Event()
 
@@ -155,10 +163,13 @@ class _Progress(threading.Thread):
         while not self.stopped.wait(0.5):
             try:
                 done: Done = ray.get(self.counter.read.remote(), timeout=30)
+            except ray.exceptions.GetTimeoutError:
+                continue
             except ray.exceptions.RayError:
                 return
             now = time.monotonic()
-            if done.actors and not told:
+            self.waited += done.actors > 0
+            if done.actors and not told and (done.actors >= self.actors or self.waited > PATIENCE):
                 told, first, next_line = True, now, now + REPORT_EVERY
                 self._estimate(done)
             if told and done.pairs and now >= next_line:
@@ -172,9 +183,10 @@ class _Progress(threading.Thread):
 
     def _estimate(self, done: Done) -> None:
         if done.rate:
-            seconds = self.total * self.cost / done.rate
-            text = "%s: %d actors up, %.0f forwards/s measured: about %s"
-            log.info(text, self.name_, done.actors, done.rate, clock(seconds))
+            rate = done.rate / done.actors * self.actors
+            text = "%s: %d of %d actors up, %.0f forwards/s each: about %s"
+            left = clock(self.total * self.cost / rate)
+            log.info(text, self.name_, done.actors, self.actors, done.rate / done.actors, left)
 
 
 def clock(seconds: float) -> str:

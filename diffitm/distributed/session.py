@@ -49,41 +49,51 @@ def connect(address: str | None) -> None:
     if address and address != "local":
         ray.init(address=address, **quiet)
     else:
-        cpus = (os.cpu_count() or 1) + SPARE_CPUS
+        cpus = _processors() + SPARE_CPUS
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def choose_pool(
-    actors: int | None, max_actors: int | None, cpus: float, gpus: float | None
+    actors: int | None, max_actors: int | None, cpus: float | None, gpus: float | None
 ) -> Pool:
     """The pool of the options, with defaults from the cluster: an actor a GPU, else one a processor.
 
-    Raises InputError if the cluster as it stands could never run the actors beside the readers.
+    Where nothing is asked for, an actor takes one processor, or less on a cluster so small that
+    the readers would have none. Raises InputError if what is asked for leaves them none.
     """
     total = ray.cluster_resources()
     if gpus is None:
         gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
-    free = total.get("CPU", 0) - SPARE_CPUS
+    free = max(0.0, total.get("CPU", 0) - SPARE_CPUS)
     if actors is None:
-        fitting = total.get("GPU", 0) / gpus if gpus else free / cpus
+        fitting = total.get("GPU", 0) / gpus if gpus else free / (cpus or 1.0)
         actors = max(1, int(fitting))
-    if actors < 1 or (max_actors is not None and max_actors < actors):
-        raise InputError(
-            f"--actors {actors} to --max-actors {max_actors}: must be 1 or more, rising"
-        )
-    if gpus == 0 and actors * cpus > free:
-        raise InputError(
-            f"--actors {actors} x --cpus-per-actor {cpus:g} leaves no processor for the readers: "
-            f"the cluster has {total.get('CPU', 0):g} and {SPARE_CPUS} must stay free; "
-            f"at most {max(0, int(free / cpus))} actors fit"
-        )
+    most = max_actors or actors
+    if not 1 <= actors <= most:
+        raise InputError(f"--actors {actors}, --max-actors {most}: must be 1 or more, and rising")
+    if cpus is None:
+        cpus = min(1.0, int(100 * free / most) / 100)
+        if gpus == 0 and actors > max(1.0, free):
+            raise InputError(_too_many(actors, 1.0, free))
+    elif actors * cpus > free:
+        raise InputError(_too_many(actors, cpus, free))
     if gpus and total.get("GPU", 0) < actors * gpus:
-        log.warning(
-            "the cluster has %g GPUs, %d actors want %g each: waiting for nodes to come up",
-            total.get("GPU", 0),
-            actors,
-            gpus,
-        )
-    return Pool(actors, max_actors or actors, cpus, gpus)
+        text = "the cluster has %g GPUs, %d actors want %g each: waiting for nodes to come up"
+        log.warning(text, total.get("GPU", 0), actors, gpus)
+    return Pool(actors, most, cpus, gpus)
+
+
+def _too_many(actors: int, cpus: float, free: float) -> str:
+    return (
+        f"--actors {actors} with {cpus:g} processors each leaves none for the readers: the cluster "
+        f"has {free + SPARE_CPUS:g} and {SPARE_CPUS} must stay free; at most {int(free / cpus)} fit"
+    )
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

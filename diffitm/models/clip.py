@@ -22,6 +22,7 @@ from diffitm.matching.scorer import TEXT_CACHE_BYTES, Work, load_images, similar
 from diffitm.models.load import SHAPES, from_hub
 
 # What open_clip lets through for a name, a config or a file that it cannot use.
+WEIGHTS = (".safetensors", ".bin", ".pth")
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -41,6 +42,7 @@ class ClipSource:
     model: str
     pretrained: str | None
     digest: str
+    quick_gelu: bool = False  # OpenAI's weights want it, and a model's name alone does not say so
 
 
 def resolve_clip(name: str) -> ClipSource:
@@ -53,12 +55,12 @@ def resolve_clip(name: str) -> ClipSource:
     if folder.is_dir():
         if not (folder / "open_clip_config.json").is_file():
             raise InputError(f"--clip {name!r}: the folder has no open_clip_config.json")
-        weights = [
-            p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt")
-        ]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        if not any(path.suffix in WEIGHTS for path in files):
+            raise InputError(f"--clip {name!r}: the folder has no weights ({', '.join(WEIGHTS)})")
         # 'shapes' is found again on every machine; other folders are used where they are.
         where = "shapes" if name == "shapes" else f"local-dir:{folder.absolute()}"
-        return ClipSource(name, where, None, _digest([folder / "open_clip_config.json", *weights]))
+        return ClipSource(name, where, None, _digest(files))
     if name.startswith("hf-hub:"):
         config = from_hub(name.removeprefix("hf-hub:"), "open_clip_config.json", "--clip")
         return ClipSource(name, name, None, f"{name}@{config.parent.name}")
@@ -71,7 +73,8 @@ def resolve_clip(name: str) -> ClipSource:
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
         raise InputError(f"--clip {name!r}: {tag!r} is no file and no tag{suggest(tag, tags)}")
-    return ClipSource(name, model, tag, f"{model}:{tag}")
+    quick_gelu = bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
+    return ClipSource(name, model, tag, f"{model}:{tag}", quick_gelu)
 
 
 def _digest(paths: Sequence[Path]) -> str:
@@ -100,8 +103,12 @@ class ClipScorer:
         self.cost = 1
         model = f"local-dir:{SHAPES / 'clip'}" if source.model == "shapes" else source.model
         try:
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
-                model, pretrained=source.pretrained, device=self.device
+            # Unlike create_model_and_transforms, this refuses to go on with random weights.
+            self.model, self.preprocess = open_clip.create_model_from_pretrained(
+                model,
+                pretrained=source.pretrained,
+                device=self.device,
+                force_quick_gelu=source.quick_gelu,
             )
             self.tokenizer = open_clip.get_tokenizer(model)
         except _UNREADABLE as error:

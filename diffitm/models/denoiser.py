@@ -47,8 +47,3 @@ class Denoiser(ABC):
 def select(condition: Condition, index: Tensor) -> Condition:
     """Rows `index` [B] of a condition."""
     return {name: value[index.to(value.device)] for name, value in condition.items()}
-
-
-def stack(conditions: Sequence[Condition]) -> Condition:
-    """Conditions of one row each, [1, ...], as one condition [B, ...]."""
-    return {name: torch.cat([c[name] for c in conditions]) for name in conditions[0]}

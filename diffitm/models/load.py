@@ -70,6 +70,8 @@ def load_denoiser(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     build = registry.find(registry.DENOISERS, source.family, "kind of diffusion model")
+    if dtype == "fp32":  # cuDNN would round convolutions to TF32
+        torch.backends.cudnn.allow_tf32 = False
     folder = str(SHAPES / "diffusion") if source.location == "shapes" else source.location
     try:
         denoiser = build(folder, DTYPES[dtype], device, source.revision, variant)
@@ -82,8 +84,13 @@ def load_denoiser(
 
 
 def lora_digest(path: str) -> str:
-    """sha256 of a LoRA file."""
-    return hashlib.sha256(lora_file(path).read_bytes()).hexdigest()
+    """sha256 of a LoRA file and of the adapter_config.json beside it, which may hold its scale."""
+    file = lora_file(path)
+    beside = file.parent / "adapter_config.json"
+    total = hashlib.sha256(file.read_bytes())
+    if beside.is_file():
+        total.update(beside.read_bytes())
+    return total.hexdigest()
 
 
 def _family(index: Path, name: str) -> str:

@@ -71,7 +71,12 @@ def _table(table: list[Line], names: list[str]) -> str:
     body = []
     for line in table:
         label = line.task if line.group == "all" else line.group.replace("=", " = ")
-        cells = [label, line.metric, str(line.n), *(cell(line.cells[name]) for name in names)]
+        cells = [
+            label,
+            line.metric,
+            str(line.n),
+            *(cell(line.cells[name], line.n) for name in names),
+        ]
         cells.append(percent(line.chance))
         columns_ = "".join(f"<td>{html.escape(text)}</td>" for text in cells)
         body.append(f'<tr class="{"all" if line.group == "all" else "group"}">{columns_}</tr>')

@@ -52,13 +52,17 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def cell(row: Row | None) -> str:
-    """'81.3 [77.1, 84.9]', '=' where normalising changes nothing, '-' where nothing was scored."""
+def cell(row: Row | None, n: int) -> str:
+    """'81.3 [77.1, 84.9]', '=' where normalising changes nothing, '-' where nothing was scored.
+
+    A value over other examples than the line's `n` says so.
+    """
     if row is None:
         return "="
     if row.value is None or row.low is None or row.high is None:
         return "-"
-    return f"{percent(row.value)} [{percent(row.low)}, {percent(row.high)}]"
+    other = f" (n={row.n})" if row.n != n else ""
+    return f"{percent(row.value)} [{percent(row.low)}, {percent(row.high)}]{other}"
 
 
 def p_text(p: float) -> str:

@@ -28,7 +28,7 @@ def print_results(evaluation: Evaluation) -> None:
         table.add_column(name, justify="right")
     for line in lines(evaluation):
         label = line.task if line.group == "all" else f"  {line.group.split('=', 1)[1]}"
-        values = [cell(line.cells[name]) for name in names]
+        values = [cell(line.cells[name], line.n) for name in names]
         table.add_row(label, line.metric, str(line.n), *values, percent(line.chance))
     console.print(table)
     if any(row.score == "conditional" for row in evaluation.rows):

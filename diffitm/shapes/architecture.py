@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -146,8 +145,3 @@ def clip_config(tokenizer: CLIPTokenizer) -> dict[str, Any]:
             "layers": 2,
         },
     }
-
-
-def parameters(*modules: torch.nn.Module) -> int:
-    """How many parameters the modules hold."""
-    return sum(p.numel() for module in modules for p in module.parameters())

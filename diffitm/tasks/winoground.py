@@ -16,6 +16,7 @@ from diffitm.metrics.credit import Credit, winoground, winoground_chance
 from diffitm.schema import Example
 from diffitm.tasks.base import Task
 
+FIELDS = ["id", "caption_0", "caption_1", "collapsed_tag", "num_main_preds"]
 FILES = ("data.json", "examples.jsonl", "data/examples.jsonl", "data.parquet")
 IMAGE_FOLDERS = ("images", ".", "data/images")
 
@@ -37,7 +38,7 @@ class Winoground(Task):
                 texts = (str(entry["caption_0"]), str(entry["caption_1"]))
                 groups = {key: str(entry[key]) for key in ("collapsed_tag", "num_main_preds")}
             except (KeyError, TypeError, ValueError):
-                wanted = "the fields id, caption_0, caption_1, collapsed_tag, num_main_preds"
+                wanted = f"the fields {', '.join(FIELDS)}"
                 raise self.malformed(root, name, entry, wanted) from None
             images = images or self._image_folder(root, number)
             yield Example(
@@ -63,9 +64,10 @@ class Winoground(Task):
             return name, entries
         try:
             if name.endswith(".jsonl"):
-                lines = storage.read_text(path).splitlines()
+                lines = storage.read_text(path).split("\n")  # splitlines would cut in strings too
                 return name, [json.loads(line) for line in lines if line.strip()]
-            return name, parquet.read_table(io.BytesIO(storage.read_bytes(path))).to_pylist()
+            data = io.BytesIO(storage.read_bytes(path))
+            return name, parquet.read_table(data, columns=FIELDS).to_pylist()
         except (OSError, ValueError) as error:
             raise InputError(f"task {self.name} cannot read {path}: {error}") from error
 

@@ -1,0 +1,75 @@
+"""Work tables on disk: which one to go on with, and how an abandoned one is closed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffitm import pairs, storage
+from diffitm.provenance import fingerprint
+from diffitm.store import Store
+
+PENDING = ".pending.parquet"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A work table with its checkpoint, and what of it is still to do."""
+
+    folder: str
+    table: pairs.WorkTable
+    rows_left: int
+    pairs_left: int
+
+    @property
+    def checkpoint(self) -> str:
+        return storage.join(self.folder, "checkpoint")
+
+    @property
+    def resumed(self) -> bool:
+        return self.rows_left < self.table.rows
+
+
+def open_work(out: str, store: Store, examples: list[str], identity: list[str]) -> Work:
+    """The unfinished work table of these examples, else a new one with the pairs that the store lacks.
+
+    `examples` are files, `identity` tells their content. Only one table of a store is ever open: one
+    of other examples is closed first, so that no pair stands in two of them.
+    """
+    base = storage.join(out, "work", store.name)
+    wanted = fingerprint(sorted(identity))[:12]
+    number = 0
+    while storage.exists(folder := storage.join(base, f"{number:04d}")):
+        note = storage.join(folder, "table.json")
+        if storage.exists(note) and not storage.exists(storage.join(folder, "done")):
+            state = json.loads(storage.read_text(note))
+            table = pairs.WorkTable(
+                storage.join(folder, "work.parquet"), state["rows"], state["pairs"]
+            )
+            left = pairs.remaining(table.uri, storage.join(folder, "checkpoint"))
+            if state["examples"] == wanted and left[0]:
+                return Work(folder, table, *left)
+            _close(folder, store)
+        number += 1
+    table = pairs.write_work(examples, store, storage.join(folder, "work.parquet"))
+    if table.rows:
+        state = {"examples": wanted, "rows": table.rows, "pairs": table.pairs}
+        storage.write_text(storage.join(folder, "table.json"), json.dumps(state))
+    return Work(folder, table, table.rows, table.pairs)
+
+
+def finish(work: Work, done: Any) -> None:
+    """Mark a table as done, with the dataclass that says what was done."""
+    storage.write_text(storage.join(work.folder, "done"), json.dumps(asdict(done)))
+
+
+def _close(folder: str, store: Store) -> None:
+    """Delete the data whose checkpoint a kill left pending, as Ray Data does on a resume."""
+    pending = [p for p in storage.files(storage.join(folder, "checkpoint")) if p.endswith(PENDING)]
+    names = tuple(path.rsplit("/", 1)[-1].removesuffix(PENDING) for path in pending)
+    found, _ = storage.filesystem(store.uri)
+    for path in storage.files(store.uri, ".parquet"):
+        if names and path.rsplit("/", 1)[-1].startswith(names):
+            found.delete_file(path)
+    storage.write_text(storage.join(folder, "done"), json.dumps({"closed": True}))
