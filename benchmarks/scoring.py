@@ -4,7 +4,7 @@ plain   the published algorithm as tests/plain.py has it, at its default batch o
 ours    diffitm from the examples to the Parquet store, through Ray
 bare    the model alone, doing only the work that the table needs, at its best batch size
 
-`python -m benchmarks.scoring` in the repository's root; README.md says what the figures mean.
+README.md says how to run it and what the figures mean.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 from diffitm import storage
-from diffitm.matching.scorer import Scorer
 from diffitm.models.load import SHAPES, resolve
 from diffitm.pairs import write_examples
 from diffitm.resume import open_work
 from diffitm.schema import Example
 from diffitm.scorers import DiffusionSpec
+from diffitm.scoring import Scorer
 from diffitm.shapes.layouts import CANDIDATES, World, write_flickr30k
 from diffitm.store import open_store
 from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText
@@ -227,6 +227,7 @@ def main() -> None:
             for job in jobs if number % 2 == 0 else reversed(jobs):
                 seconds |= job()
             rounds.append({name: table.pair_steps / taken for name, taken in seconds.items()})
+            print(f"round {number + 1}:", {name: round(r) for name, r in rounds[-1].items()})
     machine = f"{os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}"
     print(f"{machine}, {workers.processes} processes of one thread")
     print(f"{args.images} images, {table.pair_steps} (pair, timestep)s, {table.forwards} forwards")
@@ -235,8 +236,8 @@ def main() -> None:
     for name in (PLAIN, WHOLE, OURS, BARE):
         # Half of plain's pairs are image retrieval's, whose unconditional error is one more.
         each = 1.5 if name == PLAIN else table.forwards / table.pair_steps
-        rates = [found[name] for found in rounds]
-        print(f"{name:34}{spread(rates):>24}{spread([each * rate for rate in rates]):>24}")
+        rates = [[scale * found[name] for found in rounds] for scale in (1, each)]
+        print(f"{name:34}{spread(rates[0]):>24}{spread(rates[1]):>24}")
     for top, bottom in RATIOS:
         print(f"{top} / {bottom}: {spread([found[top] / found[bottom] for found in rounds], 2)}")
     if args.out:

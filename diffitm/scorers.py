@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffitm.errors import InputError
 from diffitm.matching.plan import make_plan
-from diffitm.matching.scorer import DenoiserScorer, Scorer
 from diffitm.models.load import Source, load_denoiser, lora_digest
+from diffitm.scoring import DenoiserScorer, Scorer
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from diffitm.models.clip import ClipSource

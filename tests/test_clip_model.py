@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from diffitm.errors import InputError
-from diffitm.matching.scorer import Work
 from diffitm.models.clip import ClipScorer, resolve_clip
 from diffitm.models.load import SHAPES
 from diffitm.scorers import ClipSpec
+from diffitm.scoring import Work
 from tests import tiny
 
 TEXTS = ["a red circle", "a blue square above a green cross"]

@@ -8,9 +8,9 @@ import torch
 
 from diffitm.matching.errors import Errors, pair_errors
 from diffitm.matching.plan import Plan, plan_timesteps
-from diffitm.matching.scorer import DenoiserScorer, Work
 from diffitm.matching.scores import averaged, conditional_score, normalised_score
 from diffitm.models.stable_diffusion import StableDiffusion
+from diffitm.scoring import DenoiserScorer, Work
 from tests.conftest import DATA
 
 Golden = dict[str, np.ndarray]

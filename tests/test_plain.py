@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from diffitm.matching.plan import plan_timesteps
-from diffitm.matching.scorer import Work
 from diffitm.matching.scores import averaged, conditional_score, normalised_score
 from diffitm.models.load import SHAPES, resolve
 from diffitm.schema import Example
 from diffitm.scorers import DiffusionSpec
+from diffitm.scoring import Work
 from diffitm.shapes.layouts import write_world
 from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText
 from tests.plain import BATCH, Errors, Plain, list_pairs, published_timesteps

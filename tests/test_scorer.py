@@ -16,11 +16,11 @@ from diffitm import images
 from diffitm.matching.cache import TextCache
 from diffitm.matching.errors import pair_errors
 from diffitm.matching.plan import make_plan
-from diffitm.matching.scorer import DenoiserScorer, Work
 from diffitm.models.load import resolve
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.schema import SCORES
 from diffitm.scorers import DiffusionSpec
+from diffitm.scoring import DenoiserScorer, Work
 from tests import tiny
 
 TEXTS = ["a red circle", "a blue square", ""]

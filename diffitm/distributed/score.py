@@ -18,10 +18,10 @@ from ray.util.annotations import RayDeprecationWarning
 
 from diffitm import storage
 from diffitm.distributed.session import Pool
-from diffitm.matching.scorer import Work as WorkRow
 from diffitm.resume import Work
 from diffitm.schema import SCORES
 from diffitm.scorers import Spec
+from diffitm.scoring import Work as WorkRow
 from diffitm.store import Store
 
 log = logging.getLogger("diffitm")

@@ -18,8 +18,8 @@ from torch.nn.functional import normalize
 
 from diffitm.errors import InputError, suggest
 from diffitm.matching.cache import TextCache
-from diffitm.matching.scorer import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
 from diffitm.models.load import SHAPES, from_hub
+from diffitm.scoring import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
 
 # What open_clip lets through for a name, a config or a file that it cannot use.
 WEIGHTS = (".safetensors", ".bin", ".pth")
@@ -128,11 +128,11 @@ class ClipScorer:
         return normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1)
 
     def measure_rate(self) -> float:
-        """See matching.scorer.Scorer: one cosine a pair costs nothing."""
+        """See scoring.Scorer: one cosine a pair costs nothing."""
         return 0.0
 
     def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
-        """See matching.scorer.Scorer."""
+        """See scoring.Scorer."""
         loaded = load_images(rows, self.root, self.preprocess)
         pixels = [item.value for item in loaded if item.failure is None]
         chunks = range(0, len(pixels), self.batch_size)

@@ -140,5 +140,7 @@ def _chart(table: list[Line], names: list[str]) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(
+        buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     return buffer.getvalue().split("?>", 1)[1].split(">", 1)[1]
