@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from diffitm.models.load import SHAPES
+from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText
 from tests import pipeline
+from tests.plain import Plain, list_pairs, published_timesteps
 
 pytestmark = pytest.mark.slow
 SCENES = 30
@@ -48,6 +54,36 @@ def test_split_does_not_matter(undisturbed: Path, tmp_path: Path, batch: int, ac
     np.testing.assert_allclose(found, wanted[[place[key] for key in keys]], rtol=1e-5)
     if batch != 1:
         assert keys == all_keys
+
+
+def test_equals_the_published_algorithm(undisturbed: Path) -> None:
+    """Through work table, actors, store and evaluation: the errors and the accuracy of the
+    published algorithm written plainly, with its timesteps, resize and the standard noise."""
+    (root,) = undisturbed.glob("shapes-*")
+    plain = Plain(str(SHAPES / "diffusion"), published_timesteps(10))
+    keys, found = errors(undisturbed)
+    stored = dict(zip(keys, found, strict=True))
+    for task, image_retrieval in ((Flickr30kText(), False), (Flickr30kImage(), True)):
+        examples = list(task.examples(str(root)))[:6]
+        files = [[str(root / image) for image in e.images] for e in examples]
+        decisions = [list_pairs(f, e.texts) for f, e in zip(files, examples, strict=True)]
+        published = plain.score(decisions, image_retrieval)
+        ours = [[stored[i, t] for i in e.images for t in e.texts] for e in examples]
+        np.testing.assert_allclose(ours, published.conditional.numpy(), rtol=1e-4)
+        if published.unconditional is not None:
+            empty = [[stored[i, ""] for i in e.images] for e in examples]
+            np.testing.assert_allclose(empty, published.unconditional.numpy(), rtol=1e-4)
+    everything = list(Flickr30kImage().examples(str(root)))
+    right = 0
+    for example in everything:
+        d = [stored[i, example.texts[0]].mean() - stored[i, ""].mean() for i in example.images]
+        right += int(np.argmin(d) == 0)
+    (row,) = (
+        r
+        for r in pipeline.rows(undisturbed)
+        if (r["task"], r["metric"], r["score"]) == ("flickr30k", "R@1", "normalised")
+    )
+    assert row["value"] == pytest.approx(right / len(everything))
 
 
 def test_three_kills(undisturbed: Path, tmp_path: Path) -> None:
@@ -95,6 +131,27 @@ def _committed_files(out: Path) -> list[Path]:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_kill_costs_an_actor_one_block(tmp_path: Path) -> None:
+    """What is computed again after a SIGKILL is at most a block an actor."""
+    out, trace = tmp_path / "out", tmp_path / "trace"
+    out.mkdir()
+    trace.mkdir()
+    call = [sys.executable, "-m", "tests.traced", str(out), str(trace), str(ACTORS)]
+    where = {"cwd": pipeline.ROOT, "env": pipeline.environment(PYTHONPATH=str(pipeline.ROOT))}
+    with (tmp_path / "log").open("ab") as log:
+        process = subprocess.Popen(call, stdout=log, stderr=log, start_new_session=True, **where)
+    deadline = time.monotonic() + pipeline.TIMEOUT
+    while len(pipeline.committed(out)) < 20:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pipeline.kill(process)
+    subprocess.run(call, check=True, capture_output=True, timeout=pipeline.TIMEOUT, **where)
+    computed = [row for path in trace.iterdir() for row in json.loads(path.read_text())]
+    assert set(computed) == set(range(60))
+    assert len(computed) - 60 <= ACTORS * int((out / "block").read_text())
 
 
 def test_repeat_scores_nothing_and_settings_do_not_mix(undisturbed: Path) -> None:

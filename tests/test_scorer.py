@@ -171,6 +171,18 @@ def test_spec_builds_the_same_scorer(sd: StableDiffusion, sd_folder: Path, root:
     assert DiffusionSpec(**{**vars(spec), "batch_size": 3}).store_config() == config
 
 
+def test_lora_and_its_scale_are_in_the_fingerprint(tmp_path: Path, sd_folder: Path) -> None:
+    """Other weights, or another lora_alpha in the config beside them, start another store."""
+    file, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    source, found = resolve(str(sd_folder)), []
+    for weights, alpha in ((b"one", 4), (b"two", 4), (b"two", 8)):
+        file.write_bytes(weights)
+        beside.write_text(f'{{"r": 4, "lora_alpha": {alpha}}}')
+        spec = DiffusionSpec(source, "/data", "diffusionitm", tuple(STEPS), lora=str(file))
+        found.append(spec.store_config()["lora"])
+    assert len(set(found)) == 3
+
+
 class Encoder:
     """Encodes a text as 16 bytes that hold its length; remembers what it was given."""
 
