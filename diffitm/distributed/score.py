@@ -18,6 +18,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from diffitm import storage
 from diffitm.distributed.session import Pool
+from diffitm.errors import InputError
 from diffitm.resume import Work
 from diffitm.schema import SCORES
 from diffitm.scorers import Spec
@@ -78,10 +79,18 @@ class ScoringActor:
     """Loads the model once and scores blocks of work rows."""
 
     def __init__(self, spec: Spec, device: str, counter: Any) -> None:
-        self.scorer, self.counter = spec.build(device), counter
+        self.counter = counter
+        self.failure: InputError | None = None
+        try:
+            self.scorer = spec.build(device)
+        except InputError as error:  # Ray would try a constructor again; a call fails at once
+            self.failure = error
+            return
         counter.ready.remote(self.scorer.measure_rate())
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if self.failure is not None:
+            raise self.failure
         start = time.perf_counter()
         rows = [WorkRow(**line) for line in table.select(["row", "image", "texts"]).to_pylist()]
         lines = self.scorer.score(rows)

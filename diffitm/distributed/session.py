@@ -51,8 +51,8 @@ def connect(address: str | None) -> None:
     else:
         cpus = _processors() + SPARE_CPUS
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("ray", "ray.data"):  # what fails reaches the caller as an exception
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def choose_pool(
