@@ -41,6 +41,18 @@ def load(root: str, reference: str) -> tuple[Image.Image, str]:
     return image, hashlib.sha256(data).hexdigest()
 
 
+def problem(root: str, path: str) -> str | None:
+    """Why a file below `root` is no readable image, None if it is one. JPEGs are read at an eighth
+    of their size, which is enough to find a truncated one."""
+    try:
+        image = Image.open(io.BytesIO(storage.read_bytes(storage.join(root, path))))
+        image.draft("RGB", (image.width // 8, image.height // 8))
+        image.load()
+    except Exception as error:  # whatever a decoder raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def decode(data: bytes) -> Image.Image:
     """Decode whole, upright, as RGB: palettes, alpha (on white), grey, CMYK and 16 bits included."""
     if not data:

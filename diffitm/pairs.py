@@ -92,7 +92,7 @@ def _line(task: str, position: int, example: Example) -> dict[str, Any]:
         "cluster": example.cluster,
         "groups": list(example.groups.items()),
         "unconditional": example.needs_unconditional,
-        "failure": f"caption {empty[0]} is empty" if empty else None,
+        "failure": example.failure or (f"caption {empty[0]} is empty" if empty else None),
     }
 
 
@@ -165,11 +165,13 @@ def _lines(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[tuple[
         yield from zip(batch["image"].to_pylist(), batch["text"].to_pylist(), strict=True)
 
 
-def scored_pairs(examples: str, store: Store, error: str) -> Iterator[pa.RecordBatch]:
+def scored_pairs(
+    examples: str, store: Store, error: str, rows: int = 100 * BATCH
+) -> Iterator[pa.RecordBatch]:
     """The pairs of one task's examples in order, with what the store holds of each.
 
     Columns: position, i (image), j (text), errors and unconditional (lists over timesteps),
-    elements, similarity, failure. A pair scored twice is taken once.
+    elements, similarity, failure. A pair scored twice is taken once. A batch holds up to `rows`.
     """
     connection = connect(examples=examples_dataset([examples]), scores=store.dataset())
     column = "l2" if error == "mse" else error
@@ -187,4 +189,4 @@ def scored_pairs(examples: str, store: Store, error: str) -> Iterator[pa.RecordB
         LEFT JOIN (SELECT * FROM s WHERE text = '') u ON u.image = p.image AND p.unconditional
         ORDER BY p.position, p.i, p.j
     """
-    yield from connection.sql(query).to_arrow_reader(100 * BATCH)
+    yield from connection.sql(query).to_arrow_reader(rows)

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 from diffitm.errors import InputError, suggest
 
 TASKS = {
     "winoground": "diffitm.tasks.winoground:Winoground",
-    "clevr": "diffitm.tasks.clevr:Clevr",
     "flickr30k": "diffitm.tasks.flickr30k:Flickr30kImage",
     "flickr30k_text": "diffitm.tasks.flickr30k:Flickr30kText",
+    "flickr30k_variance": "diffitm.tasks.flickr30k:Flickr30kVariance",
+    "imagecode": "diffitm.tasks.imagecode:ImageCoDe",
+    "imagecode_video": "diffitm.tasks.imagecode:ImageCoDeVideo",
+    "svo_subj": "diffitm.tasks.svo:SvoSubject",
+    "svo_verb": "diffitm.tasks.svo:SvoVerb",
+    "svo_obj": "diffitm.tasks.svo:SvoObject",
+    "clevr": "diffitm.tasks.clevr:Clevr",
+    "pets": "diffitm.tasks.pets:Pets",
+    "vg_relation": "diffitm.tasks.aro:VgRelation",
+    "vg_attribution": "diffitm.tasks.aro:VgAttribution",
+    "coco_order": "diffitm.tasks.order:CocoOrder",
+    "flickr30k_order": "diffitm.tasks.order:FlickrOrder",
+    "mmvp_vlm": "diffitm.tasks.mmvp_vlm:MmvpVlm",
+    "coco_neg_text": "diffitm.tasks.coco_neg:CocoNegText",
+    "coco_neg_image": "diffitm.tasks.coco_neg:CocoNegImage",
+    "mmbias": "diffitm.tasks.mmbias:MmBias",
 }
 # The pipeline class that a diffusers folder names in model_index.json -> the Denoiser that runs it.
 DENOISERS = {
@@ -26,5 +44,19 @@ def find(table: dict[str, str], name: str, what: str) -> Any:
     """
     if name not in table:
         raise InputError(f"unknown {what} {name!r}{suggest(name, table)}")
-    module, _, attribute = table[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return load(table[name])
+
+
+def load(place: str) -> Any:
+    """The object at 'package.module:name' or 'folder/file.py:name'."""
+    module, _, attribute = place.rpartition(":")
+    if not module.endswith(".py"):
+        return getattr(importlib.import_module(module), attribute)
+    path = Path(module).expanduser().resolve()
+    spec = importlib.util.spec_from_file_location(f"diffitm_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
+    spec.loader.exec_module(loaded)
+    return getattr(loaded, attribute)

@@ -64,6 +64,17 @@ def finish(work: Work, done: Any) -> None:
     storage.write_text(storage.join(work.folder, "done"), json.dumps(asdict(done)))
 
 
+def finished(out: str, store: Store) -> list[dict[str, Any]]:
+    """What was done, by every finished table of a store."""
+    base, number, found = storage.join(out, "work", store.name), 0, []
+    while storage.exists(folder := storage.join(base, f"{number:04d}")):
+        note = storage.join(folder, "done")
+        if storage.exists(note):
+            found.append(json.loads(storage.read_text(note)))
+        number += 1
+    return found
+
+
 def _close(folder: str, store: Store) -> None:
     """Delete the data whose checkpoint a kill left pending, as Ray Data does on a resume."""
     pending = [p for p in storage.files(storage.join(folder, "checkpoint")) if p.endswith(PENDING)]

@@ -27,6 +27,7 @@ class Example:
     gold: int = 0
     cluster: str = ""
     groups: dict[str, str] = field(default_factory=dict)
+    failure: str | None = None  # why it cannot be scored at all
 
     @property
     def needs_unconditional(self) -> bool:

@@ -30,6 +30,7 @@ class DiffusionSpec:
     latent_seed: int | None = None
     variant: str | None = None
     lora: str | None = None
+    lora_name: str | None = None  # as the user typed it, for tables
     batch_size: int = 64
 
     @property

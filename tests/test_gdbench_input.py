@@ -47,7 +47,7 @@ def test_unknown_option_and_value() -> None:
     told = str(raised.value)
     assert "unknown option '--modle'; did you mean '--model'?" in told
     assert "dtype: 'fp8' is not one of auto, fp32, bf16, fp16" in told
-    assert "timesteps: 'many' is not a whole number" in told
+    assert "timesteps: ['many'] is not a whole number" in told
 
 
 def test_nothing_to_score(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_config_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: [shapes]\ntimesteps: 20\nseed: 3\n")
     config = parse(Config, ["--config", str(file), "--timesteps", "5"])
-    assert (config.model, config.timesteps, config.seed) == (["shapes"], 5, 3)
+    assert (config.model, config.timesteps, config.seed) == (["shapes"], [5], 3)
     file.write_text(json.dumps({"timestep": 20}))
     with pytest.raises(InputError, match="unknown key 'timestep'; did you mean 'timesteps'"):
         parse(Config, ["--config", str(file)])

@@ -11,10 +11,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from diffitm import images, registry
+from diffitm import images
 from diffitm.models import load
 from diffitm.shapes import language, layouts
 from diffitm.shapes.architecture import LENGTH, write_tokenizer
+from diffitm.shapes.drawing import World
 from diffitm.shapes.language import PLACES, RELATIONS, Caption, Mention, full
 from diffitm.shapes.world import (
     COLOURS,
@@ -26,6 +27,8 @@ from diffitm.shapes.world import (
     render,
     sample_scene,
 )
+from diffitm.tasks.aro import VgRelation
+from diffitm.tasks.find import find_task
 
 WEIGHTS = load.SHAPES
 MAX_WEIGHTS = 12 * 2**20
@@ -38,7 +41,7 @@ def scenes(count: int, seed: int = 0, **options: object) -> list[Scene]:
 
 def read_mention(words: str) -> Mention:
     article, *attributes = words.split()
-    assert article in ("a", "an")
+    assert article in ("a", "an", "the")
     known = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
     found = {k: w for w in attributes for k, values in known.items() if w in values}
     assert len(found) == sum(w != "object" for w in attributes), words
@@ -203,32 +206,54 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Scen
     """A data root, and the scene behind each of its images."""
     root = str(tmp_path_factory.mktemp("world"))
     behind: dict[str, Scene] = {}
-    save = layouts.World.save
+    whole, framed = World.save, World.save_framed
 
-    def remembered(self: layouts.World, path: str, scene: Scene) -> None:
+    def save(self: World, path: str, scene: Scene) -> None:
         behind[path] = scene
-        save(self, path, scene)
+        whole(self, path, scene)
+
+    def save_framed(self: World, path: str, scene: Scene, rng: np.random.Generator) -> dict:
+        behind[path] = scene
+        return framed(self, path, scene, rng)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layouts.World, "save", remembered)
+        patch.setattr(World, "save", save)
+        patch.setattr(World, "save_framed", save_framed)
         layouts.write_world(root, 20)
     return root, behind
 
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("winoground", 20), ("clevr", 280), ("flickr30k", 20), ("flickr30k_text", 20)],
+    [
+        ("winoground", 20),
+        ("clevr", 280),
+        ("flickr30k", 20),
+        ("flickr30k_text", 20),
+        ("imagecode_video", 9),
+        ("svo_subj", 7),
+        ("svo_verb", 7),
+        ("svo_obj", 6),
+        ("pets", 10),
+        ("vg_relation", 10),
+        ("vg_attribution", 20),
+        ("mmvp_vlm", 10),
+        ("coco_neg_text", 10),
+    ],
 )
 def test_gold_is_true_and_the_rest_is_false(
     drawn: tuple[str, dict[str, Scene]], name: str, count: int
 ) -> None:
     """Of every example that the real reader yields, against the scenes behind the images."""
     root, behind = drawn
-    examples = list(registry.find(registry.TASKS, name, "task")().examples(root))
+    examples = list(find_task(name)().examples(root))
     assert len(examples) == count
     for example in examples:
         holds = np.array(
-            [[read_caption(t).holds(behind[i]) for t in example.texts] for i in example.images]
+            [
+                [read_caption(t).holds(behind[i.split("#")[0]]) for t in example.texts]
+                for i in example.images
+            ]
         )
         if example.direction == "both":
             expected = np.eye(2, dtype=bool)
@@ -254,8 +279,46 @@ def test_images_on_disk_are_the_scenes(drawn: tuple[str, dict[str, Scene]]) -> N
         image, _ = images.load(root, path)
         expected = render(scene).astype(int)
         found = np.asarray(image).astype(int)
+        if path.startswith("aro"):
+            continue  # inside of a larger picture, below
         worst = np.abs(found - expected).mean()
         assert worst < (3 if path.endswith(".jpg") else 1e-9)
+
+
+def test_the_box_of_a_framed_image_is_its_scene(drawn: tuple[str, dict[str, Scene]]) -> None:
+    root, behind = drawn
+    for example in list(VgRelation().examples(root))[:5]:
+        image, _ = images.load(root, example.images[0])
+        path = example.images[0].split("#")[0]
+        np.testing.assert_array_equal(np.asarray(image), render(behind[path]))
+        assert images.load(root, path)[0].width > image.width
+
+
+def test_orders_and_negative_images_of_the_world(drawn: tuple[str, dict[str, Scene]]) -> None:
+    """A caption's other orders are no caption of it; a negative image is another one."""
+    root, behind = drawn
+    for name in ("coco_order", "flickr30k_order"):
+        examples = list(find_task(name)().examples(root))
+        assert len(examples) == 10
+        for example in examples:
+            words = example.texts[0].split()
+            assert read_caption(example.texts[0]).holds(behind[example.images[0]])
+            assert all(sorted(t.split()) == sorted(words) for t in example.texts)
+            assert example.texts[0] not in example.texts[1:]
+    for example in find_task("coco_neg_image")().examples(root):
+        assert example.failure is None
+        assert read_caption(example.texts[0]).holds(behind[example.images[0]])
+        assert example.images[0] != example.images[1]
+
+
+def test_bias_images_show_their_group(drawn: tuple[str, dict[str, Scene]]) -> None:
+    root, behind = drawn
+    examples = list(find_task("mmbias")().examples(root))
+    assert len(examples) == 4 * 5
+    for example in examples:
+        (thing,) = behind[example.images[0]].things
+        assert thing.shape == example.groups["group"].lower()
+        assert (len(example.texts), example.gold) == (8, 4)
 
 
 def test_world_is_a_function_of_its_arguments(tmp_path: Path) -> None:
@@ -269,8 +332,9 @@ def test_world_is_a_function_of_its_arguments(tmp_path: Path) -> None:
     first = written("a")
     assert first == written("b")
     other, held = written("c", seed=8), written("d", held_out=True)
-    assert first.keys() == other.keys() == held.keys()
-    assert sum(first[name] != other[name] for name in first) > len(first) / 2
+    unnamed = [{n for n in w if "pets" not in n} for w in (first, other, held)]
+    assert unnamed[0] == unnamed[1] == unnamed[2]
+    assert sum(first[name] != other[name] for name in unnamed[0]) > len(first) / 2
     texts = json.loads(held["winoground/data.json"])
     for entry in texts:
         mentions = read_caption(entry["caption_0"]).mentions

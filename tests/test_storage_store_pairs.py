@@ -16,6 +16,7 @@ from diffitm import pairs, results, storage
 from diffitm.errors import InputError
 from diffitm.metrics.intervals import wilson
 from diffitm.schema import Example
+from diffitm.scored import read_examples
 from diffitm.store import Store, open_store, read_store
 from tests.tiny import score_row, write_scores
 
@@ -245,14 +246,14 @@ def test_blank_caption_is_a_failure_without_work(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), "m", DIFFUSION)
     rows = work_rows(pairs.write_work([uri], store, str(tmp_path / "work.parquet")))
     assert rows == [("b", ["x", "y"])]
-    reasons = [(e.id, reason) for e, reason in results.read_examples(uri)]
+    reasons = [(e.id, e.failure) for e in read_examples(uri)]
     assert reasons == [("0", "caption 1 is empty"), ("1", None)]
 
 
 def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
     example = Example("7", ("a", "b"), ("x", "y"), "both", 0, "set", {"tag": "Both", "n": "1"})
     uri = written(tmp_path, "winoground", example)
-    assert list(results.read_examples(uri)) == [(example, None)]
+    assert list(read_examples(uri)) == [example]
 
 
 @pytest.mark.parametrize(
@@ -434,10 +435,10 @@ def test_normalised_score_mends_the_naive_one(tmp_path: Path) -> None:
     assert rows["all", "R@1", "normalised"].value == 1.0
     assert rows["all", "R@1", "conditional"].value == 0.0
     assert rows["all", "R@5", "normalised"].value == rows["all", "R@5", "conditional"].value == 1.0
-    first, second = evaluation.comparisons
-    assert (first.metric, first.difference, first.n) == ("R@1", 1.0, 6)
-    assert first.p == pytest.approx(2 / 2**6)
-    assert (second.metric, second.difference, second.p) == ("R@5", 0.0, 1.0)
+    (test,) = evaluation.comparisons  # R@5 of both is the same, example by example
+    assert (test.metric, test.difference, test.n) == ("R@1", 1.0, 6)
+    assert (test.first_score, test.second_score) == ("normalised", "conditional")
+    assert (test.p, test.test) == (pytest.approx(2 / 2**6), "McNemar")
 
 
 def winoground_rows(image: int, errors: tuple[float, float], ease: float) -> list[dict[str, Any]]:
@@ -569,18 +570,17 @@ def test_written_results(tmp_path: Path) -> None:
     path = results.write_results(evaluation, {"commit": "abc"}, str(tmp_path / "out"))
     written_rows = json.loads(Path(path).read_text())
     assert Path(path).name == "results.json"
-    assert set(written_rows) == {"rows", "comparisons"}
+    assert set(written_rows) == {
+        "rows", "comparisons", "counts", "curves", "speeds", "cases",
+    }  # fmt: skip
     for row in written_rows["rows"]:
-        assert list(row) == [
+        assert set(row) == {
             "model", "task", "group", "metric", "score", "value", "low", "high", "n", "chance",
-            "ties", "failures", "protocol", "timesteps",
-        ]  # fmt: skip
+            "ties", "failures", "unit", "p", "protocol", "timesteps",
+        }  # fmt: skip
     assert len(written_rows["rows"]) == 4
     first = written_rows["rows"][0]
     assert (first["value"], first["ties"], first["n"]) == (0.5, 1, 1)
-    assert set(written_rows["comparisons"][0]) == {
-        "model", "task", "metric", "difference", "p", "n",
-    }  # fmt: skip
     beside = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert beside == {"commit": "abc"}
     assert json.loads((tmp_path / "out" / "failures.json").read_text()) == {"failures": []}

@@ -17,6 +17,7 @@ from diffitm.errors import InputError
 from diffitm.schema import Example
 from diffitm.tasks.base import is_strings
 from diffitm.tasks.clevr import SUBTASKS, Clevr
+from diffitm.tasks.find import find_task
 from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText
 from diffitm.tasks.winoground import Winoground
 
@@ -180,11 +181,11 @@ def test_captions_in_other_scripts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(registry.TASKS))
 def test_missing_files(tmp_path: Path, name: str) -> None:
     """The message names the file and where it comes from."""
-    task = registry.find(registry.TASKS, name, "task")()
+    task = find_task(name)()
     with pytest.raises(InputError) as raised:
         list(task.examples(str(tmp_path)))
     assert f"task {name} needs {tmp_path}/{task.folder}/" in str(raised.value)
-    assert f"(from {task.source})" in str(raised.value)
+    assert task.source in str(raised.value)
 
 
 def readers() -> list[tuple[str, str]]:
@@ -198,7 +199,7 @@ def readers() -> list[tuple[str, str]]:
 
 def failure(root: Path, name: str) -> str:
     with pytest.raises(InputError) as raised:
-        list(registry.find(registry.TASKS, name, "task")().examples(str(root)))
+        list(find_task(name)().examples(str(root)))
     return str(raised.value)
 
 
@@ -229,11 +230,11 @@ def test_malformed_json(tmp_path: Path, name: str, file: str) -> None:
         ("clevr", "clevr/captions/spatial.json", {"i": ["a", "b"]}, "[caption, foil] pair"),
         ("clevr", "clevr/captions/spatial.json", {"i": [["a", None]]}, "[caption, foil] pair"),
         ("clevr", "clevr/captions/spatial.json", {"i": "a"}, "[caption, foil] pair"),
-        ("flickr30k", readers()[2][1], {"c": []}, "expects a list of image paths"),
-        ("flickr30k", readers()[2][1], {"c": "a.jpg"}, "expects a list of image paths"),
-        ("flickr30k", readers()[2][1], {"c": [1, 2]}, "expects a list of image paths"),
-        ("flickr30k_text", readers()[3][1], {"i": {}}, "expects a list of captions"),
-        ("flickr30k_text", readers()[3][1], [], "expects {image path: [caption, ...]}"),
+        ("flickr30k", readers()[2][1], {"c": []}, "expects a list of strings"),
+        ("flickr30k", readers()[2][1], {"c": "a.jpg"}, "expects a list of strings"),
+        ("flickr30k", readers()[2][1], {"c": [1, 2]}, "expects a list of strings"),
+        ("flickr30k_text", readers()[3][1], {"i": {}}, "expects a list of strings"),
+        ("flickr30k_text", readers()[3][1], [], "expects {query: [candidate, ...]}"),
     ],
 )
 def test_entries_of_another_form(
@@ -277,7 +278,7 @@ def test_published_files(published: Path, name: str) -> None:
     root = published / "annotations"
     file = dict(readers())[name]
     raw = json.loads((root / file).read_text())
-    examples = list(registry.find(registry.TASKS, name, "task")().examples(str(root)))
+    examples = list(find_task(name)().examples(str(root)))
     assert len(examples) == COUNTS[name](raw) > 0
     shape = {"winoground": (2, 2), "flickr30k": (10, 1), "flickr30k_text": (1, 10)}[name]
     assert {(len(e.images), len(e.texts)) for e in examples} == {shape}

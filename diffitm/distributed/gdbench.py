@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from diffitm import pairs, registry, storage
+from diffitm.check import check
 from diffitm.config import option
 from diffitm.errors import InputError
 from diffitm.matching.plan import plan_timesteps
@@ -15,11 +17,13 @@ from diffitm.models.load import Source, resolve
 from diffitm.models.lora import lora_file
 from diffitm.provenance import record
 from diffitm.report.html import write_report
-from diffitm.report.terminal import print_results
-from diffitm.results import evaluate, present, write_results
+from diffitm.report.table import latex, make_table, markdown
+from diffitm.report.terminal import print_results, print_state
+from diffitm.results import evaluate, present, speeds, titles, write_results
 from diffitm.resume import finish, open_work
 from diffitm.scorers import ClipSpec, DiffusionSpec, Spec
 from diffitm.store import Store, open_store, read_store
+from diffitm.tasks.find import find_task
 
 if TYPE_CHECKING:
     from diffitm.distributed.session import Pool
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("diffitm")
 
 
+WORLD = "world.json"  # what marks a data root of drawn scenes
 MOST = 2**63  # what a generator takes as a seed, and far beyond any sane number
 
 
@@ -44,13 +49,17 @@ class Config:
 
     model: list[str] = option([], "diffusion models: shapes, a diffusers folder or a Hub id")
     clip: list[str] = option([], "CLIP baselines: shapes, NAME:TAG, NAME:FILE or a folder")
-    tasks: list[str] = option(list(registry.TASKS), "which tasks")
+    tasks: list[str] = option(
+        ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"
+    )
     data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
     out: str = option("out/gdbench", "folder or URI for scores, results and the report")
     protocol: Literal["diffusionitm", "paper", "diffusion-classifier"] = option(
         "diffusionitm", "how timesteps and noise are chosen"
     )
-    timesteps: int = option(10, "how many timesteps to ask the protocol for")
+    timesteps: list[int] = option(
+        [10], "how many timesteps to ask the protocol for; several are compared"
+    )
     seed: int = option(0, "seed of the noise (and of the timesteps of 'paper')")
     error: Literal["auto", "l2", "mse", "l1", "huber"] = option(
         "auto", "error that is averaged; auto: l2 norm for diffusionitm, mse otherwise"
@@ -63,7 +72,9 @@ class Config:
         "auto", "auto: fp16 on a GPU, else fp32"
     )
     variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
-    lora: str | None = option(None, "LoRA weights for the diffusion models' U-Net")
+    lora: list[str] = option(
+        [], "LoRA files for the diffusion models' U-Net, each a model of its own; none is the base"
+    )
     limit: int | None = option(None, "at most this many examples a task, evenly spread")
     scenes: int = option(100, "scenes that --data shapes draws")
     batch_size: int = option(64, "forwards of the model in one batch")
@@ -78,6 +89,12 @@ class Config:
     ray: str | None = option(
         None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
     )
+    published_bias: bool = option(
+        False, "also show mmbias as the published code pools two of its pairs"
+    )
+    check: bool = option(
+        False, "say which tasks DATA has, with all their images, and score nothing"
+    )
     report_only: bool = option(False, "recompute everything from OUT's scores, without a model")
 
 
@@ -89,6 +106,9 @@ def run(config: Config) -> None:
     out = storage.absolute(config.out)
     if config.report_only:
         _report_again(config, out)
+        return
+    if config.check:
+        _print_check(config, out)
         return
     timesteps = _check(config)
     sources = [resolve(name) for name in dict.fromkeys(config.model)]
@@ -103,9 +123,14 @@ def run(config: Config) -> None:
         config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
     )
     dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
-    specs: list[Spec] = [_diffusion(config, s, root, timesteps, dtype) for s in sources]
+    specs: list[Spec] = [
+        _diffusion(config, source, lora, root, steps, dtype)
+        for source in sources
+        for lora in _loras(config)
+        for steps in timesteps
+    ]
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
-    stores = [open_store(out, _label(spec, config.lora), spec.store_config()) for spec in specs]
+    stores = [open_store(out, _label(spec), spec.store_config()) for spec in specs]
     provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}}
     _write_run(out, examples, stores, provenance)
     for spec, store in zip(specs, stores, strict=True):
@@ -113,8 +138,18 @@ def run(config: Config) -> None:
     _finish(config, out, {name: e.uri for name, e in examples.items()}, stores, provenance)
 
 
+def _loras(config: Config) -> list[str | None]:
+    """Each --lora once; without any, or for 'none', the base model."""
+    return [None if name == "none" else name for name in dict.fromkeys(config.lora or ["none"])]
+
+
 def _diffusion(
-    config: Config, source: Source, root: str, timesteps: tuple[int, ...], dtype: str
+    config: Config,
+    source: Source,
+    lora: str | None,
+    root: str,
+    timesteps: tuple[int, ...],
+    dtype: str,
 ) -> DiffusionSpec:
     resize = config.resize
     if resize == "auto":
@@ -129,47 +164,66 @@ def _diffusion(
         resize=resize,
         latent_seed=config.seed if config.latents == "sample" else None,
         variant=config.variant,
-        lora=str(lora_file(config.lora).absolute()) if config.lora else None,
+        lora=str(lora_file(lora).absolute()) if lora else None,
+        lora_name=lora,
         batch_size=config.batch_size,
     )
 
 
-def _label(spec: Spec, lora: str | None) -> str:
+def _label(spec: Spec) -> str:
     """The model's name in tables: with its LoRA file as typed, and CLIP marked as such."""
     if isinstance(spec, ClipSpec):
         return f"CLIP {spec.source.name}"
-    return spec.source.name + (f" + {lora}" if lora else "")
+    return spec.source.name + (f" + {spec.lora_name}" if spec.lora_name else "")
 
 
-def _check(config: Config) -> tuple[int, ...]:
-    """All problems of the options together; the timesteps really used."""
+def _task_names(config: Config) -> list[str]:
+    """The chosen tasks, each once; 'all' stands for every task of ours."""
+    named = [registry.TASKS if name == "all" else [name] for name in config.tasks]
+    return list(dict.fromkeys(itertools.chain.from_iterable(named)))
+
+
+def _check(config: Config) -> list[tuple[int, ...]]:
+    """All problems of the options together; the timesteps really used, for each --timesteps."""
     problems = []
     if not config.model and not config.clip:
         problems.append("give at least one --model or --clip (shapes is the embedded default)")
-    for name in config.tasks:
-        try:
-            registry.find(registry.TASKS, name, "task")
-        except InputError as error:
-            problems.append(str(error))
+    problems += _task_problems(config)
     least = {"batch_size": 1, "limit": 1, "scenes": 10, "seed": 0, "actors": 1, "max_actors": 1}
     least |= {"cpus_per_actor": 0, "gpus_per_actor": 0}
     for key, bound in least.items():
         value = getattr(config, key)
         if value is not None and not bound <= value < MOST:
             problems.append(f"--{key.replace('_', '-')} {value}: must be at least {bound}")
-    if config.lora:
+    for lora in _loras(config):
         try:
-            lora_file(config.lora)
+            _ = lora and lora_file(lora)
         except InputError as error:
             problems.append(str(error))
-    timesteps: list[int] = []
-    try:
-        timesteps = plan_timesteps(config.protocol, config.timesteps, config.seed)
-    except InputError as error:
-        problems.append(str(error))
+    timesteps = {}
+    for count in config.timesteps:
+        try:
+            timesteps[tuple(plan_timesteps(config.protocol, count, config.seed))] = count
+        except InputError as error:
+            problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
-    return tuple(timesteps)
+    return list(timesteps)
+
+
+def _task_problems(config: Config) -> list[str]:
+    """Tasks that cannot be found, and two of the same name."""
+    problems, seen = [], set()
+    for name in _task_names(config):
+        try:
+            task = find_task(name)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if task.name in seen:
+            problems.append(f"two tasks have the name {task.name!r}; rename yours ({name})")
+        seen.add(task.name)
+    return problems
 
 
 def _clip_sources(names: list[str]) -> list[ClipSource]:
@@ -194,20 +248,47 @@ def _data_root(config: Config, out: str) -> str:
 
 
 def _write_examples(config: Config, root: str, out: str) -> dict[str, Examples]:
-    """The examples of every task. Raises InputError for missing data."""
-    found = {}
-    for name in dict.fromkeys(config.tasks):
-        task = registry.find(registry.TASKS, name, "task")()
+    """The examples of every task. Raises InputError with all that is missing."""
+    found, problems = {}, []
+    for name in _task_names(config):
+        task = find_task(name)()
         folder = storage.join(out, "examples")
-        uri, count = pairs.write_examples(name, task.examples(root), folder, config.limit)
+        try:
+            uri, count = pairs.write_examples(task.name, task.examples(root), folder, config.limit)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        absent = present(root, uri) if count else None
         if count == 0:
-            raise InputError(f"task {name}: its files below {root}/{task.folder} hold no example")
-        absent = present(root, uri)
-        if absent is not None:
-            raise InputError(f"task {name} needs its images, such as {absent} (from {task.source})")
-        log.info("%s: %s examples", name, f"{count:,}")
-        found[name] = Examples(uri, f"{task.version}-{uri}")
+            where = storage.join(root, task.folder)
+            problems.append(f"task {task.name}: its files below {where} hold no example")
+        elif absent is not None:
+            problems.append(
+                f"task {task.name} needs its images, such as {absent} (from {task.source})"
+            )
+        else:
+            log.info("%s: %s examples", task.name, f"{count:,}")
+            found[name] = Examples(uri, f"{task.version}-{uri}")
+    if problems:
+        hint = "--check tells what DATA has, --tasks chooses, prepare.py fetches"
+        raise InputError("\n".join([*problems, hint]))
     return found
+
+
+def _print_check(config: Config, out: str) -> None:
+    """--check: the state of every chosen task. Raises InputError if one cannot run."""
+    problems = _task_problems(config)
+    if problems:
+        raise InputError("\n".join(problems))
+    root = _data_root(config, out)
+    states = []
+    for name in _task_names(config):
+        states.append(check(find_task(name)(), root))
+        print_state(states[-1])
+    lacking = [state.task for state in states if not state.can_run]
+    if lacking:
+        raise InputError(f"{len(lacking)} of {len(states)} tasks cannot run: {', '.join(lacking)}")
+    print(f"all {len(states)} tasks can run")
 
 
 def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: Pool) -> None:
@@ -246,7 +327,7 @@ def _report_again(config: Config, out: str) -> None:
         run = json.loads(storage.read_text(path))
     except (OSError, ValueError) as error:
         raise InputError(f"--report-only: {path} cannot be read: {error}") from error
-    tasks = list(run["examples"]) if config.tasks == list(registry.TASKS) else config.tasks
+    tasks = list(run["examples"]) if config.tasks == ["all"] else _task_names(config)
     lacking = sorted(set(tasks) - set(run["examples"]))
     if lacking:
         raise InputError(f"--report-only: {out} holds no examples of {', '.join(lacking)}")
@@ -265,10 +346,17 @@ def _finish(
 ) -> None:
     """Evaluate, write and show."""
     evaluation = evaluate(examples, stores, config.error)
+    evaluation.speeds = speeds(out, stores)
+    roots = {title: s.config["root"] for title, s in zip(titles(stores), stores, strict=True)}
+    drawn = any(storage.exists(storage.join(root, WORLD)) for root in set(roots.values()))
+    table = make_table(evaluation, not drawn, config.published_bias)
     results = write_results(evaluation, provenance, out)
-    report = write_report(evaluation, provenance, out)
-    print_results(evaluation)
+    storage.write_text(storage.join(out, "table.md"), markdown(table))
+    storage.write_text(storage.join(out, "table.tex"), latex(table))
+    report = write_report(evaluation, table, provenance, roots, out)
+    print_results(evaluation, table)
     print(f"results  {results}")
+    print(f"tables   {storage.join(out, 'table.md')}, table.tex")
     print(f"scores   {storage.join(out, 'scores')}")
     print(f"report   {report}")
     if evaluation.failures:

@@ -6,7 +6,9 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 5000
+BLOCK = 500  # resamples at a time, so that memory stays small
 LEVEL = 0.95
+MCNEMAR, PERMUTATION = "McNemar", "permutation"
 
 
 def interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -24,8 +26,50 @@ def interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[f
     means = _resampled(sums, counts, seed)
     if np.ptp(means) == 0:  # no spread to resample: a bootstrap would claim certainty
         return wilson(float(values.mean() * len(sums)), len(sums))
+    return percentiles(means)
+
+
+def macro_interval(
+    values: np.ndarray, clusters: np.ndarray, groups: np.ndarray, seed: int = 0
+) -> tuple[float, float]:
+    """The 95% interval of the mean over groups of each group's mean, resampling whole clusters.
+
+    values, clusters and groups are [n]. A resample counts the groups that it holds.
+    """
+    _, cluster = np.unique(clusters, return_inverse=True)
+    _, group = np.unique(groups, return_inverse=True)
+    shape = (cluster.max() + 1, group.max() + 1)
+    place = np.ravel_multi_index((cluster, group), shape)
+    sums, counts = (
+        np.bincount(place, weights, shape[0] * shape[1]).reshape(shape)
+        for weights in (values, np.ones(len(values)))
+    )
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(RESAMPLES // BLOCK):
+        times = rng.multinomial(shape[0], np.full(shape[0], 1 / shape[0]), size=BLOCK).astype(float)
+        total, held = times @ sums, times @ counts
+        share = np.divide(total, held, out=np.full_like(total, np.nan), where=held > 0)
+        means.append(np.nanmean(share, axis=1))
+    return percentiles(np.concatenate(means))
+
+
+def difference_interval(
+    first: np.ndarray, second: np.ndarray, clusters: np.ndarray, seed: int = 0
+) -> tuple[float, float]:
+    """The 95% interval of the mean difference of paired values [n], resampling whole clusters."""
+    sums, counts = _by_cluster(first - second, clusters)
+    found = _resampled(sums, counts, seed)
+    if np.ptp(found) == 0:  # all alike: certain only as far as the number of clusters goes
+        half = wilson(0, len(sums))[1]
+        return float(max(-1.0, found[0] - half)), float(min(1.0, found[0] + half))
+    return percentiles(found)
+
+
+def percentiles(resampled: np.ndarray) -> tuple[float, float]:
+    """The 2.5% and 97.5% quantiles of resampled statistics [R]."""
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -46,15 +90,22 @@ def paired_p(first: np.ndarray, second: np.ndarray, clusters: np.ndarray, seed: 
     """
     difference = first - second
     sums, _ = _by_cluster(difference, clusters)
-    if len(sums) == len(difference) and np.isin(difference, (-1.0, 0.0, 1.0)).all():
+    if paired_test(first, second, clusters) == MCNEMAR:
         won, lost = int((difference > 0).sum()), int((difference < 0).sum())
         return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
     rng = np.random.default_rng(seed)
     observed, reached = abs(sums.sum()), 0
-    for _ in range(RESAMPLES // 500):
-        signs = rng.choice((-1.0, 1.0), size=(500, len(sums)))
+    for _ in range(RESAMPLES // BLOCK):
+        signs = rng.choice((-1.0, 1.0), size=(BLOCK, len(sums)))
         reached += int((np.abs(signs @ sums) >= observed - 1e-12).sum())
     return (reached + 1) / (RESAMPLES + 1)
+
+
+def paired_test(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> str:
+    """Which test `paired_p` uses for these values [n]."""
+    independent = len(np.unique(clusters)) == len(clusters)
+    decided = np.isin(first - second, (-1.0, 0.0, 1.0)).all()
+    return MCNEMAR if independent and decided else PERMUTATION
 
 
 def _by_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,10 +114,10 @@ def _by_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
-    """Means over resampled clusters, in blocks so that memory stays small."""
+    """Means over resampled clusters."""
     rng = np.random.default_rng(seed)
     means = []
-    for _ in range(RESAMPLES // 500):
-        chosen = rng.integers(len(sums), size=(500, len(sums)))
+    for _ in range(RESAMPLES // BLOCK):
+        chosen = rng.integers(len(sums), size=(BLOCK, len(sums)))
         means.append(sums[chosen].sum(1) / counts[chosen].sum(1))
     return np.concatenate(means)

@@ -1,58 +1,94 @@
-"""report.html: one self-contained file with the table, a bar chart, failures and provenance."""
+"""report.html: one self-contained file with tables that sort, charts, examples and failures."""
 
 from __future__ import annotations
 
-import html
+import base64
+import functools
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from diffitm import storage
-from diffitm.report.table import Line, cell, columns, lines, p_text, percent
-from diffitm.results import Evaluation
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-# Okabe and Ito's colours: told apart in print and by the colour-blind.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+from diffitm import images, storage
+from diffitm.report import charts
+from diffitm.report.published import LABEL
+from diffitm.report.table import NOTE, Line, Table
+from diffitm.report.terminal import comparison_texts
+from diffitm.results import Comparison, Evaluation
+
 SHOWN_FAILURES = 200
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-tr.all td { font-weight: 600; } tr.group td:first-child { padding-left: 1.8rem; }
-figure { margin: 1rem 0; background: #fff; padding: .5rem; } figure svg { max-width: 100%; height: auto; }
-pre { background: var(--soft); padding: 1rem; overflow-x: auto; } small { opacity: .75; }
-"""
+MOST_BARS = 30  # groups in one chart; a table holds all
+THUMBNAIL = 160  # pixels
+# Metrics that the overview chart leaves to the tables.
+SECONDARY = ("R@5", "macro", "var.", "R@1 as")
+Cells = dict[str, Any]
 
 
-def write_report(evaluation: Evaluation, provenance: dict[str, Any], out: str) -> str:
-    """Write OUT/report.html and return its path."""
-    path = storage.join(out, "report.html")
-    table = lines(evaluation)
-    names = [name for name, _, _ in columns(evaluation)]
-    parts = [
-        "<h1>Image-text matching</h1>",
-        f"<p>{_setting(evaluation)}</p>",
-        f"<figure>{_chart([line for line in table if line.group == 'all'], names)}</figure>",
-        _table(table, names),
-        "<p><small>= : one image against several texts, where normalising changes no decision. "
-        "Ties count their expected value.</small></p>",
-        _comparisons(evaluation),
-        _failures(evaluation),
-        f"<h2>Provenance</h2><pre>{html.escape(json.dumps(provenance, indent=2))}</pre>",
-    ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>diffitm report</title><style>{STYLE}</style></head><body>"
-        + "".join(parts)
-        + "</body></html>"
+def write_report(
+    evaluation: Evaluation,
+    table: Table,
+    provenance: dict[str, Any],
+    roots: dict[str, str],
+    out: str,
+) -> str:
+    """Write OUT/report.html and return its path. `roots` is the data root of each model's images."""
+    environment = Environment(
+        loader=PackageLoader("diffitm", "report"), autoescape=True, undefined=StrictUndefined
     )
-    storage.write_text(path, page)
+    overview = [
+        line
+        for line in table.lines
+        if line.group == "all" and line.is_share and not line.metric.startswith(SECONDARY)
+    ]
+    parts: dict[str, Any] = {
+        "title": "Image-text matching",
+        "setting": _setting(evaluation),
+        "chart": charts.bars(overview, table.columns, "Accuracy by task") if overview else "",
+        "main": _sortable(table, [line for line in table.lines if _is_main(line)]),
+        "note": NOTE,
+        "published": f"{LABEL}: Krojer et al. 2023, table 2." if table.published else "",
+        "tests": _tests(evaluation.comparisons),
+        "groups": _groups(table),
+        "bias": _bias(table),
+        "curves": _curves(evaluation),
+        "counts": _counts(evaluation, table),
+        "variance": _variance(table),
+        "speed": _speed(evaluation),
+        "failures": evaluation.failures,
+        "most_failures": SHOWN_FAILURES,
+        "provenance": json.dumps(provenance, indent=2),
+    } | _cases(evaluation, roots)
+    parts["sections"] = _sections(parts)
+    path = storage.join(out, "report.html")
+    storage.write_text(path, environment.get_template("template.html.jinja").render(parts))
     return path
+
+
+def _sections(parts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Links to the sections that have something to show."""
+    known = {
+        "tests": ("tests", "Paired tests"),
+        "groups": ("groups", "By group"),
+        "bias": ("bias", "Social bias"),
+        "curves": ("timesteps", "Errors by timestep"),
+        "counts": ("numbers", "Number of timesteps"),
+        "variance": ("variance", "Variance"),
+        "speed": ("speed", "Cost"),
+        "cases": ("examples", "Examples"),
+    }
+    shown = [
+        place
+        for key, place in known.items()
+        if (parts[key]["rows"] if key in ("tests", "speed") else parts[key])
+    ]
+    return [
+        ("comparison", "Comparison"),
+        *shown,
+        ("failures", "Failures"),
+        ("provenance", "Provenance"),
+    ]
 
 
 def _setting(evaluation: Evaluation) -> str:
@@ -61,86 +97,148 @@ def _setting(evaluation: Evaluation) -> str:
         for row in evaluation.rows
     )
     text = "Accuracy in %, with 95% intervals. " + "; ".join(models) + "."
-    if any(row.model == "shapes" for row in evaluation.rows):
+    if any(row.model.split(",")[0] == "shapes" for row in evaluation.rows):
         text += " The model 'shapes' is the small embedded one, on drawn scenes."
-    return html.escape(text)
+    return text
 
 
-def _table(table: list[Line], names: list[str]) -> str:
-    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("task", "metric", "n", *names, "chance"))
-    body = []
-    for line in table:
-        label = line.task if line.group == "all" else line.group.replace("=", " = ")
+def _is_main(line: Line) -> bool:
+    """Whole tasks, and the pairs of groups that are all a bias task has."""
+    return line.group == "all" or not line.is_share
+
+
+def _sortable(table: Table, lines: Sequence[Line]) -> Cells:
+    """A table for the template: every cell with its text and the value that it sorts by."""
+    rows = []
+    for line in lines:
+        found = [line.cells[name] for name in table.columns]
+        values: list[Any] = [row.value if row else None for row in found]
+        values = [None, None, line.n, *values, line.chance, None]
+        texts = table.texts(line)
         cells = [
-            label,
-            line.metric,
-            str(line.n),
-            *(cell(line.cells[name], line.n) for name in names),
+            {"text": text, "value": text if i < 2 else value}
+            for i, (text, value) in enumerate(zip(texts, values[: len(texts)], strict=True))
         ]
-        cells.append(percent(line.chance))
-        columns_ = "".join(f"<td>{html.escape(text)}</td>" for text in cells)
-        body.append(f'<tr class="{"all" if line.group == "all" else "group"}">{columns_}</tr>')
-    inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f'<div class="wide"><table>{inner}</table></div>'
+        rows.append({"kind": "all" if line.group == "all" else "group", "cells": cells})
+    return {"head": table.head(), "texts": 2, "rows": rows}
 
 
-def _comparisons(evaluation: Evaluation) -> str:
-    if not evaluation.comparisons:
-        return ""
-    items = [
-        f"{c.model}, {c.task} {c.metric}: {100 * c.difference:+.1f} points ({p_text(c.p)}, n = {c.n})"
-        for c in evaluation.comparisons
-    ]
-    listed = "".join(f"<li>{html.escape(item)}</li>" for item in items)
-    return f"<h2>Normalised against naive, paired</h2><ul>{listed}</ul>"
+def _tests(comparisons: Sequence[Comparison]) -> Cells:
+    rows = []
+    for test in comparisons:
+        texts = comparison_texts(test)
+        values = [*texts[:4], test.difference, test.p, test.n]
+        cells = [{"text": t, "value": v} for t, v in zip(texts, values, strict=True)]
+        rows.append({"kind": "group", "cells": cells})
+    head = ["task", "metric", "first", "second", "difference", "p", "n"]
+    return {"head": head, "texts": 4, "rows": rows}
 
 
-def _failures(evaluation: Evaluation) -> str:
-    if not evaluation.failures:
-        return "<h2>Failures</h2><p>None.</p>"
-    items = [
-        f"{f['model']}, {f['task']}, {f['example']}: {f['failure']}"
-        for f in evaluation.failures[:SHOWN_FAILURES]
-    ]
-    listed = "".join(f"<li>{html.escape(item)}</li>" for item in items)
-    count = len(evaluation.failures)
-    return (
-        f"<h2>Failures</h2><p>{count} examples, all of them in failures.json.</p><ul>{listed}</ul>"
-    )
+def _groups(table: Table) -> list[tuple[str, str, Cells]]:
+    """A chart and a table for every kind of breakdown, by the task's first metric."""
+    lines = [line for line in table.lines if line.group != "all" and line.is_share]
+    found = []
+    kinds: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        kinds.setdefault((line.task, line.group.partition("=")[0]), []).append(line)
+    for (task, key), members in kinds.items():
+        first = [line for line in members if line.metric == members[0].metric]
+        largest = sorted(first, key=lambda line: -line.n)[:MOST_BARS]
+        title = f"{task} by {key}"
+        if len(first) > MOST_BARS:
+            title += f" (the chart: the {MOST_BARS} largest of {len(first)})"
+        svg = charts.bars(largest, table.columns, f"{title}, {members[0].metric}", by_group=True)
+        found.append((title, svg, _sortable(table, members)))
+    return found
 
 
-def _chart(table: list[Line], names: list[str]) -> str:
-    """Grouped bars with intervals, and a tick at chance, as inline SVG."""
-    from matplotlib.figure import Figure
+def _bias(table: Table) -> str:
+    lines = [line for line in table.lines if not line.is_share]
+    shown = [n for n in table.columns if any(line.cells[n] is not None for line in lines)]
+    return charts.effects(lines, shown, "Effect sizes of social bias") if lines else ""
 
-    figure = Figure(figsize=(max(6.0, 1.5 * len(table)), 3.6), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / max(1, len(names))
-    for i, name in enumerate(names):
-        at, values, low, high = [], [], [], []
-        for x, line in enumerate(table):
-            row = line.cells[name]
-            if row is None or row.value is None or row.low is None or row.high is None:
-                continue
-            at.append(x + (i - (len(names) - 1) / 2) * width)
-            values.append(100 * row.value)
-            low.append(max(0.0, 100 * (row.value - row.low)))
-            high.append(max(0.0, 100 * (row.high - row.value)))
-        axes.bar(at, values, width * 0.92, color=COLOURS[i % len(COLOURS)], label=name,
-                 yerr=[low, high], capsize=2, ecolor="#333", error_kw={"lw": 1})  # fmt: skip
-    for x, line in enumerate(table):
-        label = "chance" if x == 0 else "_again"  # matplotlib leaves out labels that start with _
-        level = 100 * line.chance
-        axes.hlines(level, x - 0.42, x + 0.42, colors="#000", linestyles=":", lw=1.2, label=label)
-    axes.set_xticks(
-        range(len(table)), [f"{line.task}\n{line.metric}" for line in table], fontsize=8
-    )
-    axes.set_ylim(0, 105)
-    axes.set_ylabel("accuracy, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
-    return buffer.getvalue().split("?>", 1)[1].split(">", 1)[1]
+
+def _variance(table: Table) -> str:
+    lines = [line for line in table.lines if line.metric.startswith("var. ")]
+    shown = [n for n in table.columns if any((r := line.cells[n]) and r.value for line in lines)]
+    return charts.share_bars(lines, shown, "Shares of the score's variance") if shown else ""
+
+
+def _curves(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
+    """For every task: right and wrong of the first model, then the excess of all models."""
+    found = []
+    for task in dict.fromkeys(curve.task for curve in evaluation.curves):
+        curves = [curve for curve in evaluation.curves if curve.task == task]
+        first = [curve for curve in curves if curve.model == curves[0].model]
+        drawn = [charts.error_curves([curve], f"{curve.model}, {curve.score}") for curve in first]
+        conditional = [curve for curve in curves if curve.score == "conditional"]
+        drawn.append(charts.excess_curves(conditional, "wrong against right, conditional"))
+        found.append((task, drawn))
+    return found
+
+
+def _counts(evaluation: Evaluation, table: Table) -> list[str]:
+    chance = {(line.task, line.metric): line.chance for line in table.lines if line.group == "all"}
+    found = []
+    for task, metric in dict.fromkeys((c.task, c.metric) for c in evaluation.counts):
+        if metric.startswith(SECONDARY):
+            continue
+        counts = [c for c in evaluation.counts if (c.task, c.metric) == (task, metric)]
+        if len({c.timesteps for c in counts}) > 1:
+            found.append(
+                charts.count_curves(counts, chance.get((task, metric)), f"{task}, {metric}")
+            )
+    return found
+
+
+def _speed(evaluation: Evaluation) -> Cells:
+    rows = []
+    for speed in evaluation.speeds:
+        values = [speed.model, speed.pairs, speed.forwards, speed.seconds, speed.seconds_per_pair]
+        texts = [
+            speed.model,
+            f"{speed.pairs:,}",
+            f"{speed.forwards:,}",
+            f"{speed.seconds:.1f}",
+            f"{speed.seconds_per_pair:.3g}",
+        ]
+        cells = [{"text": t, "value": v} for t, v in zip(texts, values, strict=True)]
+        rows.append({"kind": "group", "cells": cells})
+    head = ["model", "pairs", "forwards of the model", "seconds of actors", "seconds a pair"]
+    return {"head": head, "texts": 1, "rows": rows}
+
+
+def _cases(evaluation: Evaluation, roots: dict[str, str]) -> dict[str, Any]:
+    """The first model's examples by task and kind, with thumbnails."""
+    if not evaluation.cases:
+        return {"cases": [], "case_model": ""}
+    model = evaluation.cases[0].model
+    thumbnail = functools.cache(functools.partial(_thumbnail, roots[model]))
+    found: dict[str, dict[str, list[Cells]]] = {}
+    for case in evaluation.cases:
+        if case.model != model:
+            continue
+        pairs = [
+            {
+                "text": p.text,
+                "right": p.right,
+                "score": f"{p.score:.4g}",
+                "thumbnail": thumbnail(p.image),
+            }
+            for p in case.pairs
+        ]
+        shown = {"example": case.example, "margin": f"{case.margin:+.4g}", "pairs": pairs}
+        found.setdefault(case.task, {}).setdefault(case.kind, []).append(shown)
+    return {"cases": [(t, list(k.items())) for t, k in found.items()], "case_model": model}
+
+
+def _thumbnail(root: str, reference: str) -> str | None:
+    """The image as a data URI, None if it cannot be read (any more)."""
+    try:
+        image, _ = images.load(root, reference)
+    except Exception:  # whatever a decoder raises: the report shows a blank
+        return None
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,12 +1,18 @@
-"""The comparison table that the terminal and the report share."""
+"""The comparison table that the terminal, the report and the files for papers share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffitm.report.published import LABEL, TIMESTEPS, published
 from diffitm.results import Evaluation, Row
+from diffitm.tasks.mmbias import PUBLISHED_EFFECT
 
 NAIVE, NORMALISED = "diffusion naive", "diffusion normalised"
+NOTE = (
+    "= : one image against several texts, where normalising changes no decision. "
+    "Ties count their expected value."
+)
 
 
 @dataclass(frozen=True)
@@ -17,8 +23,64 @@ class Line:
     group: str
     metric: str
     n: int
-    chance: float
+    chance: float | None
     cells: dict[str, Row | None]
+
+    @property
+    def is_share(self) -> bool:
+        return all(row is None or row.unit == "share" for row in self.cells.values())
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column titles and lines; `published` adds the column of published figures."""
+
+    columns: list[str]
+    lines: list[Line]
+    published: bool
+
+    def head(self) -> list[str]:
+        """Titles of all columns."""
+        return [
+            "task",
+            "metric",
+            "n",
+            *self.columns,
+            "chance",
+            *([LABEL] if self.published else []),
+        ]
+
+    def texts(self, line: Line) -> list[str]:
+        """A line's cells as text."""
+        label = line.task if line.group == "all" else f"{line.task}: {group_label(line.group)}"
+        chance = "" if line.chance is None else number(line.chance, line.is_share)
+        cells = [cell(line.cells[name], line.n) for name in self.columns]
+        more = [published(line.task, line.metric, line.group)] if self.published else []
+        return [label, line.metric, str(line.n), *cells, chance, *more]
+
+
+def make_table(
+    evaluation: Evaluation, real_data: bool = False, published_bias: bool = False
+) -> Table:
+    """The table of all results. Published figures stand beside ours only on real data at their own
+    number of timesteps; the published pooling of bias is left out unless asked for."""
+    titles = columns(evaluation)
+    found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
+    for row in evaluation.rows:
+        if row.metric != PUBLISHED_EFFECT or published_bias:
+            found.setdefault((row.task, row.group, row.metric), {})[row.model, row.score] = row
+    whole = {(row.task, row.metric): row.n for row in evaluation.rows if row.group == "all"}
+    lines = []
+    for (task, group, metric), rows in found.items():
+        first = next(iter(rows.values()))
+        if group != "all" and first.n == whole.get((task, metric)):
+            continue  # a breakdown into one group says nothing new
+        cells = {title: rows.get((model, score)) for title, model, score in titles}
+        lines.append(Line(task, group, metric, first.n, first.chance, cells))
+    steps = {row.timesteps for row in evaluation.rows if row.score != "cosine"}
+    protocols = {row.protocol for row in evaluation.rows if row.score != "cosine"}
+    comparable = steps == {TIMESTEPS} and protocols == {"diffusionitm"}
+    return Table([title for title, _, _ in titles], lines, real_data and comparable)
 
 
 def columns(evaluation: Evaluation) -> list[tuple[str, str, str]]:
@@ -28,28 +90,24 @@ def columns(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     out = []
     for model in models:
         name = "" if len(models) == 1 else f"{model}: "
-        out += [(name + NAIVE, model, "conditional"), (name + NORMALISED, model, "normalised")]
+        short = ("naive", "normalised") if name else (NAIVE, NORMALISED)
+        out += [(name + short[0], model, "conditional"), (name + short[1], model, "normalised")]
     return out + [("CLIP" if len(clips) == 1 else clip, clip, "cosine") for clip in clips]
 
 
-def lines(evaluation: Evaluation) -> list[Line]:
-    """The table's lines in the order of the results."""
-    found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
-    for row in evaluation.rows:
-        found.setdefault((row.task, row.group, row.metric), {})[row.model, row.score] = row
-    whole = {(row.task, row.metric): row.n for row in evaluation.rows if row.group == "all"}
-    out = []
-    for (task, group, metric), rows in found.items():
-        first = next(iter(rows.values()))
-        if group != "all" and first.n == whole[task, metric]:
-            continue  # a breakdown into one group says nothing new
-        cells = {title: rows.get((model, score)) for title, model, score in columns(evaluation)}
-        out.append(Line(task, group, metric, first.n, first.chance, cells))
-    return out
+def group_label(group: str) -> str:
+    """'subtask=spatial' -> 'spatial', 'num_main_preds=1' -> 'num_main_preds 1'."""
+    key, _, value = group.partition("=")
+    return f"{key} {value}" if value.isdigit() else value
 
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
+
+
+def number(value: float, share: bool = True) -> str:
+    """A share in percent, an effect size with its sign."""
+    return percent(value) if share else f"{value:+.2f}"
 
 
 def cell(row: Row | None, n: int) -> str:
@@ -59,11 +117,38 @@ def cell(row: Row | None, n: int) -> str:
     """
     if row is None:
         return "="
-    if row.value is None or row.low is None or row.high is None:
+    if row.value is None:
         return "-"
-    other = f" (n={row.n})" if row.n != n else ""
-    return f"{percent(row.value)} [{percent(row.low)}, {percent(row.high)}]{other}"
+    share = row.unit == "share"
+    text = number(row.value, share)
+    if row.low is not None and row.high is not None:
+        text += f" [{number(row.low, share)}, {number(row.high, share)}]"
+    if row.p is not None:
+        text += f" {p_text(row.p)}"
+    return text + (f" (n={row.n})" if row.n != n else "")
 
 
 def p_text(p: float) -> str:
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+    return "p<.001" if p < 1e-3 else f"p={p:.3f}".replace("=0.", "=.")
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown."""
+    rows = [table.head(), ["---"] * 2 + ["---:"] * (len(table.head()) - 2)]
+    rows += [table.texts(line) for line in table.lines]
+    return (
+        "\n".join("| " + " | ".join(t.replace("|", "\\|") for t in row) + " |" for row in rows)
+        + "\n"
+    )
+
+
+def latex(table: Table) -> str:
+    """The table as LaTeX, for booktabs."""
+    special = str.maketrans({c: "\\" + c for c in "&%$#_{}"})
+    head, *rows = [
+        " & ".join(text.translate(special) for text in texts) + r" \\"
+        for texts in [table.head(), *map(table.texts, table.lines)]
+    ]
+    form = "ll" + "r" * (len(table.head()) - 2)
+    parts = [rf"\begin{{tabular}}{{{form}}}", r"\toprule", head, r"\midrule", *rows]
+    return "\n".join([*parts, r"\bottomrule", r"\end{tabular}", ""])

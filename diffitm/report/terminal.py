@@ -2,44 +2,86 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from diffitm.report.table import cell, columns, lines, p_text, percent
-from diffitm.results import Evaluation
+from diffitm.check import State
+from diffitm.report.table import NOTE, Table, group_label, p_text
+from diffitm.results import Comparison, Evaluation
 
-WIDTH = 130
+WIDTH = 160
+MOST_GROUPS = 12  # a task with more is broken down in the report alone
 
 
-def print_results(evaluation: Evaluation) -> None:
-    """Print the comparison, the tests of normalised against naive, and the number of failures."""
+def print_results(evaluation: Evaluation, table: Table) -> None:
+    """Print the comparison, the paired tests of each task's first metric, speed and failures."""
     console = Console(width=WIDTH, highlight=False)
     if not evaluation.rows:
         console.print("no example could be scored; see failures.json")
         return
     first = next((row for row in evaluation.rows if row.score != "cosine"), evaluation.rows[0])
     title = f"Accuracy in % [95% interval]; {first.protocol}, {first.timesteps} timesteps"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for name in ("task", "metric"):
-        table.add_column(name)
-    names = [name for name, _, _ in columns(evaluation)]
-    for name in ("n", *names, "chance"):
-        table.add_column(name, justify="right")
-    for line in lines(evaluation):
-        label = line.task if line.group == "all" else f"  {line.group.split('=', 1)[1]}"
-        values = [cell(line.cells[name], line.n) for name in names]
-        table.add_row(label, line.metric, str(line.n), *values, percent(line.chance))
-    console.print(table)
-    if any(row.score == "conditional" for row in evaluation.rows):
-        console.print("= : one image against several texts, where normalising changes no decision")
-    for test in evaluation.comparisons:
-        points = 100 * test.difference
-        console.print(
-            f"{test.model}, {test.task} {test.metric}: normalised is {points:+.1f} points against "
-            f"naive ({p_text(test.p)}, {test.n} examples, paired)"
-        )
+    shown = RichTable(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for i, name in enumerate(table.head()):
+        shown.add_column(name, justify="left" if i < 2 else "right")
+    groups = Counter((line.task, line.metric) for line in table.lines)
+    whole = {line.task for line in table.lines if line.group == "all"}
+    for line in table.lines:
+        if line.group != "all" and groups[line.task, line.metric] > MOST_GROUPS:
+            continue
+        label, *cells = table.texts(line)
+        below = line.group != "all" and line.task in whole
+        shown.add_row(f"  {group_label(line.group)}" if below else label, *cells)
+    console.print(shown)
+    console.print(NOTE)
+    _print_tests(console, evaluation.comparisons)
+    for speed in evaluation.speeds:
+        each = f"{1000 * speed.seconds_per_pair:.3g} ms of one actor a pair"
+        console.print(f"{speed.model}: {each} ({speed.pairs:,} pairs)")
     ties = sum(row.ties for row in evaluation.rows if row.group == "all")
     console.print(
         f"ties {ties} (each counts its expected value), failures {len(evaluation.failures)}"
     )
+
+
+def _print_tests(console: Console, comparisons: list[Comparison]) -> None:
+    if not comparisons:
+        return
+    shown = RichTable(
+        title="Paired tests, in points (p two-sided, not corrected for their number; all of them in "
+        "the report)",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    for i, name in enumerate(("task", "metric", "first", "second", "difference", "p", "n")):
+        shown.add_column(name, justify="left" if i < 4 else "right")
+    first_metric = {c.task: c.metric for c in reversed(comparisons)}
+    for test in comparisons:
+        if test.metric == first_metric[test.task]:
+            shown.add_row(*comparison_texts(test))
+    console.print(shown)
+
+
+def comparison_texts(test: Comparison) -> list[str]:
+    """A paired test as cells."""
+    first, second = f"{test.first} {test.first_score}", f"{test.second} {test.second_score}"
+    points = f"{100 * test.difference:+.1f} [{100 * test.low:+.1f}, {100 * test.high:+.1f}]"
+    p = f"{p_text(test.p)}, {test.test}"
+    return [test.task, test.metric, first, second, points, p, str(test.n)]
+
+
+def print_state(state: State) -> None:
+    """A task's line of --check, with what is wrong and where the files come from."""
+    console = Console(width=WIDTH, highlight=False, soft_wrap=True)
+    counts = f"{state.examples:,} examples, {state.images:,} images" if state.images else ""
+    console.print(f"{state.task:20} {state.state:11} {counts}", markup=False)
+    if state.problem:
+        console.print(f"    {state.problem}", markup=False)
+    elif state.first:
+        bad = f"{state.missing:,} missing, {state.unreadable:,} unreadable, such as {state.first}"
+        console.print(f"    images: {bad}", markup=False)
+    if state.state != "ready":
+        console.print(f"    from {state.source}", markup=False)

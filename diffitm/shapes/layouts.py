@@ -8,59 +8,21 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diffitm import storage
+from diffitm.shapes import probes
+from diffitm.shapes.drawing import SEED, Things, World, absent, exchanged
 from diffitm.shapes.language import Caption, Mention, full, mention, reordered, swapped
-from diffitm.shapes.world import COLOURS, SHAPES, Scene, Thing, render, sample_scene
+from diffitm.shapes.world import Scene
 
-VERSION = 1
-SEED = 7
+VERSION = 2
 CANDIDATES = 10
-Things = tuple[Thing, ...]
-JPEG: dict[str, Any] = {"format": "JPEG", "quality": 97, "subsampling": 0}
-
-
-class World:
-    """Draws scenes for one data root; every task has its own random stream."""
-
-    def __init__(self, root: str, scenes: int, held_out: bool = False, seed: int = SEED) -> None:
-        self.root, self.scenes, self.held_out, self.seed = root, scenes, held_out, seed
-
-    def rng(self, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, stream])
-
-    def scene(self, rng: np.random.Generator, axis: str | None = None) -> Scene:
-        return sample_scene(rng, 2, self.held_out, axis)
-
-    def family(
-        self, rng: np.random.Generator, changes: Callable[[Scene], list[Things]]
-    ) -> list[Scene]:
-        """A scene and its changed twins, each on a background of its own. None of them holds a
-        combination kept out of training; of a held-out world the first does (no exchange of colours
-        leaves one in both)."""
-        while True:
-            scene = self.scene(rng)
-            drawn = [scene, *(repainted(scene, things, rng) for things in changes(scene))]
-            if self.held_out or not any(one.held_out for one in drawn):
-                return drawn
-
-    def save(self, path: str, scene: Scene) -> None:
-        buffer = io.BytesIO()
-        kind: dict[str, Any] = {"format": "PNG"} if path.endswith(".png") else JPEG
-        Image.fromarray(render(scene)).save(buffer, **kind)
-        storage.write_bytes(storage.join(self.root, path), buffer.getvalue())
-
-    def save_json(self, path: str, value: object) -> None:
-        storage.write_text(storage.join(self.root, path), json.dumps(value, indent=1))
+ORDERED = 2  # captions of an image that the order task takes
 
 
 def write_world(root: str, scenes: int, held_out: bool = False, seed: int = SEED) -> None:
@@ -73,22 +35,9 @@ def write_world(root: str, scenes: int, held_out: bool = False, seed: int = SEED
     write_winoground(world)
     write_clevr(world)
     write_flickr30k(world)
+    for write in probes.WRITERS:
+        write(world)
     world.save_json("world.json", wanted)
-
-
-def repainted(scene: Scene, things: Things, rng: np.random.Generator) -> Scene:
-    """Other things on another background of another texture."""
-    background = sample_scene(rng, 1).background
-    return replace(scene, things=things, background=background, seed=int(rng.integers(2**31)))
-
-
-def exchanged(scene: Scene, *attributes: str) -> Things:
-    """The things with these attributes exchanged between the two."""
-    first, second = scene.things
-    return (
-        replace(first, **{name: getattr(second, name) for name in attributes}),
-        replace(second, **{name: getattr(first, name) for name in attributes}),
-    )
 
 
 def write_winoground(world: World) -> None:
@@ -144,7 +93,7 @@ def _clevr_row(
     first, second = (scene.things[i] for i in order)
     sized = Caption((mention(first, "shape", "size"), mention(second, "shape", "size")))
     coloured = Caption((mention(first, "shape", "colour"), mention(second, "shape", "colour")))
-    colour, shape = _absent(scene, "colour", rng), _absent(scene, "shape", rng)
+    colour, shape = absent(scene, "colour", rng), absent(scene, "shape", rng)
     side, other_side = ("left", "right") if first.x < second.x else ("right", "left")
     one = mention(first, "shape", "colour")
     return {
@@ -160,12 +109,6 @@ def _clevr_row(
 
 def _one(shape: str | None = None, colour: str | None = None) -> Caption:
     return Caption((Mention(shape, colour),))
-
-
-def _absent(scene: Scene, attribute: str, rng: np.random.Generator) -> str:
-    present = {getattr(thing, attribute) for thing in scene.things}
-    known = COLOURS if attribute == "colour" else SHAPES
-    return str(rng.choice([value for value in known if value not in present]))
 
 
 def _sentence(caption: Caption) -> str:
@@ -203,11 +146,19 @@ def write_flickr30k(world: World) -> None:
         by_image[paths[i]] = [caption.text(), *itertools.islice(foils, CANDIDATES - 1)]
     world.save_json("flickr30k/val_top10_RN50x64.json", by_caption)
     world.save_json("flickr30k/val_top10_RN50x64_text.json", by_image)
+    karpathy = [
+        {
+            "image": path.replace("datasets/flickr30k/images", "flickr30k-images"),
+            "caption": _five_texts(scene)[:ORDERED],
+        }
+        for path, scene in zip(paths, gallery, strict=True)
+    ]
+    world.save_json("flickr30k/flickr30k_val.json", karpathy[: max(1, world.scenes // 4)])
 
 
 def _near_misses(scene: Scene, rng: np.random.Generator) -> list[Things]:
     first, second = scene.things
-    reshaped = replace(first, shape=_absent(scene, "shape", rng))
+    reshaped = replace(first, shape=absent(scene, "shape", rng))
     changes = [exchanged(scene, "colour"), exchanged(scene, "x", "y"), exchanged(scene, "size")]
     return [*changes, (reshaped, second)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,19 +12,22 @@ import numpy as np
 from diffitm import storage
 from diffitm.errors import InputError
 from diffitm.metrics.credit import Credit, recall, recall_chance
+from diffitm.metrics.figures import Decision, Figure, means
 from diffitm.schema import Example
 
 
 class Task(ABC):
     """A benchmark. `version` grows whenever its examples or credits change.
 
-    `folder` is where its files lie below the data root, `source` where they come from.
+    `folder` is where its files lie below the data root, `source` where they come from and what
+    licence or login they need. `graded`: its credits are decisions, 1 for right and 0 for wrong.
     """
 
     name: str
     folder: str
     source: str
     version = 1
+    graded: ClassVar[bool] = True
 
     @abstractmethod
     def examples(self, root: str) -> Iterator[Example]:
@@ -37,6 +40,10 @@ class Task(ABC):
     @abstractmethod
     def chance(self, example: Example) -> dict[str, float]:
         """Metric name -> expected credit of a constant or random scorer."""
+
+    def figures(self, decisions: Sequence[Decision]) -> list[Figure]:
+        """What the task reports: mean credits, of everything and by group, unless it says otherwise."""
+        return means(decisions)
 
     def read_json(self, root: str, name: str) -> Any:
         """A JSON file of the task's folder. Raises InputError that names the file and its source."""
@@ -79,6 +86,15 @@ class RetrievalTask(Task):
         """k of n candidates."""
         count = len(example.images) * len(example.texts)
         return {name: recall_chance(count, k) for name, k in self.recalls.items()}
+
+
+def entry(line: Any, **kinds: type | tuple[type, ...]) -> list[Any] | None:
+    """The named fields of a line, None if one is missing or of another kind."""
+    if not isinstance(line, dict):
+        return None
+    found = [line.get(name) for name in kinds]
+    fits = all(isinstance(v, kind) for v, kind in zip(found, kinds.values(), strict=True))
+    return found if fits else None
 
 
 def is_strings(value: Any, length: int | None = None) -> bool:

@@ -1,0 +1,213 @@
+"""Charts as inline SVG: text and axes take the page's colour, so that they read light and dark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from diffitm.analysis import Count, Curve
+from diffitm.report.table import Line, group_label
+from diffitm.results import Row
+
+# Okabe and Ito's colours: told apart in print and by the colour-blind; patterns where there is none.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+PATTERNS = ("", "///", "...", "\\\\\\", "xx", "--", "++", "oo")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDE, SMALL = 5.2, (3.3, 2.3)  # inches; no wider, so that a phone can show it
+INK = "#010203"  # becomes the page's text colour
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.5,
+    "text.parse_math": False,  # a '$' in a label is a dollar
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
+}
+METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+
+@contextmanager
+def _drawing(width: float, height: float, name: str) -> Iterator[tuple[Any, Any, list[str]]]:
+    """A figure and its axes; the list gets the SVG, with the name for those who cannot see it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    out: list[str] = []
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(), out
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata=METADATA)
+    svg = buffer.getvalue().split("?>", 1)[1].split(">", 1)[1].replace(INK, "currentColor")
+    label = name.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    out.append(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+
+
+def bars(lines: Sequence[Line], names: Sequence[str], title: str, by_group: bool = False) -> str:
+    """Horizontal bars with intervals, one block a line, and a dotted tick at chance, in percent."""
+    height = 0.9 + len(lines) * (0.16 * len(names) + 0.16)
+    with _drawing(WIDE, height, title) as (figure, axes, out):
+        for i, name in enumerate(names):
+            _bar_series(axes, lines, name, i, 0.8 / max(1, len(names)))
+        for y, line in enumerate(lines):
+            label = "chance" if y == 0 else "_again"  # a label that starts with _ is left out
+            axes.vlines(
+                100 * (line.chance or 0), y - 0.42, y + 0.42, INK, ":", linewidth=1.3, label=label
+            )
+        labels = [
+            group_label(line.group) if by_group else f"{line.task}, {line.metric}" for line in lines
+        ]
+        axes.set_yticks(range(len(lines)), labels)
+        axes.set_ylim(len(lines) - 0.4, -0.6)
+        axes.set_xlim(0, 102)
+        axes.set_xlabel("%")
+        figure.legend(ncols=2, loc="outside upper left", frameon=False)
+    return out[0]
+
+
+def _bar_series(axes: Any, lines: Sequence[Line], name: str, i: int, width: float) -> None:
+    at, values, low, high = [], [], [], []
+    for y, line in enumerate(lines):
+        row = line.cells[name]
+        if row is None or row.value is None or row.low is None or row.high is None:
+            continue
+        at.append(y - 0.4 + (i + 0.5) * width)
+        values.append(100 * row.value)
+        low.append(max(0.0, 100 * (row.value - row.low)))
+        high.append(max(0.0, 100 * (row.high - row.value)))
+    look = {"color": COLOURS[i % len(COLOURS)], "hatch": PATTERNS[i % len(PATTERNS)]}
+    axes.barh(at, values, width * 0.92, **look, edgecolor="white", linewidth=0, label=name)
+    axes.errorbar(values, at, xerr=[low, high], fmt="none", ecolor=INK, lw=1, capsize=2)
+
+
+def error_curves(curves: Sequence[Curve], title: str) -> str:
+    """By timestep: the mean error of right and of wrong pairs, of one model on one task."""
+    with _drawing(*SMALL, title) as (_, axes, out):
+        for i, curve in enumerate(curves):
+            colour = COLOURS[i % len(COLOURS)]
+            of = f" ({curve.score})" if len(curves) > 1 else ""
+            marker = MARKERS[i % len(MARKERS)]
+            look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "lw": 1.2}
+            axes.plot(curve.timesteps, curve.right, "-", label=f"right{of}", **look)
+            axes.plot(
+                curve.timesteps,
+                curve.wrong,
+                "--",
+                label=f"wrong{of}",
+                markerfacecolor="none",
+                **look,
+            )
+        axes.set_xlabel("timestep")
+        axes.set_ylabel("error")
+        axes.set_title(title, fontsize=9)
+        axes.legend(frameon=False, fontsize=7)
+    return out[0]
+
+
+def excess_curves(curves: Sequence[Curve], title: str) -> str:
+    """By timestep: how much larger the conditional error of wrong pairs is, in percent."""
+    with _drawing(*SMALL, title) as (_, axes, out):
+        for i, curve in enumerate(curves):
+            pairs = zip(curve.right, curve.wrong, strict=True)
+            excess = [100 * (wrong / right - 1) if right else 0.0 for right, wrong in pairs]
+            look: dict[str, Any] = {
+                "color": COLOURS[i % len(COLOURS)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "markersize": 3,
+                "lw": 1.2,
+            }
+            axes.plot(curve.timesteps, excess, label=curve.model, **look)
+        axes.axhline(0, color=INK, lw=0.8, ls=":")
+        axes.set_xlabel("timestep")
+        axes.set_ylabel("wrong against right, %")
+        axes.set_title(title, fontsize=9)
+        if len(curves) > 1:
+            axes.legend(frameon=False, fontsize=7)
+    return out[0]
+
+
+def count_curves(counts: Sequence[Count], chance: float | None, title: str) -> str:
+    """A metric by the number of timesteps, with intervals; one line a model and kind of score."""
+    series: dict[tuple[str, str], list[Count]] = {}
+    for count in counts:
+        series.setdefault((count.model, count.score), []).append(count)
+    several = len({count.model for count in counts}) > 1
+    with _drawing(*SMALL, title) as (_, axes, out):
+        for i, ((model, score), found) in enumerate(series.items()):
+            steps = [count.timesteps for count in found]
+            colour = COLOURS[i % len(COLOURS)]
+            name = f"{model} {score}" if several else score
+            values = [100 * count.value for count in found]
+            axes.plot(
+                steps, values, color=colour, marker=MARKERS[i % 8], ms=3.5, lw=1.2, label=name
+            )
+            low, high = [100 * c.low for c in found], [100 * c.high for c in found]
+            axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
+        if chance is not None:
+            axes.axhline(100 * chance, color=INK, lw=0.9, ls=":", label="chance")
+        axes.set_xscale("log")
+        ticks = sorted({count.timesteps for count in counts})
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(0, 102)
+        axes.set_xlabel("timesteps")
+        axes.set_ylabel("%")
+        axes.set_title(title, fontsize=9)
+        axes.legend(frameon=False, fontsize=7)
+    return out[0]
+
+
+def effects(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
+    """Effect sizes with intervals around 0, one line a pair of groups."""
+    height = 0.9 + len(lines) * (0.14 * len(names) + 0.12)
+    with _drawing(WIDE, height, title) as (figure, axes, out):
+        for i, name in enumerate(names):
+            rows: list[tuple[int, Row]] = [
+                (y, row) for y, line in enumerate(lines) if (row := line.cells[name]) is not None
+            ]
+            whole = [(y, r.value, r.low, r.high) for y, r in rows]
+            drawn = [
+                (y, value, value - low, high - value)
+                for y, value, low, high in whole
+                if value is not None and low is not None and high is not None
+            ]
+            if not drawn:
+                continue
+            at, values, left, right = zip(*drawn, strict=True)
+            place = [y + 0.6 * ((i + 0.5) / len(names) - 0.5) for y in at]
+            look = {"color": COLOURS[i % len(COLOURS)], "fmt": MARKERS[i % len(MARKERS)]}
+            errors = [[max(0.0, e) for e in left], [max(0.0, e) for e in right]]
+            axes.errorbar(values, place, xerr=errors, ms=4, lw=1.2, capsize=2, label=name, **look)
+        axes.axvline(0, color=INK, lw=0.9, ls=":")
+        axes.set_yticks(range(len(lines)), [group_label(line.group) for line in lines])
+        axes.invert_yaxis()
+        axes.set_xlabel("effect size; above 0: the first is nearer to pleasant")
+        figure.legend(ncols=3, loc="outside upper left", frameon=False)
+    return out[0]
+
+
+def share_bars(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
+    """Stacked shares of the variance, one bar a model and kind of score."""
+    with _drawing(WIDE, 0.9 + 0.35 * len(names), title) as (figure, axes, out):
+        left = [0.0] * len(names)
+        for i, line in enumerate(lines):
+            found = [line.cells[name] for name in names]
+            values = [100 * (row.value or 0.0) if row else 0.0 for row in found]
+            look = {"color": COLOURS[i % len(COLOURS)], "hatch": PATTERNS[i % len(PATTERNS)]}
+            axes.barh(
+                range(len(names)), values, 0.7, left=left, edgecolor="white", lw=0,
+                label=line.metric.removeprefix("var. "), **look,
+            )  # fmt: skip
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 102)
+        axes.set_xlabel("% of the variance")
+        figure.legend(ncols=3, loc="outside upper left", frameon=False)
+    return out[0]

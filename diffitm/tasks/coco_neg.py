@@ -1,0 +1,80 @@
+"""NegCLIP's COCO pairs with hard negatives (Yuksekgonul et al. 2023): what fine-tuning validates on."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from diffitm.schema import Example
+from diffitm.tasks.base import RetrievalTask, is_strings
+
+FILE = "valid_neg_clip.tsv"
+FIELDS = ("title", "filepath", "neg_caption", "neg_image")
+
+
+class Pair(NamedTuple):
+    """A line: caption, image below the data root, negative captions, lines of negative images."""
+
+    title: str
+    image: str
+    neg_captions: list[str]
+    neg_images: list[int]
+
+
+class CocoNegText(RetrievalTask):
+    """valid_neg_clip.tsv: title, filepath, neg_caption (a list of captions), neg_image (a list of
+    lines of the same file). An image, its caption and the first negative caption."""
+
+    name = "coco_neg_text"
+    folder = "coco_neg"
+    source = "the NegCLIP authors' valid_neg_clip.tsv; COCO's val2014 images below coco/"
+
+    def examples(self, root: str) -> Iterator[Example]:
+        """One example a line; lines of one image share a cluster."""
+        for number, pair in enumerate(self.pairs(root)):
+            texts = (pair.title, *pair.neg_captions[:1])
+            same = None if len(set(texts)) == 2 else "no negative caption but the caption itself"
+            yield Example(
+                str(number), (pair.image,), texts, "text", cluster=pair.image, failure=same
+            )
+
+    def pairs(self, root: str) -> list[Pair]:
+        """All lines. Raises InputError for one of another form."""
+        reader = csv.DictReader(io.StringIO(self.read_text(root, FILE)), delimiter="\t")
+        found = []
+        for line in reader:
+            try:
+                captions, images = (ast.literal_eval(line[name]) for name in FIELDS[2:])
+                pair = Pair(line["title"], line["filepath"], captions, [int(i) for i in images])
+            except (KeyError, TypeError, ValueError, SyntaxError):
+                pair = Pair("", "", [], [])
+            if not is_strings([pair.title, *pair.neg_captions]) or not pair.image:
+                wanted = f"{', '.join(FIELDS)}, the last two Python lists"
+                raise self.malformed(root, FILE, {f"line {reader.line_num}": line}, wanted)
+            found.append(pair)
+        return found
+
+
+class CocoNegImage(CocoNegText):
+    """A caption, its image and the first negative image that the file holds."""
+
+    name = "coco_neg_image"
+
+    def examples(self, root: str) -> Iterator[Example]:
+        """One example a line; a line whose negatives lie outside of the file is a failure."""
+        pairs = self.pairs(root)
+        for number, pair in enumerate(pairs):
+            inside = [pairs[i].image for i in pair.neg_images if 0 <= i < len(pairs)]
+            wrong = [image for image in inside if image != pair.image][:1]
+            failure = None if wrong else f"none of its neg_image lines {pair.neg_images} is usable"
+            yield Example(
+                id=str(number),
+                images=(pair.image, *wrong),
+                texts=(pair.title,),
+                direction="image",
+                cluster=pair.image,
+                failure=failure,
+            )
