@@ -21,7 +21,9 @@ from tests.plain import Plain, list_pairs, published_timesteps
 
 pytestmark = pytest.mark.slow
 SCENES = 30
+TASKS = ("winoground", "clevr", "flickr30k", "flickr30k_text")
 OPTIONS = ("--model", "shapes", "--data", "shapes", "--scenes", SCENES, "--timesteps", 10)
+OPTIONS += ("--tasks", *TASKS)
 ACTORS = 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,9 @@ def _drawing(width: float, height: float, name: str) -> Iterator[tuple[Any, Any,
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(), out
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=METADATA)
+        with warnings.catch_warnings():  # the browser's fonts draw the text, not matplotlib's
+            warnings.filterwarnings("ignore", message="Glyph")
+            figure.savefig(buffer, format="svg", transparent=True, metadata=METADATA)
     svg = buffer.getvalue().split("?>", 1)[1].split(">", 1)[1].replace(INK, "currentColor")
     label = name.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     out.append(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
