@@ -44,6 +44,12 @@ def join(root: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
+def parent(uri: str) -> str:
+    """The folder that a path or URI lies in; a URI's query stays at its end."""
+    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return path.rstrip("/").rpartition("/")[0] + mark + query
+
+
 def exists(uri: str) -> bool:
     found, path = filesystem(uri)
     return found.get_file_info(path).type != fs.FileType.NotFound

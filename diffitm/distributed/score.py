@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy
-from ray.data.checkpoint import CheckpointConfig
-from ray.util.annotations import RayDeprecationWarning
 
 from diffitm import storage
 from diffitm.distributed.session import Pool
+from diffitm.distributed.stages import REPORT_EVERY, checkpoint, clock, through_actors
 from diffitm.errors import InputError
 from diffitm.resume import Work
 from diffitm.schema import SCORES
@@ -30,10 +27,6 @@ log = logging.getLogger("diffitm")
 ROWS_PER_BLOCK = 32
 FORWARDS_PER_BLOCK = 5000
 BLOCKS_PER_ACTOR = 8
-# A row that kills its worker is tried this often, then the run stops and names the error.
-RETRIES = 3
-FILTER_MEMORY = 128 * 2**20
-REPORT_EVERY = 10.0
 PATIENCE = 20  # half seconds that the estimate waits for the other actors
 
 
@@ -109,21 +102,9 @@ def score(spec: Spec, work: Work, store: Store, pool: Pool) -> Done:
     counter = ray.remote(num_cpus=0)(Counter).remote()
     table = ray.data.read_parquet(path, filesystem=found)
     table.context.enable_progress_bars = False
-    table.context.checkpoint_config = _checkpoint(work.checkpoint)
+    table.context.checkpoint_config = checkpoint(work.checkpoint, "row")
     blocks = table.repartition(target_num_rows_per_block=_block_rows(work, spec.cost, pool))
-    with warnings.catch_warnings():  # Ray 2.60 has no other way yet to bound the retries
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        scored = blocks.map_batches(
-            ScoringActor,
-            fn_constructor_args=(spec, pool.device, counter),
-            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-            max_restarts=RETRIES,
-            max_task_retries=RETRIES,
-        )
+    scored = through_actors(blocks, ScoringActor, (spec, pool.device, counter), pool)
     out, folder = storage.filesystem(store.uri)
     with _Progress(counter, store.model, work.pairs_left, spec.cost, pool.min_actors):
         scored.write_parquet(folder, filesystem=out)
@@ -135,19 +116,6 @@ def _block_rows(work: Work, cost: int, pool: Pool) -> int:
     per_actor = -(-work.rows_left // (BLOCKS_PER_ACTOR * pool.min_actors))
     affordable = FORWARDS_PER_BLOCK * work.rows_left // (work.pairs_left * cost)
     return max(1, min(ROWS_PER_BLOCK, per_actor, affordable))
-
-
-def _checkpoint(uri: str) -> CheckpointConfig:
-    found, path = storage.filesystem(uri)
-    config = CheckpointConfig(
-        id_column="row",
-        checkpoint_path=path,
-        delete_checkpoint_on_success=False,
-        override_filesystem=found,
-    )
-    # Ray's default of 1 GiB an actor keeps a resume from starting on a small machine.
-    config.checkpoint_actor_memory_bytes = FILTER_MEMORY
-    return config
 
 
 class _Progress(threading.Thread):
@@ -196,13 +164,3 @@ class _Progress(threading.Thread):
             text = "%s: %d of %d actors up, %.0f forwards/s each: about %s"
             left = clock(self.total * self.cost / rate)
             log.info(text, self.name_, done.actors, self.actors, done.rate / done.actors, left)
-
-
-def clock(seconds: float) -> str:
-    """'45 s', '3 min 20 s', '2 h 5 min'."""
-    whole = max(1, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -22,7 +22,7 @@ SHOWN_FAILURES = 200
 MOST_BARS = 30  # groups in one chart; a table holds all
 THUMBNAIL = 160  # pixels
 # Metrics that the overview chart leaves to the tables.
-SECONDARY = ("R@5", "macro", "var.", "R@1 as")
+SECONDARY = ("R@5", "macro", "var.", "R@1 as ")
 Cells = dict[str, Any]
 
 

@@ -22,8 +22,9 @@ def print_results(evaluation: Evaluation, table: Table) -> None:
     if not evaluation.rows:
         console.print("no example could be scored; see failures.json")
         return
-    first = next((row for row in evaluation.rows if row.score != "cosine"), evaluation.rows[0])
-    title = f"Accuracy in % [95% interval]; {first.protocol}, {first.timesteps} timesteps"
+    used = {(r.protocol, r.timesteps) for r in evaluation.rows if r.score != "cosine"}
+    same = [f"; {protocol}, {steps} timesteps" for protocol, steps in used if len(used) == 1]
+    title = "".join(["Accuracy in % [95% interval]", *same])
     shown = RichTable(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for i, name in enumerate(table.head()):
         shown.add_column(name, justify="left" if i < 2 else "right")

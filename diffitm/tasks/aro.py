@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -60,6 +61,8 @@ class VisualGenome(RetrievalTask):
                 wanted = f"the fields {', '.join([*texts, *boxes, self.key])}"
                 raise self.malformed(root, self.file, row, wanted)
             image, right, wrong, *box = found
+            if not all(map(math.isfinite, box)):
+                raise self.malformed(root, self.file, row, f"numbers in {', '.join(boxes)}")
             crop = ",".join(str(int(side)) for side in box)
             yield Example(
                 id=str(number),

@@ -48,14 +48,22 @@ class CocoNegText(RetrievalTask):
         for line in reader:
             try:
                 captions, images = (ast.literal_eval(line[name]) for name in FIELDS[2:])
-                pair = Pair(line["title"], line["filepath"], captions, [int(i) for i in images])
+                pair = Pair(line["title"], line["filepath"], captions, images)
             except (KeyError, TypeError, ValueError, SyntaxError):
                 pair = Pair("", "", [], [])
-            if not is_strings([pair.title, *pair.neg_captions]) or not pair.image:
+            if not _is_whole(pair):
                 wanted = f"{', '.join(FIELDS)}, the last two Python lists"
                 raise self.malformed(root, FILE, {f"line {reader.line_num}": line}, wanted)
             found.append(pair)
         return found
+
+
+def _is_whole(pair: Pair) -> bool:
+    """A caption, an image, and lists of captions and of line numbers, which may be empty."""
+    lists = isinstance(pair.neg_captions, list) and isinstance(pair.neg_images, list)
+    texts = lists and is_strings([pair.title, pair.image, *pair.neg_captions])
+    numbers = lists and all(type(i) is int for i in pair.neg_images)
+    return bool(texts and numbers and pair.title.strip() and pair.image.strip())
 
 
 class CocoNegImage(CocoNegText):

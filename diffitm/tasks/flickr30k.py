@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,14 +19,16 @@ from diffitm.tasks.base import RetrievalTask, is_strings
 
 # The published run scores every fifth caption: the first of each image's five.
 EVERY = 5
-AS_RETRIEVED = " as retrieved"
+AS_RETRIEVED, WHERE_RETRIEVED = " as retrieved", " where retrieved"
+ONLY_RETRIEVED = "only retrieved"  # the list leaves out queries whose right answer was not found
 
 
 class Candidates(RetrievalTask):
     """A published list {query: [candidates, the right one first]}.
 
     The .info.json that candidates.py writes beside a list tells for which queries the right answer
-    was put in; then each recall is also reported 'as retrieved', where such a query is lost.
+    was put in; then each recall is also reported 'as retrieved', where such a query is lost. Of a
+    list that leaves such queries out, the recalls are those 'where retrieved'.
     """
 
     folder = "flickr30k"
@@ -35,47 +37,52 @@ class Candidates(RetrievalTask):
     file: ClassVar[str]
 
     def lists(self, root: str) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-        """Query, candidates, and whether the right one was retrieved or inserted, if that is known."""
+        """Query, candidates, and how the right one got among them, if that is known."""
         entries = self.read_json(root, self.file)
         if not isinstance(entries, dict):
             raise self.malformed(root, self.file, entries, "{query: [candidate, ...]}")
-        inserted = self._inserted(root)
+        info = self.info(root)
+        inserted = set(info["inserted"]) if info else set()
         for query, candidates in entries.items():
             if not is_strings(candidates):
                 raise self.malformed(root, self.file, {query: candidates}, "a list of strings")
-            known = inserted is not None
-            groups = {"gold": "inserted" if query in (inserted or ()) else "retrieved"}
-            yield query, candidates, groups if known else {}
+            how = "inserted" if query in inserted else "retrieved"
+            if info and not info.get("gold_inserted", True):
+                how = ONLY_RETRIEVED
+            yield query, candidates, {"gold": how} if info else {}
 
-    def _inserted(self, root: str) -> set[str] | None:
-        """The queries whose right answer was put in, None if the list's origin is not told."""
-        name = self.file.removesuffix(".json") + ".info.json"
-        path = storage.join(root, self.folder, name)
+    def info(self, root: str) -> dict[str, Any] | None:
+        """What candidates.py tells of the list, None of a published one."""
+        path = storage.join(root, self.folder, self.file.removesuffix(".json") + ".info.json")
         if not storage.exists(path):
             return None
+        wanted = f"{path}: expects an 'inserted' list of queries"
         try:
-            return set(json.loads(storage.read_text(path))["inserted"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: expects an 'inserted' list of queries: {error}") from error
+            found = json.loads(storage.read_text(path))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{wanted}, but is not JSON: {error}") from error
+        inserted = found.get("inserted") if isinstance(found, dict) else None
+        if inserted != [] and not is_strings(inserted):
+            raise InputError(f"{wanted}, found {json.dumps(inserted)[:120]}")
+        return dict(found)
 
     def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
         """Recalls; as retrieved, a query whose right answer was put in is lost."""
-        found = super().credits(example, scores)
-        if "gold" not in example.groups:
-            return found
-        lost = example.groups["gold"] == "inserted"
-        return found | {
-            name + AS_RETRIEVED: Credit(0.0, finite=credit.finite) if lost else credit
-            for name, credit in found.items()
-        }
+        found, how = super().credits(example, scores), example.groups.get("gold")
+        if how == ONLY_RETRIEVED:
+            return {name + WHERE_RETRIEVED: credit for name, credit in found.items()}
+        lost = {n + AS_RETRIEVED: Credit(0.0, finite=c.finite) for n, c in found.items()}
+        same = {n + AS_RETRIEVED: c for n, c in found.items()}
+        return found | {"inserted": lost, "retrieved": same, None: {}}[how]
 
     def chance(self, example: Example) -> dict[str, float]:
         """k of n candidates."""
-        found = super().chance(example)
-        if "gold" not in example.groups:
+        found, how = super().chance(example), example.groups.get("gold")
+        if how == ONLY_RETRIEVED:
+            return {name + WHERE_RETRIEVED: value for name, value in found.items()}
+        if how is None:
             return found
-        reached = example.groups["gold"] == "retrieved"
-        return found | {name + AS_RETRIEVED: value * reached for name, value in found.items()}
+        return found | {n + AS_RETRIEVED: v * (how == "retrieved") for n, v in found.items()}
 
 
 def _below_root(path: str) -> str:
@@ -90,9 +97,12 @@ class Flickr30kImage(Candidates):
     file = "val_top10_RN50x64.json"
 
     def examples(self, root: str) -> Iterator[Example]:
-        """One caption against ten images; captions of one image share a cluster."""
+        """One caption against ten images, every fifth of the file: the first of each image's. A list
+        of ours can lack some, so there the first caption of each right image is taken."""
+        seen: set[str] = set()
         for i, (caption, paths, groups) in enumerate(self.lists(root)):
-            if i % EVERY == 0:
+            if paths[0] not in seen if groups else i % EVERY == 0:
+                seen.add(paths[0])
                 images = tuple(_below_root(path) for path in paths)
                 yield Example(str(i), images, (caption,), "image", 0, images[0], groups)
 

@@ -40,7 +40,7 @@ class ImageCoDe(RetrievalTask):
             folder = f"{self.folder}/image-sets/{set_id}"
             images = tuple(f"{folder}/img{k}.jpg" for k in range(IMAGES))
             for index, text in texts.items():
-                if not (isinstance(text, str) and index.isdigit() and int(index) < IMAGES):
+                if not (isinstance(text, str) and index in map(str, range(IMAGES))):
                     wanted = f"an image index below {IMAGES} and a text"
                     raise self.malformed(root, FILE, {set_id: {index: text}}, wanted)
                 yield Example(

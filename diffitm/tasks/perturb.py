@@ -34,12 +34,8 @@ def foils(caption: str, seed: int = 0) -> tuple[str, ...]:
     None is the caption itself; a kind without another order is left out.
     """
     words = caption.split()
-    found = []
-    for kind, shuffle in KINDS.items():
-        other = shuffle(words, _generator(kind, caption, seed))
-        if other is not None:
-            found.append(" ".join(other))
-    return tuple(found)
+    drawn = (f(words, _generator(kind, caption, seed)) for kind, f in KINDS.items())
+    return tuple(" ".join(other) for other in drawn if other is not None)
 
 
 def _generator(kind: str, caption: str, seed: int) -> np.random.Generator:

@@ -49,8 +49,8 @@ class Svo(RetrievalTask):
         for line in reader:
             try:
                 (kind,) = [k for k in KINDS if _true(line[f"{k}_neg"])]
-                right, wrong = f"{line['pos_image_id']}.jpg", f"{line['neg_image_id']}.jpg"
-                yield line["sentence"], right, wrong, kind
+                right, wrong = line["pos_image_id"].strip(), line["neg_image_id"].strip()
+                yield line["sentence"].strip(), f"{right}.jpg", f"{wrong}.jpg", kind
             except (KeyError, ValueError, AttributeError):
                 wanted = "sentence, pos_image_id, neg_image_id and one true of subj_neg, verb_neg, obj_neg"
                 place = f"line {reader.line_num}"

@@ -1,0 +1,179 @@
+"""Parquet through a pool of actors to Parquet, with Ray Data's checkpoint: what every pipeline shares."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import warnings
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+from ray.data.checkpoint import CheckpointConfig
+from ray.util.annotations import RayDeprecationWarning
+
+from diffitm import storage
+from diffitm.distributed.session import Pool
+from diffitm.errors import InputError
+
+log = logging.getLogger("diffitm")
+# A row that kills its worker is tried this often, then the run stops and names the error.
+RETRIES = 3
+FILTER_MEMORY = 128 * 2**20
+REPORT_EVERY = 10.0
+
+
+def checkpoint(uri: str, column: str) -> CheckpointConfig:
+    """Ray Data's checkpoint of finished rows, by their ids in `column`."""
+    found, path = storage.filesystem(uri)
+    config = CheckpointConfig(
+        id_column=column,
+        checkpoint_path=path,
+        delete_checkpoint_on_success=False,
+        override_filesystem=found,
+    )
+    # Ray's default of 1 GiB an actor keeps a resume from starting on a small machine.
+    config.checkpoint_actor_memory_bytes = FILTER_MEMORY
+    return config
+
+
+def through_actors(
+    blocks: ray.data.Dataset, actor: type, arguments: tuple[Any, ...], pool: Pool
+) -> ray.data.Dataset:
+    """The blocks as tables through a pool of actors, each block tried again a few times."""
+    with warnings.catch_warnings():  # Ray 2.60 has no other way yet to bound the retries
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return blocks.map_batches(
+            actor,
+            fn_constructor_args=arguments,
+            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
+        )
+
+
+class Counter:
+    """Adds up finished items for the progress lines."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, count: int) -> None:
+        self.count += count
+
+    def read(self) -> int:
+        return self.count
+
+
+class Stage(NamedTuple):
+    """Parquet through a pool of actors to Parquet.
+
+    `inputs` are paths in the file system of `out`, `column` the id that a checkpoint keeps, `rows`
+    those of a block, `blocks` how many there are, `total` the items that `out` holds at the end.
+    """
+
+    what: str
+    out: str
+    schema: pa.Schema
+    inputs: list[str]
+    column: str
+    rows: int
+    blocks: int
+    total: int
+
+
+def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool) -> None:
+    """Run a stage; one that was interrupted goes on, one that is complete is left as it is."""
+    storage.make_folder(stage.out)
+    before, total = len(_positions(stage)), f"{stage.total:,}"
+    if before == stage.total:
+        log.info("%s: all %s are done already", stage.what, total)
+        return
+    if before:
+        log.info("%s: going on where it stopped, %s of %s", stage.what, f"{before:,}", total)
+    found, folder = storage.filesystem(stage.out)
+    counter = ray.remote(num_cpus=0)(Counter).remote()
+    table = ray.data.read_parquet(stage.inputs, filesystem=found)
+    table.context.enable_progress_bars = False
+    folder_of = storage.join(storage.parent(stage.out), "checkpoint")
+    table.context.checkpoint_config = checkpoint(folder_of, stage.column)
+    least = min(pool.min_actors, stage.blocks)
+    most = max(least, min(pool.max_actors, stage.blocks))
+    blocks = table.repartition(target_num_rows_per_block=stage.rows)
+    pool = replace(pool, min_actors=least, max_actors=most)
+    made = through_actors(blocks, actor, (*arguments, pool.device, counter), pool)
+    with _Progress(counter, stage, before):
+        made.write_parquet(folder, filesystem=found, use_dictionary=False, compression="NONE")
+    positions = _positions(stage)
+    if len(positions) != stage.total or len(np.unique(positions)) != stage.total:
+        raise InputError(f"{stage.out} holds {len(positions)} of {total}: delete it, run again")
+
+
+def whole_files(folder: str, schema: pa.Schema) -> ds.Dataset:
+    """The rows of a folder's files; those that a kill cut off are left out."""
+    whole, _ = storage.readable_parquet(folder)
+    return ds.dataset(
+        whole, schema=schema, filesystem=storage.filesystem(folder)[0], format="parquet"
+    )
+
+
+def _positions(stage: Stage) -> np.ndarray:
+    """Positions of the items that are in whole files."""
+    table = whole_files(stage.out, stage.schema).to_table(columns=["position"])
+    return table["position"].to_numpy()
+
+
+class _Progress(threading.Thread):
+    """Logs how many items are done, the rate and the time left."""
+
+    def __init__(self, counter: Any, stage: Stage, before: int) -> None:
+        super().__init__(daemon=True)
+        self.counter, self.what, self.before = counter, stage.what, before
+        self.left, self.total = stage.total - before, stage.total
+        self.stopped = threading.Event()
+
+    def __enter__(self) -> _Progress:
+        log.info("%s: %s to do", self.what, f"{self.left:,}")
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.join()
+
+    def run(self) -> None:
+        start = time.monotonic()
+        while not self.stopped.wait(REPORT_EVERY):
+            try:
+                done = ray.get(self.counter.read.remote(), timeout=30)
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:
+                return
+            if not done:
+                continue
+            rate = done / (time.monotonic() - start)
+            at = min(self.before + done, self.total)
+            share, left = 100 * at / self.total, clock((self.total - at) / rate)
+            text, total = "%s: %s of %s (%.0f%%), %.0f/s, %s left", f"{self.total:,}"
+            log.info(text, self.what, f"{at:,}", total, share, rate, left)
+
+
+def clock(seconds: float) -> str:
+    """'45 s', '3 min 20 s', '2 h 5 min'."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
