@@ -245,7 +245,9 @@ def test_the_tasks_read_the_lists(tmp_path: Path) -> None:
         (folder / f"{stem}.json").write_text(json.dumps(lists))
         candidates.write_info(str(folder / f"{stem}.info.json"), info)
         examples = list(task.examples(str(tmp_path)))
-        assert len(examples) == len({paths[0] for paths in lists.values()} if direction == "image" else lists)
+        assert len(examples) == len(
+            {paths[0] for paths in lists.values()} if direction == "image" else lists
+        )
         inserted = {e.groups["gold"] for e in examples}
         assert inserted == {"inserted", "retrieved"}
         assert all(e.gold == 0 and e.images[0].startswith("flickr30k/images/") for e in examples)
