@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffitm.metrics.intervals import BLOCK, RESAMPLES, percentiles
+from diffitm.metrics.intervals import BLOCK, RESAMPLES, ROUNDING, no_spread, percentiles
 
 
 def association(scores: np.ndarray, pleasant: int) -> float:
@@ -14,6 +14,7 @@ def association(scores: np.ndarray, pleasant: int) -> float:
     de Melo 2023). Whatever is added to all scores of an image, such as its unconditional error,
     cancels.
     """
+    scores = scores.astype(float) - float(scores[0])  # so that a constant is exactly no association
     return float(scores[:pleasant].mean() - scores[pleasant:].mean())
 
 
@@ -23,8 +24,10 @@ def effect_size(x: np.ndarray, y: np.ndarray, pooled: np.ndarray | None = None) 
     x [n] and y [m] are associations of two groups; the deviation is the population's (ddof 0).
     Positive: x is nearer to the pleasant phrases. Nan where nothing deviates.
     """
-    deviation = float(np.std(np.concatenate([x, y]) if pooled is None else pooled))
-    return float((x.mean() - y.mean()) / deviation) if deviation > 0 else float("nan")
+    pooled = np.concatenate([x, y]) if pooled is None else pooled
+    if no_spread(pooled):
+        return float("nan")
+    return float((x.mean() - y.mean()) / np.std(pooled))
 
 
 def effect_interval(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -34,7 +37,7 @@ def effect_interval(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float,
     second = rng.choice(y, size=(RESAMPLES, len(y)))
     deviation = np.concatenate([first, second], axis=1).std(1)
     difference = first.mean(1) - second.mean(1)
-    valid = deviation > 0
+    valid = deviation > ROUNDING * np.abs(np.concatenate([x, y])).max()
     return percentiles(difference[valid] / deviation[valid])
 
 
@@ -42,9 +45,10 @@ def effect_p(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:
     """Two-sided permutation p of no difference between the groups: images exchange their group."""
     both = np.concatenate([x, y])
     observed, reached = abs(x.mean() - y.mean()), 0
+    observed -= ROUNDING * np.abs(both).max()
     rng = np.random.default_rng(seed)
     for _ in range(RESAMPLES // BLOCK):
         shuffled = rng.permuted(np.tile(both, (BLOCK, 1)), axis=1)
         difference = shuffled[:, : len(x)].mean(1) - shuffled[:, len(x) :].mean(1)
-        reached += int((np.abs(difference) >= observed - 1e-12).sum())
+        reached += int((np.abs(difference) >= observed).sum())
     return (reached + 1) / (RESAMPLES + 1)

@@ -8,6 +8,7 @@ from scipy import stats
 RESAMPLES = 5000
 BLOCK = 500  # resamples at a time, so that memory stays small
 LEVEL = 0.95
+ROUNDING = 1e-12  # relative: what sums in another order differ by
 MCNEMAR, PERMUTATION = "McNemar", "permutation"
 
 
@@ -24,7 +25,7 @@ def interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[f
     if len(sums) == len(values) and np.isin(values, (0.0, 1.0)).all():
         return wilson(float(values.sum()), len(values))
     means = _resampled(sums, counts, seed)
-    if np.ptp(means) == 0:  # no spread to resample: a bootstrap would claim certainty
+    if no_spread(means):  # no spread to resample: a bootstrap would claim certainty
         return wilson(float(values.mean() * len(sums)), len(sums))
     return percentiles(means)
 
@@ -51,7 +52,10 @@ def macro_interval(
         total, held = times @ sums, times @ counts
         share = np.divide(total, held, out=np.full_like(total, np.nan), where=held > 0)
         means.append(np.nanmean(share, axis=1))
-    return percentiles(np.concatenate(means))
+    resampled = np.concatenate(means)
+    if no_spread(resampled):
+        return wilson(float(resampled[0]) * shape[0], shape[0])
+    return percentiles(resampled)
 
 
 def difference_interval(
@@ -60,10 +64,15 @@ def difference_interval(
     """The 95% interval of the mean difference of paired values [n], resampling whole clusters."""
     sums, counts = _by_cluster(first - second, clusters)
     found = _resampled(sums, counts, seed)
-    if np.ptp(found) == 0:  # all alike: certain only as far as the number of clusters goes
+    if no_spread(found):  # all alike: certain only as far as the number of clusters goes
         half = wilson(0, len(sums))[1]
         return float(max(-1.0, found[0] - half)), float(min(1.0, found[0] + half))
     return percentiles(found)
+
+
+def no_spread(values: np.ndarray) -> bool:
+    """Whether the values are the same but for rounding."""
+    return bool(np.ptp(values) <= ROUNDING * np.abs(values).max(initial=0))
 
 
 def percentiles(resampled: np.ndarray) -> tuple[float, float]:

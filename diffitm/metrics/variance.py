@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from diffitm.metrics.intervals import LEVEL
+from diffitm.metrics.intervals import LEVEL, no_spread
 
 NAMES = ("image", "text", "interaction")
 
@@ -31,7 +31,7 @@ def shares(errors: np.ndarray) -> dict[str, Share]:
     if min(errors.shape) < 3:
         raise ValueError(f"variance shares need 3 images and 3 texts or more, got {errors.shape}")
     found = _components(errors)
-    if found.sum() <= 0:
+    if no_spread(errors):
         raise ValueError("all errors are the same: there is no variance to share out")
     value = found / found.sum()
     squares = np.zeros(3)

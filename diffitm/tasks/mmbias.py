@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -86,38 +87,49 @@ class MmBias(Task):
 
     def figures(self, decisions: Sequence[Decision]) -> list[Figure]:
         """Effect sizes of the published pairs, else of all pairs of groups of one kind."""
-        finite = [d for d in decisions if d.credits is not None and d.credits["phi"].finite]
-        kinds = {d.groups["group"]: d.groups["kind"] for d in decisions}
-        phi = {
-            group: scored([d for d in finite if d.groups["group"] == group], "phi")[0]
-            for group in kinds
-        }
-        failures = {
-            group: sum(d.failed for d in decisions if d.groups["group"] == group) for group in kinds
-        }
-        same_kind = [
-            pair for pair in itertools.combinations(kinds, 2) if len({kinds[g] for g in pair}) == 1
-        ]
-        pairs = [pair for pair in PAIRS if set(pair) <= set(kinds)] or same_kind
-        return [figure for x, y in pairs for figure in _effects(x, y, phi, failures)]
+        kinds: dict[str, dict[str, list[Decision]]] = {}
+        for decision in decisions:
+            groups = kinds.setdefault(decision.groups["kind"], {})
+            groups.setdefault(decision.groups["group"], []).append(decision)
+        found: list[Figure] = []
+        for groups in kinds.values():
+            published = [pair for pair in PAIRS if set(pair) <= set(groups)]
+            for pair in published or itertools.combinations(groups, 2):
+                found += _effects(pair, groups)
+        return found
 
 
-def _effects(
-    x: str, y: str, phi: dict[str, np.ndarray], failures: dict[str, int]
-) -> Iterator[Figure]:
+def _phi(decisions: Sequence[Decision]) -> np.ndarray:
+    """The associations of a group's images that have one."""
+    values, _, credits = scored(decisions, "phi")
+    return values[[credit.finite for credit in credits]] if credits else np.array([])
+
+
+def _effects(pair: tuple[str, str], groups: dict[str, list[Decision]]) -> Iterator[Figure]:
     """The effect size of a pair of groups, and the published one where its pooling is another."""
-    first, second = phi[x], phi[y]
-    group, n, lost = f"pair={x}-{y}", len(first) + len(second), failures[x] + failures[y]
-    value = effect_size(first, second) if len(first) and len(second) else float("nan")
+    x, y = (_phi(groups[name]) for name in pair)
+    lost = sum(decision.failed for name in pair for decision in groups[name])
+    unknown = Figure(
+        f"pair={'-'.join(pair)}",
+        EFFECT,
+        None,
+        None,
+        None,
+        len(x) + len(y),
+        0.0,
+        0,
+        lost,
+        "effect size",
+    )
+    value = effect_size(x, y) if len(x) and len(y) else float("nan")
     if not np.isfinite(value):
-        yield Figure(group, EFFECT, None, None, None, n, 0.0, 0, lost, "effect size")
+        yield unknown
         return
-    low, high = effect_interval(first, second)
-    p = effect_p(first, second)
-    yield Figure(group, EFFECT, value, low, high, n, 0.0, 0, lost, "effect size", p)
-    others = [phi.get(name, np.array([])) for name in PUBLISHED_POOLING.get((x, y), ())]
+    # One image tells nothing of how its group varies.
+    low, high = effect_interval(x, y) if min(len(x), len(y)) > 1 else (None, None)
+    yield replace(unknown, value=value, low=low, high=high, p=effect_p(x, y))
+    others = [_phi(groups.get(name, [])) for name in PUBLISHED_POOLING.get(pair, ())]
     if others and all(map(len, others)):
-        value = effect_size(first, second, np.concatenate(others))
+        value = effect_size(x, y, np.concatenate(others))
         if np.isfinite(value):
-            name = PUBLISHED_EFFECT
-            yield Figure(group, name, value, None, None, n, 0.0, 0, lost, "effect size")
+            yield replace(unknown, metric=PUBLISHED_EFFECT, value=value)
