@@ -1,0 +1,262 @@
+"""Fetching on Ray: archives as tasks, single images through Ray Data."""
+
+from __future__ import annotations
+import contextlib
+import csv
+import fcntl
+import io
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+import pyarrow as pa
+from pyarrow import parquet
+from diffitm import images, storage
+from diffitm.config import option
+from diffitm.errors import InputError
+from diffitm.prepare import sources
+from diffitm.prepare.http import (
+    BrokenError,
+    Client,
+    Limits,
+    RefusedError,
+    check_proxy,
+    fetch_bytes,
+)
+from diffitm.prepare.sources import Download, Hub, ImageList, Source
+from diffitm.prepare.unpack import (
+    STATE,
+    UnsafeError,
+    brought,
+    note_members,
+    place,
+    target,
+    unpack,
+    unpacked,
+)
+from diffitm.prepare.client import Client, Limits, check_proxy, fetch_bytes
+from diffitm.prepare.network import BrokenError, RefusedError
+
+
+
+REPORT_EVERY = 10.0
+RETRIES = 3
+
+
+class Reach(NamedTuple):
+    """How workers may connect, and the file by which they see that they share the data root."""
+
+    root: str
+    marker: str
+    allow_private: bool
+    proxy: str | None
+
+    def open(self) -> tuple[Path, Client]:
+        """The data root and a client. Raises InputError where the root is not shared."""
+        if not Path(self.marker).exists():
+            raise InputError(
+                f"--data {self.root}: not every node of the cluster sees this folder; give a shared "
+                "one, or run on one machine (--ray local)"
+            )
+        return Path(self.root), Client(self.allow_private, self.proxy)
+
+
+def _start(downloads: list[Download], reach: Reach, keep: bool) -> dict[Any, list[Download]]:
+    """A Ray task for each host, so that one connection at a time goes to it."""
+    import ray
+
+    hosts = defaultdict[str | None, list[Download]](list)
+    for step in downloads:
+        hosts[urlsplit(step.urls[0]).hostname].append(step)
+    task = ray.remote(num_cpus=1, max_retries=RETRIES)(place_all) if hosts else None
+    return {task.remote(group, reach, keep): group for group in hosts.values()} if task else {}
+
+
+def place_all(steps: list[Download], reach: Reach, keep: bool) -> list[Outcome]:
+    """Fetch and unpack one after the other; what fails does not keep the next from being tried."""
+    root, client = reach.open()
+    outcomes = []
+    for step in steps:
+        try:
+            outcomes.append(Outcome(step.to, True, place(client, step, root, keep)))
+        except (RefusedError, BrokenError, UnsafeError, OSError) as error:
+            outcomes.append(Outcome(step.to, False, str(error)))
+    return outcomes
+
+
+def _wait(started: dict[Any, list[Download]], root: Path) -> list[Outcome]:
+    """The tasks' outcomes; while they run, how far the downloads are."""
+    import ray
+
+    outcomes, left, before = list[Outcome](), list(started), dict[str, int]()
+    while left:
+        ready, left = ray.wait(left, timeout=REPORT_EVERY)
+        for task in ready:
+            try:
+                outcomes += ray.get(task)
+            except ray.exceptions.RayTaskError as error:  # its text is a traceback
+                raise error.cause from None
+        for step in (step for task in left for step in started[task]):
+            part = root / f"{step.to}.part"
+            have = part.stat().st_size if part.exists() else 0
+            if have > before.get(step.to, 0):
+                _tell(step, have, (have - before.get(step.to, 0)) / REPORT_EVERY)
+                before[step.to] = have
+    return outcomes
+
+
+def _tell(step: Download, have: int, rate: float) -> None:
+    from diffitm.distributed.score import clock
+
+    text = f"{step.to}: {have / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
+    if step.size:
+        text += f", {100 * have / step.size:.0f}%, {clock((step.size - have) / max(rate, 1))} left"
+    log.info(text)
+
+
+def fetch_batch(
+    table: pa.Table, reach: Reach, folder: str, per_host: int, counter: Any
+) -> pa.Table:
+    """What a Ray task does: rows of (ids, urls) to rows of RESULT."""
+    root, client = reach.open()
+    lines: list[dict[str, Any]] = []
+    for shard in table.to_pylist():
+        rows = list(zip(shard["ids"], shard["urls"], strict=True))
+        lines += fetch_shard(rows, root / folder, client, per_host, counter.add.remote)
+    return pa.Table.from_pylist(lines, RESULT)
+
+
+class Tally:
+    """An actor that adds up what the tasks report, for the progress lines."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def add(self, status: str, size: int) -> None:
+        self.counts[status] += 1
+        self.counts["bytes"] += size
+
+    def read(self) -> Counter[str]:
+        return self.counts
+
+
+def _fetch_images(listing: ImageList, reach: Reach, config: Config) -> Outcome:
+    """Fetch the images of a list that are neither there nor known to be dead."""
+    root = Path(reach.root)
+    results = root / STATE / "images" / "results"
+    merge_results(results, root / listing.folder)  # of a run that was interrupted
+    try:
+        wanted = dict(sources.image_addresses(listing, root))
+    except InputError as error:
+        return Outcome(listing.csv, False, str(error))
+    dead = {} if config.retry_dead else read_dead(root / listing.folder)
+    there = _there(root / listing.folder)
+    todo = [(n, url) for n, url in wanted.items() if n not in there and url not in dead]
+    todo = todo[: config.limit]
+    (root / listing.folder).mkdir(parents=True, exist_ok=True)
+    if todo:
+        log.info("%s: %s images to fetch", listing.folder, f"{len(todo):,}")
+        _run_on_ray(todo, listing, reach, config, results)
+    counts = merge_results(results, root / listing.folder)
+    text = f"{counts['fetched']:,} fetched, {counts['dead']:,} dead, {counts['failed']:,} failed"
+    why = counts.most_common_reasons()
+    return Outcome(listing.folder, counts["failed"] == 0, text + why)
+
+
+def _run_on_ray(
+    todo: list[tuple[str, str]], listing: ImageList, reach: Reach, config: Config, results: Path
+) -> None:
+    """Ray Data from a Parquet table of shards to Parquet results."""
+    import ray
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    from diffitm.distributed.session import SPARE_CPUS
+
+    groups = shards(todo)
+    table = {
+        "ids": [[n for n, _ in g] for g in groups],
+        "urls": [[u for _, u in g] for g in groups],
+    }
+    work = results.with_name("work.parquet")
+    work.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table(table), work)
+    free = max(0.5, ray.cluster_resources().get("CPU", 0) - SPARE_CPUS)
+    tasks = max(1, min(config.connections // THREADS, len(groups), int(free * 4)))
+    tally = ray.remote(num_cpus=0)(Tally).remote()
+    read = ray.data.read_parquet(str(work))
+    read.context.enable_progress_bars = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        fetched = read.repartition(target_num_rows_per_block=1).map_batches(
+            fetch_batch,
+            fn_args=(reach, listing.folder, config.per_host, tally),
+            compute=ray.data.TaskPoolStrategy(size=tasks),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=min(1.0, int(100 * free / tasks) / 100),
+            max_retries=RETRIES,
+        )
+    with _Progress(tally, listing.folder, len(todo)):
+        try:
+            fetched.write_parquet(str(results))
+        except Exception as error:
+            if "No space left on device" in str(error):
+                text = (
+                    f"--data {reach.root}: no space left; free some and run the same command again"
+                )
+                raise InputError(text) from None
+            raise
+
+
+class _Progress(threading.Thread):
+    """Logs counts, rate and the time left."""
+
+    def __init__(self, tally: Any, name: str, total: int) -> None:
+        super().__init__(daemon=True)
+        self.tally, self.label, self.total = tally, name, total
+        self.stopped = threading.Event()
+
+    def __enter__(self) -> _Progress:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self.join()
+
+    def run(self) -> None:
+        import ray
+
+        from diffitm.distributed.score import clock
+
+        start = time.monotonic()
+        while not self.stopped.wait(REPORT_EVERY):
+            try:
+                counts = ray.get(self.tally.read.remote(), timeout=30)
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:
+                return
+            done = sum(counts[status] for status in ("fetched", "dead", "failed"))
+            if done:
+                rate = done / (time.monotonic() - start)
+                log.info(
+                    "%s: %s of %s (%.0f%%): %s fetched, %s dead, %s failed, %.1f/s, %s left",
+                    *(self.label, f"{done:,}", f"{self.total:,}", 100 * done / self.total),
+                    *(f"{counts[s]:,}" for s in ("fetched", "dead", "failed")),
+                    *(rate, clock((self.total - done) / rate)),
+                )

@@ -1,0 +1,1 @@
+"""Fetching the published data: what there is, one safe download, safe unpacking."""

@@ -1,0 +1,116 @@
+"""Data sets of the Hugging Face Hub, by its own client with the user's token."""
+
+from __future__ import annotations
+import contextlib
+import csv
+import fcntl
+import io
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+import uuid
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+import pyarrow as pa
+from pyarrow import parquet
+from diffitm import images, storage
+from diffitm.config import option
+from diffitm.errors import InputError
+from diffitm.prepare import sources
+from diffitm.prepare.http import (
+    BrokenError,
+    Client,
+    Limits,
+    RefusedError,
+    check_proxy,
+    fetch_bytes,
+)
+from diffitm.prepare.sources import Download, Hub, ImageList, Source
+from diffitm.prepare.unpack import (
+    STATE,
+    UnsafeError,
+    brought,
+    note_members,
+    place,
+    target,
+    unpack,
+    unpacked,
+)
+from diffitm.prepare.client import Client, Limits, check_proxy, fetch_bytes
+from diffitm.prepare.network import BrokenError, RefusedError
+
+
+
+class Outcome(NamedTuple):
+    """What became of one step."""
+
+    name: str
+    good: bool
+    text: str
+
+
+def _hub(step: Hub, source: Source, root: Path, keep: bool) -> Outcome:
+    """Files of the Hub, fetched by huggingface_hub with the user's token, moved to their places."""
+    if (count := unpacked(step.repo, root)) and not sources.missing(source, root):
+        return Outcome(step.repo, True, f"there already, {count:,} files")
+    folder = root / STATE / "hub" / step.repo.replace("/", "__")
+    try:
+        members = _snapshot(step, folder, root, keep)
+        note_members(step.repo, root, members)
+    except (UnsafeError, OSError, InputError) as error:
+        return Outcome(step.repo, False, _without_token(str(error)))
+    shutil.rmtree(folder, ignore_errors=True)
+    return Outcome(step.repo, True, f"{len(members):,} files fetched")
+
+
+def _snapshot(step: Hub, folder: Path, root: Path, keep: bool) -> dict[str, int]:
+    """The files placed, with their sizes in bytes. Raises InputError for what the Hub refuses."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    page = f"https://huggingface.co/datasets/{step.repo}"
+    try:
+        patterns = list(step.patterns)
+        snapshot_download(step.repo, repo_type="dataset", local_dir=folder, allow_patterns=patterns)
+    except (GatedRepoError, RepositoryNotFoundError):
+        raise InputError(
+            f"accept its terms at {page}, make a token at https://huggingface.co/settings/tokens "
+            "and set HF_TOKEN to it"
+        ) from None
+    except Exception as error:  # its own kinds, those of its HTTP library, OSError
+        first = _without_token(str(error)).strip().partition("\n")[0]
+        raise InputError(f"the Hub did not send it: {first or type(error).__name__}") from None
+    members = dict[str, int]()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        to = target(path.relative_to(folder).as_posix(), step.files)
+        if to is None:
+            continue
+        (root / to).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, root / to)
+        if to not in step.archives:
+            members[to] = (root / to).stat().st_size
+            continue
+        members |= unpack(root / to, root, step.rules, step.unpacked)
+        if not keep:
+            (root / to).unlink()
+    if not members:
+        raise InputError(f"{page} holds none of the files that are wanted")
+    return members
+
+
+def _without_token(text: str) -> str:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if value := os.environ.get(name):
+            text = text.replace(value, "***")
+    return text

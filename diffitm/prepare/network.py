@@ -1,0 +1,147 @@
+"""Connections that go to checked addresses only, and that end when their time is over.
+
+A name is resolved once for a connection, every address that it stands for is checked, and the
+connection goes to the checked address itself.
+"""
+
+from __future__ import annotations
+import contextlib
+import hashlib
+import html.parser
+import ipaddress
+import itertools
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode, urljoin, urlsplit
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError, MaxRetryError, NameResolutionError, NewConnectionError
+from urllib3.response import BaseHTTPResponse
+from diffitm import __version__
+from diffitm.errors import InputError
+
+
+
+NO_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+
+
+class RefusedError(Exception):
+    """The address, or what it answers, is not acceptable: another try would not help.
+
+    `dead` says that the file is gone for good (404, 410, no such name, not what it should be).
+    """
+
+    def __init__(self, reason: str, dead: bool = False, unknown_host: bool = False) -> None:
+        super().__init__(reason)
+        self.dead, self.unknown_host = dead, unknown_host
+
+
+class BrokenError(Exception):
+    """The download failed on its way; another try may help."""
+
+
+def check_address(text: str) -> None:
+    """Raises RefusedError unless the IP address is one of the public internet."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    inner: Any = address
+    if isinstance(address, ipaddress.IPv6Address):  # addresses that carry one of IPv4
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, on networks without IPv4
+            inner = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
+        inner = inner or address
+    local = inner.is_multicast or inner.is_reserved or getattr(inner, "is_site_local", False)
+    if local or not inner.is_global:
+        raise RefusedError(
+            f"{text} is not an address of the public internet (--allow-private allows it)"
+        )
+
+
+class Deadline:
+    """Bounds everything that its thread does on connections, headers that drip in included."""
+
+    current = threading.local()
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self.end = None if seconds is None else time.monotonic() + seconds
+        self.connections: list[Any] = []
+        self.timer = threading.Timer(seconds or 0, self._cut)
+        self.timer.daemon = True
+
+    @staticmethod
+    def register(connection: Any) -> None:
+        """The connection is used by this thread now. Raises BrokenError when its time is over."""
+        deadline: Deadline | None = getattr(Deadline.current, "value", None)
+        if deadline is not None:
+            deadline.check()
+            deadline.connections.append(connection)
+
+    def __enter__(self) -> Deadline:
+        if self.seconds is not None:
+            Deadline.current.value = self
+            self.timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Deadline.current.value = None
+        self.timer.cancel()
+
+    def _cut(self) -> None:
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def check(self) -> None:
+        """Raises BrokenError when the time is over."""
+        if self.end is not None and time.monotonic() >= self.end:
+            raise BrokenError(f"took longer than {self.seconds:g} s")
+
+
+def _connect(connection: Any, allow_private: bool) -> socket.socket:
+    """A socket to the first address of the host that answers, all of them checked before."""
+    host = connection._dns_host
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), connection.port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        if error.errno in NO_NAME:
+            raise RefusedError(f"unknown host {host}", dead=True, unknown_host=True) from error
+        raise NameResolutionError(host, connection, error) from error
+    except UnicodeError as error:
+        raise RefusedError(f"unknown host {host!r}", dead=True) from error
+    if not allow_private:
+        for *_, address in found:
+            check_address(str(address[0]))
+    failure: OSError | None = None
+    for family, kind, protocol, _, address in found:
+        made = socket.socket(family, kind, protocol)
+        try:
+            made.settimeout(connection.timeout)
+            made.connect(address)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return made
+        except OSError as error:
+            made.close()
+            failure = error
+    raise NewConnectionError(connection, f"no connection: {failure}") from failure
+
+
+def _guarded(base: Any, allow_private: bool) -> Any:
+    """A connection class that checks addresses and is cut when its thread's time is over."""
+
+    class Guarded(base):
+        def _new_conn(self) -> socket.socket:
+            Deadline.register(self)
+            return _connect(self, allow_private)
+
+        def request(self, *arguments: Any, **more: Any) -> Any:
+            Deadline.register(self)  # also when a kept connection is used again
+            return super().request(*arguments, **more)
+
+    return Guarded

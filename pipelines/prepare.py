@@ -1,0 +1,14 @@
+"""Fetch published data into the layout that the tasks read: prepare.py TASK.. --data DIR
+
+TASK is winoground, clevr, imagecode, pets, svo, aro, coco, flickr30k, mmbias, mmvp_vlm, a task of
+GDBench such as vg_relation, or all. docs/data.md says what each one fetches, its size and licence.
+"""
+
+import sys
+
+from diffitm.command import main
+from diffitm.distributed.prepare import Config, run, with_tasks
+
+if __name__ == "__main__":
+    sys.argv[1:] = with_tasks(sys.argv[1:])
+    main(Config, run, __doc__)
