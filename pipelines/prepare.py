@@ -7,7 +7,8 @@ GDBench such as vg_relation, or all. docs/data.md says what each one fetches, it
 import sys
 
 from diffitm.command import main
-from diffitm.distributed.prepare import Config, run, with_tasks
+from diffitm.distributed.prepare import run
+from diffitm.prepare.options import Config, with_tasks
 
 if __name__ == "__main__":
     sys.argv[1:] = with_tasks(sys.argv[1:])

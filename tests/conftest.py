@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from diffitm.models.stable_diffusion import StableDiffusion
+from diffitm.prepare.client import Client
 from tests import tiny
+from tests.loopback import Server
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -62,3 +66,20 @@ def sd(sd_folder: Path) -> StableDiffusion:
 def _one_thread() -> None:
     """Small tensors: threads only cost time."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """The server of tests/loopback.py, answering until the test ends."""
+    made = Server()
+    thread = threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def client() -> Client:
+    """A client that may reach loopback."""
+    return Client(allow_private=True)

@@ -1,4 +1,4 @@
-"""prepare.py as a user runs it, on Ray, against the loopback server of test_prepare."""
+"""prepare.py as a user runs it, on Ray, against the loopback server of loopback.py."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from pathlib import Path
 import pytest
 
 from diffitm.images import decode
+from tests.loopback import Handler, Server, picture, zipped
 from tests.pipeline import ROOT, environment, kill
-from tests.test_prepare import Handler, Server, client, picture, server, zipped
 
 pytestmark = pytest.mark.slow
-__all__ = ["client", "server"]  # fixtures
 # The real script with another table of sources.
 SCRIPT = r"""
 import runpy, sys
 from diffitm.prepare import sources
-from diffitm.prepare.sources import Download, ImageList, Need, Rule, Source
+from diffitm.prepare.layout import Download, ImageList, Need, Rule, Source
 url = sys.argv.pop(1)
 def images(name):
     return (Rule(r"(?:.*/)?([^/]+\.jpg)", name + r"/images/\1"),)

@@ -1,57 +1,42 @@
 """Fetching on Ray: archives as tasks, single images through Ray Data."""
 
 from __future__ import annotations
-import contextlib
-import csv
-import fcntl
-import io
+
 import logging
-import os
-import shutil
-import sys
 import threading
 import time
-import uuid
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
 import pyarrow as pa
 from pyarrow import parquet
-from diffitm import images, storage
-from diffitm.config import option
+
 from diffitm.errors import InputError
-from diffitm.prepare import sources
-from diffitm.prepare.http import (
-    BrokenError,
-    Client,
-    Limits,
-    RefusedError,
-    check_proxy,
-    fetch_bytes,
+from diffitm.prepare import layout
+from diffitm.prepare.client import Client
+from diffitm.prepare.images import (
+    RESULT,
+    THREADS,
+    fetch_shard,
+    fetched_ids,
+    merge_results,
+    read_dead,
+    shards,
 )
-from diffitm.prepare.sources import Download, Hub, ImageList, Source
+from diffitm.prepare.layout import Download, ImageList
+from diffitm.prepare.network import BrokenError, RefusedError
+from diffitm.prepare.options import Config
+from diffitm.prepare.report import Outcome
 from diffitm.prepare.unpack import (
     STATE,
     UnsafeError,
-    brought,
-    note_members,
     place,
-    target,
-    unpack,
-    unpacked,
 )
-from diffitm.prepare.client import Client, Limits, check_proxy, fetch_bytes
-from diffitm.prepare.network import BrokenError, RefusedError
 
-
-
+log = logging.getLogger("diffitm")
 REPORT_EVERY = 10.0
 RETRIES = 3
 
@@ -74,7 +59,9 @@ class Reach(NamedTuple):
         return Path(self.root), Client(self.allow_private, self.proxy)
 
 
-def _start(downloads: list[Download], reach: Reach, keep: bool) -> dict[Any, list[Download]]:
+def start_archives(
+    downloads: list[Download], reach: Reach, keep: bool
+) -> dict[Any, list[Download]]:
     """A Ray task for each host, so that one connection at a time goes to it."""
     import ray
 
@@ -97,7 +84,7 @@ def place_all(steps: list[Download], reach: Reach, keep: bool) -> list[Outcome]:
     return outcomes
 
 
-def _wait(started: dict[Any, list[Download]], root: Path) -> list[Outcome]:
+def wait_archives(started: dict[Any, list[Download]], root: Path) -> list[Outcome]:
     """The tasks' outcomes; while they run, how far the downloads are."""
     import ray
 
@@ -153,17 +140,17 @@ class Tally:
         return self.counts
 
 
-def _fetch_images(listing: ImageList, reach: Reach, config: Config) -> Outcome:
+def fetch_images(listing: ImageList, reach: Reach, config: Config) -> Outcome:
     """Fetch the images of a list that are neither there nor known to be dead."""
     root = Path(reach.root)
     results = root / STATE / "images" / "results"
     merge_results(results, root / listing.folder)  # of a run that was interrupted
     try:
-        wanted = dict(sources.image_addresses(listing, root))
+        wanted = dict(layout.image_addresses(listing, root))
     except InputError as error:
         return Outcome(listing.csv, False, str(error))
     dead = {} if config.retry_dead else read_dead(root / listing.folder)
-    there = _there(root / listing.folder)
+    there = fetched_ids(root / listing.folder)
     todo = [(n, url) for n, url in wanted.items() if n not in there and url not in dead]
     todo = todo[: config.limit]
     (root / listing.folder).mkdir(parents=True, exist_ok=True)

@@ -5,30 +5,21 @@ or netrc are ever sent.
 """
 
 from __future__ import annotations
+
 import contextlib
-import hashlib
-import html.parser
-import ipaddress
-import itertools
-import json
-import os
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
+
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, MaxRetryError, NameResolutionError, NewConnectionError
+from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.response import BaseHTTPResponse
+
 from diffitm import __version__
 from diffitm.errors import InputError
-from diffitm.prepare.network import BrokenError, Deadline, RefusedError, check_address, _guarded
-
-
+from diffitm.prepare.network import BrokenError, Deadline, RefusedError, check_address, guarded
 
 CONNECT, READ = 15.0, 30.0  # seconds without an answer
 REDIRECTS = 5
@@ -61,8 +52,8 @@ class Client:
             self.pools = urllib3.ProxyManager(proxy, num_pools=32)
             return
 
-        plain = {"ConnectionCls": _guarded(HTTPConnection, allow_private)}
-        secure = {"ConnectionCls": _guarded(HTTPSConnection, allow_private)}
+        plain = {"ConnectionCls": guarded(HTTPConnection, allow_private)}
+        secure = {"ConnectionCls": guarded(HTTPSConnection, allow_private)}
         self.pools.pool_classes_by_scheme = {
             "http": type("Pool", (urllib3.HTTPConnectionPool,), plain),
             "https": type("SecurePool", (urllib3.HTTPSConnectionPool,), secure),

@@ -1,31 +1,21 @@
 """One file, streamed to its place: resumed where it broke off, checked, then renamed."""
 
 from __future__ import annotations
-import contextlib
+
 import hashlib
 import html.parser
-import ipaddress
 import itertools
 import json
 import os
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urljoin, urlsplit
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, MaxRetryError, NameResolutionError, NewConnectionError
+
 from urllib3.response import BaseHTTPResponse
-from diffitm import __version__
-from diffitm.errors import InputError
-from diffitm.prepare.client import CHUNK, Client, Limits, body, check_status
+
+from diffitm.prepare.client import Client, Limits, body, check_status
 from diffitm.prepare.network import BrokenError, Deadline, RefusedError
-
-
 
 ATTEMPTS = 5  # in a row without PROGRESS bytes more
 PROGRESS = 2**20

@@ -1,68 +1,28 @@
 """Data sets of the Hugging Face Hub, by its own client with the user's token."""
 
 from __future__ import annotations
-import contextlib
-import csv
-import fcntl
-import io
-import logging
+
 import os
 import shutil
-import sys
-import threading
-import time
-import uuid
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-import pyarrow as pa
-from pyarrow import parquet
-from diffitm import images, storage
-from diffitm.config import option
+
 from diffitm.errors import InputError
-from diffitm.prepare import sources
-from diffitm.prepare.http import (
-    BrokenError,
-    Client,
-    Limits,
-    RefusedError,
-    check_proxy,
-    fetch_bytes,
-)
-from diffitm.prepare.sources import Download, Hub, ImageList, Source
+from diffitm.prepare import layout
+from diffitm.prepare.layout import Hub, Source
+from diffitm.prepare.report import Outcome
 from diffitm.prepare.unpack import (
     STATE,
     UnsafeError,
-    brought,
     note_members,
-    place,
     target,
     unpack,
     unpacked,
 )
-from diffitm.prepare.client import Client, Limits, check_proxy, fetch_bytes
-from diffitm.prepare.network import BrokenError, RefusedError
 
 
-
-class Outcome(NamedTuple):
-    """What became of one step."""
-
-    name: str
-    good: bool
-    text: str
-
-
-def _hub(step: Hub, source: Source, root: Path, keep: bool) -> Outcome:
+def fetch_hub(step: Hub, source: Source, root: Path, keep: bool) -> Outcome:
     """Files of the Hub, fetched by huggingface_hub with the user's token, moved to their places."""
-    if (count := unpacked(step.repo, root)) and not sources.missing(source, root):
+    if (count := unpacked(step.repo, root)) and not layout.missing(source, root):
         return Outcome(step.repo, True, f"there already, {count:,} files")
     folder = root / STATE / "hub" / step.repo.replace("/", "__")
     try:

@@ -1,64 +1,39 @@
 """Single images of many hosts: fetched in threads, kept if they decode, dead links recorded."""
 
 from __future__ import annotations
-import contextlib
+
 import csv
-import fcntl
 import io
-import logging
 import os
 import shutil
-import sys
 import threading
-import time
-import uuid
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
+
 import pyarrow as pa
 from pyarrow import parquet
+
 from diffitm import images, storage
-from diffitm.config import option
 from diffitm.errors import InputError
-from diffitm.prepare import sources
-from diffitm.prepare.http import (
-    BrokenError,
-    Client,
-    Limits,
-    RefusedError,
-    check_proxy,
-    fetch_bytes,
-)
-from diffitm.prepare.sources import Download, Hub, ImageList, Source
-from diffitm.prepare.unpack import (
-    STATE,
-    UnsafeError,
-    brought,
-    note_members,
-    place,
-    target,
-    unpack,
-    unpacked,
-)
-from diffitm.prepare.client import Client, Limits, check_proxy, fetch_bytes
+from diffitm.prepare.client import Client, Limits, fetch_bytes
 from diffitm.prepare.network import BrokenError, RefusedError
-
-
 
 LARGEST_IMAGE = 50 * 2**20  # bytes
 IMAGE_LIMITS = Limits(connect=10, read=15, total=60, retries=2, longest_wait=5, downgrade=True)
 SHARD = 128  # images that a Ray task fetches, more only where one host has more
 THREADS = 16
 GIVE_UP = 5  # failures of a host in a row, after which the rest of it waits for the next run
-RESULT = pa.schema([("id", pa.string()), ("url", pa.string()), ("status", pa.string())])
-RESULT = RESULT.append(pa.field("reason", pa.string())).append(pa.field("bytes", pa.int64()))
+RESULT = pa.schema(
+    {"id": pa.string(), "url": pa.string(), "status": pa.string(), "reason": pa.string()}
+    | {"bytes": pa.int64()}
+)
 DEAD_COLUMNS = ["url", "image_id", "reason", "when"]
 
 
@@ -214,7 +189,7 @@ def _write_dead(folder: Path, dead: dict[str, dict[str, str]]) -> None:
     storage.write_text(str(_dead_file(folder)), text.getvalue())
 
 
-def _there(folder: Path) -> set[str]:
+def fetched_ids(folder: Path) -> set[str]:
     """Ids of the images that are there: each was written whole, after it had been decoded."""
     if not folder.is_dir():
         return set()

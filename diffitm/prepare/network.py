@@ -5,29 +5,15 @@ connection goes to the checked address itself.
 """
 
 from __future__ import annotations
+
 import contextlib
-import hashlib
-import html.parser
 import ipaddress
-import itertools
-import json
-import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode, urljoin, urlsplit
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, MaxRetryError, NameResolutionError, NewConnectionError
-from urllib3.response import BaseHTTPResponse
-from diffitm import __version__
-from diffitm.errors import InputError
 
-
+from urllib3.exceptions import NameResolutionError, NewConnectionError
 
 NO_NAME = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
@@ -132,7 +118,7 @@ def _connect(connection: Any, allow_private: bool) -> socket.socket:
     raise NewConnectionError(connection, f"no connection: {failure}") from failure
 
 
-def _guarded(base: Any, allow_private: bool) -> Any:
+def guarded(base: Any, allow_private: bool) -> Any:
     """A connection class that checks addresses and is cut when its thread's time is over."""
 
     class Guarded(base):

@@ -1,58 +1,31 @@
 """What is there in the end, and what is missing."""
 
 from __future__ import annotations
-import contextlib
-import csv
-import fcntl
-import io
+
 import logging
 import os
-import shutil
 import sys
-import threading
-import time
-import uuid
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-import pyarrow as pa
-from pyarrow import parquet
-from diffitm import images, storage
-from diffitm.config import option
+from typing import NamedTuple
+
+from diffitm import storage
 from diffitm.errors import InputError
-from diffitm.prepare import sources
-from diffitm.prepare.http import (
-    BrokenError,
-    Client,
-    Limits,
-    RefusedError,
-    check_proxy,
-    fetch_bytes,
-)
-from diffitm.prepare.sources import Download, Hub, ImageList, Source
-from diffitm.prepare.unpack import (
-    STATE,
-    UnsafeError,
-    brought,
-    note_members,
-    place,
-    target,
-    unpack,
-    unpacked,
-)
-from diffitm.prepare.client import Client, Limits, check_proxy, fetch_bytes
-from diffitm.prepare.network import BrokenError, RefusedError
+from diffitm.prepare import layout
+from diffitm.prepare.images import fetched_ids, read_dead
+from diffitm.prepare.layout import Hub, ImageList, Source
+
+log = logging.getLogger("diffitm")
 
 
+class Outcome(NamedTuple):
+    """What became of one step."""
 
-def _write_classes(folder: Path) -> bool:
+    name: str
+    good: bool
+    text: str
+
+
+def write_classes(folder: Path) -> bool:
     """Make pets/classes.txt from the file names, if the authors' could not be fetched."""
     names = {p.stem.rpartition("_")[0] for p in folder.glob("images/*.jpg")}
     if not names or (folder / "classes.txt").exists():
@@ -63,12 +36,12 @@ def _write_classes(folder: Path) -> bool:
     return True
 
 
-def _lacking_images(source: Source, root: Path) -> tuple[list[str], str]:
+def lacking_images(source: Source, root: Path) -> tuple[list[str], str]:
     """What the image lists of a data set lack, and a line about them."""
     for step in source.steps:
         if isinstance(step, ImageList) and (root / step.csv).is_file():
-            wanted = dict(sources.image_addresses(step, root))
-            there, dead = _there(root / step.folder), read_dead(root / step.folder)
+            wanted = dict(layout.image_addresses(step, root))
+            there, dead = fetched_ids(root / step.folder), read_dead(root / step.folder)
             have = sum(name in there for name in wanted)
             gone = sum(name not in there and url in dead for name, url in wanted.items())
             left = len(wanted) - have - gone
@@ -78,15 +51,15 @@ def _lacking_images(source: Source, root: Path) -> tuple[list[str], str]:
     return [], ""
 
 
-def _report(chosen: dict[str, Source], outcomes: list[Outcome], root: Path) -> None:
+def report(chosen: dict[str, Source], outcomes: list[Outcome], root: Path) -> None:
     """Print what is there and what is missing. Raises InputError if anything is."""
     errors = []
     for name, source in chosen.items():
         try:
-            lacking, line = _lacking_images(source, root)
+            lacking, line = lacking_images(source, root)
         except InputError as error:
             lacking, line = [str(error)], ""
-        lacking += sources.missing(source, root)
+        lacking += layout.missing(source, root)
         names = [
             step.repo if isinstance(step, Hub) else getattr(step, "to", "") for step in source.steps
         ]

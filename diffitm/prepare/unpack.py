@@ -17,8 +17,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from diffitm import storage
-from diffitm.prepare.http import BrokenError, Client, RefusedError, digests, save
-from diffitm.prepare.sources import Download, Rule
+from diffitm.prepare.client import Client
+from diffitm.prepare.download import digests, save
+from diffitm.prepare.layout import Download, Rule
+from diffitm.prepare.network import BrokenError, RefusedError
 
 MEMBERS = 500_000
 STATE = ".prepare"  # below the data root: manifest, lists of members, downloads under way
