@@ -90,7 +90,7 @@ def _csv(rows: list[dict[str, object]], delimiter: str = ",") -> str:
 
 
 def write_imagecode(world: World) -> None:
-    """Sets of ten images on one background that differ in an attribute or two; a third are 'video'."""
+    """Sets of ten images on one kind of background that differ in an attribute or two; a third are 'video'."""
     rng, sets = world.rng(6), {}
     for number in range(max(3, world.scenes // SET)):
         kind = "shapes-video" if number % 3 == 2 else "open-images-shapes"
@@ -104,7 +104,7 @@ def write_imagecode(world: World) -> None:
 
 
 def _near_set(world: World, rng: np.random.Generator) -> list[Scene]:
-    """Ten scenes of one background, no two of which the same words describe."""
+    """Ten scenes on one kind of background, no two of which the same words describe."""
     first = world.scene(rng)
     scenes, said = [first], _both_orders(first)
     while len(scenes) < SET:
