@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import parquet
 
+from diffitm.distributed.progress import REPORT_EVERY, Watch, clock
 from diffitm.errors import InputError
 from diffitm.prepare import layout
 from diffitm.prepare.client import Client
@@ -37,7 +38,6 @@ from diffitm.prepare.unpack import (
 )
 
 log = logging.getLogger("diffitm")
-REPORT_EVERY = 10.0
 RETRIES = 3
 
 
@@ -106,8 +106,6 @@ def wait_archives(started: dict[Any, list[Download]], root: Path) -> list[Outcom
 
 
 def _tell(step: Download, have: int, rate: float) -> None:
-    from diffitm.distributed.score import clock
-
     text = f"{step.to}: {have / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s"
     if step.size:
         text += f", {100 * have / step.size:.0f}%, {clock((step.size - have) / max(rate, 1))} left"
@@ -197,7 +195,7 @@ def _run_on_ray(
             num_cpus=min(1.0, int(100 * free / tasks) / 100),
             max_retries=RETRIES,
         )
-    with _Progress(tally, listing.folder, len(todo)):
+    with Watch(tally, _lines(listing.folder, len(todo))):
         try:
             fetched.write_parquet(str(results))
         except Exception as error:
@@ -209,41 +207,19 @@ def _run_on_ray(
             raise
 
 
-class _Progress(threading.Thread):
+def _lines(name: str, total: int) -> Callable[[Counter[str]], None]:
     """Logs counts, rate and the time left."""
+    start = time.monotonic()
 
-    def __init__(self, tally: Any, name: str, total: int) -> None:
-        super().__init__(daemon=True)
-        self.tally, self.label, self.total = tally, name, total
-        self.stopped = threading.Event()
+    def tell(counts: Counter[str]) -> None:
+        done = sum(counts[status] for status in ("fetched", "dead", "failed"))
+        if done:
+            rate = done / (time.monotonic() - start)
+            log.info(
+                "%s: %s of %s (%.0f%%): %s fetched, %s dead, %s failed, %.1f/s, %s left",
+                *(name, f"{done:,}", f"{total:,}", 100 * done / total),
+                *(f"{counts[s]:,}" for s in ("fetched", "dead", "failed")),
+                *(rate, clock((total - done) / rate)),
+            )
 
-    def __enter__(self) -> _Progress:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        self.join()
-
-    def run(self) -> None:
-        import ray
-
-        from diffitm.distributed.score import clock
-
-        start = time.monotonic()
-        while not self.stopped.wait(REPORT_EVERY):
-            try:
-                counts = ray.get(self.tally.read.remote(), timeout=30)
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.RayError:
-                return
-            done = sum(counts[status] for status in ("fetched", "dead", "failed"))
-            if done:
-                rate = done / (time.monotonic() - start)
-                log.info(
-                    "%s: %s of %s (%.0f%%): %s fetched, %s dead, %s failed, %.1f/s, %s left",
-                    *(self.label, f"{done:,}", f"{self.total:,}", 100 * done / self.total),
-                    *(f"{counts[s]:,}" for s in ("fetched", "dead", "failed")),
-                    *(rate, clock((self.total - done) / rate)),
-                )
+    return tell

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,9 @@ import ray
 import ray.data
 
 from diffitm import storage
+from diffitm.distributed.progress import REPORT_EVERY, Watch, clock
 from diffitm.distributed.session import Pool
-from diffitm.distributed.stages import REPORT_EVERY, checkpoint, clock, through_actors
+from diffitm.distributed.stages import checkpoint, through_actors
 from diffitm.errors import InputError
 from diffitm.resume import Work
 from diffitm.schema import SCORES
@@ -106,7 +106,8 @@ def score(spec: Spec, work: Work, store: Store, pool: Pool) -> Done:
     blocks = table.repartition(target_num_rows_per_block=_block_rows(work, spec.cost, pool))
     scored = through_actors(blocks, ScoringActor, (spec, pool.device, counter), pool)
     out, folder = storage.filesystem(store.uri)
-    with _Progress(counter, store.model, work.pairs_left, spec.cost, pool.min_actors):
+    lines = _Lines(store.model, work.pairs_left, spec.cost, pool.min_actors)
+    with Watch(counter, lines.tell, seconds=0.5):
         scored.write_parquet(folder, filesystem=out)
     return ray.get(counter.read.remote())
 
@@ -118,49 +119,32 @@ def _block_rows(work: Work, cost: int, pool: Pool) -> int:
     return max(1, min(ROWS_PER_BLOCK, per_actor, affordable))
 
 
-class _Progress(threading.Thread):
-    """Logs the estimate when the actors are up, then the rate and the time left."""
+class _Lines:
+    """The estimate when the actors are up, then the rate and the time left."""
 
-    def __init__(self, counter: Any, name: str, pairs_left: int, cost: int, actors: int) -> None:
-        super().__init__(daemon=True)
-        self.actors, self.waited = actors, 0
-        self.counter, self.name_, self.total, self.cost = counter, name, pairs_left, cost
-        self.stopped = threading.Event()
+    def __init__(self, name: str, pairs_left: int, cost: int, actors: int) -> None:
+        self.name, self.total, self.cost, self.actors = name, pairs_left, cost, actors
+        self.waited, self.first, self.next_line = 0, 0.0, 0.0
 
-    def __enter__(self) -> _Progress:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        self.join()
-
-    def run(self) -> None:
-        told, first, next_line = False, 0.0, 0.0
-        while not self.stopped.wait(0.5):
-            try:
-                done: Done = ray.get(self.counter.read.remote(), timeout=30)
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.RayError:
-                return
-            now = time.monotonic()
-            self.waited += done.actors > 0
-            if done.actors and not told and (done.actors >= self.actors or self.waited > PATIENCE):
-                told, first, next_line = True, now, now + REPORT_EVERY
-                self._estimate(done)
-            if told and done.pairs and now >= next_line:
-                next_line = now + REPORT_EVERY
-                rate = done.pairs / (now - first)
-                left = clock((self.total - done.pairs) / rate)
-                share = 100 * done.pairs / self.total
-                text = "%s: %s of %s pairs (%.0f%%), %.0f forwards/s, %s left"
-                count, total = f"{done.pairs:,}", f"{self.total:,}"
-                log.info(text, self.name_, count, total, share, rate * self.cost, left)
+    def tell(self, done: Done) -> None:
+        now = time.monotonic()
+        self.waited += done.actors > 0
+        enough = done.actors >= self.actors or self.waited > PATIENCE
+        if done.actors and not self.first and enough:
+            self.first, self.next_line = now, now + REPORT_EVERY
+            self._estimate(done)
+        if self.first and done.pairs and now >= self.next_line:
+            self.next_line = now + REPORT_EVERY
+            rate = done.pairs / (now - self.first)
+            left = clock((self.total - done.pairs) / rate)
+            share = 100 * done.pairs / self.total
+            text = "%s: %s of %s pairs (%.0f%%), %.0f forwards/s, %s left"
+            count, total = f"{done.pairs:,}", f"{self.total:,}"
+            log.info(text, self.name, count, total, share, rate * self.cost, left)
 
     def _estimate(self, done: Done) -> None:
         if done.rate:
             rate = done.rate / done.actors * self.actors
             text = "%s: %d of %d actors up, %.0f forwards/s each: about %s"
             left = clock(self.total * self.cost / rate)
-            log.info(text, self.name_, done.actors, self.actors, done.rate / done.actors, left)
+            log.info(text, self.name, done.actors, self.actors, done.rate / done.actors, left)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.util.annotations import RayDeprecationWarning
 
 from diffitm import storage
+from diffitm.distributed.progress import Watch, clock
 from diffitm.distributed.session import Pool
 from diffitm.errors import InputError
 
@@ -26,7 +27,6 @@ log = logging.getLogger("diffitm")
 # A row that kills its worker is tried this often, then the run stops and names the error.
 RETRIES = 3
 FILTER_MEMORY = 128 * 2**20
-REPORT_EVERY = 10.0
 
 
 def checkpoint(uri: str, column: str) -> CheckpointConfig:
@@ -112,11 +112,27 @@ def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool)
     blocks = table.repartition(target_num_rows_per_block=stage.rows)
     pool = replace(pool, min_actors=least, max_actors=most)
     made = through_actors(blocks, actor, (*arguments, pool.device, counter), pool)
-    with _Progress(counter, stage, before):
+    log.info("%s: %s to do", stage.what, f"{stage.total - before:,}")
+    with Watch(counter, _lines(stage, before)):
         made.write_parquet(folder, filesystem=found, use_dictionary=False, compression="NONE")
     positions = _positions(stage)
     if len(positions) != stage.total or len(np.unique(positions)) != stage.total:
         raise InputError(f"{stage.out} holds {len(positions)} of {total}: delete it, run again")
+
+
+def _lines(stage: Stage, before: int) -> Callable[[int], None]:
+    """Logs how many items are done, the rate and the time left."""
+    start = time.monotonic()
+
+    def tell(done: int) -> None:
+        if done:
+            rate = done / (time.monotonic() - start)
+            at = min(before + done, stage.total)
+            share, left = 100 * at / stage.total, clock((stage.total - at) / rate)
+            text, total = "%s: %s of %s (%.0f%%), %.0f/s, %s left", f"{stage.total:,}"
+            log.info(text, stage.what, f"{at:,}", total, share, rate, left)
+
+    return tell
 
 
 def whole_files(folder: str, schema: pa.Schema) -> ds.Dataset:
@@ -131,49 +147,3 @@ def _positions(stage: Stage) -> np.ndarray:
     """Positions of the items that are in whole files."""
     table = whole_files(stage.out, stage.schema).to_table(columns=["position"])
     return table["position"].to_numpy()
-
-
-class _Progress(threading.Thread):
-    """Logs how many items are done, the rate and the time left."""
-
-    def __init__(self, counter: Any, stage: Stage, before: int) -> None:
-        super().__init__(daemon=True)
-        self.counter, self.what, self.before = counter, stage.what, before
-        self.left, self.total = stage.total - before, stage.total
-        self.stopped = threading.Event()
-
-    def __enter__(self) -> _Progress:
-        log.info("%s: %s to do", self.what, f"{self.left:,}")
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        self.join()
-
-    def run(self) -> None:
-        start = time.monotonic()
-        while not self.stopped.wait(REPORT_EVERY):
-            try:
-                done = ray.get(self.counter.read.remote(), timeout=30)
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.RayError:
-                return
-            if not done:
-                continue
-            rate = done / (time.monotonic() - start)
-            at = min(self.before + done, self.total)
-            share, left = 100 * at / self.total, clock((self.total - at) / rate)
-            text, total = "%s: %s of %s (%.0f%%), %.0f/s, %s left", f"{self.total:,}"
-            log.info(text, self.what, f"{at:,}", total, share, rate, left)
-
-
-def clock(seconds: float) -> str:
-    """'45 s', '3 min 20 s', '2 h 5 min'."""
-    whole = max(1, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -90,7 +90,8 @@ def _csv(rows: list[dict[str, object]], delimiter: str = ",") -> str:
 
 
 def write_imagecode(world: World) -> None:
-    """Sets of ten images on one kind of background that differ in an attribute or two; a third are 'video'."""
+    """Sets of ten images on one kind of background that differ in an attribute or two; a third are
+    'video'."""
     rng, sets = world.rng(6), {}
     for number in range(max(3, world.scenes // SET)):
         kind = "shapes-video" if number % 3 == 2 else "open-images-shapes"
