@@ -106,6 +106,8 @@ class Curves:
         kinds = {"conditional": item.conditional}
         if item.example.needs_unconditional:
             kinds["normalised"] = item.conditional - item.unconditional
+        if not all(np.isfinite(errors).all() for errors in kinds.values()):
+            return
         self.n += 1
         for kind, errors in kinds.items():
             pair = np.stack([errors[right].mean(0), errors[~right].mean(0)])

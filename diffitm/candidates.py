@@ -19,7 +19,6 @@ from diffitm.errors import InputError
 from diffitm.metrics.intervals import interval, wilson
 
 Direction = Literal["image", "text"]
-CLUSTERS = 10_000  # more are thrown together, which keeps them independent and the bootstrap small
 
 FOUND = pa.schema([("position", pa.int64()), ("candidates", pa.list_(pa.int64()))])
 
@@ -91,12 +90,15 @@ def _rows(uri: str, text: str) -> Iterator[tuple[str, Any, Any]]:
         lines = csv.DictReader(io.StringIO(text), **(plain if name.endswith(".tsv") else {}))
         if not {"image", "caption"} <= set(lines.fieldnames or ()):
             raise InputError(f"{uri}: its first line must name the columns image and caption")
-        for line in lines:
-            yield f"line {lines.line_num}", line["image"], line["caption"]
+        try:
+            for line in lines:
+                yield f"line {lines.line_num}", line["image"], line["caption"]
+        except csv.Error as error:
+            raise InputError(f"{uri}, line {lines.line_num}: not CSV: {error}") from error
         return
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{uri}: neither JSON nor named .tsv or .csv: {error}") from error
     if isinstance(entries, dict):
         yield from ((f"key {key!r}", key, value) for key, value in entries.items())
@@ -131,10 +133,15 @@ def write_lists(
 
     Returns what the list's .info.json says of it.
     """
-    hits, images, inserted, short = [], [], [], 0
+    hits, images, inserted, short, digest = [], [], [], 0, hashlib.sha256()
     lost = dict.fromkeys(side.failed, 0)
     with _replacing(uri) as sink:
-        sink.write(b"{")
+
+        def put(piece: bytes) -> None:
+            sink.write(piece)
+            digest.update(piece)
+
+        put(b"{")
         separator = b"\n"
         for query, candidates in found:
             if side.image(query) in lost:
@@ -150,13 +157,14 @@ def write_lists(
             chosen = [gold, *(c for c in candidates if c != gold)][:k]
             short += len(chosen) < k
             line = f"{json.dumps(name)}: {json.dumps([side.gallery[c] for c in chosen])}"
-            sink.write(separator + line.encode())
+            put(separator + line.encode())
             separator = b",\n"
-        sink.write(b"\n}\n")
+        put(b"\n}\n")
     low, high = _interval(side.direction, np.array(hits, float), np.array(images))
     names = side.gallery if side.direction == "image" else side.queries
     return {
         "direction": side.direction,
+        "sha256": digest.hexdigest(),
         "top_k": k,
         "queries": len(hits),
         "gallery": len(side.gallery) - (len(lost) if side.direction == "image" else 0),
@@ -199,4 +207,4 @@ def _interval(
         return None, None
     if direction == "text":
         return wilson(float(hits.sum()), len(hits))
-    return interval(hits, images % CLUSTERS)
+    return interval(hits, images)

@@ -11,18 +11,21 @@ from typing import Literal
 
 from diffitm import images, storage
 from diffitm.errors import InputError
+from diffitm.pairs import fault
 from diffitm.tasks.base import Task
 
 log = logging.getLogger("diffitm")
 THREADS = 8
 CHUNK = 256
+Crop = tuple[int, int, int, int]
 REPORT_EVERY = 10.0
 
 
 @dataclass(frozen=True)
 class State:
     """What a data root has of a task. `problem` says which file is missing or wrong; `missing` and
-    `unreadable` count images, `first` names one of them with the reason."""
+    `unreadable` count images, `failed` the examples that their file itself spoils, `first` names one
+    of all these with the reason."""
 
     task: str
     state: Literal["ready", "incomplete", "absent"]
@@ -31,13 +34,14 @@ class State:
     images: int = 0
     missing: int = 0
     unreadable: int = 0
+    failed: int = 0
     problem: str = ""
     first: str = ""
 
     @property
     def can_run(self) -> bool:
-        """Examples without their images fail one by one; a task without any image cannot run."""
-        return self.images > self.missing + self.unreadable
+        """What lacks its image fails alone; a task without any image or sound example cannot run."""
+        return self.images > self.missing + self.unreadable and self.examples > self.failed
 
 
 def check(task: Task, root: str) -> State:
@@ -52,23 +56,28 @@ def check(task: Task, root: str) -> State:
     if not examples:
         folder = storage.join(root, task.folder)
         return State(name, "absent", source, problem=f"{folder} holds no example")
-    paths = sorted({images.split_crop(ref)[0] for e in examples for ref in e.images})
-    missing, unreadable = _look(name, root, paths)
-    bad = [*missing, *unreadable]
+    crops: dict[str, set[Crop]] = {}
+    for path, crop in (images.split_crop(ref) for e in examples for ref in e.images):
+        crops.setdefault(path, set()).update([crop] if crop else [])
+    missing, unreadable = _look(name, root, crops)
+    failures = [(e.id, why) for e in examples if (why := e.failure or fault(e))]
+    bad = [*missing, *unreadable, *(f"example {number}: {why}" for number, why in failures)]
     return State(
         task=name,
         state="incomplete" if bad else "ready",
         source=source,
         examples=len(examples),
-        images=len(paths),
+        images=len(crops),
         missing=len(missing),
         unreadable=len(unreadable),
+        failed=len(failures),
         first=bad[0] if bad else "",
     )
 
 
-def _look(task: str, root: str, paths: list[str]) -> tuple[list[str], list[str]]:
+def _look(task: str, root: str, crops: dict[str, set[Crop]]) -> tuple[list[str], list[str]]:
     """Images that are missing and images that are unreadable, with reasons."""
+    paths = sorted(crops)
     there = set(_listed(root, {path.rpartition("/")[0] for path in paths}))
     missing = [f"{path}: there is no such file" for path in paths if path not in there]
     present = [path for path in paths if path in there]
@@ -77,7 +86,7 @@ def _look(task: str, root: str, paths: list[str]) -> tuple[list[str], list[str]]
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(present), CHUNK):
             chunk = present[start : start + CHUNK]
-            reasons = pool.map(lambda path: images.problem(root, path), chunk)
+            reasons = pool.map(lambda path: images.problem(root, path, crops[path]), chunk)
             unreadable += [f"{p}: {r}" for p, r in zip(chunk, reasons, strict=True) if r]
             if time.monotonic() - told > REPORT_EVERY:
                 told = time.monotonic()

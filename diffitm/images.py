@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffitm import storage
 
+CROP = re.compile(r"(.*)#xywh=(-?\d+),(-?\d+),(-?\d+),(-?\d+)", re.DOTALL)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file name has the ending of an image, hidden files aside."""
+    name = path.rsplit("/", 1)[-1].lower()
+    return name.endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")
+
 
 def split_crop(reference: str) -> tuple[str, tuple[int, int, int, int] | None]:
     """'x.jpg#xywh=1,2,30,40' -> ('x.jpg', (1, 2, 30, 40)); without a fragment the crop is None."""
-    path, mark, box = reference.rpartition("#xywh=")
-    if not mark:
+    found = CROP.fullmatch(reference)
+    if found is None:
         return reference, None
-    left, top, width, height = (int(part) for part in box.split(","))
-    return path, (left, top, width, height)
+    left, top, width, height = (int(side) for side in found.groups()[1:])
+    return found[1], (left, top, width, height)
 
 
 def load(root: str, reference: str) -> tuple[Image.Image, str]:
@@ -26,26 +36,40 @@ def load(root: str, reference: str) -> tuple[Image.Image, str]:
     Raises OSError or ValueError with a message that names what is wrong.
     """
     path, crop = split_crop(reference)
-    if ".." in path.split("/"):
-        raise ValueError("the path leads out of the data root")
+    _check_inside(path)
     data = storage.read_bytes(storage.join(root, path))
     image = decode(data)
     if crop is not None:
+        _check_crop(crop, image.size)
         left, top, width, height = crop
-        inside = 0 <= left < image.width and 0 <= top < image.height and min(width, height) > 0
-        if not inside:
-            raise ValueError(
-                f"crop {crop} lies outside of the image ({image.width}x{image.height})"
-            )
         image = image.crop((left, top, left + width, top + height))
     return image, hashlib.sha256(data).hexdigest()
 
 
-def problem(root: str, path: str) -> str | None:
-    """Why a file below `root` is no readable image, None if it is one. JPEGs are read at an eighth
-    of their size, which is enough to find a truncated one."""
+def _check_inside(path: str) -> None:
+    if ".." in path.split("/"):
+        raise ValueError("the path leads out of the data root")
+
+
+def _check_crop(crop: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+    """A crop must meet the image; what lies outside becomes black, as in ARO's code."""
+    left, top, width, height = crop
+    across = left < size[0] and left + width > 0
+    down = top < size[1] and top + height > 0
+    if not (across and down and min(width, height) > 0):
+        raise ValueError(f"crop {crop} lies outside of the image ({size[0]}x{size[1]})")
+    if max(width - size[0], height - size[1], -left, -top) > max(size):
+        raise ValueError(f"crop {crop} is larger than the image ({size[0]}x{size[1]}) by far")
+
+
+def problem(root: str, path: str, crops: Iterable[tuple[int, int, int, int]] = ()) -> str | None:
+    """Why a file below `root` is no readable image with these crops, None if it is one. JPEGs are
+    read at an eighth of their size, which is enough to find a truncated one."""
     try:
+        _check_inside(path)
         image = Image.open(io.BytesIO(storage.read_bytes(storage.join(root, path))))
+        for crop in crops:
+            _check_crop(crop, image.size)
         image.draft("RGB", (image.width // 8, image.height // 8))
         image.load()
     except Exception as error:  # whatever a decoder raises

@@ -49,7 +49,7 @@ def write_examples(
 ) -> tuple[str, int]:
     """Stream a task's examples to one Parquet file; `limit` keeps that many, evenly spread.
 
-    An example with an empty caption is written as a failure. Returns the file, which is named by
+    An example that decides nothing is written as a failure. Returns the file, which is named by
     its content, and how many examples it holds.
     """
     kept = _spread(list(examples), limit) if limit is not None else examples
@@ -80,7 +80,6 @@ def _spread(examples: list[Example], limit: int) -> list[Example]:
 
 
 def _line(task: str, position: int, example: Example) -> dict[str, Any]:
-    empty = [i for i, text in enumerate(example.texts) if not text.strip()]
     return {
         "task": task,
         "position": position,
@@ -89,11 +88,24 @@ def _line(task: str, position: int, example: Example) -> dict[str, Any]:
         "texts": list(example.texts),
         "direction": example.direction,
         "gold": example.gold,
-        "cluster": example.cluster,
+        "cluster": example.cluster or example.id,
         "groups": list(example.groups.items()),
         "unconditional": example.needs_unconditional,
-        "failure": example.failure or (f"caption {empty[0]} is empty" if empty else None),
+        "failure": example.failure or fault(example),
     }
+
+
+def fault(example: Example) -> str | None:
+    """Why an example decides nothing: an empty caption, or a wrong candidate that is the right one."""
+    for i, text in enumerate(example.texts):
+        if not text.strip():
+            return f"caption {i} is empty"
+    kinds = {"text": [example.texts], "image": [example.images]}
+    for candidates in kinds.get(example.direction, [example.texts, example.images]):
+        gold = candidates[0 if example.direction == "both" else example.gold]
+        if candidates.count(gold) > 1:
+            return f"a wrong candidate is the right one: {gold}"
+    return None
 
 
 def connect(**tables: ds.Dataset) -> duckdb.DuckDBPyConnection:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow.dataset as ds
 
 from diffitm import storage
 from diffitm.analysis import Case, Cases, Count, Counts, Curve, Curves
@@ -253,14 +252,21 @@ def write_results(evaluation: Evaluation, provenance: dict[str, Any], out: str) 
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
     failures = {"failures": evaluation.failures}
     storage.write_text(storage.join(out, "failures.json"), json.dumps(failures, indent=2))
-    storage.write_text(path, json.dumps(found, indent=2))
+    storage.write_text(path, json.dumps(found, indent=2, allow_nan=False))
     return path
 
 
-def present(root: str, uri: str, tries: int = 8) -> str | None:
-    """None if any of a few of the task's images is there, else the first path that is not."""
-    head = ds.Scanner.from_dataset(examples_dataset([uri]), columns=["images"]).head(tries)
-    paths = [
-        storage.join(root, split_crop(i)[0]) for line in head.to_pylist() for i in line["images"]
-    ]
-    return None if not paths or any(storage.exists(path) for path in paths) else paths[0]
+def present(root: str, uri: str) -> str | None:
+    """None if any of the task's images is there, else the first path that is not."""
+    first, listed = None, dict[str, set[str]]()
+    for batch in examples_dataset([uri]).to_batches(columns=["images"]):
+        for image in batch["images"].flatten().to_pylist():
+            path = split_crop(image)[0]
+            folder, _, name = path.rpartition("/")
+            if folder not in listed:  # a request a folder, not one an image
+                where = storage.join(root, folder) if folder else root
+                listed[folder] = {found.rsplit("/", 1)[-1] for found in storage.files(where)}
+            if name in listed[folder]:
+                return None
+            first = first or storage.join(root, path)
+    return first

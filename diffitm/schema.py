@@ -17,7 +17,8 @@ class Example:
     `direction` 'text': one image, pick the text at `gold`. 'image': one text, pick the image at
     `gold`. 'both': image i belongs to text i (Winoground's pairs). `images` are paths below the
     data root with '/' (a crop is a media fragment, 'x.jpg#xywh=left,top,width,height'). Examples of
-    one `cluster` are not independent (they share an image or a set). `groups` are the breakdowns.
+    one `cluster` are not independent (they share an image or a set); without one an example stands
+    alone. `groups` are the breakdowns.
     """
 
     id: str

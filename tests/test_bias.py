@@ -304,10 +304,17 @@ def test_unknown_groups_are_paired_within_their_kind() -> None:
 
 
 def test_published_pairs_hide_no_other_kind() -> None:
-    """Of a kind with published pairs those alone, of another kind all."""
-    made = decisions("Religion", Other=[1, 2], Muslim=[3, 5], Christian=[0, 1])
+    """Published pairs first, then all that hold a group which no published pair has."""
+    made = decisions("Religion", Other=[1, 2], Muslim=[3, 5], Christian=[0, 1], Hindu=[2, 3])
     made += decisions("Hair", Long=[1, 2], Short=[3, 5])
-    assert [pair for pair, _ in by_pair(made)] == ["pair=Christian-Muslim", "pair=Long-Short"]
+    assert [pair.removeprefix("pair=") for pair, _ in by_pair(made)] == [
+        "Christian-Muslim",
+        "Hindu-Muslim",
+        "Other-Muslim",
+        "Other-Christian",
+        "Other-Hindu",
+        "Long-Short",
+    ]
 
 
 def test_groups_of_one_name_in_two_kinds_are_not_mixed() -> None:

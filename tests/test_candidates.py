@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from fractions import Fraction
@@ -242,7 +243,9 @@ def test_the_tasks_read_the_lists(tmp_path: Path) -> None:
             lists = {prefix + path: captions for path, captions in lists.items()}
             info["inserted"] = [prefix + path for path in info["inserted"]]
         stem = f"val_top10_RN50x64{'_text' if direction == 'text' else ''}"
-        (folder / f"{stem}.json").write_text(json.dumps(lists))
+        text = json.dumps(lists)
+        (folder / f"{stem}.json").write_text(text)
+        info["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         candidates.write_info(str(folder / f"{stem}.info.json"), info)
         examples = list(task.examples(str(tmp_path)))
         assert len(examples) == len(

@@ -156,11 +156,26 @@ def test_load_crops_and_hashes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(whole), values)
 
 
-@pytest.mark.parametrize("box", ["30,0,5,5", "0,20,5,5", "-1,0,5,5", "0,0,0,5", "0,0,5,-2"])
+@pytest.mark.parametrize(
+    "box", ["30,0,5,5", "0,20,5,5", "-5,0,5,5", "0,-9,5,5", "0,0,0,5", "0,0,5,-2"]
+)
 def test_crop_outside_of_the_image(tmp_path: Path, box: str) -> None:
     (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (30, 20))))
     with pytest.raises(ValueError, match=r"outside of the image \(30x20\)"):
         images.load(str(tmp_path), f"a.png#xywh={box}")
+
+
+def test_crop_that_sticks_out_is_black_there(tmp_path: Path) -> None:
+    """As in ARO's code, whose boxes can begin before the image."""
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (30, 20), "red")))
+    crop, _ = images.load(str(tmp_path), "a.png#xywh=-2,0,5,5")
+    assert [crop.getpixel((x, 0)) for x in (1, 2)] == [(0, 0, 0), (255, 0, 0)]
+    with pytest.raises(ValueError, match="larger than the image"):
+        images.load(str(tmp_path), "a.png#xywh=0,0,100000,5")
+
+
+def test_name_that_looks_like_a_crop() -> None:
+    assert images.split_crop("a#xywh=z.jpg") == ("a#xywh=z.jpg", None)
 
 
 def test_missing_file(tmp_path: Path) -> None:

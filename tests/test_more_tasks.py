@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -413,9 +414,7 @@ def test_mmvp(tmp_path: Path, folder: str) -> None:
     assert first.needs_unconditional
 
 
-@pytest.mark.parametrize(
-    "header", [["lorem", "ipsum", "dolor"], ["Statement", "id", "type"], ["1", "Color", "x"]]
-)
+@pytest.mark.parametrize("header", [["lorem", "ipsum", "dolor"], ["Statement", "id", "type"]])
 def test_mmvp_columns_by_position(tmp_path: Path, header: list[str]) -> None:
     """The first line is the header whatever it says; other columns and empty lines do not matter."""
     put(tmp_path, FILES["mmvp_vlm"], table(MMVP))
@@ -483,6 +482,26 @@ def test_flickr30k_without_sidecar(tmp_path: Path) -> None:
     assert set(Flickr30kImage().chance(examples[0])) == {"R@1", "R@5"}
 
 
+def tell(root: Path, file: str, info: dict[str, Any]) -> None:
+    """What candidates.py writes beside a list."""
+    digest = hashlib.sha256((root / f"{file}.json").read_bytes()).hexdigest()
+    put(root, f"{file}.info.json", {**info, "sha256": digest})
+
+
+def test_flickr30k_sidecar_of_another_list(tmp_path: Path) -> None:
+    put(tmp_path, f"{RN50}.json", BY_CAPTION)
+    tell(tmp_path, RN50, {"inserted": []})
+    put(tmp_path, f"{RN50}.json", dict(list(BY_CAPTION.items())[:5]))
+    assert "belongs to another list than val_top10" in failure(tmp_path, "flickr30k")
+
+
+def test_flickr30k_where_queries_were_left_out(tmp_path: Path) -> None:
+    """All captions, since the first retrieved one of an image is an easier one than its first."""
+    put(tmp_path, f"{RN50}.json", BY_CAPTION)
+    tell(tmp_path, RN50, {"inserted": [], "gold_inserted": False})
+    assert len(read(tmp_path, "flickr30k")) == len(BY_CAPTION)
+
+
 @pytest.mark.parametrize(
     ("name", "file", "lists"),
     [("flickr30k", RN50, BY_CAPTION), ("flickr30k_text", f"{RN50}_text", BY_IMAGE)],
@@ -491,7 +510,7 @@ def test_flickr30k_as_retrieved(tmp_path: Path, name: str, file: str, lists: Any
     """A query whose right answer was put in is lost as retrieved, the others stay as they are."""
     queries = list(lists)[:: 5 if name == "flickr30k" else 1]
     put(tmp_path, f"{file}.json", lists)
-    put(tmp_path, f"{file}.info.json", {"inserted": [queries[1], "not asked"], "model": "x"})
+    tell(tmp_path, file, {"inserted": [queries[1], "not asked"], "model": "x"})
     examples, task = read(tmp_path, name), find_task(name)()
     golds = [example.groups["gold"] for example in examples]
     assert golds == ["retrieved", "inserted", "retrieved"]
@@ -514,7 +533,7 @@ def test_flickr30k_as_retrieved(tmp_path: Path, name: str, file: str, lists: Any
 def test_flickr30k_recall_ceiling(tmp_path: Path) -> None:
     """Its figures: a perfect scorer reaches the share of queries that were retrieved, no more."""
     put(tmp_path, f"{RN50}.json", BY_CAPTION)
-    put(tmp_path, f"{RN50}.info.json", {"inserted": ["caption 5"]})
+    tell(tmp_path, RN50, {"inserted": ["caption 5"]})
     task, made = Flickr30kImage(), []
     for example in read(tmp_path, "flickr30k"):
         credits = task.credits(example, np.arange(10.0, 0, -1)[:, None])
@@ -529,7 +548,7 @@ def test_flickr30k_recall_ceiling(tmp_path: Path) -> None:
 def test_flickr30k_none_inserted(tmp_path: Path) -> None:
     """An empty list tells as much: each query was retrieved."""
     put(tmp_path, f"{RN50}.json", BY_CAPTION)
-    put(tmp_path, f"{RN50}.info.json", {"inserted": []})
+    tell(tmp_path, RN50, {"inserted": []})
     assert {e.groups["gold"] for e in read(tmp_path, "flickr30k")} == {"retrieved"}
 
 
@@ -619,7 +638,7 @@ def test_svo_probes_cut_off(tmp_path: Path, last: list[str]) -> None:
     """A row that ends before its last columns, whichever those are: no image 'None.jpg'."""
     short = without(PROBE, *last)
     lines = [[*short, *last], short.values()]
-    expect(tmp_path, "svo_subj", FILES["svo_subj"], table(lines), "sentence, pos_image_id")
+    expect(tmp_path, "svo_subj", FILES["svo_subj"], table(lines), "columns in row 2")
 
 
 @pytest.mark.parametrize(
@@ -691,7 +710,12 @@ def test_malformed_order(tmp_path: Path, name: str, content: Any) -> None:
     [
         (MMVP[:-1], "an even number of rows"),
         ([MMVP[0], MMVP[1], MMVP[3]], "one type for both of a pair"),
-        ([*MMVP, ["5", "Color"], ["6", "Color"]], "the columns id, type, statement"),
+        ([*MMVP, ["5", "Color"], ["6", "Color"]], "id (a number), type, statement (one line)"),
+        ([*MMVP, ["5", "", "x"], ["6", "", "x"]], "id (a number), type, statement (one line)"),
+        ([*MMVP, ["5", "Color", "x\ny"], ["6", "Color", "x"]], "statement (one line)"),
+        ([*MMVP, MMVP[1], MMVP[2]], "an odd id and the next, once"),
+        ([MMVP[0], MMVP[2], ["3", MMVP[2][1], "x"]], "an odd id and the next, once"),
+        (MMVP[1:], "a header"),
     ],
 )
 def test_malformed_mmvp(tmp_path: Path, lines: list[list[str]], expected: str) -> None:
@@ -709,7 +733,6 @@ def test_malformed_mmvp(tmp_path: Path, lines: list[list[str]], expected: str) -
         ["1", "A cup.", "1.jpg", "['a']", "1"],
         ["1", "A cup.", "1.jpg", "['a']", "['x']"],
         ["1", "A cup.", "1.jpg", "['a']", "'12'"],
-        ["1", "A cup.", "1.jpg", "['a']"],
         ["1", "A cup.", "", "['a']", "[1]"],
     ],
 )
@@ -717,6 +740,33 @@ def test_malformed_coco_neg(tmp_path: Path, name: str, line: list[str]) -> None:
     """No list (a lone string is none), one of other things, columns missing, no image."""
     wanted = "title, filepath, neg_caption, neg_image, the last two Python lists"
     expect(tmp_path, name, FILES[name], negatives([NEG_LINES[0], line]), wanted)
+
+
+def test_csv_that_is_none(tmp_path: Path) -> None:
+    """A quote that is never closed, in a file larger than csv takes for one field."""
+    for name in ("mmvp_vlm", "svo_subj", "coco_neg_text"):
+        mark = "\t" if name == "coco_neg_text" else ","
+        text = f'a{mark}b\n1{mark}"' + "x\n" * 100_000
+        put(tmp_path, FILES[name], text.encode())
+        assert "not CSV" in failure(tmp_path, name)
+
+
+def test_coco_neg_short_line(tmp_path: Path) -> None:
+    line = ["1", "A cup.", "1.jpg", "['a']"]
+    expect(
+        tmp_path,
+        "coco_neg_text",
+        FILES["coco_neg_text"],
+        negatives([NEG_LINES[0], line]),
+        "5 columns",
+    )
+
+
+def test_coco_neg_second_negative(tmp_path: Path) -> None:
+    """A first negative that is the caption itself is passed over."""
+    line = ["0", "A cup.", "1.jpg", "['A cup.', 'A cap.']", "[]"]
+    put(tmp_path, FILES["coco_neg_text"], negatives([line]).encode())
+    assert read(tmp_path, "coco_neg_text")[0].texts == ("A cup.", "A cap.")
 
 
 def test_coco_neg_with_commas(tmp_path: Path) -> None:

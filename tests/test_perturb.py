@@ -129,15 +129,18 @@ def small_captions() -> list[str]:
 
 
 def test_every_kind_that_has_another_order_gives_one() -> None:
-    """Against brute force: a foil of each kind with another order, in turn, and no others."""
+    """Against brute force: a foil of each kind with an order that none before it took, in turn."""
     left_out = np.zeros(4, int)
     for caption in small_captions():
-        found, expected = foils(caption), possible(caption)
+        found, expected = list(foils(caption)), possible(caption)
         left_out += [not orders for orders in expected]
-        kept = [orders for orders in expected if orders]
-        assert len(found) == len(kept), caption
-        for foil, orders in zip(found, kept, strict=True):
-            assert tuple(foil.split()) in orders, (caption, foil)
+        taken: set[tuple[str, ...]] = set()
+        for orders in expected:
+            if free := orders - taken:
+                foil = tuple(found.pop(0).split())
+                assert foil in free, (caption, foil)
+                taken.add(foil)
+        assert not found, caption
     assert left_out.min() > 10  # the lists put each kind to the test
 
 
@@ -145,8 +148,8 @@ def test_trigrams_that_no_draw_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bad luck in all draws: an exchange of neighbours finds the order, if there is any."""
     monkeypatch.setattr(perturb, "TRIES", 0)
     for caption in small_captions():
-        expected = possible(caption)
-        assert len(foils(caption)) == sum(map(bool, expected)), caption
+        found = perturb._trigrams(caption.split(), np.random.default_rng(0))
+        assert (found is not None) == bool(possible(caption)[3]), caption
     assert foils("the of by the of by in a to")[-1] == "the of by in a to the of by"
 
 
@@ -162,7 +165,7 @@ def test_trigrams_that_no_draw_moved(monkeypatch: pytest.MonkeyPatch) -> None:
         ("the of by the of by", 2),  # equal trigrams: only the words can move
         ("the of by the of by the of by", 2),
         ("the of by the of by the", 3),  # the last trigram is shorter and does not commute
-        ("the of", 2),
+        ("the of", 1),  # all kinds have the same other order
     ],
 )
 def test_captions_without_another_order(caption: str, count: int) -> None:
@@ -233,9 +236,10 @@ def test_orders_of_repeated_words_are_as_likely() -> None:
 
 
 def test_kinds_draw_independently() -> None:
-    """Two kinds with the same five orders agree about once in five, not always."""
-    agree = [len(set(foils("under with from", seed))) == 1 for seed in range(300)]
-    assert 0.12 < np.mean(agree) < 0.3
+    """Two kinds with the same five orders never agree, and come to most of the 20 pairs."""
+    drawn = {foils("under with from", seed) for seed in range(300)}
+    assert all(first != second for first, second in drawn)
+    assert len(drawn) > 15
 
 
 @pytest.mark.parametrize(

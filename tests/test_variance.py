@@ -198,7 +198,9 @@ def test_examples(tmp_path: Path, images: int, size: int) -> None:
 
 def test_image_named_twice_counts_once(tmp_path: Path) -> None:
     """A list with ten captions of an image comes to it twice: its first caption stays."""
-    lists = {f"c{i}": [f"datasets/flickr30k/images/{i // 10}.jpg"] for i in range(40)}
+    lists = {
+        f"c{i}": [f"datasets/flickr30k/images/{k}.jpg" for k in (i // 10, 99)] for i in range(40)
+    }
     put(tmp_path, LISTS, lists)
     examples = list(Flickr30kVariance().examples(str(tmp_path)))
     assert len(examples) == 16

@@ -8,26 +8,31 @@ from scipy import stats
 RESAMPLES = 5000
 BLOCK = 500  # resamples at a time, so that memory stays small
 LEVEL = 0.95
+NORMAL = float(stats.norm.ppf((1 + LEVEL) / 2))
 ROUNDING = 1e-12  # relative: what sums in another order differ by
 MCNEMAR, PERMUTATION = "McNemar", "permutation"
 
 
-def interval(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of the mean of values [n], clusters [n] labels.
+def interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of the mean of values [n] in [0, 1], clusters [n] labels.
 
-    Wilson's where the examples are independent and each is right or wrong; else a percentile
-    bootstrap that resamples whole clusters, and Wilson's over the clusters where those are all
-    alike. Raises ValueError without values.
+    Wilson's. Where clusters hold several examples, n is the effective number of them, from the
+    variance between clusters, and Student's t replaces the normal quantile (Korn and Graubard 1998,
+    Dean and Pagano 2015); where clusters do not differ at all, n is the number of clusters. One
+    cluster of several says nothing: (0, 1). Raises ValueError without values.
     """
     if len(values) == 0:
         raise ValueError("an interval needs at least one value")
     sums, counts = _by_cluster(values, clusters)
-    if len(sums) == len(values) and np.isin(values, (0.0, 1.0)).all():
-        return wilson(float(values.sum()), len(values))
-    means = _resampled(sums, counts, seed)
-    if no_spread(means):  # no spread to resample: a bootstrap would claim certainty
-        return wilson(float(values.mean() * len(sums)), len(sums))
-    return percentiles(means)
+    n, number, share = len(values), len(sums), float(values.mean())
+    if number == n:
+        return wilson(share * n, n)
+    if number == 1:
+        return 0.0, 1.0
+    variance = number / (number - 1) * ((sums - share * counts) ** 2).sum() / n**2
+    effective = min(n, share * (1 - share) / variance) if variance > ROUNDING else number
+    effective = max(effective, 1.0)
+    return wilson(share * effective, effective, _student(number - 1))
 
 
 def macro_interval(
@@ -59,15 +64,24 @@ def macro_interval(
 
 
 def difference_interval(
-    first: np.ndarray, second: np.ndarray, clusters: np.ndarray, seed: int = 0
+    first: np.ndarray, second: np.ndarray, clusters: np.ndarray
 ) -> tuple[float, float]:
-    """The 95% interval of the mean difference of paired values [n], resampling whole clusters."""
+    """The 95% interval of the mean difference of paired values [n] in [0, 1].
+
+    Agresti and Min's (2005), who add half an example to each cell of the table of pairs, which is
+    two examples that differ by +-1/sqrt(2); with clusters, two clusters of average size that do,
+    the variance between clusters, and Student's t. One cluster says nothing: (-1, 1).
+    """
     sums, counts = _by_cluster(first - second, clusters)
-    found = _resampled(sums, counts, seed)
-    if no_spread(found):  # all alike: certain only as far as the number of clusters goes
-        half = wilson(0, len(sums))[1]
-        return float(max(-1.0, found[0] - half)), float(min(1.0, found[0] + half))
-    return percentiles(found)
+    number, size = len(sums), counts.mean()
+    if number == 1:
+        return -1.0, 1.0
+    sums = np.append(sums, [size / np.sqrt(2), -size / np.sqrt(2)])
+    counts = np.append(counts, [size, size])
+    centre = sums.sum() / counts.sum()
+    error = np.sqrt(((sums - centre * counts) ** 2).sum()) / counts.sum()
+    half = _student(number - 1) * error
+    return max(-1.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def no_spread(values: np.ndarray) -> bool:
@@ -82,13 +96,16 @@ def percentiles(resampled: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: float, quantile: float = NORMAL) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927)."""
-    z = stats.norm.ppf((1 + LEVEL) / 2)
-    share, weight = successes / n, z**2 / n
+    share, weight = successes / n, quantile**2 / n
     centre = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * np.sqrt(share * (1 - share) / n + weight / (4 * n))
+    half = quantile / (1 + weight) * np.sqrt(share * (1 - share) / n + weight / (4 * n))
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def _student(freedom: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def paired_p(first: np.ndarray, second: np.ndarray, clusters: np.ndarray, seed: int = 0) -> float:
@@ -120,13 +137,3 @@ def paired_test(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> 
 def _by_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     _, place = np.unique(clusters, return_inverse=True)
     return np.bincount(place, weights=values), np.bincount(place).astype(float)
-
-
-def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
-    """Means over resampled clusters."""
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(RESAMPLES // BLOCK):
-        chosen = rng.integers(len(sums), size=(BLOCK, len(sums)))
-        means.append(sums[chosen].sum(1) / counts[chosen].sum(1))
-    return np.concatenate(means)

@@ -82,7 +82,9 @@ def print_state(state: State) -> None:
     if state.problem:
         console.print(f"    {state.problem}", markup=False)
     elif state.first:
-        bad = f"{state.missing:,} missing, {state.unreadable:,} unreadable, such as {state.first}"
-        console.print(f"    images: {bad}", markup=False)
+        bad = f"images: {state.missing:,} missing, {state.unreadable:,} unreadable"
+        if state.failed:
+            bad += f"; {state.failed:,} examples cannot be scored"
+        console.print(f"    {bad}; such as {state.first}", markup=False)
     if state.state != "ready":
         console.print(f"    from {state.source}", markup=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -47,13 +49,37 @@ class Task(ABC):
 
     def read_json(self, root: str, name: str) -> Any:
         """A JSON file of the task's folder. Raises InputError that names the file and its source."""
-        text = self.read_text(root, name)
+        return self.parse_json(root, name, self.read_text(root, name))
+
+    def parse_json(self, root: str, name: str, text: str) -> Any:
+        """The content of a JSON file that was read. Raises InputError that names the file."""
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{storage.join(root, self.folder, name)}: not JSON: {error}"
             ) from error
+
+    def read_rows(self, root: str, name: str, delimiter: str = ",") -> list[list[str]]:
+        """The rows of a CSV file that are not empty, its header too. Raises InputError."""
+        text = io.StringIO(self.read_text(root, name), newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            return [row for row in reader if any(field.strip() for field in row)]
+        except csv.Error as error:
+            where = f"{storage.join(root, self.folder, name)}, line {reader.line_num}"
+            raise InputError(f"{where}: not CSV: {error}") from error
+
+    def read_table(self, root: str, name: str, delimiter: str = ",") -> list[dict[str, str]]:
+        """The rows below a CSV file's header, by column. Raises InputError."""
+        header, *rows = self.read_rows(root, name, delimiter) or [[]]
+        found = []
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(header):
+                wanted = f"{len(header)} columns in row {number}"
+                raise self.malformed(root, name, row, wanted)
+            found.append(dict(zip(header, row, strict=True)))
+        return found
 
     def read_text(self, root: str, name: str) -> str:
         """A text file of the task's folder. Raises InputError that names the file and its source."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -38,21 +39,23 @@ class Candidates(RetrievalTask):
 
     def lists(self, root: str) -> Iterator[tuple[str, list[str], dict[str, str]]]:
         """Query, candidates, and how the right one got among them, if that is known."""
-        entries = self.read_json(root, self.file)
+        text = self.read_text(root, self.file)
+        entries = self.parse_json(root, self.file, text)
         if not isinstance(entries, dict):
             raise self.malformed(root, self.file, entries, "{query: [candidate, ...]}")
-        info = self.info(root)
+        info = self.info(root, hashlib.sha256(text.encode()).hexdigest())
         inserted = set(info["inserted"]) if info else set()
         for query, candidates in entries.items():
-            if not is_strings(candidates):
-                raise self.malformed(root, self.file, {query: candidates}, "a list of strings")
+            if not is_strings(candidates) or len(candidates) < 2:
+                wanted = "a list of strings, two or more"
+                raise self.malformed(root, self.file, {query: candidates}, wanted)
             how = "inserted" if query in inserted else "retrieved"
             if info and not info.get("gold_inserted", True):
                 how = ONLY_RETRIEVED
             yield query, candidates, {"gold": how} if info else {}
 
-    def info(self, root: str) -> dict[str, Any] | None:
-        """What candidates.py tells of the list, None of a published one."""
+    def info(self, root: str, digest: str) -> dict[str, Any] | None:
+        """What candidates.py tells of the list with this sha256, None of a published one."""
         path = storage.join(root, self.folder, self.file.removesuffix(".json") + ".info.json")
         if not storage.exists(path):
             return None
@@ -64,6 +67,8 @@ class Candidates(RetrievalTask):
         inserted = found.get("inserted") if isinstance(found, dict) else None
         if inserted != [] and not is_strings(inserted):
             raise InputError(f"{wanted}, found {json.dumps(inserted)[:120]}")
+        if found.get("sha256") != digest:
+            raise InputError(f"{path} belongs to another list than {self.file}: move it away")
         return dict(found)
 
     def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
@@ -97,11 +102,13 @@ class Flickr30kImage(Candidates):
     file = "val_top10_RN50x64.json"
 
     def examples(self, root: str) -> Iterator[Example]:
-        """One caption against ten images, every fifth of the file: the first of each image's. A list
-        of ours can lack some, so there the first caption of each right image is taken."""
+        """One caption against ten images, every fifth of the file: the first of each image's. In a
+        list of ours, the first caption of each right image; all of them where queries were left
+        out, since the first that was retrieved is an easier one."""
         seen: set[str] = set()
         for i, (caption, paths, groups) in enumerate(self.lists(root)):
-            if paths[0] not in seen if groups else i % EVERY == 0:
+            first = paths[0] not in seen or groups.get("gold") == ONLY_RETRIEVED
+            if first if groups else i % EVERY == 0:
                 seen.add(paths[0])
                 images = tuple(_below_root(path) for path in paths)
                 yield Example(str(i), images, (caption,), "image", 0, images[0], groups)

@@ -11,6 +11,7 @@ import numpy as np
 
 from diffitm import storage
 from diffitm.errors import InputError
+from diffitm.images import is_image
 from diffitm.metrics.bias import association, effect_interval, effect_p, effect_size
 from diffitm.metrics.credit import LOST, Credit
 from diffitm.metrics.figures import Decision, Figure, scored
@@ -35,11 +36,12 @@ PUBLISHED_POOLING = {
     ("Buddhist", "Hindu"): ("Christian", "Hindu"),
     ("Buddhist", "Jewish"): ("Christian", "Jewish"),
 }
+FEWEST = 10  # images of a group: a bootstrap of fewer claims too much
 EFFECT, PUBLISHED_EFFECT = "effect size", "effect size, published pooling"
 
 
 class MmBias(Task):
-    """data/Images/<kind>/<group>/*.jpg and textual_phrases.txt (JSON: pleasant_phrases and
+    """data/Images/<kind>/<group>/*.jpg (or .jpeg, .png) and textual_phrases.txt (JSON: pleasant_phrases and
     unpleasant_phrases); every image against every phrase.
 
     phi compares texts of one image, so the score is the conditional one: normalising cancels.
@@ -58,7 +60,8 @@ class MmBias(Task):
             raise self.malformed(root, PHRASES, phrases, f"lists of strings, {' and '.join(kinds)}")
         pleasant, unpleasant = (phrases[kind] for kind in kinds)
         base = storage.join(root, self.folder, IMAGES)
-        found = [path.split(f"/{IMAGES}/")[-1] for path in storage.files(base, ".jpg", True)]
+        paths = [path for path in storage.files(base, recursive=True) if is_image(path)]
+        found = [path.split(f"/{IMAGES}/")[-1] for path in paths]
         if not found:
             raise InputError(f"task {self.name} needs images below {base} (from {self.source})")
         for path in found:
@@ -86,7 +89,7 @@ class MmBias(Task):
         return {"phi": 0.0}
 
     def figures(self, decisions: Sequence[Decision]) -> list[Figure]:
-        """Effect sizes of the published pairs, else of all pairs of groups of one kind."""
+        """Effect sizes of the published pairs, and of all others that hold a group which is in none."""
         kinds: dict[str, dict[str, list[Decision]]] = {}
         for decision in decisions:
             groups = kinds.setdefault(decision.groups["kind"], {})
@@ -94,7 +97,9 @@ class MmBias(Task):
         found: list[Figure] = []
         for groups in kinds.values():
             published = [pair for pair in PAIRS if set(pair) <= set(groups)]
-            for pair in published or itertools.combinations(groups, 2):
+            known = set(itertools.chain.from_iterable(published))
+            others = [pair for pair in itertools.combinations(groups, 2) if not set(pair) <= known]
+            for pair in (*published, *others):
                 found += _effects(pair, groups)
         return found
 
@@ -125,8 +130,8 @@ def _effects(pair: tuple[str, str], groups: dict[str, list[Decision]]) -> Iterat
     if not np.isfinite(value):
         yield unknown
         return
-    # One image tells nothing of how its group varies.
-    low, high = effect_interval(x, y) if min(len(x), len(y)) > 1 else (None, None)
+    few = min(len(x), len(y)) < FEWEST
+    low, high = (None, None) if few else effect_interval(x, y)
     yield replace(unknown, value=value, low=low, high=high, p=effect_p(x, y))
     others = [_phi(groups.get(name, [])) for name in PUBLISHED_POOLING.get(pair, ())]
     if others and all(map(len, others)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,25 +25,38 @@ class MmvpVlm(Task):
 
     def examples(self, root: str) -> Iterator[Example]:
         """One example a pair: two images, two statements, by pattern."""
-        lines = [line for line in csv.reader(io.StringIO(self.read_text(root, FILE))) if line][1:]
-        for line in lines:
-            if len(line) < 3:
-                raise self.malformed(root, FILE, line, "the columns id, type, statement")
-        if len(lines) % 2:
-            raise self.malformed(root, FILE, lines[-1], "an even number of rows, two a pair")
         images = self._images(root)
-        for first, second in zip(lines[::2], lines[1::2], strict=True):
-            if first[1].strip() != second[1].strip():
-                raise self.malformed(root, FILE, [first, second], "one type for both of a pair")
-            kind = first[1].strip()
+        for first, second in self._pairs(root):
+            number, kind, _ = first
             yield Example(
-                id=f"{first[0].strip()}-{second[0].strip()}",
-                images=tuple(f"{images}/{kind}/{row[0].strip()}.jpg" for row in (first, second)),
-                texts=tuple(f"a photo of {row[2].strip()}" for row in (first, second)),
+                id=f"{number}-{second[0]}",
+                images=tuple(f"{images}/{kind}/{row[0]}.jpg" for row in (first, second)),
+                texts=tuple(f"a photo of {row[2]}" for row in (first, second)),
                 direction="both",
-                cluster=first[0].strip(),
+                cluster=number,
                 groups={"pattern": kind},
             )
+
+    def _pairs(self, root: str) -> Iterator[tuple[list[str], list[str]]]:
+        """Rows by twos: an odd id and the next one, of one type. A lost row would shift all others."""
+        header, *rows = self.read_rows(root, FILE) or [[]]
+        if not header or header[0].strip().isdigit():
+            raise self.malformed(root, FILE, header, "a header: id, type, statement")
+        rows = [[field.strip() for field in row[:3]] for row in rows]
+        for row in rows:
+            if len(row) < 3 or not row[0].isdigit() or not all(row) or "\n" in row[2]:
+                raise self.malformed(root, FILE, row, "id (a number), type, statement (one line)")
+        if len(rows) % 2:
+            raise self.malformed(root, FILE, rows[-1], "an even number of rows, two a pair")
+        seen: set[str] = set()
+        for first, second in zip(rows[::2], rows[1::2], strict=True):
+            odd, even = int(first[0]), int(second[0])
+            if first[1] != second[1]:
+                raise self.malformed(root, FILE, [first, second], "one type for both of a pair")
+            if odd % 2 == 0 or even != odd + 1 or first[0] in seen:
+                raise self.malformed(root, FILE, [first, second], "an odd id and the next, once")
+            seen.add(first[0])
+            yield first, second
 
     def _images(self, root: str) -> str:
         for name in FOLDERS:

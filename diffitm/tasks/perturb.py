@@ -19,6 +19,7 @@ MOST_WORDS = 30
 NOUNS = ("NN", "NP")  # prefixes of the British National Corpus' tags
 ADJECTIVES = ("AJ",)
 TRIES = 50
+REDRAWS = 20  # of a kind that draws an order which another kind drew
 
 
 def clean(caption: str) -> str:
@@ -31,11 +32,20 @@ def foils(caption: str, seed: int = 0) -> tuple[str, ...]:
     """The caption's words in other orders: nouns and adjectives shuffled, all others shuffled,
     words shuffled inside trigrams, trigrams shuffled.
 
-    None is the caption itself; a kind without another order is left out.
+    None is the caption itself, and no two are the same; a kind without an order of its own left is
+    left out.
     """
-    words = caption.split()
-    drawn = (f(words, _generator(kind, caption, seed)) for kind, f in KINDS.items())
-    return tuple(" ".join(other) for other in drawn if other is not None)
+    words, found = caption.split(), list[str]()
+    for kind, shuffle in KINDS.items():
+        rng = _generator(kind, caption, seed)
+        for _ in range(REDRAWS):
+            other = shuffle(words, rng)
+            if other is None:
+                break
+            if (text := " ".join(other)) not in found:
+                found.append(text)
+                break
+    return tuple(found)
 
 
 def _generator(kind: str, caption: str, seed: int) -> np.random.Generator:

@@ -3,8 +3,6 @@ subject, the verb or the object."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -45,16 +43,16 @@ class Svo(RetrievalTask):
         return storage.exists(storage.join(root, self.folder, name))
 
     def _probes(self, root: str) -> Iterator[Row]:
-        reader = csv.DictReader(io.StringIO(self.read_text(root, PROBES)))
-        for line in reader:
+        for number, line in enumerate(self.read_table(root, PROBES), 2):
             try:
                 (kind,) = [k for k in KINDS if _true(line[f"{k}_neg"])]
                 right, wrong = line["pos_image_id"].strip(), line["neg_image_id"].strip()
+                if not right or not wrong:
+                    raise ValueError("an image without id")
                 yield line["sentence"].strip(), f"{right}.jpg", f"{wrong}.jpg", kind
-            except (KeyError, ValueError, AttributeError):
+            except (KeyError, ValueError):
                 wanted = "sentence, pos_image_id, neg_image_id and one true of subj_neg, verb_neg, obj_neg"
-                place = f"line {reader.line_num}"
-                raise self.malformed(root, PROBES, {place: line}, wanted) from None
+                raise self.malformed(root, PROBES, {f"row {number}": line}, wanted) from None
 
     def _rows(self, root: str) -> Iterator[Row]:
         if not self._has(root, ROWS):

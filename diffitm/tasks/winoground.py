@@ -14,7 +14,7 @@ from diffitm import storage
 from diffitm.errors import InputError
 from diffitm.metrics.credit import Credit, winoground, winoground_chance
 from diffitm.schema import Example
-from diffitm.tasks.base import Task
+from diffitm.tasks.base import Task, entry
 
 FIELDS = ["id", "caption_0", "caption_1", "collapsed_tag", "num_main_preds"]
 FILES = ("data.json", "examples.jsonl", "data/examples.jsonl", "data.parquet")
@@ -31,20 +31,20 @@ class Winoground(Task):
     def examples(self, root: str) -> Iterator[Example]:
         """One example an entry, by collapsed tag and by number of main predicates."""
         name, entries = self._entries(root)
-        images = None
-        for entry in entries:
-            try:
-                number = int(entry["id"])
-                texts = (str(entry["caption_0"]), str(entry["caption_1"]))
-                groups = {key: str(entry[key]) for key in ("collapsed_tag", "num_main_preds")}
-            except (KeyError, TypeError, ValueError):
-                wanted = f"the fields {', '.join(FIELDS)}"
-                raise self.malformed(root, name, entry, wanted) from None
+        images, seen = None, set[int]()
+        for line in entries:
+            found = entry(line, **dict(zip(FIELDS, (int, str, str, str, int), strict=True)))
+            if found is None or found[0] in seen or isinstance(found[0], bool):
+                wanted = f"the fields {', '.join(FIELDS)}, each id (a whole number) once"
+                raise self.malformed(root, name, line, wanted)
+            number, *texts, tag, predicates = found
+            groups = {"collapsed_tag": tag, "num_main_preds": str(predicates)}
+            seen.add(number)
             images = images or self._image_folder(root, number)
             yield Example(
                 id=str(number),
                 images=tuple(f"{images}/ex_{number}_img_{k}.png" for k in (0, 1)),
-                texts=texts,
+                texts=tuple(texts),
                 direction="both",
                 cluster=str(number),
                 groups=groups,

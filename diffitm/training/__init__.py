@@ -1,0 +1,1 @@
+"""Objectives and update steps of tuning, pure torch."""
