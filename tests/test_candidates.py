@@ -309,3 +309,28 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 def test_names_beside_the_list() -> None:
     assert _beside("a/top.json", "_text.json") == "a/top_text.json"
     assert _beside("s3://b/top.json?region=x", ".info.json") == "s3://b/top.info.json?region=x"
+
+
+def test_images_by_path_or_by_name(tmp_path: Path) -> None:
+    """The Karpathy files' own folder is dropped where only the bare names are there."""
+    from diffitm.distributed.candidates import _found
+
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).touch()
+    known = candidates.Captions(images=["flickr30k-images/a.jpg", "flickr30k-images/b.jpg"])
+    assert _found(str(tmp_path), known).images == ["a.jpg", "b.jpg"]
+    plain = candidates.Captions(images=["a.jpg", "sub/a.jpg"])
+    assert _found(str(tmp_path), plain) == plain
+    with pytest.raises(InputError, match="lacks the captions file's images, such as x/c.jpg"):
+        _found(str(tmp_path), candidates.Captions(images=["x/c.jpg"]))
+    with pytest.raises(InputError, match="same name without folder"):
+        _found(str(tmp_path), candidates.Captions(images=["x/a.jpg", "y/a.jpg"]))
+
+
+def test_way_from_the_data_root() -> None:
+    from diffitm.distributed.candidates import _way
+
+    assert _way("/data/flickr30k/images", "/data/flickr30k/list.json") == "flickr30k/images/"
+    assert _way("s3://b/d/flickr30k/images", "s3://b/d/flickr30k/l.json") == "flickr30k/images/"
+    assert _way("/pictures", "/data/flickr30k/list.json") == ""
+    assert _way("/database/images", "/data/flickr30k/list.json") == ""

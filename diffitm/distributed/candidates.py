@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,7 +57,11 @@ class Config:
     captions: str = option("", "JSON of rows {image, caption} or {image: captions}, or tsv, csv")
     out: str = option("out/candidates/val_top10.json", "image lists; text lists end in _text.json")
     top_k: int = option(10, "candidates of a list")
-    prefix: str = option("", "put before image paths in the lists, as datasets/flickr30k/images/")
+    prefix: str | None = option(
+        None,
+        "put before image paths in the lists (default: the way from the data root, which is the "
+        "folder above --out's, if --images is below it)",
+    )
     insert_gold: bool = option(
         True, "the right one replaces the last candidate where it is missing"
     )
@@ -92,7 +96,7 @@ def run(config: Config) -> None:
     source = resolve_clip(config.clip)
     known = candidates.read_captions(storage.absolute(config.captions))
     root = storage.absolute(config.images)
-    _check_images(root, known)
+    known = _found(root, known)
     log.info("%s images, %s captions", f"{len(known.images):,}", f"{len(known.captions):,}")
     session.connect(config.ray)
     pool = session.choose_pool(
@@ -105,7 +109,8 @@ def run(config: Config) -> None:
     failed = _failures(pictures)
     if len(failed) == len(known.images):
         raise InputError(f"no image of {config.captions} could be read: {failed[0]}")
-    named = [config.prefix + path for path in known.images]
+    prefix = _way(root, out) if config.prefix is None else config.prefix
+    named = [prefix + path for path in known.images]
     note = {
         "clip": source.name,
         "weights": source.digest,
@@ -154,11 +159,24 @@ def _beside(out: str, ending: str) -> str:
     return name.removesuffix(".json") + ending + out[len(name) :]
 
 
-def _check_images(root: str, known: Captions) -> None:
-    """A wrong folder is told before anything is embedded."""
-    looked = known.images[:LOOKED_AT]
-    if not any(storage.exists(storage.join(root, path.split("#")[0])) for path in looked):
-        raise InputError(f"--images {root} lacks the captions file's images, such as {looked[0]}")
+def _found(root: str, known: Captions) -> Captions:
+    """The captions with image paths that lie below the root: as they are, or their last part (the
+    Karpathy files name a folder of their own). A wrong folder is told before anything is embedded.
+    """
+    for bare in (False, True):
+        paths = [path.rpartition("/")[2] if bare else path for path in known.images]
+        looked = [storage.join(root, path.split("#")[0]) for path in paths[:LOOKED_AT]]
+        if any(map(storage.exists, looked)):
+            if len(set(paths)) < len(paths):
+                raise InputError(f"--images {root}: two images have the same name without folder")
+            return replace(known, images=paths)
+    raise InputError(f"--images {root} lacks the captions file's images, such as {known.images[0]}")
+
+
+def _way(root: str, out: str) -> str:
+    """From the data root, the folder above that of `out`, to the images; '' if they lie elsewhere."""
+    data = storage.parent(storage.parent(out))
+    return f"{root[len(data) :].strip('/')}/" if root.startswith(f"{data.rstrip('/')}/") else ""
 
 
 def _work_folder(out: str, source: ClipSource, root: str, known: Captions, device: str) -> str:
