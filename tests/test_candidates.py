@@ -321,7 +321,7 @@ def test_images_by_path_or_by_name(tmp_path: Path) -> None:
     assert _found(str(tmp_path), known).images == ["a.jpg", "b.jpg"]
     plain = candidates.Captions(images=["a.jpg", "sub/a.jpg"])
     assert _found(str(tmp_path), plain) == plain
-    with pytest.raises(InputError, match="lacks the captions file's images, such as x/c.jpg"):
+    with pytest.raises(InputError, match=r"lacks the captions file's images, such as x/c\.jpg"):
         _found(str(tmp_path), candidates.Captions(images=["x/c.jpg"]))
     with pytest.raises(InputError, match="same name without folder"):
         _found(str(tmp_path), candidates.Captions(images=["x/a.jpg", "y/a.jpg"]))
