@@ -174,16 +174,11 @@ def effects(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
             rows: list[tuple[int, Row]] = [
                 (y, row) for y, line in enumerate(lines) if (row := line.cells[name]) is not None
             ]
-            whole = [(y, r.value, r.low, r.high) for y, r in rows]
-            drawn = [
-                (y, value, value - low, high - value)
-                for y, value, low, high in whole
-                if value is not None and low is not None and high is not None
-            ]
-            if not drawn:
-                continue
-            at, values, left, right = zip(*drawn, strict=True)
-            place = [y + 0.6 * ((i + 0.5) / len(names) - 0.5) for y in at]
+            known = [(y, row, row.value) for y, row in rows if row.value is not None]
+            values = [value for _, _, value in known]
+            left = [0.0 if row.low is None else value - row.low for _, row, value in known]
+            right = [0.0 if row.high is None else row.high - value for _, row, value in known]
+            place = [y + 0.6 * ((i + 0.5) / len(names) - 0.5) for y, _, _ in known]
             look = {"color": COLOURS[i % len(COLOURS)], "fmt": MARKERS[i % len(MARKERS)]}
             errors = [[max(0.0, e) for e in left], [max(0.0, e) for e in right]]
             axes.errorbar(values, place, xerr=errors, ms=4, lw=1.2, capsize=2, label=name, **look)
