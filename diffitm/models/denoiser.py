@@ -18,7 +18,7 @@ Condition = dict[str, Tensor]
 class Denoiser(ABC):
     """A latent diffusion model, frozen and in eval mode.
 
-    Subclasses set the attributes and the three methods. Latents are float32 [B, C, h, w], already
+    Subclasses set the attributes and the abstract methods. Latents are float32 [B, C, h, w], already
     multiplied by the model's scaling factor.
     """
 
@@ -29,11 +29,19 @@ class Denoiser(ABC):
     dtype: torch.dtype
 
     @abstractmethod
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels float32 [B, 3, H, W] in [-1, 1] to mean and deviation of their latents, [B, C, h, w]."""
+
     def encode_images(self, pixels: Tensor, seed: int | None = None) -> Tensor:
         """Pixels float32 [B, 3, H, W] in [-1, 1] to latents: the posterior's mean.
 
         With a seed, one sample of the posterior instead, with the same noise for every image.
         """
+        mean, deviation = self.encode_posterior(pixels)
+        if seed is None:
+            return mean
+        generator = torch.Generator().manual_seed(seed)
+        return mean + deviation * torch.randn(mean.shape[1:], generator=generator).to(mean)
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> Condition:

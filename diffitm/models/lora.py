@@ -10,8 +10,10 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from diffitm import storage
 from diffitm.errors import InputError
 
 # diffusers ('unet.<module>.lora_A.weight' or '.lora.down.weight') and PEFT ('base_model.model.<module>...').
@@ -25,6 +27,7 @@ _PROCESSOR = re.compile(
     r"(?P<side>down|up)\.weight"
 )
 _ALPHA = re.compile(r"(?:unet\.|base_model\.model\.)?(?P<module>.+)\.alpha")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 _DOWN = ("lora_A", "lora.down", "down")
 _FILES = (
     "pytorch_lora_weights.safetensors",
@@ -133,3 +136,46 @@ def _fits(module: nn.Module | None, pair: dict[str, Tensor]) -> bool:
     down, up = pair["down"].flatten(1), pair["up"].flatten(1)
     flat = module.weight.flatten(1)
     return up.shape[1] == down.shape[0] and (up.shape[0], down.shape[1]) == tuple(flat.shape)
+
+
+def add_lora(unet: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
+    """Give every attention projection a trainable LoRA of scale 1, which changes nothing yet.
+
+    The rest of the U-Net stays frozen. The weights are float32 and a function of the seed.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(PROJECTIONS)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(config)  # type: ignore[operator]
+    found = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in found:
+        parameter.data = parameter.data.float()
+    return found
+
+
+def lora_weights(unet: nn.Module) -> dict[str, Tensor]:
+    """The LoRA tensors by diffusers' names, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(unet)
+    return {f"unet.{name}": tensor.detach().float().cpu() for name, tensor in found.items()}
+
+
+def load_lora(unet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors of `lora_weights` into a U-Net that has its LoRA."""
+    from peft import set_peft_model_state_dict
+
+    plain = {name.removeprefix("unet."): tensor for name, tensor in tensors.items()}
+    set_peft_model_state_dict(unet, plain)
+
+
+def save_lora(tensors: Mapping[str, Tensor], folder: str, rank: int) -> None:
+    """`pytorch_lora_weights.safetensors`, which StableDiffusionPipeline.load_lora_weights takes."""
+    settings = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": PROJECTIONS}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    storage.write_bytes(storage.join(folder, _FILES[0]), data)

@@ -54,15 +54,11 @@ class StableDiffusion(Denoiser):
         self.resolution = side * 2 ** (len(vae.config.block_out_channels) - 1)
 
     @torch.inference_mode()
-    def encode_images(self, pixels: Tensor, seed: int | None = None) -> Tensor:
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See Denoiser."""
         posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
-        latents = posterior.mean
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            noise = torch.randn(latents.shape[1:], generator=generator).to(latents)
-            latents = latents + posterior.std * noise
-        return latents.float() * self.vae.config.scaling_factor
+        scale = self.vae.config.scaling_factor
+        return posterior.mean.float() * scale, posterior.std.float() * scale
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Condition:

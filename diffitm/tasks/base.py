@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import functools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from diffitm.errors import InputError
 from diffitm.metrics.credit import Credit, recall, recall_chance
 from diffitm.metrics.figures import Decision, Figure, means
 from diffitm.schema import Example
+from diffitm.tasks.tables import csv_rows, csv_table
 
 
 class Task(ABC):
@@ -60,26 +60,16 @@ class Task(ABC):
                 f"{storage.join(root, self.folder, name)}: not JSON: {error}"
             ) from error
 
-    def read_rows(self, root: str, name: str, delimiter: str = ",") -> list[list[str]]:
+    def read_rows(self, root: str, name: str) -> list[list[str]]:
         """The rows of a CSV file that are not empty, its header too. Raises InputError."""
-        text = io.StringIO(self.read_text(root, name), newline="")
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
-        try:
-            return [row for row in reader if any(field.strip() for field in row)]
-        except csv.Error as error:
-            where = f"{storage.join(root, self.folder, name)}, line {reader.line_num}"
-            raise InputError(f"{where}: not CSV: {error}") from error
+        where = storage.join(root, self.folder, name)
+        return csv_rows(self.read_text(root, name), where)
 
     def read_table(self, root: str, name: str, delimiter: str = ",") -> list[dict[str, str]]:
         """The rows below a CSV file's header, by column. Raises InputError."""
-        header, *rows = self.read_rows(root, name, delimiter) or [[]]
-        found = []
-        for number, row in enumerate(rows, 2):
-            if len(row) != len(header):
-                wanted = f"{len(header)} columns in row {number}"
-                raise self.malformed(root, name, row, wanted)
-            found.append(dict(zip(header, row, strict=True)))
-        return found
+        where = storage.join(root, self.folder, name)
+        malformed = functools.partial(self.malformed, root, name)
+        return csv_table(self.read_text(root, name), where, malformed, delimiter)
 
     def read_text(self, root: str, name: str) -> str:
         """A text file of the task's folder. Raises InputError that names the file and its source."""

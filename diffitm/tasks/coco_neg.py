@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from diffitm.schema import Example
 from diffitm.tasks.base import RetrievalTask, is_strings
+from diffitm.tasks.tables import Malformed
 
 FILE = "valid_neg_clip.tsv"
 FIELDS = ("title", "filepath", "neg_caption", "neg_image")
@@ -42,18 +44,24 @@ class CocoNegText(RetrievalTask):
 
     def pairs(self, root: str) -> list[Pair]:
         """All lines. Raises InputError for one of another form."""
-        found = []
-        for number, line in enumerate(self.read_table(root, FILE, "\t"), 2):
-            try:
-                captions, images = (ast.literal_eval(line[name]) for name in FIELDS[2:])
-                pair = Pair(line["title"], line["filepath"], captions, images)
-            except (KeyError, ValueError, SyntaxError, RecursionError, MemoryError):
-                pair = Pair("", "", [], [])
-            if not _is_whole(pair):
-                wanted = f"{', '.join(FIELDS)}, the last two Python lists"
-                raise self.malformed(root, FILE, {f"row {number}": line}, wanted)
-            found.append(pair)
-        return found
+        malformed = functools.partial(self.malformed, root, FILE)
+        return read_pairs(self.read_table(root, FILE, "\t"), malformed)
+
+
+def read_pairs(table: list[dict[str, str]], malformed: Malformed) -> list[Pair]:
+    """The rows of a file in the NegCLIP layout. Raises `malformed` for one of another form."""
+    found = []
+    for number, line in enumerate(table, 2):
+        try:
+            captions, images = (ast.literal_eval(line[name]) for name in FIELDS[2:])
+            pair = Pair(line["title"], line["filepath"], captions, images)
+        except (KeyError, ValueError, SyntaxError, RecursionError, MemoryError):
+            pair = Pair("", "", [], [])
+        if not _is_whole(pair):
+            wanted = f"{', '.join(FIELDS)}, the last two Python lists"
+            raise malformed({f"row {number}": line}, wanted)
+        found.append(pair)
+    return found
 
 
 def _is_whole(pair: Pair) -> bool:

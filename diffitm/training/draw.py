@@ -1,0 +1,126 @@
+"""All randomness of training, as functions of a seed: nothing depends on workers or on a restart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffitm.training.rows import Row
+
+# DiffusionITM's: half of the micro-batches a near image, a quarter each kind of caption.
+MIXED = {"hard-image": 0.5, "hard-text": 0.25, "random-text": 0.25}
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example of a step: its row, what it is contrasted with, and the seed of its noise."""
+
+    position: int
+    image: str
+    caption: str
+    negative_image: str
+    negative_caption: str
+    seed: int
+
+
+@dataclass
+class Schedule:
+    """Which rows make up which step.
+
+    A step has `micro` batches of `size` examples. An epoch is a permutation of the rows that its seed
+    and number give; the rest that fills no step is left out. `negatives` is one of rows.NEGATIVES;
+    'mixed' is drawn for each micro-batch or, with `per_example`, for each example.
+    """
+
+    rows: Sequence[Row]
+    kept: Sequence[int]
+    size: int
+    micro: int
+    negatives: str
+    per_example: bool
+    seed: int
+    order: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every row was seen once; 0 if the rows do not fill one."""
+        return len(self.kept) // (self.size * self.micro)
+
+    def batches(self, step: int) -> list[list[Item]]:
+        """The micro-batches of a step, counted from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = self._order(epoch)
+        start = place * self.size * self.micro
+        return [
+            [
+                self._item(int(position), epoch, step, number)
+                for position in order[start + number * self.size :][: self.size]
+            ]
+            for number in range(self.micro)
+        ]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.order is None or self.order[0] != epoch:
+            rng = np.random.default_rng(seed_of(self.seed, "epoch", epoch))
+            self.order = (epoch, rng.permutation(np.array(self.kept)))
+        return self.order[1]
+
+    def _item(self, position: int, epoch: int, step: int, number: int) -> Item:
+        row, seed = self.rows[position], seed_of(self.seed, "example", epoch, position)
+        rng = np.random.default_rng(seed)
+        kind = self.negatives
+        if kind == "mixed":
+            batch = np.random.default_rng(seed_of(self.seed, "kind", step, number))
+            kind = str((rng if self.per_example else batch).choice(list(MIXED), p=list(MIXED.values())))
+        image, caption = row.image, row.caption
+        if kind == "hard-image":
+            image = row.negative_images[rng.integers(len(row.negative_images))]
+        elif kind == "hard-text":
+            caption = row.negative_captions[rng.integers(len(row.negative_captions))]
+        elif kind == "random-text":
+            caption = self._random_caption(row, rng)
+        return Item(position, row.image, row.caption, image, caption, seed)
+
+    def _random_caption(self, row: Row, rng: np.random.Generator) -> str:
+        """Another row's caption; captions equal to the row's own are drawn again."""
+        for _ in range(100):
+            other = self.rows[self.kept[int(rng.integers(len(self.kept)))]]
+            if other.caption != row.caption and other.image != row.image:
+                return other.caption
+        raise ValueError(f"no other caption was found for {row.caption!r}")
+
+
+def seed_of(*parts: object) -> int:
+    """A seed below 2**63 that the parts determine on every machine."""
+    text = "\n".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Timesteps [B], noise and the posterior's noise [B, C, h, w], on the CPU."""
+
+    timesteps: Tensor
+    noise: Tensor
+    posterior: Tensor
+
+
+def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int], timesteps: int) -> Noise:
+    """Each example's own, whatever batch it is in: a uniform timestep below `timesteps`, noise."""
+    drawn = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        drawn.append(
+            (
+                torch.randint(timesteps, (1,), generator=generator),
+                torch.randn(1, *shape, generator=generator),
+                torch.randn(1, *shape, generator=generator),
+            )
+        )
+    at, noise, posterior = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    return Noise(at, noise, posterior)
