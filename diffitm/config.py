@@ -31,6 +31,7 @@ def option(default: Any, help: str) -> Any:
 def parse(config: type[C], arguments: Sequence[str] | None = None, description: str = "") -> C:
     """Build the config from --config FILE (YAML) and the options, which win over the file.
 
+    A config with PRESETS (name -> values) takes those of --preset where neither says otherwise.
     Raises InputError with every problem found.
     """
     fields = _types(config)
@@ -40,15 +41,19 @@ def parse(config: type[C], arguments: Sequence[str] | None = None, description: 
         _add(parser, name, kind, _help(config, name))
     known, unknown = parser.parse_known_args(arguments)
     values = {k: v for k, v in vars(known).items() if k != "config" and v is not None}
-    problems = _unknown(unknown, ["--" + name.replace("_", "-") for name in fields])
+    problems = _unknown(unknown, [_flag(name) for name in fields])
     from_file = _read(known.config) if known.config else {}
-    from_file = {str(key).replace("-", "_"): value for key, value in from_file.items()}
+    from_file = {_name(str(key), fields): value for key, value in from_file.items()}
     problems += [
         f"{known.config}: unknown key {key!r}{suggest(str(key), fields)}"
         for key in from_file
         if key not in fields
     ]
     merged = {**{k: v for k, v in from_file.items() if k in fields}, **values}
+    presets: dict[str, dict[str, Any]] = getattr(config, "PRESETS", {})
+    if (preset := merged.get("preset")) is not None and preset not in presets:
+        problems.append(f"--preset {preset}: must be one of {', '.join(presets)}")
+    merged = {**presets.get(str(preset), {}), **merged}
     checked = {}
     for name, value in merged.items():
         try:
@@ -58,6 +63,17 @@ def parse(config: type[C], arguments: Sequence[str] | None = None, description: 
     if problems:
         raise InputError("\n".join(problems))
     return config(**checked)
+
+
+def _flag(name: str) -> str:
+    """The option of a field; a trailing underscore keeps a field from being a keyword."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def _name(key: str, fields: dict[str, Any]) -> str:
+    """The field that a key of a YAML file means."""
+    name = key.replace("-", "_")
+    return f"{name}_" if f"{name}_" in fields else name
 
 
 def _unknown(words: list[str], flags: list[str]) -> list[str]:
@@ -100,8 +116,7 @@ def _help(config: type, name: str) -> str:
 
 
 def _add(parser: argparse.ArgumentParser, name: str, kind: Any, text: str) -> None:
-    flag = "--" + name.replace("_", "-")
-    spellings = list(dict.fromkeys([flag, "--" + name]))
+    spellings = list(dict.fromkeys([_flag(name), "--" + name.rstrip("_")]))
     if kind is bool:
         action = argparse.BooleanOptionalAction
         parser.add_argument(*spellings, dest=name, action=action, default=None, help=text)

@@ -76,7 +76,9 @@ class Schedule:
         kind = self.negatives
         if kind == "mixed":
             batch = np.random.default_rng(seed_of(self.seed, "kind", step, number))
-            kind = str((rng if self.per_example else batch).choice(list(MIXED), p=list(MIXED.values())))
+            kind = str(
+                (rng if self.per_example else batch).choice(list(MIXED), p=list(MIXED.values()))
+            )
         image, caption = row.image, row.caption
         if kind == "hard-image":
             image = row.negative_images[rng.integers(len(row.negative_images))]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +88,7 @@ class Tuner:
             other_latents = latents if wrong is None else self._latents(wrong, drawn.posterior)
         if self.objective.guard == "frozen":
             error, _ = self._errors(latents, captions, at, noise)
-            with torch.no_grad(), _without_lora(self.unet):
+            with torch.no_grad(), _base(self.unet):
                 subtracted, _ = self._errors(other_latents, others, at, noise)
         else:
             errors, predicted = self._errors(
@@ -128,14 +129,11 @@ class Tuner:
         return {name: value.clone()[rows.to(value.device)] for name, value in found.items()}
 
 
-class _without_lora:  # noqa: N801 (a context manager)
-    """The base model's predictions inside of the block."""
-
-    def __init__(self, unet: torch.nn.Module) -> None:
-        self.unet = unet
-
-    def __enter__(self) -> None:
-        self.unet.disable_adapters()  # type: ignore[operator]
-
-    def __exit__(self, *_: object) -> None:
-        self.unet.enable_adapters()  # type: ignore[operator]
+@contextlib.contextmanager
+def _base(unet: torch.nn.Module) -> Iterator[None]:
+    """The model without its LoRA."""
+    unet.disable_adapters()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        unet.enable_adapters()  # type: ignore[operator]

@@ -1,0 +1,46 @@
+"""Matching accuracy of a model in training, by the scoring code and the credits of gdbench."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffitm.schema import Example
+from diffitm.scored import Scored
+from diffitm.scoring import Scorer, Work
+from diffitm.tasks.base import Task
+
+
+def credits(task: Task, examples: Sequence[Example], scorer: Scorer) -> list[float | None]:
+    """The credit of each example in the task's first metric, None of one that cannot be scored.
+
+    The score is the normalised one where images are compared, else the conditional one.
+    """
+    texts: dict[str, dict[str, None]] = {}
+    for example in examples:
+        for image in example.images if example.failure is None else ():
+            wanted = dict.fromkeys([*example.texts, *([""] if example.needs_unconditional else [])])
+            texts.setdefault(image, {}).update(wanted)
+    work = [Work(row, image, list(found)) for row, (image, found) in enumerate(texts.items())]
+    lines = scorer.score(work) if work else []
+    errors = {
+        (line["image"], line["text"]): line["l2"] for line in lines if line["failure"] is None
+    }
+    return [_credit(task, example, errors) for example in examples]
+
+
+def _credit(
+    task: Task, example: Example, errors: dict[tuple[str, str], np.ndarray]
+) -> float | None:
+    pairs = [(image, text) for image in example.images for text in example.texts]
+    if example.failure is not None or not all(pair in errors for pair in pairs):
+        return None
+    shape = (len(example.images), len(example.texts), -1)
+    conditional = np.array([errors[pair] for pair in pairs], float).reshape(shape)
+    unconditional = np.zeros_like(conditional)
+    if example.needs_unconditional:
+        empty = [errors[image, ""] for image, _ in pairs]
+        unconditional = np.array(empty, float).reshape(shape)
+    scores = list(Scored(example, None, conditional, unconditional).scores().values())[-1]
+    return next(iter(task.credits(example, scores).values())).value
