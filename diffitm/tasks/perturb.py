@@ -35,20 +35,25 @@ def foils(caption: str, seed: int = 0) -> tuple[str, ...]:
     None is the caption itself, and no two are the same; a kind without an order of its own left is
     left out.
     """
-    words, found = caption.split(), list[str]()
+    return tuple(orders(caption, seed).values())
+
+
+def orders(caption: str, seed: int = 0, taken: Sequence[str] = ()) -> dict[str, str]:
+    """The foils by their kind; none is one of `taken` either."""
+    words, found = caption.split(), dict[str, str]()
     for kind, shuffle in KINDS.items():
-        rng = _generator(kind, caption, seed)
+        rng = generator(kind, caption, seed)
         for _ in range(REDRAWS):
             other = shuffle(words, rng)
             if other is None:
                 break
-            if (text := " ".join(other)) not in found:
-                found.append(text)
+            if (text := " ".join(other)) not in {*found.values(), *taken}:
+                found[kind] = text
                 break
-    return tuple(found)
+    return found
 
 
-def _generator(kind: str, caption: str, seed: int) -> np.random.Generator:
+def generator(kind: str, caption: str, seed: int) -> np.random.Generator:
     """Seeded by the content, so that neither the machine nor the order of captions matters."""
     digest = hashlib.sha256(f"{seed}\n{kind}\n{caption}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
@@ -68,7 +73,7 @@ def tags(words: Sequence[str]) -> list[str]:
     return [tag for _, _, tag in _tagger().tag_sent(bare)]
 
 
-def _places(words: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
+def places(words: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
     """Positions of the nouns, of the adjectives and of all other words."""
     found = tags(words)
     nouns = [i for i, tag in enumerate(found) if tag.startswith(NOUNS)]
@@ -93,12 +98,12 @@ def _within(
 
 def _nouns_and_adjectives(words: Sequence[str], rng: np.random.Generator) -> list[str] | None:
     """Nouns change places with nouns, adjectives with adjectives."""
-    nouns, adjectives, _ = _places(words)
+    nouns, adjectives, _ = places(words)
     return _within(words, [nouns, adjectives], rng)
 
 
 def _all_but_those(words: Sequence[str], rng: np.random.Generator) -> list[str] | None:
-    return _within(words, [_places(words)[2]], rng)
+    return _within(words, [places(words)[2]], rng)
 
 
 def _in_trigrams(words: Sequence[str], rng: np.random.Generator) -> list[str] | None:
