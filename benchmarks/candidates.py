@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 from diffitm.candidates import Side, write_lists
-from diffitm.distributed.candidates import GALLERY, QUERIES
+from diffitm.distributed.neighbours import GALLERY, QUERIES
 from diffitm.nearest import gallery_blocks, on_grid, to_table, top_k
 
 K, SHARD, CAPTIONS = 10, 4096, 5

@@ -18,7 +18,8 @@ import torch
 from diffitm import candidates
 from diffitm.candidates import Side, read_captions
 from diffitm.config import parse
-from diffitm.distributed.candidates import GROUP, Config, EmbedActor, _beside, _check
+from diffitm.distributed.candidates import Config, _beside, _check
+from diffitm.distributed.neighbours import GROUP, EmbedActor, located
 from diffitm.errors import InputError
 from diffitm.nearest import gallery_blocks, on_grid, to_table, top_k
 from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText
@@ -313,18 +314,16 @@ def test_names_beside_the_list() -> None:
 
 def test_images_by_path_or_by_name(tmp_path: Path) -> None:
     """The Karpathy files' own folder is dropped where only the bare names are there."""
-    from diffitm.distributed.candidates import _found
-
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).touch()
-    known = candidates.Captions(images=["flickr30k-images/a.jpg", "flickr30k-images/b.jpg"])
-    assert _found(str(tmp_path), known).images == ["a.jpg", "b.jpg"]
-    plain = candidates.Captions(images=["a.jpg", "sub/a.jpg"])
-    assert _found(str(tmp_path), plain) == plain
+    root = str(tmp_path)
+    known = ["flickr30k-images/a.jpg", "flickr30k-images/b.jpg"]
+    assert located(root, known) == ["a.jpg", "b.jpg"]
+    assert located(root, ["a.jpg", "sub/a.jpg"]) == ["a.jpg", "sub/a.jpg"]
     with pytest.raises(InputError, match=r"lacks the captions file's images, such as x/c\.jpg"):
-        _found(str(tmp_path), candidates.Captions(images=["x/c.jpg"]))
+        located(root, ["x/c.jpg"])
     with pytest.raises(InputError, match="same name without folder"):
-        _found(str(tmp_path), candidates.Captions(images=["x/a.jpg", "y/a.jpg"]))
+        located(root, ["x/a.jpg", "y/a.jpg"])
 
 
 def test_way_from_the_data_root() -> None:

@@ -1,51 +1,25 @@
-"""Candidate lists of a CLIP: embed images and captions, search each among the others, write lists.
-
-Embeddings are made in groups of a fixed size, each always in one forward of one shape, so that they
-do not depend on actors or restarts; the same kind of processor and threads give the same bits.
-"""
+"""Candidate lists of a CLIP: embed images and captions, search each among the others, write lists."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.dataset as ds
-import torch
-from pyarrow import parquet
-
-from diffitm import candidates, nearest, pairs, scoring, storage
+from diffitm import candidates, storage
 from diffitm.candidates import FOUND, Captions, Side
 from diffitm.config import option
-from diffitm.distributed import session
-from diffitm.distributed.session import Pool
-from diffitm.distributed.stages import Stage, run_stage, whole_files
+from diffitm.distributed import neighbours, session
+from diffitm.distributed.groups import work_folder
+from diffitm.distributed.stages import whole_files
 from diffitm.errors import InputError
-from diffitm.nearest import EMBEDDINGS
-from diffitm.provenance import fingerprint, record
+from diffitm.provenance import record
 
 if TYPE_CHECKING:
     from diffitm.models.clip import ClipSource
 
 log = logging.getLogger("diffitm")
 VERSION = 1  # grows when the same settings would give other embeddings or lists
-GROUP = {"image": 32, "text": 256}  # items of a forward; a part of what an embedding depends on
-GROUPS_PER_BLOCK, BLOCKS_PER_ACTOR = 16, 8
-QUERIES = {"cpu": 4096, "cuda": 16384}
-GALLERY = {"cpu": 1024, "cuda": 8192}  # items of a step of the search
-LOOKED_AT = 20
-WORK = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("start", pa.int64()),
-        ("names", pa.list_(pa.string())),
-        ("truth", pa.list_(pa.list_(pa.int64()))),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -76,15 +50,6 @@ class Config:
     ray: str | None = option(None, "address of a Ray cluster (default: RAY_ADDRESS, else local)")
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """Embedded items on disk: the folder, its whole shards (in the file system's own form)."""
-
-    folder: str
-    shards: list[str]
-    size: int
-
-
 def run(config: Config) -> None:
     """Embed what is missing, search, and write both lists and their .info.json.
 
@@ -96,7 +61,7 @@ def run(config: Config) -> None:
     source = resolve_clip(config.clip)
     known = candidates.read_captions(storage.absolute(config.captions))
     root = storage.absolute(config.images)
-    known = _found(root, known)
+    known = replace(known, images=neighbours.located(root, known.images))
     log.info("%s images, %s captions", f"{len(known.images):,}", f"{len(known.captions):,}")
     session.connect(config.ray)
     pool = session.choose_pool(
@@ -104,9 +69,9 @@ def run(config: Config) -> None:
     )
     out = storage.absolute(config.out)
     work = _work_folder(out, source, root, known, pool.device)
-    pictures = _embed(work, "image", known.images, known.of_image, source, root, pool)
-    texts = _embed(work, "text", known.captions, known.of_caption, source, root, pool)
-    failed = _failures(pictures)
+    pictures = neighbours.embed(work, "image", known.images, known.of_image, source, root, pool)
+    texts = neighbours.embed(work, "text", known.captions, known.of_caption, source, root, pool)
+    failed = neighbours.failures(pictures)
     if len(failed) == len(known.images):
         raise InputError(f"no image of {config.captions} could be read: {failed[0]}")
     prefix = _way(root, out) if config.prefix is None else config.prefix
@@ -121,7 +86,11 @@ def run(config: Config) -> None:
         (Side("image", known.captions, named, known.of_caption, failed), texts, pictures),
         (Side("text", named, known.captions, known.of_image, failed), pictures, texts),
     ):
-        found = _search(config, side, queries, gallery, pool)
+        kept = config.keep_other_captions and side.direction == "text"
+        found = neighbours.search(
+            f"{side.direction} retrieval", f"top{config.top_k}{'-kept' if kept else ''}",
+            queries, gallery, config.top_k, None if kept else 1, pool, config.block_size,
+        )  # fmt: skip
         _write(config, out, side, found, note)
     if failed:
         print(f"{len(failed)} unreadable images are tried again once {work} is deleted")
@@ -159,20 +128,6 @@ def _beside(out: str, ending: str) -> str:
     return name.removesuffix(".json") + ending + out[len(name) :]
 
 
-def _found(root: str, known: Captions) -> Captions:
-    """The captions with image paths that lie below the root: as they are, or their last part (the
-    Karpathy files name a folder of their own). A wrong folder is told before anything is embedded.
-    """
-    for bare in (False, True):
-        paths = [path.rpartition("/")[2] if bare else path for path in known.images]
-        looked = [storage.join(root, path.split("#")[0]) for path in paths[:LOOKED_AT]]
-        if any(map(storage.exists, looked)):
-            if len(set(paths)) < len(paths):
-                raise InputError(f"--images {root}: two images have the same name without folder")
-            return replace(known, images=paths)
-    raise InputError(f"--images {root} lacks the captions file's images, such as {known.images[0]}")
-
-
 def _way(root: str, out: str) -> str:
     """From the data root, the folder above that of `out`, to the images; '' if they lie elsewhere."""
     data = storage.parent(storage.parent(out))
@@ -187,146 +142,16 @@ def _work_folder(out: str, source: ClipSource, root: str, known: Captions, devic
         "images": root,
         "captions": known.digest,
         "device": device,
-        "groups": GROUP,
+        "groups": neighbours.GROUP,
     }
-    name = f"candidates-{fingerprint(settings)[:12]}"
-    folder = storage.join(storage.parent(out), "work", name)
-    note = storage.join(folder, "_config.json")
-    if not storage.exists(note):
-        storage.write_text(note, json.dumps(settings, indent=1))
-    return folder
-
-
-class EmbedActor:
-    """Loads the CLIP once; embeds groups of images or captions."""
-
-    def __init__(self, kind: str, source: ClipSource, root: str, device: str, counter: Any) -> None:
-        from diffitm.models.clip import ClipScorer
-
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = False
-        self.kind, self.root, self.counter = kind, root, counter
-        self.failure: InputError | None = None
-        try:
-            self.clip = ClipScorer(source, root, device)
-        except InputError as error:  # Ray would try a constructor again; a call fails at once
-            self.failure = error
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        if self.failure is not None:
-            raise self.failure
-        return pa.concat_tables(self._group(**line) for line in table.to_pylist())
-
-    def _group(self, row: int, start: int, names: list[str], truth: list[list[int]]) -> pa.Table:
-        failures, values = self._images(names) if self.kind == "image" else self._texts(names)
-        if values is not None:
-            what = "image" if self.kind == "image" else "caption"
-            values = nearest.on_grid(values[: len(names)], lambda i: f"{what} {names[i]!r}")
-        self.counter.add.remote(len(names))
-        positions = range(start, start + len(names))
-        return nearest.to_table(row, positions, truth, failures, values)
-
-    def _images(self, names: list[str]) -> tuple[list[str | None], np.ndarray | None]:
-        rows = [scoring.Work(i, name, []) for i, name in enumerate(names)]
-        loaded = scoring.load_images(rows, self.root, self.clip.preprocess)
-        good = [item.value for item in loaded if item.failure is None]
-        failures = [item.failure for item in loaded]
-        if not good:
-            return failures, None
-        pixels = torch.zeros(GROUP["image"], *good[0].shape)
-        for i, item in enumerate(loaded):
-            if item.failure is None:
-                pixels[i] = item.value
-        return failures, self.clip.encode_images(pixels).cpu().numpy()
-
-    def _texts(self, names: list[str]) -> tuple[list[str | None], np.ndarray]:
-        padded = names + [""] * (GROUP["text"] - len(names))
-        values = self.clip.encode_texts(padded)["embedding"].cpu().numpy()
-        return [None] * len(names), values
-
-
-class SearchActor:
-    """Searches blocks of queries, streaming the gallery past each."""
-
-    def __init__(self, gallery: Gallery, k: int, kept: bool, device: str, counter: Any) -> None:
-        self.gallery, self.k, self.kept, self.device = gallery, k, kept, device
-        self.counter = counter
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        positions, queries = nearest.read_embeddings(table)
-        truth = dict(zip(table["position"].to_pylist(), table["truth"].to_pylist(), strict=True))
-        excluded = [[] if self.kept else truth[p][1:] for p in positions.tolist()]
-        best: dict[int, list[int]] = {p: [] for p in truth}  # unreadable queries stay empty
-        if len(positions):
-            blocks = nearest.gallery_blocks(
-                self.gallery.folder, self.gallery.shards, GALLERY[self.device]
-            )
-            found = nearest.top_k(queries, excluded, blocks, self.k, self.device)
-            best |= {p: [c for c in line if c >= 0] for p, line in _lines(positions, found)}
-        self.counter.add.remote(len(truth))
-        columns = {"position": list(best), "candidates": list(best.values())}
-        return pa.table(columns, schema=FOUND)
-
-
-def _lines(positions: np.ndarray, found: np.ndarray) -> Iterator[tuple[int, list[int]]]:
-    return zip(positions.tolist(), found.tolist(), strict=True)
-
-
-def _embed(
-    work: str, kind: str, names: list[str], truth: list[list[int]],
-    source: ClipSource, root: str, pool: Pool,
-) -> Gallery:  # fmt: skip
-    """Embed all items that are not embedded yet."""
-    base = storage.join(work, f"{kind}s")
-    folder, table = storage.join(base, "embeddings"), storage.join(base, "work.parquet")
-    if not storage.exists(table):
-        _write_groups(table, names, truth, GROUP[kind])
-    groups = -(-len(names) // GROUP[kind])
-    rows = min(GROUPS_PER_BLOCK, -(-groups // (BLOCKS_PER_ACTOR * pool.min_actors)))
-    inputs = [storage.filesystem(table)[1]]
-    what = f"embedding {'images' if kind == 'image' else 'captions'}"
-    stage = Stage(what, folder, EMBEDDINGS, inputs, "row", rows, -(-groups // rows), len(names))
-    run_stage(stage, EmbedActor, (kind, source, root), pool)
-    return Gallery(folder, storage.readable_parquet(folder)[0], len(names))
-
-
-def _write_groups(uri: str, names: list[str], truth: list[list[int]], size: int) -> None:
-    storage.make_folder(storage.parent(uri))
-    found, path = storage.filesystem(uri)
-    with found.open_output_stream(path + ".part") as sink, parquet.ParquetWriter(sink, WORK) as to:
-        for row, s in enumerate(range(0, len(names), size)):
-            columns = [[row], [s], [names[s : s + size]], [truth[s : s + size]]]
-            to.write_table(pa.table(dict(zip(WORK.names, columns, strict=True)), schema=WORK))
-    found.move(path + ".part", path)
-
-
-def _search(config: Config, side: Side, queries: Gallery, gallery: Gallery, pool: Pool) -> str:
-    """Search all queries that are not searched yet; the folder of what was found."""
-    kept = config.keep_other_captions and side.direction == "text"
-    folder = storage.join(
-        storage.parent(queries.folder), f"top{config.top_k}{'-kept' if kept else ''}", "found"
-    )
-    most = config.block_size or QUERIES[pool.device]
-    rows = min(most, -(-queries.size // (BLOCKS_PER_ACTOR * pool.min_actors)))
-    what, blocks = f"{side.direction} retrieval", -(-queries.size // rows)
-    stage = Stage(what, folder, FOUND, queries.shards, "position", rows, blocks, queries.size)
-    run_stage(stage, SearchActor, (gallery, config.top_k, kept), pool)
-    return folder
-
-
-def _failures(gallery: Gallery) -> dict[int, str]:
-    """Unreadable items by position, and why."""
-    table = whole_files(gallery.folder, EMBEDDINGS).to_table(
-        columns=["position", "failure"], filter=ds.field("failure").is_valid()
-    )
-    return dict(sorted(zip(*(column.to_pylist() for column in table.columns), strict=True)))
+    return work_folder(out, "candidates", settings)
 
 
 def _write(config: Config, out: str, side: Side, found: str, note: dict[str, Any]) -> None:
     """Write a list with its .info.json and say what it holds."""
     ending = "_text" if side.direction == "text" else ""
     uri, info_uri = _beside(out, f"{ending}.json"), _beside(out, f"{ending}.info.json")
-    lines = _in_order(whole_files(found, FOUND))
+    lines = neighbours.in_order(whole_files(found, FOUND))
     info = candidates.write_lists(uri, lines, side, config.top_k, config.insert_gold)
     candidates.write_info(
         info_uri, {"clip": note["clip"], "weights": note["weights"], **info, **note}
@@ -342,11 +167,3 @@ def _write(config: Config, out: str, side: Side, found: str, note: dict[str, Any
         f"{len(info['failures']):,} unreadable images ({lost:,} queries)"
     )
     print(f"  list {uri}\n  info {info_uri}")
-
-
-def _in_order(found: ds.Dataset) -> Iterator[tuple[int, list[int]]]:
-    """What was found by query position; DuckDB sorts on disk where it must."""
-    connection = pairs.connect(found=found)
-    query = "SELECT position, candidates FROM found ORDER BY position"
-    for batch in connection.sql(query).to_arrow_reader(pairs.BATCH):
-        yield from zip(batch["position"].to_pylist(), batch["candidates"].to_pylist(), strict=True)

@@ -14,7 +14,7 @@ ARTICLES = ("a", "an")
 # Two words with nothing but these between them belong together: 'cat and dog', 'big red'. Their
 # exchange says the same.
 JOINING = {"a", "an", "the", "and", "or", "&"}
-TOKEN = re.compile(r"(\W*)(.*?)((?:['’]s)?\W*)", re.DOTALL)
+TOKEN = re.compile(r"(\W*)(.*?)((?:['\u2019]s)?\W*)", re.DOTALL)
 
 COPIED_WORDS = 5  # a run of the prompt's words that is no chance
 SLACK = 2  # words that a proposal may always be longer or shorter than its caption
