@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -135,7 +134,7 @@ def write_lists(
     """
     hits, images, inserted, short, digest = [], [], [], 0, hashlib.sha256()
     lost = dict.fromkeys(side.failed, 0)
-    with _replacing(uri) as sink:
+    with storage.replacing(uri) as sink:
 
         def put(piece: bytes) -> None:
             sink.write(piece)
@@ -184,19 +183,9 @@ def write_lists(
 
 def write_info(uri: str, info: dict[str, Any]) -> None:
     """Write a list's .info.json in pieces."""
-    with _replacing(uri) as sink:
+    with storage.replacing(uri) as sink:
         for piece in json.JSONEncoder(indent=1).iterencode(info):
             sink.write(piece.encode())
-
-
-@contextmanager
-def _replacing(uri: str) -> Iterator[Any]:
-    """A stream that becomes the file when it is whole."""
-    found, path = storage.filesystem(uri)
-    part = f"{path}.part"
-    with found.open_output_stream(part, compression=None, buffer_size=2**20) as sink:
-        yield sink
-    found.move(part, path)
 
 
 def _interval(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs, parquet
@@ -95,6 +98,16 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def write_text(uri: str, text: str) -> None:
     write_bytes(uri, text.encode())
+
+
+@contextmanager
+def replacing(uri: str) -> Iterator[Any]:
+    """A stream of bytes that becomes the file when it is whole."""
+    found, path = filesystem(uri)
+    part = f"{path}.part"
+    with found.open_output_stream(part, compression=None, buffer_size=2**20) as sink:
+        yield sink
+    found.move(part, path)
 
 
 def make_folder(uri: str) -> None:

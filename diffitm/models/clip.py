@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch.nn.functional import normalize
 
 from diffitm.errors import InputError, suggest
 from diffitm.matching.cache import TextCache
-from diffitm.models.load import SHAPES, from_hub
+from diffitm.models.load import SHAPES, content_digest, from_hub
 from diffitm.scoring import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
 
 # What open_clip lets through for a name, a config or a file that it cannot use.
@@ -60,7 +59,7 @@ def resolve_clip(name: str) -> ClipSource:
             raise InputError(f"--clip {name!r}: the folder has no weights ({', '.join(WEIGHTS)})")
         # 'shapes' is found again on every machine; other folders are used where they are.
         where = "shapes" if name == "shapes" else f"local-dir:{folder.absolute()}"
-        return ClipSource(name, where, None, _digest(files))
+        return ClipSource(name, where, None, content_digest(files))
     if name.startswith("hf-hub:"):
         config = from_hub(name.removeprefix("hf-hub:"), "open_clip_config.json", "--clip")
         return ClipSource(name, name, None, f"{name}@{config.parent.name}")
@@ -69,20 +68,12 @@ def resolve_clip(name: str) -> ClipSource:
         raise InputError(f"--clip {name!r}: unknown model{suggest(model, open_clip.list_models())}")
     if Path(tag).expanduser().is_file():
         file = Path(tag).expanduser().absolute()
-        return ClipSource(name, model, str(file), f"{model}:{_digest([file])}")
+        return ClipSource(name, model, str(file), f"{model}:{content_digest([file])}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
         raise InputError(f"--clip {name!r}: {tag!r} is no file and no tag{suggest(tag, tags)}")
     quick_gelu = bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
     return ClipSource(name, model, tag, f"{model}:{tag}", quick_gelu)
-
-
-def _digest(paths: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
 
 
 class ClipScorer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,15 @@ def _digest(folder: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(p for part in _PARTS for p in (folder / part).rglob("*") if p.is_file()):
         total.update(str(path.relative_to(folder)).encode())
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def content_digest(paths: Sequence[Path]) -> str:
+    """sha256 over the contents of files."""
+    total = hashlib.sha256()
+    for path in paths:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()

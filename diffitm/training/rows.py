@@ -41,16 +41,16 @@ class Row:
         return None
 
 
-def read_rows(uri: str) -> list[Row]:
+def read_rows(uri: str, option: str = "--data") -> list[Row]:
     """Rows of a file in the NegCLIP layout (.tsv) or of Parquet with the columns image, caption and,
     if there are any, negative_captions and negative_images (lists of texts).
 
     A negative that equals its row's caption or image is dropped. Raises InputError that names file,
-    row and what is right.
+    row and what is right; `option` is what the user gave the file with.
     """
     if uri.partition("?")[0].endswith(".tsv"):
         malformed = malformed_in(uri)
-        pairs = read_pairs(csv_table(_text(uri), uri, malformed, "\t"), malformed)
+        pairs = read_pairs(csv_table(_text(uri, option), uri, malformed, "\t"), malformed)
         rows = [
             Row(
                 pair.image,
@@ -61,7 +61,7 @@ def read_rows(uri: str) -> list[Row]:
             for pair in pairs
         ]
     else:
-        rows = _read_parquet(uri)
+        rows = _read_parquet(uri, option)
     return [
         Row(
             row.image,
@@ -73,23 +73,23 @@ def read_rows(uri: str) -> list[Row]:
     ]
 
 
-def _text(uri: str) -> str:
+def _text(uri: str, option: str) -> str:
     try:
         return storage.read_text(uri)
     except FileNotFoundError:
-        raise InputError(f"--data: there is no file {uri}") from None
+        raise InputError(f"{option}: there is no file {uri}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--data: {uri} cannot be read: {error}") from error
+        raise InputError(f"{option}: {uri} cannot be read: {error}") from error
 
 
-def _read_parquet(uri: str) -> list[Row]:
+def _read_parquet(uri: str, option: str) -> list[Row]:
     found, path = storage.filesystem(uri)
     try:
         table = parquet.read_table(path, filesystem=found)
     except FileNotFoundError:
-        raise InputError(f"--data: there is no file {uri}") from None
+        raise InputError(f"{option}: there is no file {uri}") from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"--data: {uri} is neither .tsv nor Parquet: {error}") from error
+        raise InputError(f"{option}: {uri} is neither .tsv nor Parquet: {error}") from error
     for name in COLUMNS:
         if name not in table.column_names:
             raise InputError(f"{uri}: no column {name}; it has {', '.join(table.column_names)}")
