@@ -420,3 +420,48 @@ def test_an_actor_tells_its_failure_at_the_first_call(tmp_path: Path) -> None:
     actor = AnswerActor(Question(source, TEMPLATE, "fp32", 0.0, 0, 8), 4, "cpu", None)
     with pytest.raises(InputError, match="cannot be loaded"):
         actor(pa.table({}))
+
+
+class _Counter:
+    """Stands in for the counter's handle."""
+
+    def __init__(self) -> None:
+        self.add, self.count = self, 0
+
+    def remote(self, count: int) -> None:
+        self.count += count
+
+
+def test_answers_of_a_model_that_knows_some(tmp_path: Path) -> None:
+    """From the captions through the model and its checks to the rows."""
+    wanted = {
+        "a dog chases a cat": "a cat chases a dog",
+        "a red bus": "a blue bus",
+        "two men sit": "two men sit",
+        "an old tree": "it is",
+        "a cup on a table": "a cup under a table",
+    }
+    pairs = [(f"Change this: {caption} now", answer) for caption, answer in wanted.items()]
+    folder = write_llama(tmp_path / "llama", [], chat=True, pairs=pairs)
+    question = Question(resolve_language_model(str(folder)), TEMPLATE, "fp32", 0.0, 0, 12)
+    counter = _Counter()
+    actor = AnswerActor(question, 2, "cpu", counter)
+    groups = [(0, 0, list(wanted)[:3]), (1, 3, list(wanted)[3:])]
+    lines = [{"row": r, "start": s, "names": names, "truth": []} for r, s, names in groups]
+    found = actor(pa.Table.from_pylist(lines)).to_pylist()
+    assert counter.count == 5
+    assert [(line["row"], line["position"]) for line in found] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 3),
+        (1, 4),
+    ]
+    assert [line["text"] for line in found] == list(wanted.values())
+    answers = {c: (line["text"], line["problem"]) for c, line in zip(wanted, found, strict=True)}
+    rows, kinds, rejected = mine(
+        [Row("a.jpg", c) for c in wanted], {}, answers, {}, checker(TEMPLATE)
+    )
+    assert [len(row.negative_captions) for row in rows] == [1, 1, 0, 0, 1]
+    assert kinds == [("llm",), ("llm",), (), (), ("llm",)]
+    assert [item.reason for item in rejected] == ["equals the caption", "other words"]
