@@ -147,7 +147,7 @@ def test_the_default_prompt() -> None:
 
 ROWS = [
     Row("a.jpg", "a dog near a cat", ("a cat near a dog", "A dog near a cat!"), ("b.jpg",)),
-    Row("a.jpg", "a big dog", ("a dog near a cat",)),
+    Row("a.jpg", "a big dog", ("a dog near a cat", "...")),
     Row("b.jpg", 'it\'s "x"\tand\ny', ()),
 ]
 
@@ -165,6 +165,7 @@ def test_mine() -> None:
         Rejected("a dog near a cat", "A dog near a cat!", GIVEN, "equals the caption"),
         Rejected("a dog near a cat", "A cat near a dog.", "noun swap", "repeats another"),
         Rejected("a big dog", "a dog near a cat", GIVEN, "another caption of the image"),
+        Rejected("a big dog", "...", GIVEN, "empty"),
         Rejected("a big dog", "a big", MODEL, CUT_OFF),
     ]
 

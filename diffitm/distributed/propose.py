@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import torch
 
 from diffitm.distributed.groups import run_groups, work_folder
 from diffitm.distributed.session import Pool
@@ -16,7 +17,7 @@ from diffitm.storage import join
 from diffitm.training import negatives
 
 if TYPE_CHECKING:
-    from diffitm.models.language import LanguageSource
+    from diffitm.models.language import Answer, LanguageSource
 
 VERSION = 1  # grows when the same settings would give other captions
 RULES_AT_ONCE = 256
@@ -133,10 +134,19 @@ class AnswerActor:
             for s in range(0, len(names), self.batch_size):
                 some = names[s : s + self.batch_size]
                 prompts = [self.template.replace("{caption}", caption) for caption in some]
-                for position, answer in enumerate(self.model.answer(prompts), group["start"] + s):
+                for position, answer in enumerate(self._answer(prompts), group["start"] + s):
                     lines.append({"row": group["row"], "position": position, **answer._asdict()})
                 self.counter.add.remote(len(some))
         return pa.Table.from_pylist(lines, ANSWERS)
+
+    def _answer(self, prompts: list[str]) -> list[Answer]:
+        try:
+            return self.model.answer(prompts)
+        except torch.OutOfMemoryError as error:
+            text = (
+                f"{len(prompts)} prompts do not fit the GPU's memory; give a smaller --batch-size"
+            )
+            raise InputError(text) from error
 
 
 def _nothing(captions: list[str]) -> list[list[int]]:

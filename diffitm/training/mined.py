@@ -18,6 +18,7 @@ from diffitm.training.rows import Row, read_rows
 
 GIVEN, MODEL = "given", "llm"
 TRUE, REPEATED, EQUAL = "another caption of the image", "repeats another", "equals the caption"
+EMPTY = "empty"
 TSV_HEADER = ("", "title", "filepath", "neg_caption", "neg_image")
 ROWS = pa.schema(
     [
@@ -100,6 +101,8 @@ def mine(
 
 
 def _reason(words: str, row: Row, true: set[str], kept: Mapping[str, object]) -> str | None:
+    if not words:
+        return EMPTY
     if words == normal(row.caption):
         return EQUAL
     if words in true:
