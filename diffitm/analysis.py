@@ -165,9 +165,9 @@ class Cases:
         if not scores or right_pairs(item).all():
             return
         kind, values = scores[-1]
-        margin = _margin(item, values)
-        if not np.isfinite(margin):
+        if not np.isfinite(values).all():
             return
+        margin = _margin(item, values)
         self.seen += 1
         self._keep("surest right", -margin, item, kind, margin > 0)
         self._keep("surest wrong", margin, item, kind, margin < 0)

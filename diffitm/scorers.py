@@ -9,6 +9,7 @@ from diffitm.errors import InputError
 from diffitm.matching.plan import make_plan
 from diffitm.models.load import Source, load_denoiser, lora_digest
 from diffitm.scoring import DenoiserScorer, Scorer
+from diffitm.storage import public
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from diffitm.models.clip import ClipSource
@@ -52,7 +53,7 @@ class DiffusionSpec:
             "dtype": self.dtype,
             "resize": self.resize,
             "latent_seed": self.latent_seed,
-            "root": self.root,
+            "root": public(self.root),
         }
 
     def build(self, device: str) -> Scorer:
@@ -79,7 +80,12 @@ class ClipSpec:
     def store_config(self) -> dict[str, Any]:
         """Everything that a score depends on."""
         weights = self.source.digest
-        return {"kind": "clip", "version": SCORE_VERSION, "weights": weights, "root": self.root}
+        return {
+            "kind": "clip",
+            "version": SCORE_VERSION,
+            "weights": weights,
+            "root": public(self.root),
+        }
 
     def build(self, device: str) -> Scorer:
         """Load the model on this machine."""

@@ -47,6 +47,13 @@ def join(root: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
+def public(uri: str) -> str:
+    """The path or URI without the keys that it can hold (s3://KEY:SECRET@bucket)."""
+    scheme, mark, rest = uri.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}" if mark else uri
+
+
 def parent(uri: str) -> str:
     """The folder that a path or URI lies in; a URI's query stays at its end."""
     path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")

@@ -23,7 +23,7 @@ from tests.loopback import (
     """127.0.0.1 127.8.9.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0
     255.255.255.255 224.0.0.1 239.1.2.3 240.0.0.1 192.0.2.1 198.18.0.1 ::1 :: fe80::1 fe80::1%eth0
     fc00::1 fd12::1 ff02::1 fec0::1 2001:db8::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 2002:7f00:1::
-    64:ff9b::7f00:1 64:ff9b::a9fe:a9fe""".split(),
+    64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 192.0.0.192 192.88.99.1 168.63.129.16 3fff::1""".split(),
 )
 def test_private_addresses_are_refused(address: str) -> None:
     with pytest.raises(RefusedError, match="not an address of the public internet"):

@@ -77,6 +77,34 @@ def test_normalised_curves_are_less_the_unconditional_error(tmp_path: Path) -> N
     assert curves["normalised"].wrong == [0.0, -1.0]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_error_that_is_not_finite_stays_out_of_everything_shown(
+    tmp_path: Path, bad: float
+) -> None:
+    """Its example is a failure; curves, examples and results.json hold finite numbers alone."""
+    examples = [Example(str(n), (f"a{n}", f"b{n}"), ("x", "y"), "both") for n in range(2)]
+    uri = written(tmp_path, "winoground", *examples)
+    store = open_store(str(tmp_path), "m", {**CONFIG, "timesteps": [10]})
+    lines = []
+    for n in range(2):
+        for image, text, error in (
+            ("a", "x", 1.0),
+            ("a", "y", 3.0),
+            ("b", "x", 2.0),
+            ("b", "y", 1.0),
+        ):
+            odd = bad if (n, image, text) == (1, "b", "x") else error
+            lines.append(score_row(f"{image}{n}", text, [odd]))
+        lines += [score_row(f"{image}{n}", "", [2.0]) for image in "ab"]
+    write_scores(store, lines)
+    evaluation = results.evaluate({"winoground": uri}, [store])
+    assert {curve.n for curve in evaluation.curves} == {1}
+    assert {case.example for case in evaluation.cases} == {"0"}
+    assert [failure["example"] for failure in evaluation.failures] == ["1"]
+    results.write_results(evaluation, {}, str(tmp_path))
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+
+
 def margins(tmp_path: Path, values: list[float]) -> results.Evaluation:
     """Examples whose right text has these margins over the wrong one."""
     uri = written(tmp_path, "clevr", *(text(n, "right", "wrong") for n in range(len(values))))

@@ -326,6 +326,17 @@ def test_images_by_path_or_by_name(tmp_path: Path) -> None:
         located(root, ["x/a.jpg", "y/a.jpg"])
 
 
+def test_out_never_replaces_the_captions(tmp_path: Path) -> None:
+    from diffitm.distributed.candidates import Config, _check
+
+    captions = tmp_path / "x_text.json"
+    captions.write_text("{}")
+    options = {"clip": "shapes", "images": str(tmp_path), "captions": str(captions)}
+    with pytest.raises(InputError, match="would replace the captions file"):
+        _check(Config(**options, out=str(tmp_path / "x.json")))
+    _check(Config(**options, out=str(tmp_path / "y.json")))
+
+
 def test_way_from_the_data_root() -> None:
     from diffitm.distributed.candidates import _way
 

@@ -74,6 +74,23 @@ def test_a_host_that_only_fails_is_left_alone(
     assert sum(server.visits.values()) == fetching.GIVE_UP
 
 
+def test_connections_are_few(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many hosts too, whatever a host takes."""
+    threads = set()
+
+    def fetch(*_: Any) -> tuple[str, str, int]:
+        threads.add(threading.get_ident())
+        time.sleep(0.01)
+        return "fetched", "", 1
+
+    monkeypatch.setattr(fetching, "fetch_image", fetch)
+    rows = [(str(i), f"http://h{i}.example/{i}") for i in range(20)]
+    fetch_shard(rows, tmp_path, client, 4, threads=2)
+    assert len(threads) == 2
+
+
 def test_connections_to_a_host_are_few(
     server: Server, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -262,7 +262,7 @@ def test_all_problems_of_options_together(tmp_path: Path) -> None:
     for part in (
         "--kinds llm needs --llm", "--kinds images needs --clip", "--near 0: must be at least 1",
         "--temperature -1.0: must be at least 0", "--prompt: there is no file",
-        "must be another file", "--images: there is no file",
+        "would replace the captions file", "--images: there is no file",
     ):  # fmt: skip
         assert part in told
     with pytest.raises(InputError, match="--llm is for --kinds llm"):

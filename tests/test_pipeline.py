@@ -63,6 +63,12 @@ def test_whole_run(tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     assert "<svg" in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//|url\(["']?http|@import""", page)
+    moved = out.rename(tmp_path / "moved")
+    again = pipeline.run("--report-only", "--out", moved)
+    assert "published" not in again.stdout  # drawn scenes, wherever they are now
+    assert (moved / "report.html").read_text().count("data:image/jpeg") == page.count(
+        "data:image/jpeg"
+    )
 
 
 def test_models_beside_each_other(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from diffitm.errors import InputError
 from diffitm.prepare import layout, options, report, sources
 from diffitm.prepare.layout import Download, Hub, ImageList, Named, Need, Rule, Source
 from diffitm.prepare.options import Config
+from diffitm.prepare.unpack import whole
 from tests.loopback import (
     zipped,
 )
@@ -164,6 +165,37 @@ def test_hub_files_are_placed(
     assert "hub         complete" in capsys.readouterr().out
 
 
+def test_hub_files_brought_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All there: the Hub is not asked. Some there: nothing of them is replaced or deleted."""
+
+    def snapshot(repo: str, *, local_dir: Path, **_: Any) -> None:
+        (local_dir / "data").mkdir(parents=True, exist_ok=True)
+        (local_dir / "data/e.jsonl").write_text("{}")
+        zipped(local_dir / "data/images.zip", {"images/a.png": b"1", "images/b.png": b"2"})
+
+    monkeypatch.setattr(sources, "SOURCES", {"hub": HUB_SOURCE})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    (tmp_path / "hub/data").mkdir(parents=True)
+    (tmp_path / "hub/data/e.jsonl").write_text("my own notes")
+    (tmp_path / "hub/data/images.zip").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"e\.jsonl is there with 12 bytes instead of 2: move it"):
+        prepare.run(Config(tasks=["hub"], data=str(tmp_path)))
+    assert (tmp_path / "hub/data/e.jsonl").read_text() == "my own notes"
+    (tmp_path / "hub/images").mkdir(exist_ok=True)
+    for name in "ab":
+        (tmp_path / "hub/images" / f"{name}.png").write_bytes(b"whole")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    prepare.run(Config(tasks=["hub"], data=str(tmp_path)))
+    assert (tmp_path / "hub/data/images.zip").read_bytes() == b"mine"
+
+
+def test_list_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_bytes("id,url\n1,é\n".encode("latin-1"))
+    listing = ImageList("l.csv", (("url", "id"),), "images")
+    with pytest.raises(InputError, match=r"l\.csv: not UTF-8"):
+        list(layout.image_addresses(listing, tmp_path))
+
+
 def test_gated_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,9 +239,12 @@ def test_nodes_that_do_not_share_the_folder(tmp_path: Path) -> None:
 
 
 def test_classes_from_file_names(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
+    (tmp_path / "pets" / "images").mkdir(parents=True)
     for name in ("Egyptian_Mau_1.jpg", "Egyptian_Mau_2.jpg", "american_bulldog_10.jpg"):
-        (tmp_path / "images" / name).touch()
+        (tmp_path / "pets" / "images" / name).touch()
     assert report.write_classes(tmp_path)
     assert not report.write_classes(tmp_path)
-    assert (tmp_path / "classes.txt").read_text() == "american bulldog\negyptian mau\n"
+    made = tmp_path / "pets" / "classes.txt"
+    assert made.read_text() == "american bulldog\negyptian mau\n"
+    step = next(s for s in sources.SOURCES["pets"].steps if s.to == "pets/classes.txt")
+    assert whole(step, tmp_path)  # the next run takes it for its own

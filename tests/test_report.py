@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from diffitm import pairs, registry, results
-from diffitm.report import html, terminal
+from diffitm.report import charts, html, terminal
 from diffitm.report.published import LABEL
 from diffitm.report.table import Line, cell, latex, make_table, markdown
 from diffitm.results import Evaluation, Row
@@ -66,9 +66,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]
     examples, stores = scored_world(root)
     evaluation = results.evaluate(examples, stores)
     evaluation.speeds = [results.Speed("base, 5 timesteps", 10, 50, 2.0, 0.2)]
-    roots = dict.fromkeys(results.titles(stores), str(root / "data"))
     provenance = {"commit": "abc", "note": "<script>alert(1)</script>"}
-    html.write_report(evaluation, make_table(evaluation), provenance, roots, str(root / "out"))
+    html.write_report(
+        evaluation, make_table(evaluation), provenance, str(root / "data"), str(root / "out")
+    )
     results.write_results(evaluation, provenance, str(root / "out"))
     return root / "out", evaluation
 
@@ -173,11 +174,42 @@ def test_cells() -> None:
     """Percent with interval, another n told, effect sizes with sign and p, nothing scored."""
     assert cell(a_row(), 400) == "25.0 [20.0, 30.0]"
     assert cell(a_row(), 390) == "25.0 [20.0, 30.0] (n=400)"
-    assert cell(None, 1) == "="
+    assert cell(None, 1) == "-"
     assert cell(a_row(value=None, low=None, high=None), 400) == "-"
     effect = a_row(unit="effect size", value=-0.5, low=-0.81, high=0.1, p=0.0304)
     assert cell(effect, 400) == "-0.50 [-0.81, +0.10] p=.030"
     assert cell(a_row(unit="effect size", value=1.0, low=None, high=None), 400) == "+1.00"
+
+
+def test_equal_sign_only_where_normalising_changes_nothing() -> None:
+    """A metric that another model lacks altogether is '-', not '='."""
+    rows = [
+        a_row(model="a", score="conditional", metric="own"),
+        a_row(model="b", score="conditional", metric="shared"),
+        a_row(model="a", score="conditional", metric="shared"),
+    ]
+    table = make_table(Evaluation(rows=rows))
+    texts = {line.metric: table.texts(line)[3:7] for line in table.lines}
+    assert texts["own"][1:] == ["=", "-", "-"]
+    assert texts["shared"][1::2] == ["=", "="]
+
+
+def test_names_survive_every_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Markup of LaTeX, Markdown and the terminal in a model's name stays text."""
+    name = r"runs/[lora]/a[/b]_~^<x>|\ $"
+    evaluation = Evaluation(rows=[a_row(model=name), a_row(model="other")])
+    table = make_table(evaluation)
+    terminal.print_results(evaluation, table)
+    shown = "".join(capsys.readouterr().out.split())
+    assert "[lora]" in shown
+    line = latex(table).splitlines()[2]
+    assert r"\_\textasciitilde{}\textasciicircum{}\textless{}x\textgreater{}\textbar{}" in line
+    head = markdown(table).splitlines()[0]
+    assert r"&lt;x>\|\\ $" in head
+
+
+def test_looks_of_many_models_differ() -> None:
+    assert len({charts.look(i) for i in range(64)}) == 64
 
 
 def test_published_bias_is_shown_when_asked_for() -> None:
@@ -233,7 +265,7 @@ def test_nothing_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     failure = {"model": "sd", "task": "winoground", "example": "0", "failure": "no"}
     evaluation = Evaluation(rows=[row], failures=[failure])
     table = make_table(evaluation)
-    path = html.write_report(evaluation, table, {}, {}, str(tmp_path))
+    path = html.write_report(evaluation, table, {}, "", str(tmp_path))
     assert "winoground, 0: no" in Path(path).read_text()
     terminal.print_results(evaluation, table)
     assert "failures 1" in capsys.readouterr().out
@@ -247,7 +279,7 @@ def test_labels_may_hold_anything(tmp_path: Path) -> None:
     ]
     rows.append(a_row(task="t", metric="R@1 <b>$x_1$", n=9))
     table = make_table(Evaluation(rows=rows))
-    page = Path(html.write_report(Evaluation(rows=rows), table, {}, {}, str(tmp_path))).read_text()
+    page = Path(html.write_report(Evaluation(rows=rows), table, {}, "", str(tmp_path))).read_text()
     assert "<i>" not in page
     assert "R@1 <b>" not in page
 

@@ -39,12 +39,16 @@ def test_unpack_maps_and_skips(tmp_path: Path) -> None:
 
 
 def test_unpack_goes_on(tmp_path: Path) -> None:
-    """A member that is whole is left alone, one of another size is written again."""
+    """A member that is whole is left alone, one of ours of another size is written again, and
+    somebody else's is not touched."""
     made = zipped(tmp_path / "a.zip", {"a.jpg": b"aaaa", "b.jpg": b"bbbb"})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.jpg").write_bytes(b"kept")
     (tmp_path / "out" / "b.jpg").write_bytes(b"b")
-    unpack(made, tmp_path, ALL, 100)
+    with pytest.raises(UnsafeError, match=r"b\.jpg is there with 1 bytes instead of 4: move"):
+        unpack(made, tmp_path, ALL, 100)
+    assert (tmp_path / "out" / "b.jpg").read_bytes() == b"b"
+    unpack(made, tmp_path, ALL, 100, {"out/b.jpg": 1})
     assert (tmp_path / "out" / "a.jpg").read_bytes() == b"kept"
     assert (tmp_path / "out" / "b.jpg").read_bytes() == b"bbbb"
 
@@ -130,15 +134,17 @@ def test_broken_archives_and_collisions(tmp_path: Path) -> None:
 def test_place_trusts_only_what_it_can_check(
     server: Server, client: Client, tmp_path: Path
 ) -> None:
-    """Fetched once; damaged, it is fetched again; a user's own other file is not overwritten."""
+    """Fetched once; a file that somebody changed, or their own, is not overwritten."""
     checksum = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
     step = Download("d/f.bin", (f"{server.url}/good.bin",), len(CONTENT), checksum)
     assert place(client, step, tmp_path) == "100,000 bytes fetched"
     assert place(client, step, tmp_path) == "there already"
     assert server.visits["/good.bin"] == 1
     (tmp_path / "d/f.bin").write_bytes(CONTENT[::-1])
+    with pytest.raises(RefusedError, match=r"f\.bin changed since it came: move it away"):
+        place(client, step, tmp_path)
+    (tmp_path / "d/f.bin").unlink()
     assert place(client, step, tmp_path) == "100,000 bytes fetched"
-    assert (tmp_path / "d/f.bin").read_bytes() == CONTENT
     other = tmp_path / "other"
     (other / "d").mkdir(parents=True)
     (other / "d/f.bin").write_bytes(b"mine")

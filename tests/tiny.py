@@ -105,8 +105,9 @@ class Fixed(Denoiser):
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.seen: list[Tensor] = []
 
-    def encode_images(self, pixels: Tensor, seed: int | None = None) -> Tensor:
-        return pixels.mean(1, keepdim=True).repeat(1, self.latent_shape[0], 1, 1)
+    def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean = pixels.mean(1, keepdim=True).repeat(1, self.latent_shape[0], 1, 1)
+        return mean, torch.zeros_like(mean)
 
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         return {"hidden": torch.tensor([[float(len(text))] for text in texts])}

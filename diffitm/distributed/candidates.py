@@ -108,6 +108,10 @@ def _check(config: Config) -> None:
         problems.append(f"--captions: there is no file {storage.absolute(config.captions)}")
     if not _name(config.out).endswith(".json") or _name(config.out).endswith("_text.json"):
         problems.append(f"--out {config.out}: must end in .json, and not in _text.json")
+    out = storage.absolute(config.out)
+    written = [out, *(_beside(out, end) for end in ("_text.json", ".info.json", "_text.info.json"))]
+    if config.captions and storage.absolute(config.captions) in written:
+        problems.append(f"--out {config.out}: would replace the captions file {config.captions}")
     least = {"top_k": 2, "block_size": 1, "actors": 1, "max_actors": 1}
     least |= {"cpus_per_actor": 0, "gpus_per_actor": 0}
     for key, bound in least.items():

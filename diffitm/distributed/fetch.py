@@ -113,14 +113,16 @@ def _tell(step: Download, have: int, rate: float) -> None:
 
 
 def fetch_batch(
-    table: pa.Table, reach: Reach, folder: str, per_host: int, counter: Any
+    table: pa.Table, reach: Reach, folder: str, per_host: int, threads: int, counter: Any
 ) -> pa.Table:
     """What a Ray task does: rows of (ids, urls) to rows of RESULT."""
     root, client = reach.open()
     lines: list[dict[str, Any]] = []
     for shard in table.to_pylist():
         rows = list(zip(shard["ids"], shard["urls"], strict=True))
-        lines += fetch_shard(rows, root / folder, client, per_host, counter.add.remote)
+        lines += fetch_shard(
+            rows, root / folder, client, per_host, counter.add.remote, threads=threads
+        )
     return pa.Table.from_pylist(lines, RESULT)
 
 
@@ -181,6 +183,7 @@ def _run_on_ray(
     parquet.write_table(pa.table(table), work)
     free = max(0.5, ray.cluster_resources().get("CPU", 0) - SPARE_CPUS)
     tasks = max(1, min(config.connections // THREADS, len(groups), int(free * 4)))
+    threads = min(THREADS, max(1, config.connections // tasks))
     tally = ray.remote(num_cpus=0)(Tally).remote()
     read = ray.data.read_parquet(str(work))
     read.context.enable_progress_bars = False
@@ -188,7 +191,7 @@ def _run_on_ray(
         warnings.simplefilter("ignore", RayDeprecationWarning)
         fetched = read.repartition(target_num_rows_per_block=1).map_batches(
             fetch_batch,
-            fn_args=(reach, listing.folder, config.per_host, tally),
+            fn_args=(reach, listing.folder, config.per_host, threads, tally),
             compute=ray.data.TaskPoolStrategy(size=tasks),
             batch_size=None,
             batch_format="pyarrow",

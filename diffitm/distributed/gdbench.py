@@ -19,7 +19,7 @@ from diffitm.provenance import record
 from diffitm.report.html import write_report
 from diffitm.report.table import latex, make_table, markdown
 from diffitm.report.terminal import print_results, print_state
-from diffitm.results import evaluate, present, speeds, titles, write_results
+from diffitm.results import evaluate, present, speeds, write_results
 from diffitm.resume import finish, open_work
 from diffitm.scorers import ClipSpec, DiffusionSpec, Spec
 from diffitm.store import Store, open_store, read_store
@@ -132,10 +132,12 @@ def run(config: Config) -> None:
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
     stores = [open_store(out, _label(spec), spec.store_config()) for spec in specs]
     provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}}
-    _write_run(out, examples, stores, provenance)
+    drawn = storage.exists(storage.join(root, WORLD))
+    _write_run(out, examples, stores, provenance, root, drawn)
     for spec, store in zip(specs, stores, strict=True):
         _score(spec, store, list(examples.values()), out, pool)
-    _finish(config, out, {name: e.uri for name, e in examples.items()}, stores, provenance)
+    files = {name: e.uri for name, e in examples.items()}
+    _finish(config, out, files, stores, provenance, root, drawn)
 
 
 def _loras(config: Config) -> list[str | None]:
@@ -312,11 +314,23 @@ def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: P
 
 
 def _write_run(
-    out: str, examples: dict[str, Examples], stores: list[Store], provenance: dict[str, Any]
+    out: str,
+    examples: dict[str, Examples],
+    stores: list[Store],
+    provenance: dict[str, Any],
+    root: str,
+    drawn: bool,
 ) -> None:
     """What --report-only needs to find; from here on it reports on this run."""
     files = {name: found.uri.rsplit("/", 1)[-1] for name, found in examples.items()}
-    run = {"examples": files, "stores": [store.name for store in stores], "provenance": provenance}
+    run = {
+        "examples": files,
+        "stores": [store.name for store in stores],
+        # Below OUT it moves with OUT.
+        "root": storage.public(root).removeprefix(f"{out.rstrip('/')}/"),
+        "drawn": drawn,
+        "provenance": provenance,
+    }
     storage.write_text(storage.join(out, "run.json"), json.dumps(run, indent=2))
 
 
@@ -334,7 +348,13 @@ def _report_again(config: Config, out: str) -> None:
     examples = {name: storage.join(out, "examples", run["examples"][name]) for name in tasks}
     stores = [read_store(storage.join(out, "scores", name)) for name in run["stores"]]
     provenance = run["provenance"] | {"report": record(asdict(config))}
-    _finish(config, out, examples, stores, provenance)
+    root = run["root"]
+    below = "://" not in root and not root.startswith("/")
+    _finish(
+        *(config, out, examples, stores, provenance),
+        root=storage.join(out, root) if below else root,
+        drawn=run["drawn"],
+    )
 
 
 def _finish(
@@ -343,17 +363,17 @@ def _finish(
     examples: dict[str, str],
     stores: list[Store],
     provenance: dict[str, Any],
+    root: str,
+    drawn: bool,
 ) -> None:
-    """Evaluate, write and show."""
+    """Evaluate, write and show. `root` holds the images; `drawn`: they are the shapes world."""
     evaluation = evaluate(examples, stores, config.error)
     evaluation.speeds = speeds(out, stores)
-    roots = {title: s.config["root"] for title, s in zip(titles(stores), stores, strict=True)}
-    drawn = any(storage.exists(storage.join(root, WORLD)) for root in set(roots.values()))
     table = make_table(evaluation, not drawn, config.published_bias)
     results = write_results(evaluation, provenance, out)
     storage.write_text(storage.join(out, "table.md"), markdown(table))
     storage.write_text(storage.join(out, "table.tex"), latex(table))
-    report = write_report(evaluation, table, provenance, roots, out)
+    report = write_report(evaluation, table, provenance, root, out)
     print_results(evaluation, table)
     print(f"results  {results}")
     print(f"tables   {storage.join(out, 'table.md')}, table.tex")

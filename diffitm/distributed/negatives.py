@@ -135,8 +135,9 @@ def _check(config: Config) -> None:
             problems.append(f"--{name}: there is no file or folder {storage.absolute(value)}")
     if config.out and not _bare(config.out).endswith((".tsv", ".parquet")):
         problems.append(f"--out {config.out}: must end in .tsv or .parquet")
-    if config.out and storage.absolute(config.out) == storage.absolute(config.captions):
-        problems.append(f"--out {config.out}: must be another file than --captions")
+    out = storage.absolute(config.out)
+    if config.captions and storage.absolute(config.captions) in (out, _info_uri(out)):
+        problems.append(f"--out {config.out}: would replace the captions file {config.captions}")
     for kind, needed, others in (
         ("llm", ("llm",), ("prompt",)),
         ("images", ("clip", "images"), ()),

@@ -32,7 +32,7 @@ def run(config: Config) -> None:
     with _locked(root) as marker:
         reach = Reach(str(root), str(marker), config.allow_private, config.proxy)
         outcomes = _fetch(chosen, reach, config)
-        if "pets" in chosen and write_classes(root / "pets"):
+        if "pets" in chosen and write_classes(root):
             outcomes = [outcome for outcome in outcomes if outcome.name != "pets/classes.txt"]
         for outcome in outcomes:
             log.info("%s: %s", outcome.name, outcome.text)

@@ -13,17 +13,18 @@ from diffitm.prepare.report import Outcome
 from diffitm.prepare.unpack import (
     STATE,
     UnsafeError,
+    check_free,
     note_members,
+    placed,
     target,
     unpack,
-    unpacked,
 )
 
 
 def fetch_hub(step: Hub, source: Source, root: Path, keep: bool) -> Outcome:
     """Files of the Hub, fetched by huggingface_hub with the user's token, moved to their places."""
-    if (count := unpacked(step.repo, root)) and not layout.missing(source, root):
-        return Outcome(step.repo, True, f"there already, {count:,} files")
+    if not layout.missing(source, root):
+        return Outcome(step.repo, True, "there already")
     folder = root / STATE / "hub" / step.repo.replace("/", "__")
     try:
         members = _snapshot(step, folder, root, keep)
@@ -51,19 +52,21 @@ def _snapshot(step: Hub, folder: Path, root: Path, keep: bool) -> dict[str, int]
     except Exception as error:  # its own kinds, those of its HTTP library, OSError
         first = _without_token(str(error)).strip().partition("\n")[0]
         raise InputError(f"the Hub did not send it: {first or type(error).__name__}") from None
-    members = dict[str, int]()
+    members, ours = dict[str, int](), placed(step.repo, root)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         to = target(path.relative_to(folder).as_posix(), step.files)
         if to is None:
             continue
+        size = path.stat().st_size
+        if to in step.archives:
+            members |= unpack(path, root, step.rules, step.unpacked, ours)
+            if not keep:
+                continue
+        else:
+            members[to] = size
+        check_free(root / to, size, ours.get(to))
         (root / to).parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, root / to)
-        if to not in step.archives:
-            members[to] = (root / to).stat().st_size
-            continue
-        members |= unpack(root / to, root, step.rules, step.unpacked)
-        if not keep:
-            (root / to).unlink()
     if not members:
         raise InputError(f"{page} holds none of the files that are wanted")
     return members

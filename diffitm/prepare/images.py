@@ -70,6 +70,7 @@ def fetch_shard(
     per_host: int,
     tell: Callable[[str, int], None] = lambda status, size: None,
     limits: Limits = IMAGE_LIMITS,
+    threads: int = THREADS,
 ) -> list[dict[str, Any]]:
     """Fetch (id, address) rows in threads to folder/<id>.jpg; a RESULT row for each.
 
@@ -89,7 +90,7 @@ def fetch_shard(
         tell(status, size)
         return {"id": name, "url": url, "status": status, "reason": reason, "bytes": size}
 
-    with ThreadPoolExecutor(min(THREADS, per_host * len(hosts))) as pool:
+    with ThreadPoolExecutor(min(threads, per_host * len(hosts))) as pool:
         return list(pool.map(one, _mixed(rows)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def image_addresses(listing: ImageList, root: Path) -> Iterator[tuple[str, str]]
     path, seen = root / listing.csv, set[str]()
     wanted = [name for pair in listing.columns for name in pair]
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(_text(file, path))
         lacking = set(wanted) - set(reader.fieldnames or [])
         if lacking:
             raise InputError(f"{path}: no column {', '.join(sorted(lacking))}")
@@ -148,6 +148,13 @@ def image_addresses(listing: ImageList, root: Path) -> Iterator[tuple[str, str]]
                 if name not in seen:
                     seen.add(name)
                     yield name, address
+
+
+def _text(lines: Iterable[str], path: Path) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}") from error
 
 
 def _pairs(row: dict[str, Any], columns: tuple[tuple[str, str], ...]) -> Iterator[tuple[str, str]]:

@@ -33,6 +33,13 @@ class BrokenError(Exception):
     """The download failed on its way; another try may help."""
 
 
+# Ranges that Python's tables take for public: special purposes, documentation, platform services.
+NOT_PUBLIC = [
+    ipaddress.ip_network(text)
+    for text in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "3fff::/20", "5f00::/16")
+]
+
+
 def check_address(text: str) -> None:
     """Raises RefusedError unless the IP address is one of the public internet."""
     address = ipaddress.ip_address(text.partition("%")[0])
@@ -42,7 +49,10 @@ def check_address(text: str) -> None:
         if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, on networks without IPv4
             inner = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
         inner = inner or address
-    local = inner.is_multicast or inner.is_reserved or getattr(inner, "is_site_local", False)
+    named = any(address in network for network in NOT_PUBLIC if network.version == address.version)
+    local = (
+        named or inner.is_multicast or inner.is_reserved or getattr(inner, "is_site_local", False)
+    )
     if local or not inner.is_global:
         raise RefusedError(
             f"{text} is not an address of the public internet (--allow-private allows it)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from diffitm.errors import InputError
 from diffitm.prepare import layout
 from diffitm.prepare.images import fetched_ids, read_dead
 from diffitm.prepare.layout import Hub, ImageList, Source
+from diffitm.prepare.unpack import write_note
 
 log = logging.getLogger("diffitm")
 
@@ -25,13 +27,18 @@ class Outcome(NamedTuple):
     text: str
 
 
-def write_classes(folder: Path) -> bool:
+def write_classes(root: Path) -> bool:
     """Make pets/classes.txt from the file names, if the authors' could not be fetched."""
+    folder = root / "pets"
     names = {p.stem.rpartition("_")[0] for p in folder.glob("images/*.jpg")}
     if not names or (folder / "classes.txt").exists():
         return False
     lines = sorted(name.replace("_", " ").lower() for name in names)
-    storage.write_text(str(folder / "classes.txt"), "\n".join(lines) + "\n")
+    text = "\n".join(lines) + "\n"
+    storage.write_text(str(folder / "classes.txt"), text)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    note = {"url": "made from the file names", "size": len(text), "sha256": sha256}
+    write_note("pets/classes.txt", root, note)
     log.info("pets/classes.txt: made from the file names, %d classes", len(lines))
     return True
 

@@ -4,6 +4,7 @@ archives unpacked member by member, none of which may lead out of the data root.
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
 import shutil
@@ -11,9 +12,10 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import IO, Any
 
 from diffitm import storage
@@ -43,12 +45,18 @@ class Member:
 
 
 def unpack(
-    archive: Path, root: Path, rules: tuple[Rule, ...], most: int, members: int = MEMBERS
+    archive: Path,
+    root: Path,
+    rules: tuple[Rule, ...],
+    most: int,
+    ours: Mapping[str, int] = MappingProxyType({}),
+    members: int = MEMBERS,
 ) -> dict[str, int]:
     """Unpack the members that a rule names; {path below `root`: size in bytes} of all of them.
 
-    A member that is there with its size is left alone, so an interrupted run goes on. `most` bounds
-    the bytes of the whole archive and `members` their number. Raises UnsafeError.
+    A member that is there with its size is left alone, so an interrupted run goes on; a file of
+    another size is replaced only if `ours` (path -> size) says that it came from here before.
+    `most` bounds the bytes of the whole archive and `members` their number. Raises UnsafeError.
     """
     done: dict[str, int] = {}
     total = count = 0
@@ -64,9 +72,17 @@ def unpack(
                 continue
             if to in done:
                 raise UnsafeError(f"{archive.name}: two members would become {to}")
+            check_free(root / to, member.size, ours.get(to))
             _write(member, root / to, archive)
             done[to] = member.size
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError) as bad:
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        NotImplementedError,
+    ) as bad:
         raise UnsafeError(f"{archive.name}: the archive is broken: {bad}") from bad
     if not done:
         raise UnsafeError(f"{archive.name}: holds none of the files that are wanted")
@@ -138,6 +154,13 @@ def target(name: str, rules: tuple[Rule, ...]) -> str | None:
     return None
 
 
+def check_free(to: Path, size: int, ours: int | None) -> None:
+    """Raises UnsafeError if a file of another size is there that did not come from here."""
+    if to.is_file() and to.stat().st_size not in (size, ours):
+        text = f"{to} is there with {to.stat().st_size:,} bytes instead of {size:,}"
+        raise UnsafeError(f"{text}: move it away to fetch the published one")
+
+
 def _write(member: Member, to: Path, archive: Path) -> None:
     """Write a member beside its place and rename it; the declared size must be the real one."""
     if to.is_file() and not to.is_symlink() and to.stat().st_size == member.size:
@@ -173,7 +196,7 @@ def place(client: Client, step: Download, root: Path, keep: bool = False) -> str
     how = "there already" if whole(step, root) else _fetch(client, step, root)
     if not step.rules:
         return how
-    members = unpack(to, root, step.rules, step.unpacked)
+    members = unpack(to, root, step.rules, step.unpacked, placed(step.to, root))
     note_members(step.to, root, members)
     note = read_note(step.to, root)
     if not keep and note and note["url"] != BY_HAND:
@@ -183,12 +206,20 @@ def place(client: Client, step: Download, root: Path, keep: bool = False) -> str
 
 def unpacked(name: str, root: Path) -> int:
     """How many members an archive has if all are in their places with their sizes, else 0."""
+    members = placed(name, root)
     try:
-        members = json.loads(_members_file(name, root).read_text())
         there = all((root / path).stat().st_size == size for path, size in members.items())
-    except (OSError, ValueError, AttributeError):
+    except OSError:
         return 0
     return len(members) if there else 0
+
+
+def placed(name: str, root: Path) -> dict[str, int]:
+    """Files that came out of an archive or a Hub repository before, with sizes in bytes."""
+    try:
+        return dict(json.loads(_members_file(name, root).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def brought(step: Download, root: Path) -> bool:
@@ -201,7 +232,7 @@ def brought(step: Download, root: Path) -> bool:
 def whole(step: Download, root: Path) -> bool:
     """Whether the file is there and is the one that was fetched, or the published one.
 
-    Raises RefusedError for a file that the user put there and that is another than the published.
+    Raises RefusedError for a file that the user put there, or changed, and that is not the published.
     """
     path = root / step.to
     if not path.is_file():
@@ -210,13 +241,15 @@ def whole(step: Download, root: Path) -> bool:
     kind, _, wanted = (step.checksum or "").partition(":")
     sums = digests(path, kind)
     if noted is not None:
-        return noted["size"] == path.stat().st_size and noted["sha256"] == sums["sha256"]
+        if noted["sha256"] == sums["sha256"]:
+            return True
+        raise RefusedError(f"{path} changed since it came: move it away to fetch it again")
     size = path.stat().st_size
     if (step.checksum and sums[kind] != wanted) or (step.size is not None and step.size != size):
         text = f"{path} is not the published file (its {kind} is {sums[kind]}, not {wanted})"
         raise RefusedError(f"{text}: move it away to fetch the published one")
     note = {"url": BY_HAND, "size": size, "sha256": sums["sha256"]}
-    _write_note(step.to, root, note)
+    write_note(step.to, root, note)
     return True
 
 
@@ -229,7 +262,7 @@ def _fetch(client: Client, step: Download, root: Path) -> str:
         except (RefusedError, BrokenError) as error:
             reasons.append(f"{url}: {error}")
             continue
-        _write_note(step.to, root, note)
+        write_note(step.to, root, note)
         return f"{note['size']:,} bytes fetched"
     raise RefusedError("; ".join(reasons))
 
@@ -256,5 +289,5 @@ def read_note(name: str, root: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_note(name: str, root: Path, note: dict[str, Any]) -> None:
+def write_note(name: str, root: Path, note: dict[str, Any]) -> None:
     storage.write_text(str(_state("manifest", name, root)), json.dumps(note, indent=1))

@@ -17,6 +17,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 PATTERNS = ("", "///", "...", "\\\\\\", "xx", "--", "++", "oo")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDE, SMALL = 5.2, (3.3, 2.3)  # inches; no wider, so that a phone can show it
+LONGEST = 60  # characters of a legend
 INK = "#010203"  # becomes the page's text colour
 STYLE = {
     "svg.fonttype": "none",
@@ -52,9 +53,34 @@ def _drawing(width: float, height: float, name: str) -> Iterator[tuple[Any, Any,
     out.append(svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 
 
+def look(i: int) -> tuple[str, str, str]:
+    """Colour, pattern and marker of the i-th series: 64 of them differ."""
+    turn = (i + i // len(COLOURS)) % len(COLOURS)
+    return COLOURS[i % len(COLOURS)], PATTERNS[turn], MARKERS[turn]
+
+
+def _columns(names: Sequence[str]) -> int:
+    """Of a legend: long names stand one below the other."""
+    longest = max(map(len, names))
+    return 3 if longest < 15 else 2 if longest < 26 else 1
+
+
+def _above(names: Sequence[str]) -> float:
+    """Height of a chart in inches beside its lines: axis and legend."""
+    return 0.5 + 0.2 * -(-(len(names) + 1) // _columns(["chance", *names]))
+
+
+def _legend(figure: Any) -> None:
+    """Above the axes, without the beginnings of names that are too long."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    columns = _columns(names)
+    shown = [name if len(name) <= LONGEST else "…" + name[1 - LONGEST :] for name in names]
+    figure.legend(handles, shown, ncols=columns, loc="outside upper left", frameon=False)
+
+
 def bars(lines: Sequence[Line], names: Sequence[str], title: str, by_group: bool = False) -> str:
     """Horizontal bars with intervals, one block a line, and a dotted tick at chance, in percent."""
-    height = 0.9 + len(lines) * (0.16 * len(names) + 0.16)
+    height = _above(names) + len(lines) * (0.16 * len(names) + 0.16)
     with _drawing(WIDE, height, title) as (figure, axes, out):
         for i, name in enumerate(names):
             _bar_series(axes, lines, name, i, 0.8 / max(1, len(names)))
@@ -70,7 +96,7 @@ def bars(lines: Sequence[Line], names: Sequence[str], title: str, by_group: bool
         axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.set_xlim(0, 102)
         axes.set_xlabel("%")
-        figure.legend(ncols=2, loc="outside upper left", frameon=False)
+        _legend(figure)
     return out[0]
 
 
@@ -84,8 +110,10 @@ def _bar_series(axes: Any, lines: Sequence[Line], name: str, i: int, width: floa
         values.append(100 * row.value)
         low.append(max(0.0, 100 * (row.value - row.low)))
         high.append(max(0.0, 100 * (row.high - row.value)))
-    look = {"color": COLOURS[i % len(COLOURS)], "hatch": PATTERNS[i % len(PATTERNS)]}
-    axes.barh(at, values, width * 0.92, **look, edgecolor="white", linewidth=0, label=name)
+    colour, pattern, _ = look(i)
+    axes.barh(
+        at, values, width * 0.92, color=colour, hatch=pattern, edgecolor="white", lw=0, label=name
+    )
     axes.errorbar(values, at, xerr=[low, high], fmt="none", ecolor=INK, lw=1, capsize=2)
 
 
@@ -93,18 +121,17 @@ def error_curves(curves: Sequence[Curve], title: str) -> str:
     """By timestep: the mean error of right and of wrong pairs, of one model on one task."""
     with _drawing(*SMALL, title) as (_, axes, out):
         for i, curve in enumerate(curves):
-            colour = COLOURS[i % len(COLOURS)]
+            colour, _, marker = look(i)
             of = f" ({curve.score})" if len(curves) > 1 else ""
-            marker = MARKERS[i % len(MARKERS)]
-            look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "lw": 1.2}
-            axes.plot(curve.timesteps, curve.right, "-", label=f"right{of}", **look)
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "lw": 1.2}
+            axes.plot(curve.timesteps, curve.right, "-", label=f"right{of}", **style)
             axes.plot(
                 curve.timesteps,
                 curve.wrong,
                 "--",
                 label=f"wrong{of}",
                 markerfacecolor="none",
-                **look,
+                **style,
             )
         axes.set_xlabel("timestep")
         axes.set_ylabel("error")
@@ -119,13 +146,15 @@ def excess_curves(curves: Sequence[Curve], title: str) -> str:
         for i, curve in enumerate(curves):
             pairs = zip(curve.right, curve.wrong, strict=True)
             excess = [100 * (wrong / right - 1) if right else 0.0 for right, wrong in pairs]
-            look: dict[str, Any] = {
-                "color": COLOURS[i % len(COLOURS)],
-                "marker": MARKERS[i % len(MARKERS)],
-                "markersize": 3,
-                "lw": 1.2,
-            }
-            axes.plot(curve.timesteps, excess, label=curve.model, **look)
+            colour, _, marker = look(i)
+            axes.plot(
+                *(curve.timesteps, excess),
+                color=colour,
+                marker=marker,
+                ms=3,
+                lw=1.2,
+                label=curve.model,
+            )
         axes.axhline(0, color=INK, lw=0.8, ls=":")
         axes.set_xlabel("timestep")
         axes.set_ylabel("wrong against right, %")
@@ -144,12 +173,10 @@ def count_curves(counts: Sequence[Count], chance: float | None, title: str) -> s
     with _drawing(*SMALL, title) as (_, axes, out):
         for i, ((model, score), found) in enumerate(series.items()):
             steps = [count.timesteps for count in found]
-            colour = COLOURS[i % len(COLOURS)]
+            colour, _, marker = look(i)
             name = f"{model} {score}" if several else score
             values = [100 * count.value for count in found]
-            axes.plot(
-                steps, values, color=colour, marker=MARKERS[i % 8], ms=3.5, lw=1.2, label=name
-            )
+            axes.plot(steps, values, color=colour, marker=marker, ms=3.5, lw=1.2, label=name)
             low, high = [100 * c.low for c in found], [100 * c.high for c in found]
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
         if chance is not None:
@@ -168,7 +195,7 @@ def count_curves(counts: Sequence[Count], chance: float | None, title: str) -> s
 
 def effects(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
     """Effect sizes with intervals around 0, one line a pair of groups."""
-    height = 0.9 + len(lines) * (0.14 * len(names) + 0.12)
+    height = _above(names) + len(lines) * (0.14 * len(names) + 0.12)
     with _drawing(WIDE, height, title) as (figure, axes, out):
         for i, name in enumerate(names):
             rows: list[tuple[int, Row]] = [
@@ -179,14 +206,24 @@ def effects(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
             left = [0.0 if row.low is None else value - row.low for _, row, value in known]
             right = [0.0 if row.high is None else row.high - value for _, row, value in known]
             place = [y + 0.6 * ((i + 0.5) / len(names) - 0.5) for y, _, _ in known]
-            look = {"color": COLOURS[i % len(COLOURS)], "fmt": MARKERS[i % len(MARKERS)]}
+            colour, _, marker = look(i)
             errors = [[max(0.0, e) for e in left], [max(0.0, e) for e in right]]
-            axes.errorbar(values, place, xerr=errors, ms=4, lw=1.2, capsize=2, label=name, **look)
+            axes.errorbar(
+                values,
+                place,
+                xerr=errors,
+                ms=4,
+                lw=1.2,
+                capsize=2,
+                label=name,
+                color=colour,
+                fmt=marker,
+            )
         axes.axvline(0, color=INK, lw=0.9, ls=":")
         axes.set_yticks(range(len(lines)), [group_label(line.group) for line in lines])
         axes.invert_yaxis()
         axes.set_xlabel("effect size; above 0: the first is nearer to pleasant")
-        figure.legend(ncols=3, loc="outside upper left", frameon=False)
+        _legend(figure)
     return out[0]
 
 
@@ -197,15 +234,15 @@ def share_bars(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
         for i, line in enumerate(lines):
             found = [line.cells[name] for name in names]
             values = [100 * (row.value or 0.0) if row else 0.0 for row in found]
-            look = {"color": COLOURS[i % len(COLOURS)], "hatch": PATTERNS[i % len(PATTERNS)]}
+            colour, pattern, _ = look(i)
             axes.barh(
-                range(len(names)), values, 0.7, left=left, edgecolor="white", lw=0,
-                label=line.metric.removeprefix("var. "), **look,
+                range(len(names)), values, 0.7, left=left, edgecolor="white", lw=0, color=colour,
+                hatch=pattern, label=line.metric.removeprefix("var. "),
             )  # fmt: skip
             left = [a + b for a, b in zip(left, values, strict=True)]
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlim(0, 102)
         axes.set_xlabel("% of the variance")
-        figure.legend(ncols=3, loc="outside upper left", frameon=False)
+        _legend(figure)
     return out[0]

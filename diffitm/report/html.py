@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +31,10 @@ def write_report(
     evaluation: Evaluation,
     table: Table,
     provenance: dict[str, Any],
-    roots: dict[str, str],
+    root: str,
     out: str,
 ) -> str:
-    """Write OUT/report.html and return its path. `roots` is the data root of each model's images."""
+    """Write OUT/report.html and return its path. `root` is the data root of the images."""
     environment = Environment(
         loader=PackageLoader("diffitm", "report"), autoescape=True, undefined=StrictUndefined
     )
@@ -59,7 +60,7 @@ def write_report(
         "failures": evaluation.failures,
         "most_failures": SHOWN_FAILURES,
         "provenance": json.dumps(provenance, indent=2),
-    } | _cases(evaluation, roots)
+    } | _cases(evaluation, root)
     parts["sections"] = _sections(parts)
     path = storage.join(out, "report.html")
     storage.write_text(path, environment.get_template("template.html.jinja").render(parts))
@@ -113,8 +114,9 @@ def _sortable(table: Table, lines: Sequence[Line]) -> Cells:
     for line in lines:
         found = [line.cells[name] for name in table.columns]
         values: list[Any] = [row.value if row else None for row in found]
-        values = [None, None, line.n, *values, line.chance, None]
         texts = table.texts(line)
+        known = re.match(r"[\d.]+", texts[-1]) if table.published else None
+        values = [None, None, line.n, *values, line.chance, float(known[0]) if known else None]
         cells = [
             {"text": text, "value": text if i < 2 else value}
             for i, (text, value) in enumerate(zip(texts, values[: len(texts)], strict=True))
@@ -208,12 +210,12 @@ def _speed(evaluation: Evaluation) -> Cells:
     return {"head": head, "texts": 1, "rows": rows}
 
 
-def _cases(evaluation: Evaluation, roots: dict[str, str]) -> dict[str, Any]:
+def _cases(evaluation: Evaluation, root: str) -> dict[str, Any]:
     """The first model's examples by task and kind, with thumbnails."""
     if not evaluation.cases:
         return {"cases": [], "case_model": ""}
     model = evaluation.cases[0].model
-    thumbnail = functools.cache(functools.partial(_thumbnail, roots[model]))
+    thumbnail = functools.cache(functools.partial(_thumbnail, root))
     found: dict[str, dict[str, list[Cells]]] = {}
     for case in evaluation.cases:
         if case.model != model:

@@ -54,7 +54,11 @@ class Table:
         """A line's cells as text."""
         label = line.task if line.group == "all" else f"{line.task}: {group_label(line.group)}"
         chance = "" if line.chance is None else number(line.chance, line.is_share)
-        cells = [cell(line.cells[name], line.n) for name in self.columns]
+        cells = []
+        for before, name in zip(["", *self.columns], self.columns, strict=False):
+            row, naive = line.cells[name], line.cells.get(before)
+            same = row is None and name.endswith("normalised") and naive is not None
+            cells.append("=" if same else cell(row, line.n))
         more = [published(line.task, line.metric, line.group)] if self.published else []
         return [label, line.metric, str(line.n), *cells, chance, *more]
 
@@ -111,13 +115,11 @@ def number(value: float, share: bool = True) -> str:
 
 
 def cell(row: Row | None, n: int) -> str:
-    """'81.3 [77.1, 84.9]', '=' where normalising changes nothing, '-' where nothing was scored.
+    """'81.3 [77.1, 84.9]', '-' where nothing was scored.
 
     A value over other examples than the line's `n` says so.
     """
-    if row is None:
-        return "="
-    if row.value is None:
+    if row is None or row.value is None:
         return "-"
     share = row.unit == "share"
     text = number(row.value, share)
@@ -132,21 +134,28 @@ def p_text(p: float) -> str:
     return "p<.001" if p < 1e-3 else f"p={p:.3f}".replace("=0.", "=.")
 
 
+MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})
+LATEX = str.maketrans(
+    {c: "\\" + c for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " "}
+)
+
+
 def markdown(table: Table) -> str:
     """The table as Markdown."""
     rows = [table.head(), ["---"] * 2 + ["---:"] * (len(table.head()) - 2)]
     rows += [table.texts(line) for line in table.lines]
     return (
-        "\n".join("| " + " | ".join(t.replace("|", "\\|") for t in row) + " |" for row in rows)
+        "\n".join("| " + " | ".join(t.translate(MARKDOWN) for t in row) + " |" for row in rows)
         + "\n"
     )
 
 
 def latex(table: Table) -> str:
     """The table as LaTeX, for booktabs."""
-    special = str.maketrans({c: "\\" + c for c in "&%$#_{}"})
     head, *rows = [
-        " & ".join(text.translate(special) for text in texts) + r" \\"
+        " & ".join(text.translate(LATEX) for text in texts) + r" \\"
         for texts in [table.head(), *map(table.texts, table.lines)]
     ]
     form = "ll" + "r" * (len(table.head()) - 2)

@@ -18,7 +18,7 @@ MOST_GROUPS = 12  # a task with more is broken down in the report alone
 
 def print_results(evaluation: Evaluation, table: Table) -> None:
     """Print the comparison, the paired tests of each task's first metric, speed and failures."""
-    console = Console(width=WIDTH, highlight=False)
+    console = Console(width=WIDTH, highlight=False, markup=False)
     if not evaluation.rows:
         console.print("no example could be scored; see failures.json")
         return

@@ -63,7 +63,7 @@ def write_svo(world: World) -> None:
                 **{f"{name}_neg": name == kind for name in ("subj", "verb", "obj")},
             }
         )
-    world.save_text("svo/svo_probes.csv", _csv(rows))
+    world.save_text("svo/svo_probes.csv", csv_text(rows))
 
 
 def _other_part(scene: Scene, kind: str, rng: np.random.Generator) -> list[Things]:
@@ -81,7 +81,7 @@ def _triplet(scene: Scene) -> str:
     return f"{first},{RELATIONS[scene.relation() or 'left']},{second}"
 
 
-def _csv(rows: list[dict[str, object]], delimiter: str = ",") -> str:
+def csv_text(rows: list[dict[str, object]], delimiter: str = ",") -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), delimiter=delimiter, lineterminator="\n")
     writer.writeheader()
@@ -182,7 +182,7 @@ def write_coco(world: World) -> None:
             }
         )
     world.save_json("coco/coco_karpathy_test.json", karpathy)
-    world.save_text("coco_neg/valid_neg_clip.tsv", _csv(rows, "\t"))
+    world.save_text("coco_neg/valid_neg_clip.tsv", csv_text(rows, "\t"))
 
 
 Change = Callable[[World, np.random.Generator], tuple[list[Scene], list[Caption]]]
@@ -198,7 +198,7 @@ def write_mmvp(world: World) -> None:
             rows.append({"id": len(rows) + 1, "type": pattern, "statement": caption.text()})
             world.save(f"mmvp_vlm/MLLM_VLM_Images/{pattern}/{len(rows)}.jpg", scene)
     rows.sort(key=lambda row: list(PATTERNS).index(str(row["type"])))
-    world.save_text("mmvp_vlm/Questions.csv", _csv(rows))
+    world.save_text("mmvp_vlm/Questions.csv", csv_text(rows))
 
 
 def _replaced(name: str) -> Change:

@@ -1,0 +1,111 @@
+"""Micro-batches with decoded pixels, which Ray Data's tasks prepare ahead of the training loop.
+
+Nothing here imports torch: the tasks' processes would take seconds to start.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from diffitm import images
+
+if TYPE_CHECKING:
+    from diffitm.training.draw import Item
+    from diffitm.training.job import Job
+
+READ_AHEAD = 4  # micro-batches
+BLOCK = 4  # micro-batches of a task
+LOADER_CPUS = 0.25
+CHUNK = 200  # steps that one execution of Ray Data loads
+# Items, pixels by path uint8 [H, W, 3], and what could not be read.
+Loaded = tuple[list["Item"], dict[str, np.ndarray], list[str]]
+
+
+def load_batch(table: pa.Table, root: str, resolution: int, resize: str) -> pa.Table:
+    """A task of Ray Data: pixels uint8 of each micro-batch's images, or why one is unreadable."""
+    lines = []
+    for line in table.to_pylist():
+        pixels, failures = [], []
+        for path in line["images"]:
+            try:
+                image, _ = images.load(root, path)
+                pixels.append(images.to_pixels(image, resolution, resize).tobytes())
+                failures.append("")
+            except Exception as error:  # whatever a decoder raises costs its own example
+                pixels.append(b"")
+                failures.append(f"{path}: {type(error).__name__}: {error}")
+        lines.append({"number": line["number"], "pixels": pixels, "failures": failures})
+    return pa.Table.from_pylist(lines)
+
+
+class Loader:
+    """Micro-batches of one worker in order, with the pixels that Ray Data decoded meanwhile."""
+
+    def __init__(self, job: Job, rank: int, world: int, resolution: int) -> None:
+        self.job, self.rank, self.world, self.resolution = job, rank, world, resolution
+        self.waited = 0.0
+
+    def steps(self, start: int) -> Iterator[list[Loaded]]:
+        """For each step: (items, pixels by path uint8 [H, W, 3], failures) of its micro-batches."""
+        for first in range(start, self.job.steps, CHUNK):
+            yield from self._chunk(range(first, min(first + CHUNK, self.job.steps)))
+
+    def _chunk(self, steps: range) -> Iterator[list[Loaded]]:
+        plan = self.job.plan()
+        own = [plan.batches(step)[self.rank :: self.world] for step in steps]
+        paths = [
+            list(
+                dict.fromkeys(path for item in batch for path in (item.image, item.negative_image))
+            )
+            for batches in own
+            for batch in batches
+        ]
+        table = pa.table({"number": range(len(paths)), "images": paths})
+        loaded = iter(self._loaded(table))
+        number = 0
+        for batches in own:
+            found = []
+            for batch in batches:
+                begin = time.perf_counter()
+                line = next(loaded)
+                self.waited += time.perf_counter() - begin
+                assert line["number"] == number
+                found.append((batch, *self._pixels(paths[number], line)))
+                number += 1
+            yield found
+
+    def _loaded(self, table: pa.Table) -> Iterator[dict[str, Any]]:
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        blocks = ray.data.from_arrow(table).repartition(target_num_rows_per_block=BLOCK)
+        arguments = (self.job.root, self.resolution, self.job.resize)
+        loaded = blocks.map_batches(
+            load_batch,
+            fn_args=arguments,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=LOADER_CPUS,
+        )
+        for batch in loaded.iter_batches(
+            batch_size=1, batch_format="pyarrow", prefetch_batches=READ_AHEAD
+        ):
+            yield from batch.to_pylist()
+
+    def _pixels(
+        self, paths: list[str], line: dict[str, Any]
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
+        shape = (self.resolution, self.resolution, 3)
+        found = {
+            path: np.frombuffer(data, np.uint8).reshape(shape)
+            for path, data in zip(paths, line["pixels"], strict=True)
+            if data
+        }
+        return found, [failure for failure in line["failures"] if failure]

@@ -1,0 +1,184 @@
+"""finetune.py as a user runs it: workers, kills, resumes, bad numbers, changed settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffitm.models.lora import merge_lora, read_lora
+from diffitm.models.stable_diffusion import StableDiffusion
+from tests.pipeline import ROOT, environment, kill
+
+pytestmark = pytest.mark.slow
+SHAPES = ROOT / "diffitm" / "shapes" / "weights" / "diffusion"
+SMALL = (
+    *("--model", "shapes", "--data", "shapes", "--scenes", 30, "--steps", 12, "--batch-size", 4),
+    *("--effective-batch", 8, "--log-every", 1, "--checkpoint-every", 4, "--lr", "1e-3"),
+    *("--validate-every", 6, "--validation-examples", 10, "--validation-timesteps", 2),
+)
+
+
+def command(*options: object) -> list[str]:
+    return [sys.executable, str(ROOT / "pipelines" / "finetune.py"), *map(str, options)]
+
+
+def run(*options: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(*options), capture_output=True, text=True, timeout=480, env=environment()
+    )
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def started(*options: object, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command(*options), stdout=file, stderr=file, env=environment(), start_new_session=True
+        )
+
+
+def wait_for(out: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until there is a checkpoint."""
+    end = time.monotonic() + 300
+    while not list(out.glob("train/*/checkpoint_*")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.2)
+
+
+def parents() -> dict[int, int]:
+    """Process -> its parent."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            found[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    return found
+
+
+def training_worker(driver: int) -> int:
+    """The process of Ray Train's worker below the driver."""
+    known = parents()
+    for process in known:
+        above, name = process, ""
+        while above in known and above != driver:
+            above = known[above]
+        try:
+            name = Path(f"/proc/{process}/cmdline").read_text()
+        except OSError:
+            continue
+        if above == driver and "RayTrainWorker" in name:
+            return process
+    raise AssertionError("no training worker was found")
+
+
+def losses(out: Path) -> list[float]:
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def assert_same(out: Path, undisturbed: Path) -> None:
+    """Losses to 1e-4 of each, weights to 1e-4 of their norm."""
+    assert losses(out) == pytest.approx(losses(undisturbed), rel=1e-4, abs=1e-6)
+    found, expected = (
+        load_file(folder / "last" / "pytorch_lora_weights.safetensors")
+        for folder in (out, undisturbed)
+    )
+    assert found.keys() == expected.keys()
+    wrong = sum(float((found[k] - expected[k]).norm() ** 2) for k in expected) ** 0.5
+    norm = sum(float(v.norm() ** 2) for v in expected.values()) ** 0.5
+    assert wrong < 1e-4 * norm
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finetune") / "out"
+    done = run(*SMALL, "--out", out)
+    assert "weights" in done.stdout
+    return out
+
+
+def test_what_a_run_leaves(undisturbed: Path) -> None:
+    """A LoRA that fits and changes the model, a log of every update, TensorBoard's events."""
+    assert len(losses(undisturbed)) == 12
+    lines = [json.loads(line) for line in (undisturbed / "log.jsonl").read_text().splitlines()]
+    checked = [line["step"] for line in lines if "accuracy/coco_neg_text" in line]
+    assert checked == [0, 6, 12]
+    assert all("accuracy/coco_neg_image" in line for line in lines if line["step"] == 0)
+    assert list((undisturbed / "tensorboard").glob("events*"))
+    assert json.loads((undisturbed / "failures.json").read_text()) == {}
+    model = StableDiffusion(str(SHAPES))
+    before = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    tensors, scale = read_lora(str(undisturbed / "last"))
+    assert merge_lora(model.unet, tensors, scale) == len(tensors) == 112
+    changed = [k for k, v in model.unet.state_dict().items() if not torch.equal(v, before[k])]
+    assert len(changed) == 56
+
+
+def test_repeat_and_changed_settings(undisturbed: Path) -> None:
+    """A finished run is not trained again; other settings are refused by name."""
+    again = run(*SMALL, "--out", undisturbed)
+    assert "holds this run already" in again.stderr
+    refused = run(*SMALL, "--out", undisturbed, "--lr", "2e-3", code=2)
+    assert "lr was 0.001 and is 0.002" in refused.stderr
+
+
+def test_two_workers(undisturbed: Path, tmp_path: Path) -> None:
+    """The same micro-batches, shared out."""
+    run(*SMALL, "--out", tmp_path / "out", "--workers", 2, "--cpus-per-worker", 0.5)
+    assert_same(tmp_path / "out", undisturbed)
+
+
+def test_killed_worker(undisturbed: Path, tmp_path: Path) -> None:
+    """Ray Train replaces it; it goes on from the checkpoint."""
+    out = tmp_path / "out"
+    process = started(*SMALL, "--out", out, log=tmp_path / "log")
+    wait_for(out, process)
+    os.kill(training_worker(process.pid), signal.SIGKILL)
+    assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+    assert_same(out, undisturbed)
+
+
+def test_killed_driver(undisturbed: Path, tmp_path: Path) -> None:
+    """The same command goes on."""
+    out = tmp_path / "out"
+    process = started(*SMALL, "--out", out, log=tmp_path / "log")
+    wait_for(out, process)
+    kill(process)
+    assert not (out / "pytorch_lora_weights.safetensors").exists()
+    run(*SMALL, "--out", out)
+    assert_same(out, undisturbed)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    """It names the rows; the checkpoint before it is whole."""
+    out = tmp_path / "out"
+    options = (*SMALL[:-6], "--lr", "1e30", "--validate-every", 0, "--checkpoint-every", 1)
+    done = run(*options, "--out", out, code=2)
+    assert "the loss of row" in done.stderr
+    assert "checkpoints of" in done.stderr
+    assert not (out / "pytorch_lora_weights.safetensors").exists()
+    assert list(out.glob("train/*/checkpoint_*/weights.safetensors"))
+
+
+def test_unreadable_images_cost_their_own_examples(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = (*SMALL, "--out", out, "--validate-every", 0)
+    from diffitm.shapes.training import write_training
+
+    write_training(str(out / "shapes-30"), 30)
+    for number in (3, 11):
+        (out / "shapes-30" / "coco" / "train" / f"{number}.jpg").write_bytes(b"no image")
+    done = run(*options)
+    assert "images could not be read" in done.stderr
+    assert len(json.loads((out / "failures.json").read_text())) >= 1
+    assert len(losses(out)) == 12

@@ -1,0 +1,340 @@
+"""The training core: rows, draws, the update step against plain code, LoRA files, validation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from pyarrow import parquet
+from torch import Tensor
+
+from diffitm import results
+from diffitm.config import parse
+from diffitm.distributed.finetune import Config, _problems
+from diffitm.errors import InputError
+from diffitm.matching.plan import make_plan
+from diffitm.models.lora import lora_weights, merge_lora, read_lora, save_lora
+from diffitm.models.stable_diffusion import StableDiffusion
+from diffitm.pairs import write_examples
+from diffitm.scoring import DenoiserScorer, Work
+from diffitm.shapes.layouts import write_world
+from diffitm.shapes.training import write_training
+from diffitm.store import open_store
+from diffitm.tasks.find import find_task
+from diffitm.training.draw import MIXED, Item, Schedule, draw_noise, seed_of
+from diffitm.training.objectives import Objective
+from diffitm.training.rows import Row, read_rows, usable
+from diffitm.training.tune import Posterior, Tuner
+from diffitm.training.validate import credits
+from tests import tiny
+from tests.tiny import write_scores
+
+HEAD = "\ttitle\tfilepath\tneg_caption\tneg_image\n"
+SHAPE, STEPS = (4, 8, 8), [10, 260, 510, 760]
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+
+def test_rows_of_the_negclip_layout(tmp_path: Path) -> None:
+    """Negatives that equal the row's own caption or image, or lie outside of the file, are dropped."""
+    file = tmp_path / "train_neg_clip.tsv"
+    file.write_text(
+        f"{HEAD}0\ta cup\ta.jpg\t['a cup', 'a cap']\t[1, 0, 99]\n1\ta dog\tb.jpg\t[]\t[0]\n"
+    )
+    assert read_rows(str(file)) == [
+        Row("a.jpg", "a cup", ("a cap",), ("b.jpg",)),
+        Row("b.jpg", "a dog", (), ("a.jpg",)),
+    ]
+
+
+def test_rows_of_parquet(tmp_path: Path) -> None:
+    table = {"image": ["a", None], "caption": ["x", "y"], "negative_captions": [["z"], None]}
+    parquet.write_table(pa.table(table), tmp_path / "r.parquet")
+    rows = read_rows(str(tmp_path / "r.parquet"))
+    assert rows == [Row("a", "x", ("z",)), Row("", "y")]
+    assert usable(rows, "random-text", "f") == ([0], Counter({"no image": 1}))
+    with pytest.raises(
+        InputError, match="f: no row is usable with --negatives mixed: 1 row: no im"
+    ):
+        usable(rows[1:], "mixed", "f")
+    with pytest.raises(InputError, match="1 row: no negative image, 1 row: no image"):
+        usable(rows, "mixed", "f")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.tsv", HEAD + "0\ta cup\ta.jpg\tnothing\t[]\n", "a.tsv: expects title, filepath"),
+        ("a.tsv", HEAD + "0\ta cup\n", "a.tsv: expects 5 columns in row 2"),
+        ("a.parquet", "no", "is neither .tsv nor Parquet"),
+        ("missing.tsv", None, "there is no file"),
+    ],
+)
+def test_malformed_rows(tmp_path: Path, name: str, content: str | None, told: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_rows(str(tmp_path / name))
+    assert told in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_parquet_without_captions(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"image": ["a"]}), tmp_path / "r.parquet")
+    with pytest.raises(InputError, match=r"r\.parquet: no column caption; it has image"):
+        read_rows(str(tmp_path / "r.parquet"))
+
+
+def test_training_world(tmp_path: Path) -> None:
+    """Two rows a scene with all negatives; each twin is the other's negative image."""
+    write_training(str(tmp_path), 12)
+    rows = read_rows(str(tmp_path / "coco_neg/train_neg_clip.tsv"))
+    assert len(rows) == 24
+    assert usable(rows, "mixed", "f") == (list(range(24)), Counter())
+    assert all(rows[i ^ 1].image in row.negative_images for i, row in enumerate(rows))
+    assert all((tmp_path / row.image).is_file() for row in rows)
+    assert len(list(find_task("coco_neg_text")().examples(str(tmp_path)))) == 100
+
+
+# Draws -------------------------------------------------------------------------------------------
+
+
+def a_schedule(**more: Any) -> Schedule:
+    rows = [Row(f"{i}.jpg", f"c{i}", (f"n{i}", f"m{i}"), (f"{i}-x.jpg",)) for i in range(40)]
+    options = {"size": 4, "micro": 2, "negatives": "mixed", "per_example": False, "seed": 0}
+    return Schedule(rows, list(range(37)), **{**options, **more})
+
+
+def test_an_epoch_sees_every_row_once() -> None:
+    schedule = a_schedule()
+    assert schedule.steps_per_epoch == 4
+    seen = [
+        [i.position for step in range(e, e + 4) for b in schedule.batches(step) for i in b]
+        for e in (0, 4)
+    ]
+    assert all(len(set(epoch)) == 32 for epoch in seen)
+    assert seen[0] != seen[1]
+    assert a_schedule().batches(6) == schedule.batches(6)  # whatever was asked before
+    assert a_schedule(seed=1).batches(0) != schedule.batches(0)
+
+
+def test_kinds_of_negatives() -> None:
+    """One kind a micro-batch in the published shares, or one an example."""
+
+    def kind(item: Item) -> str:
+        own = int(item.image.split(".")[0])
+        if item.negative_image != item.image:
+            assert item.negative_image == f"{own}-x.jpg" and item.negative_caption == item.caption
+            return "hard-image"
+        if item.negative_caption in (f"n{own}", f"m{own}"):
+            return "hard-text"
+        assert item.negative_caption.startswith("c") and item.negative_caption != item.caption
+        return "random-text"
+
+    batches = [b for step in range(400) for b in a_schedule().batches(step)]
+    kinds = [{kind(item) for item in batch} for batch in batches]
+    assert all(len(found) == 1 for found in kinds)
+    shares = Counter(next(iter(found)) for found in kinds)
+    for name, share in MIXED.items():
+        assert shares[name] / len(kinds) == pytest.approx(share, abs=0.05)
+    mixed = [
+        {kind(i) for i in b} for s in range(50) for b in a_schedule(per_example=True).batches(s)
+    ]
+    assert max(map(len, mixed)) == 3
+    for name in MIXED:
+        items = [i for s in range(4) for b in a_schedule(negatives=name).batches(s) for i in b]
+        assert {kind(item) for item in items} == {name}
+
+
+def test_noise_is_an_examples_own() -> None:
+    """Whatever batch it is in; timesteps are uniform."""
+    seeds = [seed_of("x", i) for i in range(500)]
+    whole, one = draw_noise(seeds, SHAPE, 1000), draw_noise(seeds[7:8], SHAPE, 1000)
+    assert torch.equal(whole.noise[7:8], one.noise)
+    assert torch.equal(whole.posterior[7:8], one.posterior)
+    assert whole.timesteps[7] == one.timesteps[0]
+    assert not torch.equal(whole.noise, whole.posterior)
+    assert abs(float(whole.timesteps.float().mean()) - 499.5) < 50
+    assert whole.timesteps.min() >= 0 and whole.timesteps.max() < 1000
+
+
+# The update step ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    return tiny.write_sd(tmp_path_factory.mktemp("sd"), request.param)
+
+
+def items() -> list[Item]:
+    captions = ["a red circle", "a blue square", "a green cross"]
+    return [
+        Item(i, f"{i}", captions[i], f"{i}-", captions[(i + 1) % 3], seed_of("t", i))
+        for i in range(3)
+    ]
+
+
+def posteriors() -> tuple[Posterior, Posterior]:
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(3, *SHAPE, generator=generator) for _ in range(4)]
+    return Posterior(draw[0], 0.1 * draw[1].abs()), Posterior(draw[2], 0.1 * draw[3].abs())
+
+
+def plain_error(model: StableDiffusion, p: Posterior, item: Item, i: int, text: str) -> Tensor:
+    """One pair at a time, from diffusers' own parts."""
+    from diffusers import DDPMScheduler
+
+    folder = model.unet.config._name_or_path.removesuffix("/unet")
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    drawn = draw_noise([item.seed], SHAPE, 1000)
+    z0 = p.mean[i : i + 1] + p.deviation[i : i + 1] * drawn.posterior
+    noised = scheduler.add_noise(z0, drawn.noise, drawn.timesteps)
+    hidden = model.encode_texts([text])["hidden"].clone()
+    predicted = model.unet(noised, drawn.timesteps, hidden).sample
+    target = drawn.noise
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(z0, drawn.noise, drawn.timesteps)
+    return torch.stack([((predicted - target) ** 2).mean(), *predicted.flatten()])
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("name", ["no-neg", "hard-neg", "relativistic", "soft-neg"])
+def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
+    """Right and wrong in one batch as one pair after the other, loss and gradients."""
+    tuner = Tuner(StableDiffusion(str(folder)), Objective(name), rank=2)
+    for parameter in tuner.parameters:  # B starts at zero, where half of the gradients vanish
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(3))
+    right, wrong = posteriors()
+    found = tuner.losses(items(), right, wrong if images else None)
+    found.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in tuner.parameters]
+    tuner.unet.zero_grad()
+    total = torch.zeros(())
+    for i, item in enumerate(items()):
+        one = plain_error(tuner.denoiser, right, item, i, item.caption)
+        other = wrong if images and name != "soft-neg" else right
+        text = "" if name == "soft-neg" else item.negative_caption
+        two = plain_error(tuner.denoiser, other, item, i, text)
+        contrast = ((two[1:] - one[1:]) ** 2).mean() if name == "relativistic" else two[0]
+        loss = {
+            "no-neg": one[0],
+            "soft-neg": one[0] - contrast,
+        }.get(name, one[0] - torch.minimum(contrast, one[0].detach()))
+        total = total + loss / 3
+    total.backward()
+    torch.testing.assert_close(found.loss, total, atol=1e-5, rtol=1e-4)
+    for parameter, gradient in zip(tuner.parameters, gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_only_the_lora_learns(folder: Path) -> None:
+    """A new LoRA changes nothing; an update changes it alone; frozen guards take the base model."""
+    model = StableDiffusion(str(folder))
+    before = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    right, _ = posteriors()
+    base = Tuner(StableDiffusion(str(folder)), Objective("soft-neg", guard="frozen"))
+    tuner = Tuner(model, Objective("soft-neg"))
+    for seed in (0, 1):
+        other = Tuner(StableDiffusion(str(folder)), Objective("no-neg"), seed=seed)
+        same = all(map(torch.equal, tuner.parameters, other.parameters))
+        assert same == (seed == 0)
+    contrast = base.losses(items(), right, None).contrast
+    torch.testing.assert_close(tuner.losses(items(), right, None).contrast, contrast)
+    optimizer = torch.optim.SGD(tuner.parameters, lr=1.0)
+    first = tuner.losses(items(), right, None)
+    first.loss.backward()
+    optimizer.step()
+    after = {k.replace(".base_layer", ""): v for k, v in model.unet.state_dict().items()}
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert tuner.losses(items(), right, None).loss < first.loss
+    for mine, theirs in zip(base.parameters, tuner.parameters, strict=True):
+        mine.data.copy_(theirs.data)
+    moved = base.losses(items(), right, None)
+    torch.testing.assert_close(moved.contrast, first.contrast)
+
+
+def test_lora_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) -> None:
+    """A stock pipeline with the file predicts what the tuner does; so does gdbench's merge."""
+    tuner = Tuner(StableDiffusion(str(folder)), Objective("no-neg"), rank=2)
+    for parameter in tuner.parameters:
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_lora(lora_weights(tuner.unet), str(tmp_path), 2)
+    generator = torch.Generator().manual_seed(1)
+    z, hidden = (
+        torch.randn(2, *SHAPE, generator=generator),
+        torch.randn(2, 16, 32, generator=generator),
+    )
+    at = torch.tensor([3, 700])
+    with torch.no_grad():
+        expected = tuner.unet(z, at, hidden).sample
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        pipeline.load_lora_weights(tmp_path)
+        torch.testing.assert_close(
+            pipeline.unet(z, at, hidden).sample, expected, atol=1e-5, rtol=1e-4
+        )
+        merged = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        tensors, scale = read_lora(str(tmp_path))
+        assert merge_lora(merged, tensors, scale) == len(tensors)
+        torch.testing.assert_close(merged(z, at, hidden).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["coco_neg_text", "coco_neg_image"])
+def test_validation_equals_gdbench(tmp_path: Path, name: str) -> None:
+    """The same scores and credits as those of a store that gdbench evaluates."""
+    write_world(str(tmp_path), 20)
+    model = StableDiffusion(str(tiny.write_sd(tmp_path / "sd")))
+    scorer = DenoiserScorer(model, make_plan(STEPS, SHAPE), str(tmp_path))
+    task = find_task(name)()
+    examples = list(task.examples(str(tmp_path)))
+    found = credits(task, examples, scorer)
+    uri, count = write_examples(name, examples, str(tmp_path / "e"), None)
+    assert count == len(found) == 10
+    store = open_store(
+        str(tmp_path),
+        "m",
+        {"kind": "diffusion", "protocol": "diffusionitm", "timesteps": [10, 260, 510, 760]},
+    )
+    pairs: dict[str, set[str]] = {}
+    for example in examples:
+        for image in example.images:
+            pairs.setdefault(image, set()).update([*example.texts, ""])
+    work = [Work(i, image, sorted(texts)) for i, (image, texts) in enumerate(pairs.items())]
+    write_scores(store, scorer.score(work))
+    rows = results.evaluate({name: uri}, [store]).rows
+    last = [row for row in rows if row.group == "all"][-1]
+    assert np.mean([value for value in found if value is not None]) == pytest.approx(last.value)
+
+
+# Options -----------------------------------------------------------------------------------------
+
+
+def test_preset_and_lambda() -> None:
+    """A preset's values are defaults; --lambda is a field although it is a keyword."""
+    config = parse(Config, ["--preset", "diffusionitm", "--batch-size", "8", "--lambda", "0.5"])
+    assert (config.effective_batch, config.clip_over, config.epochs) == (112, "microbatch", 8)
+    assert (config.batch_size, config.lambda_) == (8, 0.5)
+    with pytest.raises(InputError, match="--preset nothing: must be one of diffusionitm"):
+        parse(Config, ["--preset", "nothing"])
+
+
+def test_problems_are_told_together() -> None:
+    config = Config(lambda_=-1, lr=0, workers=3, ema=2, steps=0, objective="hardneg")
+    told = "\n".join(_problems(config))
+    for part in (
+        "give --model",
+        "give --data",
+        "--objective hardneg",
+        "--lr 0: must be above 0",
+        "--effective-batch 32: must be a multiple of --batch-size x --workers = 24",
+        "--ema 2: must lie between 0 and 1",
+        "--steps 0: must be at least 1",
+    ):
+        assert part in told
+    assert "--lambda -1: must be 0 or more" in _problems(Config(lambda_=-1))[-1]
