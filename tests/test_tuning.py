@@ -16,7 +16,6 @@ from torch import Tensor
 
 from diffitm import results
 from diffitm.config import parse
-from diffitm.distributed.finetune import Config, _problems
 from diffitm.errors import InputError
 from diffitm.matching.plan import make_plan
 from diffitm.models.lora import lora_weights, merge_lora, read_lora, save_lora
@@ -29,6 +28,7 @@ from diffitm.store import open_store
 from diffitm.tasks.find import find_task
 from diffitm.training.draw import MIXED, Item, Schedule, draw_noise, seed_of
 from diffitm.training.objectives import Objective
+from diffitm.training.options import Config, find_problems
 from diffitm.training.rows import Row, read_rows, usable
 from diffitm.training.tune import Posterior, Tuner
 from diffitm.training.validate import credits
@@ -326,7 +326,7 @@ def test_preset_and_lambda() -> None:
 
 def test_problems_are_told_together() -> None:
     config = Config(lambda_=-1, lr=0, workers=3, ema=2, steps=0, objective="hardneg")
-    told = "\n".join(_problems(config))
+    told = "\n".join(find_problems(config))
     for part in (
         "give --model",
         "give --data",
@@ -337,4 +337,4 @@ def test_problems_are_told_together() -> None:
         "--steps 0: must be at least 1",
     ):
         assert part in told
-    assert "--lambda -1: must be 0 or more" in _problems(Config(lambda_=-1))[-1]
+    assert "--lambda -1: must be 0 or more" in find_problems(Config(lambda_=-1))[-1]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 from diffitm import storage
-from diffitm.config import option
 from diffitm.errors import InputError
 from diffitm.models.load import resolve
-from diffitm.models.lora import save_lora
 from diffitm.provenance import fingerprint, record
 from diffitm.training.job import Job, Validation
 from diffitm.training.objectives import Objective
+from diffitm.training.options import Config, find_problems
+from diffitm.training.result import is_complete, write_result
 from diffitm.training.rows import read_rows, told, usable
 
 if TYPE_CHECKING:
@@ -29,79 +27,6 @@ KEPT = 2  # checkpoints
 NOT_SETTINGS = {  # the weights do not depend on these
     *("out", "workers", "cpus_per_worker", "gpus_per_worker", "retries", "ray", "preset"),
 }
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options of pipelines/finetune.py."""
-
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "diffusionitm": {
-            "objective": "hard-neg",
-            "negatives": "mixed",
-            "clip_over": "microbatch",
-            "batch_size": 4,
-            "effective_batch": 112,
-            "epochs": 8,
-            "validate_every": 500,
-            "validation_examples": 328,
-        }
-    }
-    model: str = option("", "diffusion model: shapes, a diffusers folder or a Hub id")
-    data: str = option("", "shapes, a data root in COCO's layout, or a .tsv or Parquet of rows")
-    images: str | None = option(None, "where a file's image paths start (default: its own folder)")
-    out: str = option("out/finetune", "folder or URI for weights, checkpoints and the log")
-    preset: str | None = option(None, "settings of a paper: diffusionitm; options given win")
-    objective: str = option(
-        "hard-neg", "no-neg, hard-neg, hard-neg-unclipped, relativistic or soft-neg"
-    )
-    lambda_: float = option(1.0, "bound of the wrong pair's error, in errors of the right pair")
-    clip_over: Literal["example", "microbatch"] = option("example", "where the bound holds")
-    guard: Literal["none", "clip", "frozen"] = option("none", "what holds soft-neg's empty text")
-    negatives: Literal["hard-text", "random-text", "hard-image", "mixed"] = option(
-        "mixed", "what wrong pairs are made of"
-    )
-    draw_negatives: Literal["batch", "example"] = option(
-        "batch", "whether the kind of a mixed negative is drawn for a micro-batch or an example"
-    )
-    steps: int | None = option(None, "updates of the weights (default: those of --epochs)")
-    epochs: float = option(1.0, "how often each row is seen, unless --steps says")
-    batch_size: int = option(8, "examples of a micro-batch, one forward of right and wrong pairs")
-    effective_batch: int = option(32, "examples of an update, over all workers")
-    lr: float = option(1e-4, "learning rate of AdamW")
-    lr_schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = option(
-        "constant", "diffusers' schedules"
-    )
-    warmup_steps: int = option(
-        0, "updates until the full learning rate, where the schedule has any"
-    )
-    weight_decay: float = option(1e-2, "of AdamW")
-    clip_norm: float = option(1.0, "norm that the gradient is clipped to")
-    rank: int = option(4, "of the LoRA on every attention projection")
-    ema: float | None = option(None, "decay of averaged weights, which are then the result")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto: bf16 on a GPU, else fp32"
-    )
-    variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
-    gradient_checkpointing: bool = option(False, "less memory, more time")
-    resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
-    seed: int = option(0, "of everything that is drawn")
-    scenes: int = option(2000, "scenes that --data shapes draws for training")
-    validate_every: int = option(100, "updates between validations; 0 for none")
-    validation_data: str | None = option(
-        None, "data root with coco_neg (default: --data, if it has one)"
-    )
-    validation_examples: int = option(328, "examples of each validation task, evenly spread")
-    validation_timesteps: int = option(4, "timesteps of a validation score")
-    checkpoint_every: int = option(100, "updates between checkpoints")
-    log_every: int = option(10, "updates between lines of the log")
-    workers: int = option(1, "training processes, of which each takes its share of micro-batches")
-    cpus_per_worker: float | None = option(None, "processors of a worker (default: 1)")
-    gpus_per_worker: float | None = option(None, "GPUs of a worker (default: 1 if there are any)")
-    retries: int = option(3, "how often lost workers are replaced")
-    ray: str | None = option(
-        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
-    )
 
 
 class Monitor:
@@ -134,7 +59,7 @@ def run(config: Config) -> None:
 
     Raises InputError for bad input, before anything is trained where that is possible.
     """
-    problems = _problems(config)
+    problems = find_problems(config)
     if problems:
         raise InputError("\n".join(problems))
     out = storage.absolute(config.out)
@@ -154,46 +79,21 @@ def run(config: Config) -> None:
         "rows": fingerprint([asdict(row) for row in rows]),
         "dtype": job.dtype,
     }
-    if _is_complete(out, settings):
+    if is_complete(out, settings):
         log.info("%s holds this run already; give another --out to train again", out)
         return
     result, lost_images = _train(config, job, settings, out)
-    _write(config, job, result, settings, lost_images, out)
-
-
-def _problems(config: Config) -> list[str]:
-    """What is wrong with the options, all of it."""
-    problems = []
-    for name, example in (("model", "shapes"), ("data", "shapes")):
-        if not getattr(config, name):
-            problems.append(f"give --{name}, such as --{name} {example}")
-    try:
-        Objective(config.objective, config.lambda_, config.clip_over, config.guard)
-    except InputError as error:
-        problems.append(str(error))
-    least = dict.fromkeys(("batch_size", "effective_batch", "rank", "workers", "scenes"), 1)
-    least |= dict.fromkeys(("checkpoint_every", "log_every", "validation_examples"), 1)
-    least |= dict.fromkeys(("validate_every", "warmup_steps", "retries", "weight_decay"), 0)
-    for name, bound in least.items():
-        if getattr(config, name) < bound:
-            value = getattr(config, name)
-            problems.append(f"--{name.replace('_', '-')} {value:g}: must be at least {bound}")
-    for name in ("lr", "clip_norm", "epochs"):
-        if not getattr(config, name) > 0:
-            problems.append(
-                f"--{name.replace('_', '-')} {getattr(config, name):g}: must be above 0"
-            )
-    if config.steps is not None and config.steps < 1:
-        problems.append(f"--steps {config.steps}: must be at least 1")
-    if config.ema is not None and not 0 < config.ema < 1:
-        problems.append(f"--ema {config.ema:g}: must lie between 0 and 1")
-    share = config.batch_size * config.workers
-    if share > 0 and config.effective_batch % share:
-        problems.append(
-            f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size x "
-            f"--workers = {share}"
-        )
-    return problems
+    if result.checkpoint is None:
+        raise InputError(f"{out}: the run left no checkpoint")
+    with result.checkpoint.as_directory() as folder:
+        provenance = record(asdict(config))
+        ended = write_result(Path(folder), job.rank, settings, provenance, lost_images, out)
+    if lost_images:
+        log.warning("%d images could not be read; see %s/failures.json", len(lost_images), out)
+    if job.validation is not None:
+        mean = 100 * ended["best"]
+        log.info("best at update %d: %.1f%% on validation", ended["best_step"], mean)
+    print(f"weights {storage.join(out, 'pytorch_lora_weights.safetensors')}")
 
 
 def _data(config: Config, out: str) -> tuple[str, str, str | None]:
@@ -272,24 +172,6 @@ def _job(
         log_every=config.log_every,
         validation=validation,
     )
-
-
-def _is_complete(out: str, settings: dict[str, Any]) -> bool:
-    """Whether OUT holds the result of this run.
-
-    Raises InputError that names what differs if OUT belongs to a run of other settings.
-    """
-    path = storage.join(out, "finetune.json")
-    if not storage.exists(path):
-        storage.write_text(path, json.dumps({"settings": settings, "done": False}, indent=2))
-        return False
-    known = json.loads(storage.read_text(path))
-    old = known["settings"]
-    if old != settings:
-        differ = [k for k in settings if old.get(k) != settings[k]]
-        told = ", ".join(f"{k} was {old.get(k)!r} and is {settings[k]!r}" for k in differ)
-        raise InputError(f"{out} holds a run with other settings ({told}): give another --out")
-    return bool(known["done"])
 
 
 def _train(
@@ -372,55 +254,3 @@ class _Lines:
                 *(100 * line["held"], line["examples_per_second"], 100 * line["waiting"]),
                 f", {clock(left * step * line['seconds_per_update'])} left" if left else "",
             )
-
-
-def _write(
-    config: Config,
-    job: Job,
-    result: Result,
-    settings: dict[str, Any],
-    lost: dict[str, int],
-    out: str,
-) -> None:
-    """The weights that the validation chose, else the last; the log, provenance, what was lost."""
-    from safetensors.torch import load_file
-
-    from diffitm.distributed.tuning import BEST, HISTORY, WEIGHTS
-
-    if result.checkpoint is None:
-        raise InputError(f"{out}: the run left no checkpoint")
-    with result.checkpoint.as_directory() as folder:
-        path = Path(folder)
-        chosen = path / BEST if (path / BEST).exists() else path / WEIGHTS
-        save_lora(load_file(chosen), out, job.rank)
-        save_lora(load_file(path / WEIGHTS), storage.join(out, "last"), job.rank)
-        progress = json.loads((path / HISTORY).read_text())
-    lines = "".join(json.dumps(line) + "\n" for line in progress["history"])
-    storage.write_text(storage.join(out, "log.jsonl"), lines)
-    _tensorboard(progress["history"], out)
-    storage.write_text(storage.join(out, "failures.json"), json.dumps(lost, indent=2))
-    provenance = json.dumps(record(asdict(config)), indent=2)
-    storage.write_text(storage.join(out, "provenance.json"), provenance)
-    done = {"settings": settings, "done": True, "best_step": progress["best_step"]}
-    storage.write_text(storage.join(out, "finetune.json"), json.dumps(done, indent=2))
-    if lost:
-        log.warning("%d images could not be read; see %s/failures.json", len(lost), out)
-    if job.validation is not None:
-        mean = 100 * progress["best"]
-        log.info("best at update %d: %.1f%% on validation", progress["best_step"], mean)
-    print(f"weights {storage.join(out, 'pytorch_lora_weights.safetensors')}")
-
-
-def _tensorboard(history: list[dict[str, float]], out: str) -> None:
-    """The log as TensorBoard's events below OUT."""
-    from tensorboardX import SummaryWriter
-
-    with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder) as writer:
-            for line in history:
-                for name, value in line.items():
-                    if name != "step":
-                        writer.add_scalar(name, value, int(line["step"]))
-        for path in Path(folder).iterdir():
-            target = storage.join(out, "tensorboard", path.name)
-            storage.write_bytes(target, path.read_bytes())

@@ -27,15 +27,9 @@ from diffitm.scoring import PIXEL_SCALE, DenoiserScorer
 from diffitm.tasks.find import find_task
 from diffitm.training.draw import Item
 from diffitm.training.job import Job, Validation
+from diffitm.training.result import BEST, HISTORY, STATE, WEIGHTS
 from diffitm.training.tune import Losses, Posterior, Tuner
 from diffitm.training.validate import credits
-
-WEIGHTS, BEST, STATE, HISTORY = (
-    "weights.safetensors",
-    "best.safetensors",
-    "state.pt",
-    "history.json",
-)
 
 
 @dataclass

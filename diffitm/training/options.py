@@ -1,0 +1,116 @@
+"""Options of pipelines/finetune.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from diffitm.config import option
+from diffitm.errors import InputError
+from diffitm.training.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of pipelines/finetune.py."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "diffusionitm": {
+            "objective": "hard-neg",
+            "negatives": "mixed",
+            "clip_over": "microbatch",
+            "batch_size": 4,
+            "effective_batch": 112,
+            "epochs": 8,
+            "validate_every": 500,
+            "validation_examples": 328,
+        }
+    }
+    model: str = option("", "diffusion model: shapes, a diffusers folder or a Hub id")
+    data: str = option("", "shapes, a data root in COCO's layout, or a .tsv or Parquet of rows")
+    images: str | None = option(None, "where a file's image paths start (default: its own folder)")
+    out: str = option("out/finetune", "folder or URI for weights, checkpoints and the log")
+    preset: str | None = option(None, "settings of a paper: diffusionitm; options given win")
+    objective: str = option(
+        "hard-neg", "no-neg, hard-neg, hard-neg-unclipped, relativistic or soft-neg"
+    )
+    lambda_: float = option(1.0, "bound of the wrong pair's error, in errors of the right pair")
+    clip_over: Literal["example", "microbatch"] = option("example", "where the bound holds")
+    guard: Literal["none", "clip", "frozen"] = option("none", "what holds soft-neg's empty text")
+    negatives: Literal["hard-text", "random-text", "hard-image", "mixed"] = option(
+        "mixed", "what wrong pairs are made of"
+    )
+    draw_negatives: Literal["batch", "example"] = option(
+        "batch", "whether the kind of a mixed negative is drawn for a micro-batch or an example"
+    )
+    steps: int | None = option(None, "updates of the weights (default: those of --epochs)")
+    epochs: float = option(1.0, "how often each row is seen, unless --steps says")
+    batch_size: int = option(8, "examples of a micro-batch, one forward of right and wrong pairs")
+    effective_batch: int = option(32, "examples of an update, over all workers")
+    lr: float = option(1e-4, "learning rate of AdamW")
+    lr_schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = option(
+        "constant", "diffusers' schedules"
+    )
+    warmup_steps: int = option(
+        0, "updates until the full learning rate, where the schedule has any"
+    )
+    weight_decay: float = option(1e-2, "of AdamW")
+    clip_norm: float = option(1.0, "norm that the gradient is clipped to")
+    rank: int = option(4, "of the LoRA on every attention projection")
+    ema: float | None = option(None, "decay of averaged weights, which are then the result")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto: bf16 on a GPU, else fp32"
+    )
+    variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
+    gradient_checkpointing: bool = option(False, "less memory, more time")
+    resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
+    seed: int = option(0, "of everything that is drawn")
+    scenes: int = option(2000, "scenes that --data shapes draws for training")
+    validate_every: int = option(100, "updates between validations; 0 for none")
+    validation_data: str | None = option(
+        None, "data root with coco_neg (default: --data, if it has one)"
+    )
+    validation_examples: int = option(328, "examples of each validation task, evenly spread")
+    validation_timesteps: int = option(4, "timesteps of a validation score")
+    checkpoint_every: int = option(100, "updates between checkpoints")
+    log_every: int = option(10, "updates between lines of the log")
+    workers: int = option(1, "training processes, of which each takes its share of micro-batches")
+    cpus_per_worker: float | None = option(None, "processors of a worker (default: 1)")
+    gpus_per_worker: float | None = option(None, "GPUs of a worker (default: 1 if there are any)")
+    retries: int = option(3, "how often lost workers are replaced")
+    ray: str | None = option(
+        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
+    )
+
+
+def find_problems(config: Config) -> list[str]:
+    """What is wrong with the options, all of it."""
+    found = []
+    for name, example in (("model", "shapes"), ("data", "shapes")):
+        if not getattr(config, name):
+            found.append(f"give --{name}, such as --{name} {example}")
+    try:
+        Objective(config.objective, config.lambda_, config.clip_over, config.guard)
+    except InputError as error:
+        found.append(str(error))
+    least = dict.fromkeys(("batch_size", "effective_batch", "rank", "workers", "scenes"), 1)
+    least |= dict.fromkeys(("checkpoint_every", "log_every", "validation_examples"), 1)
+    least |= dict.fromkeys(("validate_every", "warmup_steps", "retries", "weight_decay"), 0)
+    for name, bound in least.items():
+        if getattr(config, name) < bound:
+            value = getattr(config, name)
+            found.append(f"--{name.replace('_', '-')} {value:g}: must be at least {bound}")
+    for name in ("lr", "clip_norm", "epochs"):
+        if not getattr(config, name) > 0:
+            found.append(f"--{name.replace('_', '-')} {getattr(config, name):g}: must be above 0")
+    if config.steps is not None and config.steps < 1:
+        found.append(f"--steps {config.steps}: must be at least 1")
+    if config.ema is not None and not 0 < config.ema < 1:
+        found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
+    share = config.batch_size * config.workers
+    if share > 0 and config.effective_batch % share:
+        found.append(
+            f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size x "
+            f"--workers = {share}"
+        )
+    return found
