@@ -65,6 +65,26 @@ def parse(config: type[C], arguments: Sequence[str] | None = None, description: 
     return config(**checked)
 
 
+def lacking(config: Any, examples: dict[str, str]) -> list[str]:
+    """A problem for each option without a value, field -> an example of one."""
+    return [
+        f"give {_flag(name)}, such as {_flag(name)} {example}"
+        for name, example in examples.items()
+        if not getattr(config, name)
+    ]
+
+
+def outside(config: Any, least: dict[str, float], most: int = 2**31 - 1) -> list[str]:
+    """A problem for each number below its least value or above `most`; None is no number."""
+    values = {name: getattr(config, name) for name in least}
+    return [
+        f"{_flag(name)} {values[name]}: must be "
+        + (f"at most {most}" if values[name] > most else f"at least {bound}")
+        for name, bound in least.items()
+        if values[name] is not None and not bound <= values[name] <= most
+    ]
+
+
 def _flag(name: str) -> str:
     """The option of a field; a trailing underscore keeps a field from being a keyword."""
     return "--" + name.rstrip("_").replace("_", "-")

@@ -54,6 +54,11 @@ def public(uri: str) -> str:
     return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}" if mark else uri
 
 
+def bare(uri: str) -> str:
+    """The path or URI without a URI's query."""
+    return uri.partition("?")[0] if "://" in uri else uri
+
+
 def parent(uri: str) -> str:
     """The folder that a path or URI lies in; a URI's query stays at its end."""
     path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")

@@ -13,13 +13,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffitm.shapes.layouts import World, write_flickr30k
+
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "pipelines" / "gdbench.py"
 TIMEOUT = 480
 
 
-def command(*options: object) -> list[str]:
-    return [sys.executable, str(SCRIPT), *(str(option) for option in options)]
+def command(*options: object, script: str = "gdbench") -> list[str]:
+    file = ROOT / "pipelines" / f"{script}.py"
+    return [sys.executable, str(file), *(str(option) for option in options)]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -27,20 +29,30 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", **more}
 
 
-def run(*options: object, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *options: object, code: int = 0, script: str = "gdbench", **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run the pipeline to its end and check its exit code."""
     done = subprocess.run(
-        command(*options), capture_output=True, text=True, timeout=TIMEOUT, env=environment(**env)
+        command(*options, script=script),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env=environment(**env),
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def start(*options: object, log: Path) -> subprocess.Popen[bytes]:
+def start(*options: object, log: Path, script: str = "gdbench") -> subprocess.Popen[bytes]:
     """Start the pipeline in the background in a process group of its own."""
     with log.open("ab") as file:
         return subprocess.Popen(
-            command(*options), stdout=file, stderr=file, env=environment(), start_new_session=True
+            command(*options, script=script),
+            stdout=file,
+            stderr=file,
+            env=environment(),
+            start_new_session=True,
         )
 
 
@@ -85,3 +97,16 @@ def kill(process: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
+
+
+def captioned_world(root: Path, scenes: int, broken: str) -> dict[str, list[str]]:
+    """flickr30k/images of the world, the one named `broken` cut off, and captions.json by image."""
+    write_flickr30k(World(str(root), scenes))
+    lists = json.loads((root / "flickr30k" / "val_top10_RN50x64.json").read_text())
+    by_image: dict[str, list[str]] = {}
+    for caption, paths in lists.items():
+        by_image.setdefault(paths[0].rpartition("/")[2], []).append(caption)
+    (root / "captions.json").write_text(json.dumps(by_image))
+    image = root / "flickr30k" / "images" / broken
+    image.write_bytes(image.read_bytes()[:200])
+    return by_image

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,12 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from diffitm.shapes.layouts import World, write_flickr30k
 from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText
 from tests import pipeline
 
 pytestmark = pytest.mark.slow
-SCRIPT = pipeline.ROOT / "pipelines" / "candidates.py"
 SCENES, BROKEN = 130, "1007.jpg"
 NAME = "val_top10_RN50x64.json"
 PREFIX = "datasets/flickr30k/images/"
@@ -27,32 +24,20 @@ PREFIX = "datasets/flickr30k/images/"
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The world's images, one of them cut off, and its captions by image."""
     root = tmp_path_factory.mktemp("data")
-    write_flickr30k(World(str(root), SCENES))
-    lists = json.loads((root / "flickr30k" / NAME).read_text())
-    by_image: dict[str, list[str]] = {}
-    for caption, paths in lists.items():
-        by_image.setdefault(paths[0].removeprefix(PREFIX), []).append(caption)
-    (root / "captions.json").write_text(json.dumps(by_image))
-    broken = root / "flickr30k" / "images" / BROKEN
-    broken.write_bytes(broken.read_bytes()[:200])
+    pipeline.captioned_world(root, SCENES, BROKEN)
     for name in (NAME, NAME.replace(".json", "_text.json")):
         (root / "flickr30k" / name).unlink()
     return root
 
 
-def command(data: Path, out: Path, *more: object) -> list[str]:
-    options = ("--clip", "shapes", "--images", data / "flickr30k" / "images", "--prefix", PREFIX)
-    options += ("--captions", data / "captions.json", "--out", out, *more)
-    return [sys.executable, str(SCRIPT), *(str(option) for option in options)]
+def options(data: Path, out: Path, *more: object) -> tuple[object, ...]:
+    chosen = ("--clip", "shapes", "--images", data / "flickr30k" / "images", "--prefix", PREFIX)
+    chosen += ("--captions", data / "captions.json", "--out", out, *more)
+    return chosen
 
 
 def run(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(data, out, *more), capture_output=True, text=True, timeout=pipeline.TIMEOUT,
-        env=pipeline.environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done
+    return pipeline.run(*options(data, out, *more), script="candidates")
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +102,9 @@ def test_equals_the_embeddings_in_numpy(lists: Path) -> None:
 def test_killed_twice(data: Path, lists: Path, tmp_path: Path) -> None:
     """Killed while embedding and while searching, with other actors and blocks: the same bytes."""
     out, log = tmp_path / "new" / "folder" / NAME, tmp_path / "log"
-    options = ("--actors", 2, "--block-size", 20)
+    more = ("--actors", 2, "--block-size", 20)
     for stage, blocks in (("images/checkpoint", 1), ("texts/top10/checkpoint", 4)):
-        with log.open("ab") as file:
-            process = subprocess.Popen(
-                command(data, out, *options), stdout=file, stderr=file, start_new_session=True,
-                env=pipeline.environment(),
-            )  # fmt: skip
+        process = pipeline.start(*options(data, out, *more), log=log, script="candidates")
         deadline = time.monotonic() + pipeline.TIMEOUT
         while committed(out.parent, stage) < blocks:
             assert process.poll() is None, log.read_text()
@@ -132,11 +113,11 @@ def test_killed_twice(data: Path, lists: Path, tmp_path: Path) -> None:
         pipeline.kill(process)
         assert not out.exists()
     assert committed(out.parent, "texts/top10/checkpoint") < 33
-    done = run(data, out, *options)
+    done = run(data, out, *more)
     assert "embedding images: all 130 are done already" in done.stderr
     assert "image retrieval: going on where it stopped" in done.stderr
     assert files(out.parent) == files(lists)
-    again = run(data, out, *options)
+    again = run(data, out, *more)
     assert again.stderr.count("are done already") == 4
 
 

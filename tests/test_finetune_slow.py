@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from diffitm.models.lora import merge_lora, read_lora
 from diffitm.models.stable_diffusion import StableDiffusion
-from tests.pipeline import ROOT, environment, kill
+from tests import pipeline
+from tests.pipeline import ROOT, kill
 
 pytestmark = pytest.mark.slow
 SHAPES = ROOT / "diffitm" / "shapes" / "weights" / "diffusion"
@@ -26,24 +27,8 @@ SMALL = (
     *("--validate-every", 6, "--validation-examples", 10, "--validation-timesteps", 2),
 )
 
-
-def command(*options: object) -> list[str]:
-    return [sys.executable, str(ROOT / "pipelines" / "finetune.py"), *map(str, options)]
-
-
-def run(*options: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(*options), capture_output=True, text=True, timeout=480, env=environment()
-    )
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def started(*options: object, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            command(*options), stdout=file, stderr=file, env=environment(), start_new_session=True
-        )
+run = functools.partial(pipeline.run, script="finetune")
+start = functools.partial(pipeline.start, script="finetune")
 
 
 def wait_for(out: Path, process: subprocess.Popen[bytes]) -> None:
@@ -141,7 +126,7 @@ def test_two_workers(undisturbed: Path, tmp_path: Path) -> None:
 def test_killed_worker(undisturbed: Path, tmp_path: Path) -> None:
     """Ray Train replaces it; it goes on from the checkpoint."""
     out = tmp_path / "out"
-    process = started(*SMALL, "--out", out, log=tmp_path / "log")
+    process = start(*SMALL, "--out", out, log=tmp_path / "log")
     wait_for(out, process)
     os.kill(training_worker(process.pid), signal.SIGKILL)
     assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
@@ -151,7 +136,7 @@ def test_killed_worker(undisturbed: Path, tmp_path: Path) -> None:
 def test_killed_driver(undisturbed: Path, tmp_path: Path) -> None:
     """The same command goes on."""
     out = tmp_path / "out"
-    process = started(*SMALL, "--out", out, log=tmp_path / "log")
+    process = start(*SMALL, "--out", out, log=tmp_path / "log")
     wait_for(out, process)
     kill(process)
     assert not (out / "pytorch_lora_weights.safetensors").exists()

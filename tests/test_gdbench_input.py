@@ -80,7 +80,7 @@ def test_model_folder(tmp_path: Path, world: Path) -> None:
 
 
 def test_report_only_without_a_run(tmp_path: Path) -> None:
-    assert "run.json cannot be read" in message("--report-only", "--out", tmp_path)
+    assert "holds no run; give the --out of one" in message("--report-only", "--out", tmp_path)
 
 
 def test_exit_code_and_one_line(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from diffitm.shapes.layouts import World, write_flickr30k
 from diffitm.tasks.perturb import KINDS
 from diffitm.training.mined import read_pairs
 from diffitm.training.negatives import SWAPS, rules
@@ -20,7 +19,6 @@ from tests import pipeline
 from tests.tiny_language import write_llama
 
 pytestmark = pytest.mark.slow
-SCRIPT = pipeline.ROOT / "pipelines" / "negatives.py"
 SCENES, BROKEN, NEAR = 40, "1007.jpg", 3
 PREFIX = "datasets/flickr30k/images/"
 
@@ -29,33 +27,21 @@ PREFIX = "datasets/flickr30k/images/"
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The world's images, one of them cut off, its captions by image, and a random tiny Llama."""
     root = tmp_path_factory.mktemp("data")
-    write_flickr30k(World(str(root), SCENES))
-    lists = json.loads((root / "flickr30k" / "val_top10_RN50x64.json").read_text())
-    by_image: dict[str, list[str]] = {}
-    for caption, paths in lists.items():
-        by_image.setdefault(paths[0].removeprefix(PREFIX), []).append(caption)
-    (root / "captions.json").write_text(json.dumps(by_image))
-    broken = root / "flickr30k" / "images" / BROKEN
-    broken.write_bytes(broken.read_bytes()[:200])
-    write_llama(root / "llm", list(lists), chat=True)
+    captions = pipeline.captioned_world(root, SCENES, BROKEN)
+    write_llama(root / "llm", list(itertools.chain(*captions.values())), chat=True)
     return root
 
 
-def command(data: Path, out: Path, *more: object) -> list[str]:
-    options = ("--captions", data / "captions.json", "--out", out)
-    options += ("--kinds", "rules", "llm", "images", "--llm", data / "llm", "--temperature", 2)
-    options += ("--max-new-tokens", 24, "--clip", "shapes", "--images", data / "flickr30k/images")
-    options += ("--near", NEAR, *more)
-    return [sys.executable, str(SCRIPT), *(str(option) for option in options)]
+def options(data: Path, out: Path, *more: object) -> tuple[object, ...]:
+    chosen = ("--captions", data / "captions.json", "--out", out)
+    chosen += ("--kinds", "rules", "llm", "images", "--llm", data / "llm", "--temperature", 2)
+    chosen += ("--max-new-tokens", 24, "--clip", "shapes", "--images", data / "flickr30k/images")
+    chosen += ("--near", NEAR, *more)
+    return chosen
 
 
 def run(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(data, out, *more), capture_output=True, text=True, timeout=pipeline.TIMEOUT,
-        env=pipeline.environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done
+    return pipeline.run(*options(data, out, *more), script="negatives")
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +103,7 @@ def test_near_images(made: Path) -> None:
 def test_killed_while_the_model_answers(data: Path, made: Path, tmp_path: Path) -> None:
     """What was answered stays as it is, the rest follows, and the result is the same."""
     out, log = tmp_path / "new" / "negatives.tsv", tmp_path / "log"
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command(data, out), stdout=file, stderr=file, start_new_session=True,
-            env=pipeline.environment(),
-        )  # fmt: skip
+    process = pipeline.start(*options(data, out), log=log, script="negatives")
     deadline = time.monotonic() + pipeline.TIMEOUT
     while len(committed(out.parent)) < 3:
         assert process.poll() is None, log.read_text()

@@ -52,7 +52,7 @@ def test_no_neg_is_the_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "hardneg"}, "--objective hardneg: must be one of no-neg.*hard-neg"),
+        ({"name": "hardneg"}, "--objective 'hardneg' is unknown; did you mean 'hard-neg'"),
         ({"name": "hard-neg", "bound": -1}, "--lambda -1: must be 0 or more"),
         ({"name": "hard-neg", "bound": float("nan")}, "--lambda nan"),
         ({"name": "hard-neg", "clip_over": "batch"}, "--clip-over batch"),

@@ -330,7 +330,7 @@ def test_problems_are_told_together() -> None:
     for part in (
         "give --model",
         "give --data",
-        "--objective hardneg",
+        "--objective 'hardneg' is unknown",
         "--lr 0: must be above 0",
         "--effective-batch 32: must be a multiple of --batch-size x --workers = 24",
         "--ema 2: must lie between 0 and 1",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffitm import candidates, storage
 from diffitm.candidates import FOUND, Captions, Side
-from diffitm.config import option
+from diffitm.config import lacking, option, outside
 from diffitm.distributed import neighbours, session
 from diffitm.distributed.groups import work_folder
 from diffitm.distributed.stages import whole_files
@@ -98,37 +98,30 @@ def run(config: Config) -> None:
 
 def _check(config: Config) -> None:
     """All problems of the options together."""
-    problems = []
-    for name, example in (("clip", "RN50x64:openai"), ("images", "DIR"), ("captions", "FILE")):
-        if not getattr(config, name):
-            problems.append(f"give --{name}, such as --{name} {example}")
+    needed = {"clip": "RN50x64:openai", "images": "DIR", "captions": "FILE"}
+    problems = lacking(config, needed)
     if config.images and not storage.exists(storage.absolute(config.images)):
         problems.append(f"--images: there is no folder {storage.absolute(config.images)}")
     if config.captions and not storage.exists(storage.absolute(config.captions)):
         problems.append(f"--captions: there is no file {storage.absolute(config.captions)}")
-    if not _name(config.out).endswith(".json") or _name(config.out).endswith("_text.json"):
+    if not storage.bare(config.out).endswith(".json") or storage.bare(config.out).endswith(
+        "_text.json"
+    ):
         problems.append(f"--out {config.out}: must end in .json, and not in _text.json")
     out = storage.absolute(config.out)
     written = [out, *(_beside(out, end) for end in ("_text.json", ".info.json", "_text.info.json"))]
     if config.captions and storage.absolute(config.captions) in written:
         problems.append(f"--out {config.out}: would replace the captions file {config.captions}")
-    least = {"top_k": 2, "block_size": 1, "actors": 1, "max_actors": 1}
+    least: dict[str, float] = {"top_k": 2, "block_size": 1, "actors": 1, "max_actors": 1}
     least |= {"cpus_per_actor": 0, "gpus_per_actor": 0}
-    for key, bound in least.items():
-        value = getattr(config, key)
-        if value is not None and not bound <= value < 2**31:
-            problems.append(f"--{key.replace('_', '-')} {value}: must be at least {bound}")
+    problems += outside(config, least)
     if problems:
         raise InputError("\n".join(problems))
 
 
-def _name(uri: str) -> str:
-    return uri.partition("?")[0] if "://" in uri else uri
-
-
 def _beside(out: str, ending: str) -> str:
     """The file beside `out` whose name has another ending than .json."""
-    name = _name(out)
+    name = storage.bare(out)
     return name.removesuffix(".json") + ending + out[len(name) :]
 
 

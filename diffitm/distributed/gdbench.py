@@ -339,6 +339,8 @@ def _report_again(config: Config, out: str) -> None:
     path = storage.join(out, "run.json")
     try:
         run = json.loads(storage.read_text(path))
+    except FileNotFoundError:
+        raise InputError(f"--report-only: {out} holds no run; give the --out of one") from None
     except (OSError, ValueError) as error:
         raise InputError(f"--report-only: {path} cannot be read: {error}") from error
     tasks = list(run["examples"]) if config.tasks == ["all"] else _task_names(config)

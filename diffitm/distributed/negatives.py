@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffitm import candidates, storage, training
 from diffitm.candidates import FOUND
-from diffitm.config import option
+from diffitm.config import lacking, option, outside
 from diffitm.distributed import neighbours, propose, session
 from diffitm.distributed.groups import work_folder
 from diffitm.distributed.session import Pool
@@ -125,15 +125,12 @@ def run(config: Config) -> None:
 
 def _check(config: Config) -> None:
     """All problems of the options together."""
-    problems = []
-    for name, example in (("captions", "FILE"), ("out", "FILE.parquet")):
-        if not getattr(config, name):
-            problems.append(f"give --{name}, such as --{name} {example}")
+    problems = lacking(config, {"captions": "FILE", "out": "FILE.parquet"})
     for name in ("captions", "prompt", "images"):
         value = getattr(config, name)
         if value and not storage.exists(storage.absolute(value)):
             problems.append(f"--{name}: there is no file or folder {storage.absolute(value)}")
-    if config.out and not _bare(config.out).endswith((".tsv", ".parquet")):
+    if config.out and not storage.bare(config.out).endswith((".tsv", ".parquet")):
         problems.append(f"--out {config.out}: must end in .tsv or .parquet")
     out = storage.absolute(config.out)
     if config.captions and storage.absolute(config.captions) in (out, _info_uri(out)):
@@ -148,12 +145,15 @@ def _check(config: Config) -> None:
         ]
         useless = [o for o in (*needed, *others) if getattr(config, o) and not asked]
         problems += [f"--{o} is for --kinds {kind}, which is not asked for" for o in useless]
-    least = {"near": 1, "max_new_tokens": 1, "batch_size": 1, "actors": 1, "max_actors": 1}
+    least: dict[str, float] = {
+        "near": 1,
+        "max_new_tokens": 1,
+        "batch_size": 1,
+        "actors": 1,
+        "max_actors": 1,
+    }
     least |= {"temperature": 0, "seed": 0, "cpus_per_actor": 0, "gpus_per_actor": 0}
-    for key, bound in least.items():
-        value = getattr(config, key)
-        if value is not None and not bound <= value < 2**31:
-            problems.append(f"--{key.replace('_', '-')} {value}: must be at least {bound}")
+    problems += outside(config, least)
     if problems:
         raise InputError("\n".join(problems))
 
@@ -165,7 +165,7 @@ def _read(config: Config) -> Inputs:
     if not config.keep_given:
         rows = [replace(row, negative_captions=(), negative_images=()) for row in rows]
     lines = mined.first_lines(rows)
-    if _bare(config.out).endswith(".tsv"):
+    if storage.bare(config.out).endswith(".tsv"):
         for number, row in enumerate(rows):
             for image in row.negative_images:
                 if image not in lines:
@@ -204,12 +204,8 @@ def _template(path: str | None) -> str:
     return text
 
 
-def _bare(uri: str) -> str:
-    return uri.partition("?")[0] if "://" in uri else uri
-
-
 def _info_uri(out: str) -> str:
-    name = _bare(out).rpartition("/")[2].rpartition(".")[0]
+    name = storage.bare(out).rpartition("/")[2].rpartition(".")[0]
     return storage.join(storage.parent(out), f"{name}.info.json")
 
 

@@ -50,6 +50,8 @@ def connect(address: str | None) -> None:
         ray.init(address=address, **quiet)
     else:
         cpus = _processors() + SPARE_CPUS
+        # Ray warns on stdout of more processes than a few times this, which every run here has.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(8 * cpus))
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     for name in ("ray", "ray.data"):  # what fails reaches the caller as an exception
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 
-from diffitm.config import option
+from diffitm.config import option, outside
 from diffitm.errors import InputError
 from diffitm.prepare import sources
 from diffitm.prepare.client import check_proxy
@@ -65,10 +65,7 @@ def check(config: Config) -> dict[str, Source]:
             f"--data {config.data}: must be a folder, local or shared; fetch into one and copy it "
             "to the store with its own tool"
         )
-    for key in ("connections", "per_host", "limit"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            problems.append(f"--{key.replace('_', '-')} {value}: must be at least 1")
+    problems += outside(config, {"connections": 1, "per_host": 1, "limit": 1})
     try:
         check_proxy(config.proxy)
     except InputError as error:

@@ -86,5 +86,5 @@ def print_state(state: State) -> None:
         if state.failed:
             bad += f"; {state.failed:,} examples cannot be scored"
         console.print(f"    {bad}; such as {state.first}", markup=False)
-    if state.state != "ready":
+    if state.state != "ready" and state.source not in state.problem:
         console.print(f"    from {state.source}", markup=False)

@@ -46,7 +46,7 @@ def read_pairs(uri: str) -> list[Row]:
 
     Raises InputError that names file, row and what is right; a row needs an image and a caption.
     """
-    if uri.partition("?")[0].endswith(".json"):
+    if storage.bare(uri).endswith(".json"):
         known = read_captions(uri)
         pairs = zip(known.images, known.of_image, strict=True)
         return [Row(image, known.captions[c]) for image, captions in pairs for c in captions]
@@ -116,7 +116,7 @@ def write_rows(uri: str, rows: Sequence[Row], kinds: Sequence[tuple[str, ...]]) 
     """
     storage.make_folder(storage.parent(uri))
     with storage.replacing(uri) as sink:
-        if uri.partition("?")[0].endswith(".tsv"):
+        if storage.bare(uri).endswith(".tsv"):
             _write_tsv(sink, rows)
             return
         columns = [

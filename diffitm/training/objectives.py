@@ -50,9 +50,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
-            names = ", ".join(OBJECTIVES)
-            hint = suggest(self.name, OBJECTIVES)
-            raise InputError(f"--objective {self.name}: must be one of {names}{hint}")
+            raise InputError(
+                f"--objective {self.name!r} is unknown{suggest(self.name, OBJECTIVES)}"
+            )
         if not self.bound >= 0:
             raise InputError(f"--lambda {self.bound:g}: must be 0 or more")
         if self.clip_over not in ("example", "microbatch"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from diffitm.config import option
+from diffitm.config import lacking, option, outside
 from diffitm.errors import InputError
 from diffitm.training.objectives import Objective
 
@@ -85,26 +85,21 @@ class Config:
 
 def find_problems(config: Config) -> list[str]:
     """What is wrong with the options, all of it."""
-    found = []
-    for name, example in (("model", "shapes"), ("data", "shapes")):
-        if not getattr(config, name):
-            found.append(f"give --{name}, such as --{name} {example}")
+    found = lacking(config, {"model": "shapes", "data": "shapes"})
     try:
         Objective(config.objective, config.lambda_, config.clip_over, config.guard)
     except InputError as error:
         found.append(str(error))
-    least = dict.fromkeys(("batch_size", "effective_batch", "rank", "workers", "scenes"), 1)
-    least |= dict.fromkeys(("checkpoint_every", "log_every", "validation_examples"), 1)
-    least |= dict.fromkeys(("validate_every", "warmup_steps", "retries", "weight_decay"), 0)
-    for name, bound in least.items():
-        if getattr(config, name) < bound:
-            value = getattr(config, name)
-            found.append(f"--{name.replace('_', '-')} {value:g}: must be at least {bound}")
+    least: dict[str, float] = {
+        **dict.fromkeys(("batch_size", "effective_batch", "rank", "workers", "scenes", "steps"), 1),
+        **dict.fromkeys(("checkpoint_every", "log_every"), 1),
+        **dict.fromkeys(("validation_examples", "validation_timesteps"), 1),
+        **dict.fromkeys(("validate_every", "warmup_steps", "retries", "weight_decay"), 0),
+    }
+    found += outside(config, least)
     for name in ("lr", "clip_norm", "epochs"):
         if not getattr(config, name) > 0:
             found.append(f"--{name.replace('_', '-')} {getattr(config, name):g}: must be above 0")
-    if config.steps is not None and config.steps < 1:
-        found.append(f"--steps {config.steps}: must be at least 1")
     if config.ema is not None and not 0 < config.ema < 1:
         found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
     share = config.batch_size * config.workers

@@ -48,7 +48,7 @@ def read_rows(uri: str, option: str = "--data") -> list[Row]:
     A negative that equals its row's caption or image is dropped. Raises InputError that names file,
     row and what is right; `option` is what the user gave the file with.
     """
-    if uri.partition("?")[0].endswith(".tsv"):
+    if storage.bare(uri).endswith(".tsv"):
         malformed = malformed_in(uri)
         pairs = read_pairs(csv_table(_text(uri, option), uri, malformed, "\t"), malformed)
         rows = [
