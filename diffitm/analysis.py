@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from diffitm.metrics.intervals import interval
+from diffitm.metrics.intervals import interval, mean_interval
 from diffitm.scored import Scored
 from diffitm.tasks.base import Task
 
@@ -44,6 +44,21 @@ class Count:
     low: float
     high: float
     n: int
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Mean error of a task's right pairs and of their images with the empty text (null where it was
+    not needed), over `n` examples. `change` and `empty_change`: less that of the first model with the
+    same timesteps, on the same examples, with the 95% interval; null for that model itself."""
+
+    model: str
+    task: str
+    right: float
+    empty: float | None
+    n: int
+    change: tuple[float, float, float] | None = None
+    empty_change: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,45 @@ class Curves:
             right, wrong = (total / self.n).tolist()
             found.append(Curve(model, task, kind, timesteps, right, wrong, self.n))
         return found
+
+
+class Errors:
+    """Keeps each example's error of its right pairs and of the empty text, NaN without one."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[float, float]] = []
+        self.clusters: list[str] = []
+
+    def add(self, item: Scored) -> None:
+        """One example; of a model without errors, nothing."""
+        if item.similarity is not None:
+            return
+        self.clusters.append(item.example.cluster)
+        if item.failure is not None:
+            self.values.append((np.nan, np.nan))
+            return
+        right = right_pairs(item)
+        self.values.append((item.conditional[right].mean(), item.unconditional[right].mean()))
+
+    def read(self, model: str, task: str, first: Errors | None) -> Denoising | None:
+        """The means, and what changed since `first`."""
+        values = np.array(self.values).reshape(-1, 2)
+        kept = np.isfinite(values)
+        if not kept[:, 0].any():
+            return None
+        right = float(values[kept[:, 0], 0].mean())
+        empty = float(values[kept[:, 1], 1].mean()) if kept[:, 1].any() else None
+        changes = [None if first is None else self._change(first, i) for i in (0, 1)]
+        return Denoising(model, task, right, empty, int(kept[:, 0].sum()), *changes)
+
+    def _change(self, first: Errors, column: int) -> tuple[float, float, float] | None:
+        difference = np.array(self.values)[:, column] - np.array(first.values)[:, column]
+        both = np.isfinite(difference)
+        clusters = np.array(self.clusters)[both]
+        if len(np.unique(clusters)) < 2:
+            return None
+        low, high = mean_interval(difference[both], clusters)
+        return float(difference[both].mean()), low, high
 
 
 class Counts:

@@ -15,6 +15,14 @@ from diffitm import storage
 CROP = re.compile(r"(.*)#xywh=(-?\d+),(-?\d+),(-?\d+),(-?\d+)", re.DOTALL)
 
 
+MEMBER = re.compile(r"(.*)#bytes=(\d+),(\d+)", re.DOTALL)
+
+
+def member_of(archive: str, offset: int, size: int) -> str:
+    """The reference of an image inside of an uncompressed archive."""
+    return f"{archive}#bytes={offset},{size}"
+
+
 def is_image(path: str) -> bool:
     """Whether a file name has the ending of an image, hidden files aside."""
     name = path.rsplit("/", 1)[-1].lower()
@@ -37,7 +45,12 @@ def load(root: str, reference: str) -> tuple[Image.Image, str]:
     """
     path, crop = split_crop(reference)
     _check_inside(path)
-    data = storage.read_bytes(storage.join(root, path))
+    member = MEMBER.fullmatch(path)
+    if member is not None:
+        place = (int(member[2]), int(member[3]))
+        data = storage.read_range(storage.join(root, member[1]), *place)
+    else:
+        data = storage.read_bytes(storage.join(root, path))
     image = decode(data)
     if crop is not None:
         _check_crop(crop, image.size)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffitm import storage
-from diffitm.analysis import Case, Cases, Count, Counts, Curve, Curves
+from diffitm.analysis import Case, Cases, Count, Counts, Curve, Curves, Denoising, Errors
 from diffitm.images import split_crop
 from diffitm.metrics.figures import Decision, Figure
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
@@ -25,6 +25,9 @@ from diffitm.tasks.find import find_task
 
 # What tells two stores of one model apart, in the words of a table.
 SETTINGS = ("protocol", "dtype", "resize", "seed", "latent_seed", "variant", "root")
+
+# What errors must share to be compared.
+MEASURED = ("protocol", "timesteps", "seed", "resize", "latent_seed", "root")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Evaluation:
     comparisons: list[Comparison] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
+    denoising: list[Denoising] = field(default_factory=list)
     speeds: list[Speed] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -103,8 +107,14 @@ def evaluate(examples: dict[str, str], stores: list[Store], error: str = "auto")
     for name, uri in examples.items():
         task: Task = find_task(name)()
         columns: list[Column] = []
+        first: dict[str, Errors] = {}  # by how errors were measured
         for store, title in zip(stores, names, strict=True):
-            columns += _evaluate_one(task, uri, store, title, error, out)
+            errors = Errors()
+            columns += _evaluate_one(task, uri, store, title, error, errors, out)
+            measured = str([store.config.get(key) for key in MEASURED])
+            if (denoising := errors.read(title, name, first.get(measured))) is not None:
+                out.denoising.append(denoising)
+                first.setdefault(measured, errors)
         if task.graded:
             out.comparisons += _comparisons(task, columns)
     return out
@@ -127,7 +137,13 @@ def titles(stores: Sequence[Store]) -> list[str]:
 
 
 def _evaluate_one(
-    task: Task, uri: str, store: Store, title: str, error: str, out: Evaluation
+    task: Task,
+    uri: str,
+    store: Store,
+    title: str,
+    error: str,
+    errors: Errors,
+    out: Evaluation,
 ) -> list[Column]:
     """Adds a task's results for one store; the columns that a comparison needs."""
     steps = store.config.get("timesteps", [])
@@ -152,6 +168,7 @@ def _evaluate_one(
             )
             decisions.setdefault(kind, []).append(made)
         if task.graded:
+            errors.add(item)
             curves.add(item)
             cases.add(item)
             if counts:
@@ -246,7 +263,7 @@ def speeds(out: str, stores: Sequence[Store]) -> list[Speed]:
 
 def write_results(evaluation: Evaluation, provenance: dict[str, Any], out: str) -> str:
     """results.json, provenance.json and failures.json below `out`; the path of the first."""
-    kinds = ("rows", "comparisons", "counts", "curves", "speeds", "cases")
+    kinds = ("rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases")
     found = {kind: [asdict(line) for line in getattr(evaluation, kind)] for kind in kinds}
     path = storage.join(out, "results.json")
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))

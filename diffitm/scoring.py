@@ -104,14 +104,23 @@ class DenoiserScorer:
         return size / (time.perf_counter() - start)
 
     def _pixels(self, image: Any) -> Tensor:
-        side = images.to_pixels(image, self.denoiser.resolution, self.resize)
-        return torch.from_numpy(side.copy()).permute(2, 0, 1).float() / PIXEL_SCALE - 1
+        return to_input(image, self.denoiser, self.resize)
 
     def _latents(self, pixels: list[Tensor]) -> Tensor:
         """VAE batches are small: at 512 px an encode weighs more than a forward of the U-Net."""
         size = max(1, self.batch_size // 4)
         chunks = [torch.stack(pixels[i : i + size]) for i in range(0, len(pixels), size)]
         return torch.cat([self.denoiser.encode_images(c, self.latent_seed) for c in chunks])
+
+
+def to_input(image: Any, denoiser: Denoiser, resize: str) -> Tensor:
+    """An RGB image as the denoiser takes it, float32 [3, H, W] in [-1, 1]."""
+    return scaled(images.to_pixels(image, denoiser.resolution, resize))
+
+
+def scaled(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / PIXEL_SCALE - 1
 
 
 class Loaded(NamedTuple):

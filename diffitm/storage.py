@@ -82,6 +82,13 @@ def read_bytes(uri: str) -> bytes:
         return stream.read()
 
 
+def read_range(uri: str, offset: int, size: int) -> bytes:
+    """Bytes of a file from a place on. Raises OSError."""
+    found, path = filesystem(uri)
+    with found.open_input_file(path) as file:
+        return file.read_at(size, offset)
+
+
 def read_text(uri: str) -> str:
     return read_bytes(uri).decode("utf-8-sig")
 

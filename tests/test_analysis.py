@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from diffitm import pairs, results
 from diffitm.analysis import spread_weights
@@ -226,3 +227,33 @@ def test_clip_has_no_curves(tmp_path: Path) -> None:
     evaluation = results.evaluate({"clevr": uri}, [store])
     assert (evaluation.curves, evaluation.counts) == ([], [])
     assert evaluation.cases[0].margin == pytest.approx(0.2)
+
+
+def test_denoising_errors_and_what_changed(tmp_path: Path) -> None:
+    """Right pairs and the empty text, paired with the first model of the same timesteps alone."""
+    examples = [Example(str(n), (f"i{n}", "j"), ("x",), "image", cluster=f"i{n}") for n in range(4)]
+    uri, stores = written(tmp_path, "flickr30k", *examples), []
+    for name, steps, more in (("a", 2, 0.0), ("b", 2, 0.5), ("c", 1, 0.0)):
+        config = {**CONFIG, "timesteps": STEPS[:steps]}
+        store = open_store(str(tmp_path), name, config)
+        lines = [score_row("j", text, [9.0] * steps) for text in ("x", "")]
+        for n in range(4):
+            error = 1.0 + more * (n + 1)
+            lines.append(score_row(f"i{n}", "x", [error] * steps))
+            lines.append(score_row(f"i{n}", "", [error + 2] * steps))
+        write_scores(store, lines)
+        stores.append(store)
+    a, b, c = results.evaluate({"flickr30k": uri}, stores).denoising
+    assert (a.right, a.empty, a.n, a.change, a.empty_change) == (1.0, 3.0, 4, None, None)
+    assert (c.model, c.right, c.change) == ("c", 1.0, None)
+    assert (b.right, b.empty) == (2.25, 4.25)
+    assert b.change is not None and b.empty_change is not None
+    spread = stats.t.ppf(0.975, 3) * np.std([0.5, 1.0, 1.5, 2.0], ddof=1) / 2
+    assert b.change == pytest.approx((1.25, 1.25 - spread, 1.25 + spread))
+    assert b.empty_change == pytest.approx(b.change)
+
+
+def test_a_change_of_one_image_has_no_interval(tmp_path: Path) -> None:
+    one, two = two_models(tmp_path, ([1], [0])).denoising, two_models(tmp_path, ([1] * 3, [0] * 3))
+    assert [line.change for line in one] == [None, None]
+    assert [line.n for line in two.denoising] == [3, 3]

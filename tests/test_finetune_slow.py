@@ -160,9 +160,10 @@ def test_unreadable_images_cost_their_own_examples(tmp_path: Path) -> None:
     options = (*SMALL, "--out", out, "--validate-every", 0)
     from diffitm.shapes.training import write_training
 
-    write_training(str(out / "shapes-30"), 30)
+    drawn = tmp_path / "work" / "shapes-training-30"
+    write_training(str(drawn), 30)
     for number in (3, 11):
-        (out / "shapes-30" / "coco" / "train" / f"{number}.jpg").write_bytes(b"no image")
+        (drawn / "coco" / "train" / f"{number}.jpg").write_bytes(b"no image")
     done = run(*options)
     assert "images could not be read" in done.stderr
     assert len(json.loads((out / "failures.json").read_text())) >= 1

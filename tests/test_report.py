@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from diffitm import pairs, registry, results
@@ -59,6 +62,12 @@ def scored_world(root: Path) -> tuple[dict[str, str], list[Store]]:
     return examples, stores
 
 
+def png(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
     """A folder with report.html and results.json, and what they show."""
@@ -67,9 +76,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]
     evaluation = results.evaluate(examples, stores)
     evaluation.speeds = [results.Speed("base, 5 timesteps", 10, 50, 2.0, 0.2)]
     provenance = {"commit": "abc", "note": "<script>alert(1)</script>"}
-    html.write_report(
-        evaluation, make_table(evaluation), provenance, str(root / "data"), str(root / "out")
-    )
+    samples = {name: {"a <red> circle": [png(32), png(512)]} for name in ("base", "base + x")}
+    logs = {"base + x": [{"step": 1, "loss": 0.5}, {"step": 2, "accuracy/coco_neg_text": 0.7}]}
+    places = (str(root / "data"), str(root / "out"))
+    html.write_report(evaluation, make_table(evaluation), provenance, *places, samples, logs)
     results.write_results(evaluation, provenance, str(root / "out"))
     return root / "out", evaluation
 
@@ -83,11 +93,23 @@ def test_page_is_one_file(written: tuple[Path, Evaluation]) -> None:
     ids = set(re.findall(r'<h2 id="(\w+)"', page))
     links = set(re.findall(r'<a href="#(\w+)"', page))
     assert ids == links == {
-        "comparison", "tests", "groups", "bias", "timesteps", "numbers", "variance", "speed",
-        "examples", "failures", "provenance",
+        "comparison", "tests", "groups", "bias", "timesteps", "numbers", "denoising", "images",
+        "training", "variance", "speed", "examples", "failures", "provenance",
     }  # fmt: skip
     assert page.count("data:image/jpeg;base64,") > 20
     assert "#010203" not in page
+
+
+def test_generated_images_and_training_curves(written: tuple[Path, Evaluation]) -> None:
+    """Each model's images below its prompt, none larger than it is shown; a chart for each curve."""
+    page = (written[0] / "report.html").read_text()
+    assert page.count("a &lt;red&gt; circle, by base + x, seed 1") == 1
+    shown = re.findall(r'by base( \+ x)?, seed \d" src="data:image/(\w+);base64,([^"]+)"', page)
+    assert [kind for _, kind, _ in shown] == ["png", "jpeg", "png", "jpeg"]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for *_, data in shown]
+    assert sizes == [(32, 32), (256, 256)] * 2
+    assert 'aria-label="Training: loss"' in page
+    assert 'aria-label="Training: coco_neg_text"' in page
 
 
 def main_rows(page_rows: list[list[Any]]) -> dict[tuple[str, str], list[Any]]:

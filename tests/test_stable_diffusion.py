@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,6 +51,18 @@ def test_long_texts_are_cut(sd: StableDiffusion) -> None:
     assert sd.encode_texts([long])["hidden"].shape == (1, 16, 32)
     found = sd.encode_texts([long, long + "a blue square"])["hidden"]
     assert torch.equal(found[0], found[1])
+
+
+def test_images_come_from_their_seed(sd: StableDiffusion) -> None:
+    """The same image alone and beside others; another seed and another text give another one."""
+    many = sd.generate("a red circle", [0, 1], steps=3, guidance=3.0)
+    assert [image.size for image in many] == [(32, 32)] * 2
+    alone = sd.generate("a red circle", [1], steps=3, guidance=3.0)[0]
+    difference = np.abs(np.asarray(alone, int) - np.asarray(many[1], int))
+    assert difference.max() <= 1
+    other = sd.generate("a blue square", [1], steps=3, guidance=3.0)[0]
+    assert np.abs(np.asarray(alone, int) - np.asarray(other, int)).max() > 1
+    assert np.abs(np.asarray(many[0], int) - np.asarray(many[1], int)).max() > 1
 
 
 def test_posterior_sample(sd: StableDiffusion) -> None:

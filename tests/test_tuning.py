@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
+import tarfile
+import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,10 +18,12 @@ import pyarrow as pa
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from pyarrow import parquet
+from safetensors.torch import save
 from torch import Tensor
 
-from diffitm import results
+from diffitm import images, results
 from diffitm.config import parse
 from diffitm.errors import InputError
 from diffitm.matching.plan import make_plan
@@ -26,12 +35,15 @@ from diffitm.shapes.layouts import write_world
 from diffitm.shapes.training import write_training
 from diffitm.store import open_store
 from diffitm.tasks.find import find_task
+from diffitm.training.cached import CACHED, Cache
 from diffitm.training.draw import MIXED, Item, Schedule, draw_noise, seed_of
 from diffitm.training.objectives import Objective
 from diffitm.training.options import Config, find_problems
-from diffitm.training.rows import Row, read_rows, usable
+from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, usable
+from diffitm.training.track import Curves, track_problems, write_events
 from diffitm.training.tune import Posterior, Tuner
 from diffitm.training.validate import credits
+from diffitm.training.webdataset import read_shards
 from tests import tiny
 from tests.tiny import write_scores
 
@@ -43,15 +55,18 @@ SHAPE, STEPS = (4, 8, 8), [10, 260, 510, 760]
 
 
 def test_rows_of_the_negclip_layout(tmp_path: Path) -> None:
-    """Negatives that equal the row's own caption or image, or lie outside of the file, are dropped."""
+    """Images outside of the file are none; negatives that are the row's own are dropped and counted."""
     file = tmp_path / "train_neg_clip.tsv"
     file.write_text(
         f"{HEAD}0\ta cup\ta.jpg\t['a cup', 'a cap']\t[1, 0, 99]\n1\ta dog\tb.jpg\t[]\t[0]\n"
     )
-    assert read_rows(str(file)) == [
-        Row("a.jpg", "a cup", ("a cap",), ("b.jpg",)),
+    rows = read_rows(str(file))
+    assert rows == [
+        Row("a.jpg", "a cup", ("a cup", "a cap"), ("b.jpg", "a.jpg")),
         Row("b.jpg", "a dog", (), ("a.jpg",)),
     ]
+    kept = [Row("a.jpg", "a cup", ("a cap",), ("b.jpg",)), rows[1]]
+    assert drop_equal(rows) == (kept, 2)
 
 
 def test_rows_of_parquet(tmp_path: Path) -> None:
@@ -101,6 +116,142 @@ def test_training_world(tmp_path: Path) -> None:
     assert all(rows[i ^ 1].image in row.negative_images for i, row in enumerate(rows))
     assert all((tmp_path / row.image).is_file() for row in rows)
     assert len(list(find_task("coco_neg_text")().examples(str(tmp_path)))) == 100
+
+
+def shard(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def png(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_rows_of_webdataset_shards(tmp_path: Path) -> None:
+    """Over two shards; the images are read from where they lie in them."""
+    known = {"caption": "unused", "negative_captions": ["a blue one"], "negative_images": ["x/b"]}
+    first = {
+        "x/a.png": png("red"),
+        "x/a.txt": b"a red one\n",
+        "x/a.json": json.dumps(known).encode(),
+    }
+    shard(tmp_path / "s-00.tar", first)
+    shard(tmp_path / "s-01.tar", {"x/b.PNG": png("blue"), "x/b.json": b'{"caption": "a blue one"}'})
+    for given in ("s-{00..01}.tar", "s-*.tar"):
+        rows = read_shards(str(tmp_path / given))
+        assert [row.caption for row in rows] == ["a red one", "a blue one"]
+        assert rows[0].negative_captions == ("a blue one",)
+        assert rows[0].negative_images == (rows[1].image,)
+        pixels = [images.load(str(tmp_path), row.image)[0].getpixel((0, 0)) for row in rows]
+        assert pixels == [(255, 0, 0), (0, 0, 255)]
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"a.png": b"", "a.json": b"{"}, "sample a: .json cannot be read"),
+        ({"a.json": b'{"caption": 3}'}, "sample a: expects a text in caption, found 3"),
+        ({"a.json": b'{"negative_captions": "x"}'}, "expects a list of texts in negative_captions"),
+        ({"a.json": b'{"negative_images": ["b"]}'}, "negative_images names b, which has no image"),
+        ({"a.png": b"", "a.jpg": b""}, "sample a comes twice"),
+        ({"a.txt": b"\xff"}, "is no whole, uncompressed tar"),
+        ({"a.cls": b"0"}, "the shards hold no sample"),
+    ],
+)
+def test_malformed_shards(tmp_path: Path, members: dict[str, bytes], told: str) -> None:
+    shard(tmp_path / "s.tar", members)
+    with pytest.raises(InputError) as caught:
+        read_shards(str(tmp_path / "s.tar"))
+    assert told in str(caught.value)
+    assert "s.tar" in str(caught.value)
+
+
+def test_shards_that_are_missing_or_cut_off(tmp_path: Path) -> None:
+    shard(tmp_path / "s-0.tar", {"a.png": png("red"), "a.txt": b"a"})
+    with pytest.raises(InputError, match=r"there is no shard .*s-1\.tar"):
+        read_shards(str(tmp_path / "s-{0..1}.tar"))
+    with pytest.raises(InputError, match="there is no shard"):
+        read_shards(str(tmp_path / "t-*.tar"))
+    (tmp_path / "s-0.tar").write_bytes((tmp_path / "s-0.tar").read_bytes()[:520])
+    with pytest.raises(InputError, match=r"s-0\.tar: is no whole"):
+        read_shards(str(tmp_path / "s-0.tar"))
+
+
+def test_what_training_can_see() -> None:
+    """Only what the chosen negatives need; the empty text always."""
+    rows = [Row("a", "x", ("y",), ("b",)), Row("c", "z", ("w",), ("d",))]
+    assert images_of(rows, [0], "mixed") == ["a", "b"]
+    assert images_of(rows, [0, 1], "hard-text") == ["a", "c"]
+    assert texts_of(rows, [0], "mixed") == ["", "x", "y"]
+    assert texts_of(rows, [0, 1], "hard-image") == ["", "x", "z"]
+
+
+def test_cache_reads_by_name_within_its_limit(tmp_path: Path) -> None:
+    """Every item as it was written, whatever is thrown out; failures have no value."""
+    values = [torch.full((2, 3), float(i)) for i in range(10)]
+    lines = [
+        {
+            "row": 0,
+            "position": i,
+            "name": f"n{i}",
+            "failure": "broken" if i == 4 else None,
+            "value": None if i == 4 else save({"mean": value}),
+        }
+        for i, value in enumerate(values)
+    ]
+    for part, some in (("a", lines[:7]), ("b", lines[7:])):
+        table = pa.Table.from_pylist(some, CACHED)
+        parquet.write_table(table, tmp_path / f"{part}.parquet", row_group_size=2)
+    cache = Cache(str(tmp_path), limit=60)
+    assert cache.failures == {"n4": "broken"}
+    for names in (["n9", "n0", "n5"], ["n0", "n1"], ["n9"]):
+        found = cache(names)["mean"]
+        assert torch.equal(found, torch.stack([values[int(name[1])] for name in names]))
+        assert cache.used <= 60
+
+
+def test_trackers_get_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's events are there while the run goes on; W&B and MLflow get values and steps."""
+    told: list[tuple[object, ...]] = []
+    run = SimpleNamespace(
+        log=lambda values, step: told.append(("wandb", values, step)),
+        finish=lambda: told.append(("wandb ends",)),
+    )
+    wandb = SimpleNamespace(init=lambda **options: told.append(("init", options["id"])) or run)
+    mlflow = SimpleNamespace(
+        set_experiment=lambda name: None,
+        start_run=lambda **options: None,
+        log_params=lambda settings: told.append(("params", settings)),
+        log_metrics=lambda values, step: told.append(("mlflow", values, step)),
+        end_run=lambda: told.append(("mlflow ends",)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    curves = Curves(["wandb", "mlflow"], str(tmp_path), "key", {"lr": 1})
+    curves.add({"step": 5, "loss": 0.5})
+    (written,) = (tmp_path / "tensorboard").iterdir()
+    end = time.monotonic() + 20
+    while b"loss" not in written.read_bytes():  # a thread writes
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    curves.close()
+    assert told[:2] == [("init", "key"), ("params", {"lr": 1})]
+    assert told[2:4] == [("wandb", {"loss": 0.5}, 5), ("mlflow", {"loss": 0.5}, 5)]
+    assert told[4:] == [("wandb ends",), ("mlflow ends",)]
+    write_events([{"step": 5, "loss": 0.5}, {"step": 6, "loss": 0.4}], str(tmp_path))
+    (whole,) = (tmp_path / "tensorboard").iterdir()
+    assert whole.read_bytes().count(b"loss") == 2
+
+
+def test_trackers_that_are_not_there() -> None:
+    told = track_problems(["wandbb", "mlflow" if not find_spec("mlflow") else "wandb"])
+    assert told[0].startswith("--track wandbb: must be one of wandb, mlflow; did you mean 'wandb'")
+    assert len(told) == 1 or "is not installed; pip install" in told[1]
 
 
 # Draws -------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from diffitm.training.job import Job, Validation
 from diffitm.training.objectives import Objective
 from diffitm.training.options import Config, find_problems
 from diffitm.training.result import is_complete, write_result
-from diffitm.training.rows import read_rows, told, usable
+from diffitm.training.rows import drop_equal, images_of, read_rows, texts_of, told, usable
+from diffitm.training.track import Curves
+from diffitm.training.webdataset import is_webdataset, read_shards
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -26,6 +28,7 @@ TASKS = ("coco_neg_text", "coco_neg_image")
 KEPT = 2  # checkpoints
 NOT_SETTINGS = {  # the weights do not depend on these
     *("out", "workers", "cpus_per_worker", "gpus_per_worker", "retries", "ray", "preset"),
+    *("cache_latents", "track"),
 }
 
 
@@ -65,7 +68,10 @@ def run(config: Config) -> None:
     out = storage.absolute(config.out)
     source = resolve(config.model)
     rows_file, root, valid = _data(config, out)
-    rows = read_rows(rows_file)
+    reader = read_shards if is_webdataset(rows_file) else read_rows
+    rows, equal = drop_equal(reader(rows_file))
+    if equal:
+        log.warning("%s: left out %s negatives that equal their row's own", rows_file, f"{equal:,}")
     kept, lost = usable(rows, config.negatives, rows_file)
     if lost:
         log.warning("%s: left out %s", rows_file, told(lost))
@@ -82,6 +88,8 @@ def run(config: Config) -> None:
     if is_complete(out, settings):
         log.info("%s holds this run already; give another --out to train again", out)
         return
+    if config.cache_latents:
+        job = _cached(job, out)
     result, lost_images = _train(config, job, settings, out)
     if result.checkpoint is None:
         raise InputError(f"{out}: the run left no checkpoint")
@@ -101,17 +109,19 @@ def _data(config: Config, out: str) -> tuple[str, str, str | None]:
     if config.data == "shapes":
         from diffitm.shapes.training import write_training
 
-        root = storage.join(out, f"shapes-{config.scenes}")
+        root = storage.join(storage.parent(out), "work", f"shapes-training-{config.scenes}")
         write_training(root, config.scenes)
         return storage.join(root, TRAIN), root, config.validation_data or root
     given = storage.absolute(config.data)
-    if given.endswith((".tsv", ".parquet")):
+    if storage.bare(given).endswith((".tsv", ".parquet", ".tar")):
+        if is_webdataset(given) and config.images:
+            raise InputError(f"--images {config.images}: shards hold their images; leave it out")
         root = storage.absolute(config.images) if config.images else storage.parent(given)
         return given, root, config.validation_data
     file = storage.join(given, TRAIN)
     if not storage.exists(file):
         raise InputError(
-            f"--data {config.data}: is neither a .tsv nor a .parquet file, nor a folder with {TRAIN}"
+            f"--data {config.data}: is neither a .tsv, .parquet or .tar file, nor a folder with {TRAIN}"
         )
     known = given if storage.exists(storage.join(given, VALID)) else None
     return file, given, config.validation_data or known
@@ -171,6 +181,22 @@ def _job(
         checkpoint_every=config.checkpoint_every,
         log_every=config.log_every,
         validation=validation,
+        latents=None,
+        texts=None,
+    )
+
+
+def _cached(job: Job, out: str) -> Job:
+    """The job with its images and texts encoded beforehand."""
+    from diffitm.distributed import session
+    from diffitm.distributed.caching import Encoder, encode
+
+    pool = session.choose_pool(None, None, None, None)
+    encoder = Encoder(job.source, job.variant, job.dtype, job.root, job.resize)
+    wanted = (job.rows, job.kept, job.negatives)
+    latents = encode(out, "image", images_of(*wanted), encoder, pool)
+    return replace(
+        job, latents=latents, texts=encode(out, "text", texts_of(*wanted), encoder, pool)
     )
 
 
@@ -217,10 +243,14 @@ def _train(
         ),
     )
     log.info("%s rows, %s updates of %d examples", *_sizes(job))
-    with Watch(monitor, _Lines(job.steps).tell):
-        result = trainer.fit()
-    lost, stopped = ray.get(monitor.end.remote())
-    _Lines(job.steps).tell(ray.get(monitor.read.remote()))
+    lines = _Lines(job.steps, Curves(config.track, out, name, settings))
+    try:
+        with Watch(monitor, lines.tell):
+            result = trainer.fit()
+        lost, stopped = ray.get(monitor.end.remote())
+        lines.tell(ray.get(monitor.read.remote()))
+    finally:
+        lines.curves.close()
     if stopped is not None:
         raise InputError(f"{stopped}; the checkpoints of {folder}/{name} are intact")
     return result, lost
@@ -231,15 +261,16 @@ def _sizes(job: Job) -> tuple[str, str, int]:
 
 
 class _Lines:
-    """Logs what the workers tell."""
+    """Logs what the workers tell, and shows it as curves."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, curves: Curves) -> None:
+        self.steps, self.curves = steps, curves
 
     def tell(self, lines: list[dict[str, float]]) -> None:
         from diffitm.distributed.progress import clock
 
         for line in lines:
+            self.curves.add(line)
             step = int(line["step"])
             accuracies = {k: v for k, v in line.items() if k.startswith("accuracy/")}
             if accuracies:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("diffitm")
 
 
+LOG = "log.jsonl"
 WORLD = "world.json"  # what marks a data root of drawn scenes
 MOST = 2**63  # what a generator takes as a seed, and far beyond any sane number
 
@@ -41,6 +42,14 @@ class Examples(NamedTuple):
 
     uri: str
     identity: str
+
+
+class Beside(NamedTuple):
+    """What the report shows beside the scores, by model: generated images (folders below OUT) and
+    the log that finetune.py left beside a LoRA."""
+
+    samples: dict[str, str]
+    logs: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,12 @@ class Config:
     lora: list[str] = option(
         [], "LoRA files for the diffusion models' U-Net, each a model of its own; none is the base"
     )
+    prompts: list[str] = option(
+        [], "texts that every diffusion model generates images of, from the same seeds"
+    )
+    samples: int = option(4, "images of a prompt")
+    sampling_steps: int = option(25, "steps of DPM-Solver++ for an image")
+    guidance: float = option(7.5, "classifier-free guidance of the images")
     limit: int | None = option(None, "at most this many examples a task, evenly spread")
     scenes: int = option(100, "scenes that --data shapes draws")
     batch_size: int = option(64, "forwards of the model in one batch")
@@ -117,6 +132,7 @@ def run(config: Config) -> None:
     examples = _write_examples(config, root, out)
 
     from diffitm.distributed import session
+    from diffitm.distributed.sampling import Sampling, sample, samples_folder
 
     session.connect(config.ray)
     pool = session.choose_pool(
@@ -133,11 +149,20 @@ def run(config: Config) -> None:
     stores = [open_store(out, _label(spec), spec.store_config()) for spec in specs]
     provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}}
     drawn = storage.exists(storage.join(root, WORLD))
-    _write_run(out, examples, stores, provenance, root, drawn)
+    diffusion = {_label(spec): spec for spec in specs if isinstance(spec, DiffusionSpec)}
+    how = Sampling(config.samples, config.sampling_steps, config.guidance)
+    prompts = list(dict.fromkeys(config.prompts))
+    beside = Beside(
+        {n: samples_folder(s, prompts, how) for n, s in diffusion.items()} if prompts else {},
+        {n: _log(s.lora) for n, s in diffusion.items() if s.lora},
+    )
+    _write_run(out, examples, stores, provenance, root, drawn, beside)
     for spec, store in zip(specs, stores, strict=True):
         _score(spec, store, list(examples.values()), out, pool)
+    for name, folder in beside.samples.items():
+        sample(storage.join(out, folder), name, diffusion[name], prompts, how, pool)
     files = {name: e.uri for name, e in examples.items()}
-    _finish(config, out, files, stores, provenance, root, drawn)
+    _finish(config, out, files, stores, provenance, root, drawn, beside)
 
 
 def _loras(config: Config) -> list[str | None]:
@@ -172,6 +197,30 @@ def _diffusion(
     )
 
 
+def _log(lora: str) -> str:
+    """Where finetune.py leaves the log of a LoRA: beside it or, of last/, above."""
+    folder = storage.parent(lora)
+    above = storage.join(storage.parent(folder), LOG)
+    return above if folder.endswith("/last") else storage.join(folder, LOG)
+
+
+def _samples(out: str, beside: Beside) -> dict[str, dict[str, list[bytes]]]:
+    """Model -> prompt -> PNGs."""
+    from diffitm.distributed.sampling import read_samples
+
+    folders = {name: storage.join(out, folder) for name, folder in beside.samples.items()}
+    return {name: read_samples(f) for name, f in folders.items() if storage.exists(f)}
+
+
+def _curves(beside: Beside) -> dict[str, list[dict[str, float]]]:
+    """Model -> lines of its training's log, where there is one."""
+    return {
+        name: [json.loads(line) for line in storage.read_text(uri).splitlines()]
+        for name, uri in beside.logs.items()
+        if storage.exists(uri)
+    }
+
+
 def _label(spec: Spec) -> str:
     """The model's name in tables: with its LoRA file as typed, and CLIP marked as such."""
     if isinstance(spec, ClipSpec):
@@ -192,7 +241,7 @@ def _check(config: Config) -> list[tuple[int, ...]]:
         problems.append("give at least one --model or --clip (shapes is the embedded default)")
     problems += _task_problems(config)
     least = {"batch_size": 1, "limit": 1, "scenes": 10, "seed": 0, "actors": 1, "max_actors": 1}
-    least |= {"cpus_per_actor": 0, "gpus_per_actor": 0}
+    least |= {"cpus_per_actor": 0, "gpus_per_actor": 0, "samples": 1, "sampling_steps": 1}
     for key, bound in least.items():
         value = getattr(config, key)
         if value is not None and not bound <= value < MOST:
@@ -320,6 +369,7 @@ def _write_run(
     provenance: dict[str, Any],
     root: str,
     drawn: bool,
+    beside: Beside,
 ) -> None:
     """What --report-only needs to find; from here on it reports on this run."""
     files = {name: found.uri.rsplit("/", 1)[-1] for name, found in examples.items()}
@@ -329,6 +379,7 @@ def _write_run(
         # Below OUT it moves with OUT.
         "root": storage.public(root).removeprefix(f"{out.rstrip('/')}/"),
         "drawn": drawn,
+        **beside._asdict(),
         "provenance": provenance,
     }
     storage.write_text(storage.join(out, "run.json"), json.dumps(run, indent=2))
@@ -356,6 +407,7 @@ def _report_again(config: Config, out: str) -> None:
         *(config, out, examples, stores, provenance),
         root=storage.join(out, root) if below else root,
         drawn=run["drawn"],
+        beside=Beside(run["samples"], run["logs"]),
     )
 
 
@@ -367,6 +419,7 @@ def _finish(
     provenance: dict[str, Any],
     root: str,
     drawn: bool,
+    beside: Beside,
 ) -> None:
     """Evaluate, write and show. `root` holds the images; `drawn`: they are the shapes world."""
     evaluation = evaluate(examples, stores, config.error)
@@ -375,7 +428,9 @@ def _finish(
     results = write_results(evaluation, provenance, out)
     storage.write_text(storage.join(out, "table.md"), markdown(table))
     storage.write_text(storage.join(out, "table.tex"), latex(table))
-    report = write_report(evaluation, table, provenance, root, out)
+    report = write_report(
+        evaluation, table, provenance, root, out, _samples(out, beside), _curves(beside)
+    )
     print_results(evaluation, table)
     print(f"results  {results}")
     print(f"tables   {storage.join(out, 'table.md')}, table.tex")

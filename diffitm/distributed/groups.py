@@ -37,10 +37,12 @@ def work_folder(out: str, kind: str, settings: dict[str, Any]) -> str:
 def run_groups(
     what: str, folder: str, names: list[str], truth: list[list[int]], size: int,
     schema: pa.Schema, actor: type, arguments: tuple[Any, ...], pool: Pool, groups_per_block: int,
+    rows_together: int | None = None,
 ) -> str:  # fmt: skip
     """Put all items through the actors, `size` of them a group; the folder of the results.
 
-    A group's size is that of the first run. Work and checkpoint lie beside the folder.
+    A group's size is that of the first run, `rows_together` that of a row group of the results.
+    Work and checkpoint lie beside the folder.
     """
     table = storage.join(storage.parent(folder), "work.parquet")
     if not storage.exists(table):
@@ -48,7 +50,9 @@ def run_groups(
     groups = -(-len(names) // size)
     rows = min(groups_per_block, -(-groups // (BLOCKS_PER_ACTOR * pool.min_actors)))
     inputs = [storage.filesystem(table)[1]]
-    stage = Stage(what, folder, schema, inputs, "row", rows, -(-groups // rows), len(names))
+    stage = Stage(
+        what, folder, schema, inputs, "row", rows, -(-groups // rows), len(names), rows_together
+    )
     run_stage(stage, actor, arguments, pool)
     return folder
 

@@ -15,15 +15,13 @@ import pyarrow as pa
 from diffitm import images
 
 if TYPE_CHECKING:
-    from diffitm.training.draw import Item
+    from diffitm.training.draw import Loaded
     from diffitm.training.job import Job
 
 READ_AHEAD = 4  # micro-batches
 BLOCK = 4  # micro-batches of a task
 LOADER_CPUS = 0.25
 CHUNK = 200  # steps that one execution of Ray Data loads
-# Items, pixels by path uint8 [H, W, 3], and what could not be read.
-Loaded = tuple[list["Item"], dict[str, np.ndarray], list[str]]
 
 
 def load_batch(table: pa.Table, root: str, resolution: int, resize: str) -> pa.Table:
@@ -56,15 +54,11 @@ class Loader:
             yield from self._chunk(range(first, min(first + CHUNK, self.job.steps)))
 
     def _chunk(self, steps: range) -> Iterator[list[Loaded]]:
+        from diffitm.training.draw import images_in
+
         plan = self.job.plan()
         own = [plan.batches(step)[self.rank :: self.world] for step in steps]
-        paths = [
-            list(
-                dict.fromkeys(path for item in batch for path in (item.image, item.negative_image))
-            )
-            for batches in own
-            for batch in batches
-        ]
+        paths = [images_in(batch) for batches in own for batch in batches]
         table = pa.table({"number": range(len(paths)), "images": paths})
         loaded = iter(self._loaded(table))
         number = 0

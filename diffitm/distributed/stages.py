@@ -79,7 +79,8 @@ class Stage(NamedTuple):
     """Parquet through a pool of actors to Parquet.
 
     `inputs` are paths in the file system of `out`, `column` the id that a checkpoint keeps, `rows`
-    those of a block, `blocks` how many there are, `total` the items that `out` holds at the end.
+    those of a block, `blocks` how many there are, `total` the items that `out` holds at the end,
+    `together` the rows of a row group of `out`.
     """
 
     what: str
@@ -90,6 +91,7 @@ class Stage(NamedTuple):
     rows: int
     blocks: int
     total: int
+    together: int | None = None
 
 
 def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool) -> None:
@@ -114,7 +116,8 @@ def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool)
     made = through_actors(blocks, actor, (*arguments, pool.device, counter), pool)
     log.info("%s: %s to do", stage.what, f"{stage.total - before:,}")
     with Watch(counter, _lines(stage, before)):
-        made.write_parquet(folder, filesystem=found, use_dictionary=False, compression="NONE")
+        form = {"use_dictionary": False, "compression": "NONE", "row_group_size": stage.together}
+        made.write_parquet(folder, filesystem=found, **form)
     positions = _positions(stage)
     if len(positions) != stage.total or len(np.unique(positions)) != stage.total:
         raise InputError(f"{stage.out} holds {len(positions)} of {total}: delete it, run again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from diffitm.distributed.loading import Loaded, Loader
+from diffitm.distributed.loading import Loader
 from diffitm.matching.plan import make_plan, plan_timesteps
+from diffitm.models.denoiser import Condition
 from diffitm.models.load import load_denoiser
 from diffitm.models.lora import load_lora, lora_weights
 from diffitm.schema import Example
-from diffitm.scoring import PIXEL_SCALE, DenoiserScorer
+from diffitm.scoring import DenoiserScorer, scaled
 from diffitm.tasks.find import find_task
-from diffitm.training.draw import Item
+from diffitm.training.cached import Cache, CachedLoader
+from diffitm.training.draw import Item, Loaded, images_in
 from diffitm.training.job import Job, Validation
 from diffitm.training.result import BEST, HISTORY, STATE, WEIGHTS
 from diffitm.training.tune import Losses, Posterior, Tuner
@@ -52,7 +55,8 @@ class Run:
         self.device = ray.train.torch.get_device()
         torch.manual_seed(job.seed)
         denoiser = load_denoiser(job.source, job.dtype, str(self.device), job.variant)
-        self.tuner = Tuner(denoiser, job.objective, job.rank, job.seed, job.checkpointing)
+        texts = self._on_device(Cache(job.texts)) if job.texts else None
+        self.tuner = Tuner(denoiser, job.objective, job.rank, job.seed, job.checkpointing, texts)
         self.parameters = self.tuner.parameters
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -62,7 +66,11 @@ class Run:
         self.rates = get_scheduler(job.schedule, self.optimizer, job.warmup, job.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=job.dtype == "fp16")
         self.ema = EMAModel(self.parameters, decay=job.ema) if job.ema else None
-        self.loader = Loader(job, self.rank, self.world, denoiser.resolution)
+        self.loader: Loader | CachedLoader
+        if job.latents:
+            self.loader = CachedLoader(job, job.latents, self.rank, self.world)
+        else:
+            self.loader = Loader(job, self.rank, self.world, denoiser.resolution)
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] | None = None
 
@@ -112,13 +120,13 @@ class Run:
         """One update of the weights; what is logged of it, None if it had to stop."""
         self.optimizer.zero_grad(set_to_none=False)
         sums = torch.zeros(5, dtype=torch.float64)  # loss, E+, contrast, share held, weight
-        for items, pixels, failures in batches:
+        for items, found, failures in batches:
             for failure in failures:
                 self.monitor.lose.remote(failure)
-            good = [i for i in items if i.image in pixels and i.negative_image in pixels]
+            good = [i for i in items if i.image in found and i.negative_image in found]
             if not good:
                 continue
-            losses = self._losses(good, pixels)
+            losses = self._losses(good, found)
             if not torch.isfinite(losses.loss):
                 where = ", ".join(f"row {i.position} ({i.image})" for i in good)
                 text = f"step {self.progress.step + 1}: the loss of {where} is {losses.loss.item()}"
@@ -144,14 +152,12 @@ class Run:
         means = (total[:4] / max(1.0, float(total[4]))).tolist()
         return dict(zip(names, means, strict=True)) | {"norm": float(norm), "rate": rate}
 
-    def _losses(self, items: list[Item], pixels: dict[str, np.ndarray]) -> Losses:
+    def _losses(self, items: list[Item], found: dict[str, Any]) -> Losses:
         """Images are encoded once; negatives of the same image need no latents of their own."""
         right = [item.image for item in items]
         wrong = [item.negative_image for item in items]
-        unique = list(dict.fromkeys(right + wrong))
-        mean, deviation = self.tuner.denoiser.encode_posterior(
-            torch.stack([_scaled(pixels[path]) for path in unique]).to(self.device)
-        )
+        unique = images_in(items)
+        mean, deviation = self._posteriors([found[path] for path in unique])
         place = {path: i for i, path in enumerate(unique)}
 
         def pick(paths: list[str]) -> Posterior:
@@ -159,6 +165,20 @@ class Run:
             return Posterior(mean.clone()[rows], deviation.clone()[rows])
 
         return self.tuner.losses(items, pick(right), pick(wrong) if wrong != right else None)
+
+    def _posteriors(self, images: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of latents [N, C, h, w], of pixels or as they were cached."""
+        if self.job.latents:
+            mean, deviation = (torch.stack(part) for part in zip(*images, strict=True))
+            return mean, deviation
+        pixels = torch.stack([scaled(image) for image in images])
+        return self.tuner.denoiser.encode_posterior(pixels.to(self.device))
+
+    def _on_device(self, cache: Cache) -> Callable[[Sequence[str]], Condition]:
+        def read(texts: Sequence[str]) -> Condition:
+            return {name: value.to(self.device) for name, value in cache(texts).items()}
+
+        return read
 
     def _reduce(self, sums: torch.Tensor) -> torch.Tensor:
         """Adds gradients and sums up over the workers: one exchange a step."""
@@ -239,11 +259,6 @@ class Run:
             torch.save(state, path / STATE)
             (path / HISTORY).write_text(json.dumps(vars(self.progress)))
             ray.train.report(line, checkpoint=ray.train.Checkpoint.from_directory(path))
-
-
-def _scaled(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / PIXEL_SCALE - 1
 
 
 def spread(examples: list[Example], most: int) -> list[Example]:

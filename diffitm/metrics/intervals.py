@@ -84,6 +84,15 @@ def difference_interval(
     return max(-1.0, float(centre - half)), min(1.0, float(centre + half))
 
 
+def mean_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of the mean of any values [n], by Student's t over two or more clusters."""
+    sums, counts = _by_cluster(values, clusters)
+    number, centre = len(sums), values.mean()
+    variance = number / (number - 1) * ((sums - centre * counts) ** 2).sum()
+    half = _student(number - 1) * np.sqrt(variance) / len(values)
+    return float(centre - half), float(centre + half)
+
+
 def no_spread(values: np.ndarray) -> bool:
     """Whether the values are the same but for rounding."""
     return bool(np.ptp(values) <= ROUNDING * np.abs(values).max(initial=0))

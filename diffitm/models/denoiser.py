@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from diffitm.errors import InputError
 from diffitm.matching.schedule import NoiseSchedule
 
 # What the model is conditioned on, by name; every tensor is [B, ...]. Stable Diffusion needs
@@ -50,6 +52,15 @@ class Denoiser(ABC):
     @abstractmethod
     def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The model's output float32 [B, C, h, w] for noised latents, timesteps [B], condition [B]."""
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """An image of the prompt for each seed, which alone determines its noise.
+
+        Raises InputError for a kind of model that generates none here.
+        """
+        raise InputError(f"--prompts: {type(self).__name__} generates no images")
 
 
 def select(condition: Condition, index: Tensor) -> Condition:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -46,6 +53,7 @@ class StableDiffusion(Denoiser):
         for module in (self.text_encoder, self.vae, self.unet):
             module.requires_grad_(False)
         scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **where)
+        self.scheduler = scheduler
         self.schedule = NoiseSchedule.from_alphas_cumprod(
             scheduler.alphas_cumprod, scheduler.config.prediction_type
         )
@@ -77,3 +85,25 @@ class StableDiffusion(Denoiser):
         hidden = condition["hidden"].to(self.dtype)
         out = self.unet(noised.to(self.dtype), timesteps, hidden, return_dict=False)[0]
         return out.float()
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. DPM-Solver++ (Lu et al. 2022), diffusers' pipeline without safety checker."""
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=DPMSolverMultistepScheduler.from_config(self.scheduler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            [prompt] * len(seeds),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images

@@ -246,3 +246,27 @@ def share_bars(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
         axes.set_xlabel("% of the variance")
         _legend(figure)
     return out[0]
+
+
+def training_curves(logs: dict[str, list[dict[str, float]]]) -> list[str]:
+    """By update, every model in one chart: E+, the contrast and the validation accuracies."""
+    known = dict.fromkeys(key for lines in logs.values() for line in lines for key in line)
+    names = [n for n in known if n in ("loss", "right", "contrast") or n.startswith("accuracy/")]
+    labels = {"right": "error of right pairs (E+)", "contrast": "contrast", "loss": "loss"}
+    drawn = []
+    for name in names:
+        title = labels.get(name, name.removeprefix("accuracy/"))
+        with _drawing(*SMALL, f"Training: {title}") as (_, axes, out):
+            for i, (model, lines) in enumerate(logs.items()):
+                points = [(line["step"], line[name]) for line in lines if name in line]
+                if points:
+                    colour, _, marker = look(i)
+                    few = len(points) < 40
+                    style = {"color": colour, "marker": marker if few else None, "markersize": 3}
+                    label = model[-LONGEST:]
+                    axes.plot(*zip(*points, strict=True), lw=1.2, label=label, **style)
+            axes.set_xlabel("update")
+            axes.set_title(title, fontsize=9)
+            axes.legend(frameon=False, fontsize=6)
+        drawn.append(out[0])
+    return drawn

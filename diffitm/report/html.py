@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
 from diffitm import images, storage
+from diffitm.analysis import Denoising
 from diffitm.report import charts
 from diffitm.report.published import LABEL
 from diffitm.report.table import NOTE, Line, Table
@@ -21,10 +23,11 @@ from diffitm.results import Comparison, Evaluation
 
 SHOWN_FAILURES = 200
 MOST_BARS = 30  # groups in one chart; a table holds all
-THUMBNAIL = 160  # pixels
+THUMBNAIL, SAMPLE = 160, 256  # pixels
 # Metrics that the overview chart leaves to the tables.
 SECONDARY = ("R@5", "macro", "var.", "R@1 as ")
 Cells = dict[str, Any]
+Samples = dict[str, dict[str, list[bytes]]]  # model -> prompt -> PNGs, one a seed
 
 
 def write_report(
@@ -33,8 +36,11 @@ def write_report(
     provenance: dict[str, Any],
     root: str,
     out: str,
+    samples: Samples | None = None,
+    logs: dict[str, list[dict[str, float]]] | None = None,
 ) -> str:
-    """Write OUT/report.html and return its path. `root` is the data root of the images."""
+    """Write OUT/report.html and return its path. `root` is the data root of the images, `samples` are
+    generated images and `logs` the lines of a training's log, by model."""
     environment = Environment(
         loader=PackageLoader("diffitm", "report"), autoescape=True, undefined=StrictUndefined
     )
@@ -55,6 +61,9 @@ def write_report(
         "bias": _bias(table),
         "curves": _curves(evaluation),
         "counts": _counts(evaluation, table),
+        "denoising": _denoising(evaluation.denoising),
+        "samples": _sample_grid(samples or {}),
+        "training": charts.training_curves(logs) if logs else [],
         "variance": _variance(table),
         "speed": _speed(evaluation),
         "failures": evaluation.failures,
@@ -75,6 +84,9 @@ def _sections(parts: dict[str, Any]) -> list[tuple[str, str]]:
         "bias": ("bias", "Social bias"),
         "curves": ("timesteps", "Errors by timestep"),
         "counts": ("numbers", "Number of timesteps"),
+        "denoising": ("denoising", "Denoising error"),
+        "samples": ("images", "Generated images"),
+        "training": ("training", "Training"),
         "variance": ("variance", "Variance"),
         "speed": ("speed", "Cost"),
         "cases": ("examples", "Examples"),
@@ -82,7 +94,7 @@ def _sections(parts: dict[str, Any]) -> list[tuple[str, str]]:
     shown = [
         place
         for key, place in known.items()
-        if (parts[key]["rows"] if key in ("tests", "speed") else parts[key])
+        if (parts[key]["rows"] if key in ("tests", "speed", "denoising") else parts[key])
     ]
     return [
         ("comparison", "Comparison"),
@@ -134,6 +146,52 @@ def _tests(comparisons: Sequence[Comparison]) -> Cells:
         rows.append({"kind": "group", "cells": cells})
     head = ["task", "metric", "first", "second", "difference", "p", "n"]
     return {"head": head, "texts": 4, "rows": rows}
+
+
+def _denoising(lines: Sequence[Denoising]) -> Cells:
+    rows = []
+    for line in lines:
+        texts: list[str] = [line.task, line.model]
+        values: list[Any] = [line.task, line.model]
+        for value, change in ((line.right, line.change), (line.empty, line.empty_change)):
+            texts.append("" if value is None else f"{value:.4g}")
+            texts.append("{:+.3g} [{:+.3g}, {:+.3g}]".format(*change) if change else "")
+            values += [value, change[0] if change else None]
+        pairs = zip([*texts, str(line.n)], [*values, line.n], strict=True)
+        rows.append({"kind": "group", "cells": [{"text": t, "value": v} for t, v in pairs]})
+    head = ["task", "model", "right pairs", "change", "empty text", "change", "n"]
+    return {"head": head, "texts": 2, "rows": rows}
+
+
+def _sample_grid(samples: Samples) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Prompt -> model -> images as data URIs."""
+    prompts = dict.fromkeys(prompt for found in samples.values() for prompt in found)
+    return [
+        (
+            prompt,
+            [
+                (model, [_embedded(data) for data in found[prompt]])
+                for model, found in samples.items()
+                if prompt in found
+            ],
+        )
+        for prompt in prompts
+    ]
+
+
+def _embedded(data: bytes) -> str:
+    """A PNG as a data URI, no larger than it is shown."""
+    image = Image.open(io.BytesIO(data))
+    if max(image.size) <= SAMPLE:
+        return "data:image/png;base64," + base64.b64encode(data).decode()
+    image.thumbnail((SAMPLE, SAMPLE))
+    return _jpeg(image)
+
+
+def _jpeg(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _groups(table: Table) -> list[tuple[str, str, Cells]]:
@@ -241,6 +299,4 @@ def _thumbnail(root: str, reference: str) -> str | None:
     except Exception:  # whatever a decoder raises: the report shows a blank
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _jpeg(image)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,15 @@ class Item:
     negative_image: str
     negative_caption: str
     seed: int
+
+
+# Items of a micro-batch, what was loaded of their images by path, and what could not be read.
+Loaded = tuple[list[Item], dict[str, Any], list[str]]
+
+
+def images_in(items: Sequence[Item]) -> list[str]:
+    """The images of a micro-batch, each once."""
+    return list(dict.fromkeys(path for i in items for path in (i.image, i.negative_image)))
 
 
 @dataclass

@@ -54,6 +54,8 @@ class Job:
     checkpoint_every: int
     log_every: int
     validation: Validation | None
+    latents: str | None  # folders of training.cached, None to encode on the way
+    texts: str | None
 
     def plan(self) -> Schedule:
         """Which rows make up which step."""

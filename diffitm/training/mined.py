@@ -94,6 +94,7 @@ def mine(
             else:
                 rejected.append(Rejected(row.caption, text, kind, reason))
         images = dict.fromkeys((*row.negative_images, *near.get(row.image, ())))
+        images.pop(row.image, None)
         captions = tuple(text for text, _ in kept.values())
         out.append(replace(row, negative_captions=captions, negative_images=tuple(images)))
         kinds.append(tuple(kind for _, kind in kept.values()))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from diffitm.config import lacking, option, outside
 from diffitm.errors import InputError
 from diffitm.training.objectives import Objective
+from diffitm.training.track import track_problems
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Config:
         }
     }
     model: str = option("", "diffusion model: shapes, a diffusers folder or a Hub id")
-    data: str = option("", "shapes, a data root in COCO's layout, or a .tsv or Parquet of rows")
+    data: str = option(
+        "", "shapes, a data root in COCO's layout, or rows: .tsv, .parquet or WebDataset's .tar"
+    )
     images: str | None = option(None, "where a file's image paths start (default: its own folder)")
     out: str = option("out/finetune", "folder or URI for weights, checkpoints and the log")
     preset: str | None = option(None, "settings of a paper: diffusionitm; options given win")
@@ -62,6 +65,9 @@ class Config:
         "auto", "auto: bf16 on a GPU, else fp32"
     )
     variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
+    cache_latents: bool = option(
+        False, "encode images and texts once, beforehand, into Parquet below work/ beside OUT"
+    )
     gradient_checkpointing: bool = option(False, "less memory, more time")
     resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
     seed: int = option(0, "of everything that is drawn")
@@ -74,6 +80,7 @@ class Config:
     validation_timesteps: int = option(4, "timesteps of a validation score")
     checkpoint_every: int = option(100, "updates between checkpoints")
     log_every: int = option(10, "updates between lines of the log")
+    track: list[str] = option([], "wandb, mlflow: trackers of yours that show the log, too")
     workers: int = option(1, "training processes, of which each takes its share of micro-batches")
     cpus_per_worker: float | None = option(None, "processors of a worker (default: 1)")
     gpus_per_worker: float | None = option(None, "GPUs of a worker (default: 1 if there are any)")
@@ -108,4 +115,4 @@ def find_problems(config: Config) -> list[str]:
             f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size x "
             f"--workers = {share}"
         )
-    return found
+    return found + track_problems(config.track)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from diffitm import storage
 from diffitm.errors import InputError
 from diffitm.models.lora import save_lora
+from diffitm.training.track import write_events
 
 # Files of a checkpoint.
 WEIGHTS, BEST, STATE, HISTORY = (
@@ -58,24 +58,9 @@ def write_result(
     progress: dict[str, Any] = json.loads((checkpoint / HISTORY).read_text())
     lines = "".join(json.dumps(line) + "\n" for line in progress["history"])
     storage.write_text(storage.join(out, "log.jsonl"), lines)
-    _tensorboard(progress["history"], out)
+    write_events(progress["history"], out)
     storage.write_text(storage.join(out, "failures.json"), json.dumps(lost, indent=2))
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
     done = {"settings": settings, "done": True, "best_step": progress["best_step"]}
     storage.write_text(storage.join(out, NOTE), json.dumps(done, indent=2))
     return progress
-
-
-def _tensorboard(history: list[dict[str, float]], out: str) -> None:
-    """The log as TensorBoard's events below OUT."""
-    from tensorboardX import SummaryWriter
-
-    with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder) as writer:
-            for line in history:
-                for name, value in line.items():
-                    if name != "step":
-                        writer.add_scalar(name, value, int(line["step"]))
-        for path in Path(folder).iterdir():
-            target = storage.join(out, "tensorboard", path.name)
-            storage.write_bytes(target, path.read_bytes())

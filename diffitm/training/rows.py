@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -45,13 +45,13 @@ def read_rows(uri: str, option: str = "--data") -> list[Row]:
     """Rows of a file in the NegCLIP layout (.tsv) or of Parquet with the columns image, caption and,
     if there are any, negative_captions and negative_images (lists of texts).
 
-    A negative that equals its row's caption or image is dropped. Raises InputError that names file,
-    row and what is right; `option` is what the user gave the file with.
+    Raises InputError that names file, row and what is right; `option` is what the user gave the file
+    with.
     """
     if storage.bare(uri).endswith(".tsv"):
         malformed = malformed_in(uri)
         pairs = read_pairs(csv_table(_text(uri, option), uri, malformed, "\t"), malformed)
-        rows = [
+        return [
             Row(
                 pair.image,
                 pair.title,
@@ -60,17 +60,27 @@ def read_rows(uri: str, option: str = "--data") -> list[Row]:
             )
             for pair in pairs
         ]
-    else:
-        rows = _read_parquet(uri, option)
-    return [
-        Row(
-            row.image,
-            row.caption,
-            tuple(c for c in row.negative_captions if c.strip() and c != row.caption),
-            tuple(i for i in row.negative_images if i and i != row.image),
+    return _read_parquet(uri, option)
+
+
+def drop_equal(rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """The rows without negatives that are empty or equal the row's own caption or image, and how many
+    negatives that were."""
+    kept = [
+        replace(
+            row,
+            negative_captions=tuple(
+                c for c in row.negative_captions if c.strip() and c.strip() != row.caption.strip()
+            ),
+            negative_images=tuple(i for i in row.negative_images if i and i != row.image),
         )
         for row in rows
     ]
+    return kept, sum(map(_negatives, rows)) - sum(map(_negatives, kept))
+
+
+def _negatives(row: Row) -> int:
+    return len(row.negative_captions) + len(row.negative_images)
 
 
 def _text(uri: str, option: str) -> str:
@@ -102,6 +112,38 @@ def _read_parquet(uri: str, option: str) -> list[Row]:
             raise InputError(f"{uri}, row {number}: expects {wanted}, found {str(line)[:120]}")
         rows.append(Row(texts[0], texts[1], tuple(lists[0]), tuple(lists[1])))
     return rows
+
+
+def images_of(rows: Sequence[Row], kept: Sequence[int], negatives: str) -> list[str]:
+    """Every image that training can see, once."""
+    others = negatives in ("hard-image", "mixed")
+    return list(
+        dict.fromkeys(
+            path
+            for position in kept
+            for path in (rows[position].image, *(rows[position].negative_images if others else ()))
+        )
+    )
+
+
+def texts_of(rows: Sequence[Row], kept: Sequence[int], negatives: str) -> list[str]:
+    """Every text that training can see, once; '' is the unconditional one."""
+    others = negatives in ("hard-text", "mixed")
+    return list(
+        dict.fromkeys(
+            [
+                "",
+                *(
+                    text
+                    for position in kept
+                    for text in (
+                        rows[position].caption,
+                        *(rows[position].negative_captions if others else ()),
+                    )
+                ),
+            ]
+        )
+    )
 
 
 def usable(rows: Sequence[Row], negatives: str, uri: str) -> tuple[list[int], Counter[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,7 @@ class Tuner:
     """A frozen denoiser with a trainable LoRA, and an objective.
 
     `parameters` are the LoRA's, float32. With `autocast` the forward runs in the denoiser's dtype.
+    `encode_texts` stands in for the denoiser's own where texts were encoded beforehand.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class Tuner:
         rank: int = 4,
         seed: int = 0,
         checkpointing: bool = False,
+        encode_texts: Callable[[Sequence[str]], Condition] | None = None,
     ) -> None:
         self.denoiser, self.objective = denoiser, objective
         self.unet = denoiser.unet  # type: ignore[attr-defined]
         self.parameters = add_lora(self.unet, rank, seed)
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.texts = TextCache(denoiser.encode_texts, TEXT_CACHE_BYTES, TEXT_BATCH)
+        self.texts = TextCache(encode_texts or denoiser.encode_texts, TEXT_CACHE_BYTES, TEXT_BATCH)
         self.autocast = denoiser.dtype != torch.float32
 
     def losses(self, items: Sequence[Item], right: Posterior, wrong: Posterior | None) -> Losses:

@@ -1,0 +1,110 @@
+"""Latents and encoded texts of a training set, computed once by a Ray Data stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors.torch import save
+
+from diffitm import scoring
+from diffitm.distributed.groups import run_groups, work_folder
+from diffitm.distributed.session import Pool
+from diffitm.errors import InputError
+from diffitm.models.load import Source, load_denoiser
+from diffitm.provenance import fingerprint
+from diffitm.scoring import to_input
+from diffitm.storage import join
+from diffitm.training.cached import CACHED, ROWS_TOGETHER
+
+log = logging.getLogger("diffitm")
+VERSION = 1  # grows when the same settings would give other values
+AT_ONCE = {"image": 16, "text": 64}  # items of a forward
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What an encoded image or text depends on, beside itself."""
+
+    source: Source
+    variant: str | None
+    dtype: str
+    root: str
+    resize: str
+
+
+class EncodeActor:
+    """Loads the model once; encodes groups of images (`kind`) or texts."""
+
+    def __init__(self, kind: str, encoder: Encoder, device: str, counter: Any) -> None:
+        self.kind, self.encoder, self.counter = kind, encoder, counter
+        self.failure: InputError | None = None
+        try:
+            self.denoiser = load_denoiser(encoder.source, encoder.dtype, device, encoder.variant)
+        except InputError as error:  # Ray would try a constructor again; a call fails at once
+            self.failure = error
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if self.failure is not None:
+            raise self.failure
+        lines = []
+        for group in table.to_pylist():
+            names = group["names"]
+            made = self._images(names) if self.kind == "image" else self._texts(names)
+            for position, (name, (value, failure)) in enumerate(
+                zip(names, made, strict=True), group["start"]
+            ):
+                line = {"row": group["row"], "position": position, "name": name}
+                lines.append({**line, "failure": failure, "value": value})
+            self.counter.add.remote(len(names))
+        return pa.Table.from_pylist(lines, CACHED)
+
+    def _images(self, names: list[str]) -> list[tuple[bytes | None, str | None]]:
+        """Mean and deviation of each image's latents."""
+        model = self.denoiser
+        rows = [scoring.Work(i, name, []) for i, name in enumerate(names)]
+        loaded = scoring.load_images(
+            rows, self.encoder.root, lambda image: to_input(image, model, self.encoder.resize)
+        )
+        good = [item.value for item in loaded if item.failure is None]
+        values: Iterator[bytes] = iter(())
+        if good:
+            mean, deviation = model.encode_posterior(torch.stack(good))
+            values = iter(_packed({"mean": mean, "deviation": deviation}))
+        return [(None if item.failure else next(values), item.failure) for item in loaded]
+
+    def _texts(self, names: list[str]) -> list[tuple[bytes | None, str | None]]:
+        return [(value, None) for value in _packed(self.denoiser.encode_texts(names))]
+
+
+def _packed(values: dict[str, torch.Tensor]) -> list[bytes]:
+    """Each row of the tensors [B, ...] as safetensors."""
+    rows = {name: value.cpu().contiguous() for name, value in values.items()}
+    count = len(next(iter(rows.values())))
+    return [save({name: value[i].clone() for name, value in rows.items()}) for i in range(count)]
+
+
+def encode(out: str, kind: str, names: list[str], encoder: Encoder, pool: Pool) -> str:
+    """Encode the images or texts (`kind`) that are not encoded yet; the folder of all of them.
+
+    It lies below work/ beside `out`, so that runs beside each other share it.
+    """
+    settings: dict[str, Any] = {
+        "version": VERSION,
+        "weights": encoder.source.digest,
+        "variant": encoder.variant,
+        "dtype": encoder.dtype,
+        "names": fingerprint(names),
+    }
+    if kind == "image":
+        settings |= {"root": encoder.root, "resize": encoder.resize}
+    what = "latents" if kind == "image" else "texts"
+    folder = join(work_folder(out, f"cache-{what}", settings), "encoded")
+    return run_groups(
+        f"caching {what}", folder, names, [[] for _ in names], AT_ONCE[kind], CACHED, EncodeActor,
+        (kind, encoder), pool, 4, ROWS_TOGETHER,
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Training curves while they grow: TensorBoard always, W&B and MLflow where the user has them."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffitm import storage
+from diffitm.errors import suggest
+
+Line = dict[str, float]
+FOLDER, PROJECT = "tensorboard", "diffitm"
+
+
+def track_problems(names: Sequence[str]) -> list[str]:
+    """Trackers that are unknown or not installed."""
+    found = []
+    for name in names:
+        if name not in TRACKERS:
+            found.append(
+                f"--track {name}: must be one of {', '.join(TRACKERS)}" + suggest(name, TRACKERS)
+            )
+        elif importlib.util.find_spec(name) is None:
+            found.append(f"--track {name}: is not installed; pip install {name}")
+    return found
+
+
+class Curves:
+    """Passes lines of the log on to TensorBoard (below a local OUT) and to the trackers `names`.
+
+    `key` identifies the run, so that one that goes on continues its W&B run.
+    """
+
+    def __init__(self, names: Sequence[str], out: str, key: str, settings: dict[str, Any]) -> None:
+        self.folder = Path(out) / FOLDER if "://" not in out else None
+        self.events: Any = None
+        self.opened = [TRACKERS[name](out, key, settings) for name in names]
+
+    def add(self, line: Line) -> None:
+        """Show a line; it has a step."""
+        step, values = int(line["step"]), {k: v for k, v in line.items() if k != "step"}
+        if self.folder is not None:
+            if self.events is None:
+                self.events = _writer(self.folder, purge_step=step, flush_secs=1)
+            _write(self.events, step, values)
+        for log, _ in self.opened:
+            log(values, step)
+
+    def close(self) -> None:
+        """End the trackers' runs."""
+        if self.events is not None:
+            self.events.close()
+        for _, end in self.opened:
+            end()
+
+
+def write_events(history: Sequence[Line], out: str) -> None:
+    """The whole log as TensorBoard's events, in place of those that were written on the way."""
+    where = storage.join(out, FOLDER)
+    found, path = storage.filesystem(where)
+    found.create_dir(path, recursive=True)
+    found.delete_dir_contents(path)
+    with tempfile.TemporaryDirectory() as folder:
+        with _writer(Path(folder)) as writer:
+            for line in history:
+                _write(writer, int(line["step"]), {k: v for k, v in line.items() if k != "step"})
+        for file in Path(folder).iterdir():
+            storage.write_bytes(storage.join(where, file.name), file.read_bytes())
+
+
+def _writer(folder: Path, **more: Any) -> Any:
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), **more)
+
+
+def _write(writer: Any, step: int, values: Line) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
+
+
+Opened = tuple[Callable[[Line, int], None], Callable[[], None]]
+
+
+def _wandb(out: str, key: str, settings: dict[str, Any]) -> Opened:
+    import wandb
+
+    run = wandb.init(project=PROJECT, id=key, name=out, config=settings, resume="allow")
+    return lambda values, step: run.log(values, step=step), run.finish
+
+
+def _mlflow(out: str, key: str, settings: dict[str, Any]) -> Opened:
+    import mlflow
+
+    mlflow.set_experiment(PROJECT)
+    mlflow.start_run(run_name=out, tags={"key": key})
+    mlflow.log_params(settings)
+    return lambda values, step: mlflow.log_metrics(values, step=step), mlflow.end_run
+
+
+TRACKERS: dict[str, Callable[[str, str, dict[str, Any]], Opened]] = {
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}

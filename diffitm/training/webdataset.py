@@ -1,0 +1,109 @@
+"""Rows of WebDataset shards: images stay in their tar files and are read from there by place."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+from diffitm import storage
+from diffitm.errors import InputError
+from diffitm.images import member_of
+from diffitm.training.rows import LISTS, Row
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+Sample = dict[str, Any]  # ending -> the reference of an image, else content
+
+
+def is_webdataset(uri: str) -> bool:
+    """Whether a path, glob or range of shards ({0000..0009}) is meant."""
+    return storage.bare(uri).endswith(".tar")
+
+
+def shards(uri: str) -> list[str]:
+    """The shards that a path, a glob in the last part or one range stands for, sorted.
+
+    Raises InputError if there is none or one is missing.
+    """
+    found = RANGE.search(uri)
+    if found is not None:
+        first, last = found.groups()
+        names = [
+            f"{uri[: found.start()]}{number:0{len(first)}}{uri[found.end() :]}"
+            for number in range(int(first), int(last) + 1)
+        ]
+    elif set(storage.bare(uri)) & set("*?["):
+        folder, pattern = storage.parent(uri), storage.bare(uri).rpartition("/")[2]
+        known = (path.rpartition("/")[2] for path in storage.files(folder, ".tar"))
+        names = [storage.join(folder, name) for name in fnmatch.filter(known, pattern)]
+    else:
+        names = [uri]
+    missing = [name for name in names if not storage.exists(name)]
+    if missing or not names:
+        raise InputError(f"--data: there is no shard {missing[0] if missing else uri}")
+    return names
+
+
+def read_shards(uri: str) -> list[Row]:
+    """A row for each sample: its image (.jpg, .jpeg, .png, .webp), its caption (.txt, or `caption` of
+    its .json) and, of the .json, negative_captions and the keys in negative_images.
+
+    Raises InputError that names shard, sample and what is right.
+    """
+    samples: dict[str, Sample] = {}
+    for shard in shards(uri):
+        for key, ending, value in _members(shard):
+            sample = samples.setdefault(key, {"shard": shard})
+            if sample["shard"] != shard or ending in sample:
+                raise InputError(f"{shard}: sample {key} comes twice")
+            sample[ending] = value
+    if not samples:
+        raise InputError(f"{uri}: the shards hold no sample")
+    return [_row(key, sample, samples) for key, sample in samples.items()]
+
+
+def _members(shard: str) -> Iterator[tuple[str, str, str]]:
+    """(key, ending, reference of an image or content) of a shard's members."""
+    found, path = storage.filesystem(shard)
+    name = storage.bare(shard).rpartition("/")[2]
+    try:
+        with found.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                folder, _, last = member.name.rpartition("/")
+                stem, _, ending = last.partition(".")
+                ending = ending.lower()
+                if not member.isreg() or ending not in (*IMAGES, "txt", "json"):
+                    continue
+                key = f"{folder}/{stem}" if folder else stem
+                if ending in IMAGES:
+                    yield key, "image", member_of(name, member.offset_data, member.size)
+                else:
+                    data = archive.extractfile(member)
+                    yield key, ending, data.read().decode() if data else ""
+    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{shard}: is no whole, uncompressed tar: {error}") from error
+
+
+def _row(key: str, sample: Sample, samples: dict[str, Sample]) -> Row:
+    where = f"{sample['shard']}: sample {key}"
+    try:
+        known = json.loads(sample.get("json", "{}"))
+    except ValueError as error:
+        raise InputError(f"{where}: .json cannot be read: {error}") from error
+    known = known if isinstance(known, dict) else {}
+    caption = sample.get("txt", known.get("caption") or "")
+    lists = [known.get(name) or [] for name in LISTS]
+    for name, value in zip(LISTS, lists, strict=True):
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InputError(f"{where}: expects a list of texts in {name}, found {str(value)[:80]}")
+    if not isinstance(caption, str):
+        raise InputError(f"{where}: expects a text in caption, found {str(caption)[:80]}")
+    unknown = [other for other in lists[1] if "image" not in samples.get(other, {})]
+    if unknown:
+        raise InputError(f"{where}: negative_images names {unknown[0]}, which has no image")
+    others = tuple(samples[other]["image"] for other in lists[1])
+    return Row(sample.get("image", ""), caption.strip(), tuple(lists[0]), others)
