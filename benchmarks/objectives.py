@@ -22,6 +22,7 @@ import torch
 
 from diffitm import images
 from diffitm.matching.plan import make_plan, plan_timesteps
+from diffitm.metrics.intervals import difference_interval
 from diffitm.models.load import load_denoiser, resolve
 from diffitm.models.lora import lora_weights, save_lora
 from diffitm.scoring import DenoiserScorer, Work
@@ -182,6 +183,36 @@ def run(
     print(f"{file.stem}: {told} errors {errors}; {trained:.0f} of {total:.0f} s", flush=True)
 
 
+def table(folder: Path) -> str:
+    """All runs of the folder in Markdown: accuracies in % as the mean over seeds and, in brackets, the
+    95% interval of their difference from the base model's; bold where it leaves out 0."""
+    base = json.loads((folder / "base.json").read_text())
+    head = ["objective", "seeds", *TASKS, "E+", "E-", "E empty"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    known = {name: 100 * mean(base["credits"][name]) for name in TASKS}
+    errors = np.mean(base["errors"], axis=0)
+    lines.append(["base", "", *(f"{known[n]:.1f}" for n in TASKS), *map("{:.3f}".format, errors)])
+    for name in SETTINGS:
+        runs = [json.loads(p.read_text()) for p in sorted(folder.glob(f"{name}, seed *.json"))]
+        if runs:
+            cells = [cell([run["credits"][t] for run in runs], base["credits"][t]) for t in TASKS]
+            errors = np.mean([run["errors"] for run in runs], axis=(0, 1))
+            lines.append([name, str(len(runs)), *cells, *map("{:.3f}".format, errors)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def mean(credits: list[float | None]) -> float:
+    return float(np.mean([c for c in credits if c is not None]))
+
+
+def cell(tuned: list[list[float | None]], base: list[float | None]) -> str:
+    """Examples are the units of the interval, each with its mean credit over seeds."""
+    values, before = np.mean(np.array(tuned, float), axis=0), np.array(base, float)
+    low, high = difference_interval(values, before, np.arange(len(values)))
+    text = f"{100 * values.mean():.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
 def paths(rows: list[Row]) -> list[str]:
     """Every image of the rows once."""
     return list(dict.fromkeys(p for row in rows for p in (row.image, *row.negative_images)))
@@ -204,6 +235,8 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.only:
             run(args.folder, name, seed, *shared)
+    (args.folder / "table.md").write_text(table(args.folder))
+    print(f"table {args.folder / 'table.md'}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from diffitm.models.lora import merge_lora, read_lora
@@ -22,9 +23,9 @@ from tests.pipeline import ROOT, kill
 pytestmark = pytest.mark.slow
 SHAPES = ROOT / "diffitm" / "shapes" / "weights" / "diffusion"
 SMALL = (
-    *("--model", "shapes", "--data", "shapes", "--scenes", 30, "--steps", 12, "--batch-size", 4),
-    *("--effective-batch", 8, "--log-every", 1, "--checkpoint-every", 4, "--lr", "1e-3"),
-    *("--validate-every", 6, "--validation-examples", 10, "--validation-timesteps", 2),
+    *("--model", "shapes", "--data", "shapes", "--scenes", 30, "--steps", 50, "--batch-size", 4),
+    *("--effective-batch", 8, "--log-every", 1, "--checkpoint-every", 10, "--lr", "1e-3"),
+    *("--validate-every", 25, "--validation-examples", 10, "--validation-timesteps", 2),
 )
 
 run = functools.partial(pipeline.run, script="finetune")
@@ -94,10 +95,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_a_run_leaves(undisturbed: Path) -> None:
     """A LoRA that fits and changes the model, a log of every update, TensorBoard's events."""
-    assert len(losses(undisturbed)) == 12
+    assert len(losses(undisturbed)) == 50
     lines = [json.loads(line) for line in (undisturbed / "log.jsonl").read_text().splitlines()]
     checked = [line["step"] for line in lines if "accuracy/coco_neg_text" in line]
-    assert checked == [0, 6, 12]
+    assert checked == [0, 25, 50]
     assert all("accuracy/coco_neg_image" in line for line in lines if line["step"] == 0)
     assert list((undisturbed / "tensorboard").glob("events*"))
     assert json.loads((undisturbed / "failures.json").read_text()) == {}
@@ -121,6 +122,36 @@ def test_two_workers(undisturbed: Path, tmp_path: Path) -> None:
     """The same micro-batches, shared out."""
     run(*SMALL, "--out", tmp_path / "out", "--workers", 2, "--cpus-per-worker", 0.5)
     assert_same(tmp_path / "out", undisturbed)
+
+
+def test_cached_latents(undisturbed: Path, tmp_path: Path) -> None:
+    """Encoded beforehand, once: the same training; another objective does not encode again."""
+    out = tmp_path / "out"
+    done = run(*SMALL, "--out", out, "--cache-latents")
+    assert "caching latents: 60 to do" in done.stderr
+    assert_same(out, undisturbed)
+    options = (*SMALL, "--cache-latents", "--objective", "soft-neg", "--steps", 2)
+    again = run(*options, "--out", tmp_path / "other")
+    assert "caching latents: all 60 are done already" in again.stderr
+
+
+def test_preempted_node(undisturbed: Path, tmp_path: Path) -> None:
+    """The node of the worker and of its loaders goes away without a word; another takes over."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    process = None
+    try:
+        node, out = cluster.add_node(num_cpus=3), tmp_path / "out"
+        options = (*SMALL, "--out", out, "--ray", cluster.address)
+        process = start(*options, log=tmp_path / "log")
+        wait_for(out, process)
+        cluster.add_node(num_cpus=3)
+        cluster.remove_node(node, allow_graceful=False)
+        assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+        cluster.shutdown()
+    assert_same(out, undisturbed)
 
 
 def test_killed_worker(undisturbed: Path, tmp_path: Path) -> None:
@@ -155,9 +186,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     assert list(out.glob("train/*/checkpoint_*/weights.safetensors"))
 
 
-def test_unreadable_images_cost_their_own_examples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cached", [[], ["--cache-latents"]])
+def test_unreadable_images_cost_their_own_examples(tmp_path: Path, cached: list[str]) -> None:
     out = tmp_path / "out"
-    options = (*SMALL, "--out", out, "--validate-every", 0)
+    options = (*SMALL, "--out", out, "--validate-every", 0, "--steps", 12, *cached)
     from diffitm.shapes.training import write_training
 
     drawn = tmp_path / "work" / "shapes-training-30"

@@ -37,7 +37,7 @@ from diffitm.store import open_store
 from diffitm.tasks.find import find_task
 from diffitm.training.cached import CACHED, Cache
 from diffitm.training.draw import MIXED, Item, Schedule, draw_noise, seed_of
-from diffitm.training.objectives import Objective
+from diffitm.training.objectives import OBJECTIVES, Objective
 from diffitm.training.options import Config, find_problems
 from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, usable
 from diffitm.training.track import Curves, track_problems, write_events
@@ -471,8 +471,21 @@ def test_preset_and_lambda() -> None:
     config = parse(Config, ["--preset", "diffusionitm", "--batch-size", "8", "--lambda", "0.5"])
     assert (config.effective_batch, config.clip_over, config.epochs) == (112, "microbatch", 8)
     assert (config.batch_size, config.lambda_) == (8, 0.5)
+    soft = parse(Config, ["--preset", "softneg-sd15", "--data", "x"])
+    assert (soft.objective, soft.model[-4:]) == ("soft-neg", "v1-5")
     with pytest.raises(InputError, match="--preset nothing: must be one of diffusionitm"):
         parse(Config, ["--preset", "nothing"])
+
+
+def test_objectives_without_wrong_pairs_need_no_negatives() -> None:
+    """Rows of captions alone are usable, and a batch holds nothing but them."""
+    assert [Objective(n).has_wrong_pairs for n in OBJECTIVES] == [False, True, True, True, False]
+    schedule = a_schedule(negatives="none")
+    items = [item for batch in schedule.batches(0) for item in batch]
+    assert all((i.negative_image, i.negative_caption) == (i.image, i.caption) for i in items)
+    rows = [Row("a.jpg", "x")]
+    assert usable(rows, "none", "f") == ([0], Counter())
+    assert images_of(rows, [0], "none") == ["a.jpg"]
 
 
 def test_problems_are_told_together() -> None:

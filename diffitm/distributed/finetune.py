@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from diffitm import storage
 from diffitm.errors import InputError
-from diffitm.models.load import resolve
+from diffitm.models.load import Source, resolve
 from diffitm.provenance import fingerprint, record
 from diffitm.training.job import Job, Validation
 from diffitm.training.objectives import Objective
 from diffitm.training.options import Config, find_problems
 from diffitm.training.result import is_complete, write_result
-from diffitm.training.rows import drop_equal, images_of, read_rows, texts_of, told, usable
+from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, told, usable
 from diffitm.training.track import Curves
 from diffitm.training.webdataset import is_webdataset, read_shards
 
@@ -72,14 +72,16 @@ def run(config: Config) -> None:
     rows, equal = drop_equal(reader(rows_file))
     if equal:
         log.warning("%s: left out %s negatives that equal their row's own", rows_file, f"{equal:,}")
-    kept, lost = usable(rows, config.negatives, rows_file)
+    objective = Objective(config.objective, config.lambda_, config.clip_over, config.guard)
+    negatives = config.negatives if objective.has_wrong_pairs else "none"
+    kept, lost = usable(rows, negatives, rows_file)
     if lost:
         log.warning("%s: left out %s", rows_file, told(lost))
 
     from diffitm.distributed import session
 
     session.connect(config.ray)
-    job = _job(config, source, rows, kept, root, valid, session.gpus())
+    job = _job(config, source, objective, negatives, rows, kept, root, valid, session.gpus())
     settings = {k: v for k, v in asdict(config).items() if k not in NOT_SETTINGS} | {
         "weights": source.digest,
         "rows": fingerprint([asdict(row) for row in rows]),
@@ -129,8 +131,10 @@ def _data(config: Config, out: str) -> tuple[str, str, str | None]:
 
 def _job(
     config: Config,
-    source: Any,
-    rows: list[Any],
+    source: Source,
+    objective: Objective,
+    negatives: str,
+    rows: list[Row],
     kept: list[int],
     root: str,
     valid: str | None,
@@ -159,12 +163,12 @@ def _job(
         source=source,
         variant=config.variant,
         dtype=config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
-        objective=Objective(config.objective, config.lambda_, config.clip_over, config.guard),
+        objective=objective,
         rows=rows,
         kept=kept,
         root=root,
         resize=config.resize,
-        negatives=config.negatives,
+        negatives=negatives,
         per_example=config.draw_negatives == "example",
         size=config.batch_size,
         micro=micro,
@@ -207,6 +211,7 @@ def _train(
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from diffitm.distributed import session
     from diffitm.distributed.progress import Watch
@@ -222,7 +227,9 @@ def _train(
             f"--workers {config.workers} with {cpus:g} processors each leaves none for the loaders: "
             f"the cluster has {free + session.SPARE_CPUS:g} and {session.SPARE_CPUS} must stay free"
         )
-    monitor = ray.remote(num_cpus=0)(Monitor).remote()
+    # On this node, so that it outlives those of the workers.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = ray.remote(num_cpus=0)(Monitor).options(scheduling_strategy=here).remote()
     name = fingerprint(settings)[:12]
     found, folder = storage.filesystem(storage.join(out, "train"))
     found.create_dir(folder, recursive=True)

@@ -68,6 +68,11 @@ class Objective:
         return OBJECTIVES[self.name][0]
 
     @property
+    def has_wrong_pairs(self) -> bool:
+        """Whether it needs negatives: captions or images that do not fit."""
+        return self.contrast in ("wrong", "distance")
+
+    @property
     def clipped(self) -> bool:
         """Whether lambda E+ bounds the contrast."""
         return OBJECTIVES[self.name][1] or self.guard == "clip"

@@ -25,7 +25,17 @@ class Config:
             "epochs": 8,
             "validate_every": 500,
             "validation_examples": 328,
-        }
+        },
+        "softneg-sd15": {
+            "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "objective": "soft-neg",
+            "negatives": "hard-text",
+            "batch_size": 4,
+            "effective_batch": 112,
+            "epochs": 8,
+            "validate_every": 500,
+            "validation_examples": 328,
+        },
     }
     model: str = option("", "diffusion model: shapes, a diffusers folder or a Hub id")
     data: str = option(
@@ -33,7 +43,9 @@ class Config:
     )
     images: str | None = option(None, "where a file's image paths start (default: its own folder)")
     out: str = option("out/finetune", "folder or URI for weights, checkpoints and the log")
-    preset: str | None = option(None, "settings of a paper: diffusionitm; options given win")
+    preset: str | None = option(
+        None, "published or planned settings: diffusionitm, softneg-sd15; options given win"
+    )
     objective: str = option(
         "hard-neg", "no-neg, hard-neg, hard-neg-unclipped, relativistic or soft-neg"
     )
@@ -41,7 +53,7 @@ class Config:
     clip_over: Literal["example", "microbatch"] = option("example", "where the bound holds")
     guard: Literal["none", "clip", "frozen"] = option("none", "what holds soft-neg's empty text")
     negatives: Literal["hard-text", "random-text", "hard-image", "mixed"] = option(
-        "mixed", "what wrong pairs are made of"
+        "mixed", "what wrong pairs are made of, where the objective has any"
     )
     draw_negatives: Literal["batch", "example"] = option(
         "batch", "whether the kind of a mixed negative is drawn for a micro-batch or an example"

@@ -14,7 +14,8 @@ from diffitm.errors import InputError
 from diffitm.tasks.coco_neg import read_pairs
 from diffitm.tasks.tables import csv_table, malformed_in
 
-NEGATIVES = ("hard-text", "random-text", "hard-image", "mixed")
+# 'none' is what objectives without wrong pairs see.
+NEGATIVES = ("hard-text", "random-text", "hard-image", "mixed", "none")
 COLUMNS = ("image", "caption")
 LISTS = ("negative_captions", "negative_images")
 
