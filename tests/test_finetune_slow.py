@@ -200,3 +200,17 @@ def test_unreadable_images_cost_their_own_examples(tmp_path: Path, cached: list[
     assert "images could not be read" in done.stderr
     assert len(json.loads((out / "failures.json").read_text())) >= 1
     assert len(losses(out)) == 12
+
+
+def test_averaged_weights_are_the_result(tmp_path: Path) -> None:
+    """They lag behind those that are trained, and a stopped run has them in its checkpoint."""
+    out = tmp_path / "out"
+    options = (*SMALL, "--steps", 20, "--validate-every", 0, "--ema", 0.9)
+    run(*options, "--out", out)
+    (checkpoint,) = sorted(out.glob("train/*/checkpoint_*"))[-1:]
+    names = ("pytorch_lora_weights.safetensors", "last/pytorch_lora_weights.safetensors")
+    found, last = (load_file(out / name) for name in names)
+    present = load_file(checkpoint / "weights.safetensors")
+    sizes = [sum(float(v.norm()) for k, v in w.items() if "lora_B" in k) for w in (found, present)]
+    assert 0 < sizes[0] < sizes[1]
+    assert all(torch.equal(found[key], last[key]) for key in found)

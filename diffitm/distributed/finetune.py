@@ -103,7 +103,9 @@ def run(config: Config) -> None:
     if job.validation is not None:
         mean = 100 * ended["best"]
         log.info("best at update %d: %.1f%% on validation", ended["best_step"], mean)
-    print(f"weights {storage.join(out, 'pytorch_lora_weights.safetensors')}")
+    weights = storage.join(out, "pytorch_lora_weights.safetensors")
+    print(f"weights {weights}")
+    print(f"compare python pipelines/gdbench.py --model {config.model} --lora none {weights}")
 
 
 def _data(config: Config, out: str) -> tuple[str, str, str | None]:

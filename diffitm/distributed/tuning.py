@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from diffitm.tasks.find import find_task
 from diffitm.training.cached import Cache, CachedLoader
 from diffitm.training.draw import Item, Loaded, images_in
 from diffitm.training.job import Job, Validation
-from diffitm.training.result import BEST, HISTORY, STATE, WEIGHTS
+from diffitm.training.result import AVERAGED, BEST, HISTORY, STATE, WEIGHTS
 from diffitm.training.tune import Losses, Posterior, Tuner
 from diffitm.training.validate import credits
 
@@ -214,17 +215,24 @@ class Run:
     def _validate(self, check: Validation) -> None:
         """Accuracy of the tasks, examples shared out over the workers; keeps the best weights."""
         self.tuner.unet.eval()
-        if self.ema is not None:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-        found = {name: self._accuracy(name, check) for name in check.tasks}
-        mean = float(np.mean([value for value in found.values() if value is not None] or [0.0]))
-        if mean > self.progress.best:
-            self.progress.best, self.progress.best_step = mean, self.progress.step
-            self.best = lora_weights(self.tuner.unet)
-        if self.ema is not None:
-            self.ema.restore(self.parameters)
+        with self._averaged():
+            found = {name: self._accuracy(name, check) for name in check.tasks}
+            mean = float(np.mean([value for value in found.values() if value is not None] or [0.0]))
+            if mean > self.progress.best:
+                self.progress.best, self.progress.best_step = mean, self.progress.step
+                self.best = lora_weights(self.tuner.unet)
         self._log({f"accuracy/{name}": value for name, value in found.items() if value is not None})
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the present ones, if there are any."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        yield
+        self.ema.restore(self.parameters)
 
     def _accuracy(self, name: str, check: Validation) -> float | None:
         task = find_task(name)()
@@ -250,6 +258,9 @@ class Run:
             save_file(lora_weights(self.tuner.unet), path / WEIGHTS)
             if self.best is not None:
                 save_file(self.best, path / BEST)
+            if self.ema is not None:
+                with self._averaged():
+                    save_file(lora_weights(self.tuner.unet), path / AVERAGED)
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "rates": self.rates.state_dict(),

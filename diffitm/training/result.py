@@ -14,8 +14,9 @@ from diffitm.models.lora import save_lora
 from diffitm.training.track import write_events
 
 # Files of a checkpoint.
-WEIGHTS, BEST, STATE, HISTORY = (
+WEIGHTS, AVERAGED, BEST, STATE, HISTORY = (
     "weights.safetensors",
+    "averaged.safetensors",
     "best.safetensors",
     "state.pt",
     "history.json",
@@ -51,7 +52,8 @@ def write_result(
 ) -> dict[str, Any]:
     """Write what a last checkpoint says: the weights that the validation chose, else the last ones,
     log and events, provenance, unreadable images (path and reason -> how often). How far it came."""
-    last = load_file(checkpoint / WEIGHTS)
+    averaged = checkpoint / AVERAGED
+    last = load_file(averaged if averaged.exists() else checkpoint / WEIGHTS)
     best = checkpoint / BEST
     save_lora(load_file(best) if best.exists() else last, out, rank)
     save_lora(last, storage.join(out, "last"), rank)
