@@ -158,7 +158,12 @@ def run(
 ) -> None:
     """Train and evaluate one setting, None for the base model; one JSON file and the weights."""
     file = folder / (f"{name}, seed {seed}.json" if name else "base.json")
+    shared = {"steps": steps, "rank": rank, "rate": rate, "timesteps": timesteps}
     if file.exists():
+        known = json.loads(file.read_text())
+        differ = [k for k, v in shared.items() if known[k] != v and (name or k == "timesteps")]
+        if differ:
+            raise SystemExit(f"{file}: has another {', '.join(differ)}; take another folder")
         return
     setting = SETTINGS[name] if name else Setting(Objective("no-neg"))
     tuner = Tuner(load_denoiser(resolve("shapes")), setting.objective, rank, seed)
@@ -172,7 +177,7 @@ def run(
         save_lora(lora_weights(tuner.unet), str(folder / file.stem), rank)
     trained = time.perf_counter() - begin
     result = evaluate(tuner, folder, timesteps)
-    result |= {"steps": steps, "rank": rank, "rate": rate, "seconds": trained, "history": history}
+    result |= {**shared, "seconds": trained, "history": history}
     file.write_text(json.dumps(result, allow_nan=False))
     told = {
         k: f"{100 * np.mean([c for c in v if c is not None]):.1f}"

@@ -27,7 +27,7 @@ from diffitm.tasks.find import find_task
 SETTINGS = ("protocol", "dtype", "resize", "seed", "latent_seed", "variant", "root")
 
 # What errors must share to be compared.
-MEASURED = ("protocol", "timesteps", "seed", "resize", "latent_seed", "root")
+MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed", "root")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -70,21 +71,42 @@ def exists(uri: str) -> bool:
     return found.get_file_info(path).type != fs.FileType.NotFound
 
 
-def read_bytes(uri: str) -> bytes:
-    """The file's content. Raises FileNotFoundError or another OSError."""
+def stamp(root: str, names: list[str]) -> str | None:
+    """What changes when any of the local files below `root` does: a digest of their sizes and times.
+
+    None elsewhere, where it would take a request a file.
+    """
+    if "://" in root:
+        return None
+    total = hashlib.sha256()
+    for name in names:
+        try:
+            found = os.stat(os.path.join(root, name))
+            total.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        except OSError:
+            total.update(f"{name} -\n".encode())
+    return total.hexdigest()
+
+
+def _by_folder(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a file by its folder, so that it is kept open from one file to the next."""
     folder, _, name = uri.rpartition("/")
     if not folder.partition("://")[2] or "?" in uri:
-        found, path = filesystem(uri)
-    else:  # by its folder, so that the file system is kept open from one file to the next
-        found, path = filesystem(folder)
-        path = f"{path}/{name}"
+        return filesystem(uri)
+    found, path = filesystem(folder)
+    return found, f"{path}/{name}"
+
+
+def read_bytes(uri: str) -> bytes:
+    """The file's content. Raises FileNotFoundError or another OSError."""
+    found, path = _by_folder(uri)
     with found.open_input_stream(path, compression=None) as stream:
         return stream.read()
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
     """Bytes of a file from a place on. Raises OSError."""
-    found, path = filesystem(uri)
+    found, path = _by_folder(uri)
     with found.open_input_file(path) as file:
         return file.read_at(size, offset)
 

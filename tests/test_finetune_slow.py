@@ -214,3 +214,21 @@ def test_averaged_weights_are_the_result(tmp_path: Path) -> None:
     sizes = [sum(float(v.norm()) for k, v in w.items() if "lora_B" in k) for w in (found, present)]
     assert 0 < sizes[0] < sizes[1]
     assert all(torch.equal(found[key], last[key]) for key in found)
+
+
+@pytest.mark.parametrize("cached", [[], ["--cache-latents"]])
+def test_a_wrong_folder_of_images_ends_the_run(tmp_path: Path, cached: list[str]) -> None:
+    """Not one update is made of nothing."""
+    from diffitm.shapes.training import write_training
+
+    write_training(str(tmp_path / "data"), 30)
+    file = tmp_path / "data" / "coco_neg" / "train_neg_clip.tsv"
+    options = ("--model", "shapes", "--data", file, "--steps", 3, "--validate-every", 0, *cached)
+    done = run(*options, "--out", tmp_path / "out", code=2)
+    assert "step 1: none of its images could be read: coco/train/" in done.stderr
+    assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_validation_data_is_looked_at_first(tmp_path: Path) -> None:
+    done = run(*SMALL, "--validation-data", tmp_path, "--out", tmp_path / "out", code=2)
+    assert "has no coco_neg/valid_neg_clip.tsv" in done.stderr

@@ -415,3 +415,14 @@ def test_embedded_model_by_name() -> None:
     latents = model.encode_images(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
     assert latents.isfinite().all()
     assert 0.3 < latents.std() < 3
+
+
+def test_a_gallery_has_no_more_scenes_than_can_be_told_apart(tmp_path: Path) -> None:
+    """It ends where the world has no room, and no caption is true of two of its images."""
+    world = World(str(tmp_path), 600)
+    world.save = lambda *_: None  # type: ignore[method-assign]
+    layouts.write_flickr30k(world)
+    lists = json.loads((tmp_path / "flickr30k/val_top10_RN50x64.json").read_text())
+    images = {paths[0] for paths in lists.values()}
+    assert 500 < len(images) < 600
+    assert len(lists) == 5 * len(images)

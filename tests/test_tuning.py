@@ -23,7 +23,7 @@ from pyarrow import parquet
 from safetensors.torch import save
 from torch import Tensor
 
-from diffitm import images, results
+from diffitm import images, results, storage
 from diffitm.config import parse
 from diffitm.errors import InputError
 from diffitm.matching.plan import make_plan
@@ -39,11 +39,12 @@ from diffitm.training.cached import CACHED, Cache
 from diffitm.training.draw import MIXED, Item, Schedule, draw_noise, seed_of
 from diffitm.training.objectives import OBJECTIVES, Objective
 from diffitm.training.options import Config, find_problems
+from diffitm.training.result import open_run
 from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, usable
 from diffitm.training.track import Curves, track_problems, write_events
 from diffitm.training.tune import Posterior, Tuner
 from diffitm.training.validate import credits
-from diffitm.training.webdataset import read_shards
+from diffitm.training.webdataset import read_shards, shards
 from tests import tiny
 from tests.tiny import write_scores
 
@@ -157,8 +158,8 @@ def test_rows_of_webdataset_shards(tmp_path: Path) -> None:
         ({"a.png": b"", "a.json": b"{"}, "sample a: .json cannot be read"),
         ({"a.json": b'{"caption": 3}'}, "sample a: expects a text in caption, found 3"),
         ({"a.json": b'{"negative_captions": "x"}'}, "expects a list of texts in negative_captions"),
-        ({"a.json": b'{"negative_images": ["b"]}'}, "negative_images names b, which has no image"),
-        ({"a.png": b"", "a.jpg": b""}, "sample a comes twice"),
+        ({"a.json": b'{"negative_images": ["b"]}'}, "names b, which is no sample with an image"),
+        ({"a.png": b"", "a.jpg": b""}, "sample a has two of image"),
         ({"a.txt": b"\xff"}, "is no whole, uncompressed tar"),
         ({"a.cls": b"0"}, "the shards hold no sample"),
     ],
@@ -177,18 +178,36 @@ def test_shards_that_are_missing_or_cut_off(tmp_path: Path) -> None:
         read_shards(str(tmp_path / "s-{0..1}.tar"))
     with pytest.raises(InputError, match="there is no shard"):
         read_shards(str(tmp_path / "t-*.tar"))
-    (tmp_path / "s-0.tar").write_bytes((tmp_path / "s-0.tar").read_bytes()[:520])
-    with pytest.raises(InputError, match=r"s-0\.tar: is no whole"):
-        read_shards(str(tmp_path / "s-0.tar"))
+    with pytest.raises(InputError, match="must be in the file's name"):
+        shards(str(tmp_path / "{0..1}" / "s.tar"))
+    members = {f"{i}.txt": b"a caption" for i in range(4)}
+    shard(tmp_path / "s-0.tar", members)
+    whole = (tmp_path / "s-0.tar").read_bytes()
+    assert len(read_shards(str(tmp_path / "s-0.tar"))) == 4
+    broken = whole[:1024] + b"x" * 512 + whole[1536:]
+    for data in (whole[:520], whole[:2048], whole[:2500], broken):
+        (tmp_path / "s-0.tar").write_bytes(data)
+        with pytest.raises(InputError, match=r"s-0\.tar: is no whole"):
+            read_shards(str(tmp_path / "s-0.tar"))
+
+
+def test_shards_may_use_a_key_again(tmp_path: Path) -> None:
+    """A key is that of its shard, or of the only one that has it; './' is no part of it."""
+    known = json.dumps({"caption": "x", "negative_images": ["1", "2"]}).encode()
+    shard(tmp_path / "a.tar", {"./0.png": png("red"), "./0.json": known, "./1.png": png("blue")})
+    shard(tmp_path / "b.tar", {"0.png": png("red"), "1.png": png("red"), "2.png": png("green")})
+    rows = read_shards(str(tmp_path / "*.tar"))
+    colours = [images.load(str(tmp_path), i)[0].getpixel((0, 0)) for i in rows[0].negative_images]
+    assert colours == [(0, 0, 255), (0, 128, 0)]
+    assert len(rows) == 5
 
 
 def test_what_training_can_see() -> None:
-    """Only what the chosen negatives need; the empty text always."""
-    rows = [Row("a", "x", ("y",), ("b",)), Row("c", "z", ("w",), ("d",))]
-    assert images_of(rows, [0], "mixed") == ["a", "b"]
-    assert images_of(rows, [0, 1], "hard-text") == ["a", "c"]
-    assert texts_of(rows, [0], "mixed") == ["", "x", "y"]
-    assert texts_of(rows, [0, 1], "hard-image") == ["", "x", "z"]
+    """Every image and text of the rows once, whatever their order; the empty text always."""
+    rows = [Row("c", "x", ("y",), ("b",)), Row("b", "y", ("w",), ("c", "d")), Row("", "y")]
+    for order in (rows, rows[::-1]):
+        assert images_of(order) == ["b", "c", "d"]
+        assert texts_of(order) == ["", "w", "x", "y"]
 
 
 def test_cache_reads_by_name_within_its_limit(tmp_path: Path) -> None:
@@ -225,9 +244,10 @@ def test_trackers_get_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     wandb = SimpleNamespace(init=lambda **options: told.append(("init", options["id"])) or run)
     mlflow = SimpleNamespace(
         set_experiment=lambda name: None,
-        start_run=lambda **options: None,
+        search_runs=lambda **options: [],
+        start_run=lambda **options: SimpleNamespace(info=SimpleNamespace(run_id="r")),
         log_params=lambda settings: told.append(("params", settings)),
-        log_metrics=lambda values, step: told.append(("mlflow", values, step)),
+        log_metrics=lambda values, step, run_id: told.append(("mlflow", values, step, run_id)),
         end_run=lambda: told.append(("mlflow ends",)),
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -241,11 +261,47 @@ def test_trackers_get_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         time.sleep(0.1)
     curves.close()
     assert told[:2] == [("init", "key"), ("params", {"lr": 1})]
-    assert told[2:4] == [("wandb", {"loss": 0.5}, 5), ("mlflow", {"loss": 0.5}, 5)]
+    assert told[2:4] == [("wandb", {"loss": 0.5}, 5), ("mlflow", {"loss": 0.5}, 5, "r")]
     assert told[4:] == [("wandb ends",), ("mlflow ends",)]
     write_events([{"step": 5, "loss": 0.5}, {"step": 6, "loss": 0.4}], str(tmp_path))
     (whole,) = (tmp_path / "tensorboard").iterdir()
     assert whole.read_bytes().count(b"loss") == 2
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown: list[int] = []
+
+    def log(values: dict[str, float], step: int) -> None:
+        shown.append(step)
+        raise OSError("no network")
+
+    run = SimpleNamespace(log=log, finish=lambda: shown.append(-1))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    curves = Curves(["wandb"], str(tmp_path), "key", {})
+    for step in range(3):
+        curves.add({"step": step, "loss": 0.5})
+    curves.close()
+    assert shown == [0]
+    assert "--track wandb: gets no more lines: OSError: no network" in caplog.text
+
+
+def test_a_run_keeps_its_name_and_its_settings(tmp_path: Path) -> None:
+    known = open_run(str(tmp_path), {"lr": 1})
+    assert known == open_run(str(tmp_path), {"lr": 1})
+    assert known.key != open_run(str(tmp_path / "other"), {"lr": 1}).key
+    with pytest.raises(InputError, match="lr was 1 and is 2"):
+        open_run(str(tmp_path), {"lr": 2})
+
+
+def test_stamp_changes_with_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    before = storage.stamp(str(tmp_path), ["a", "missing"])
+    assert before == storage.stamp(str(tmp_path), ["a", "missing"])
+    (tmp_path / "a").write_bytes(b"22")
+    assert storage.stamp(str(tmp_path), ["a", "missing"]) != before
+    assert storage.stamp("memory://x", ["a"]) is None
 
 
 def test_trackers_that_are_not_there() -> None:
@@ -485,7 +541,6 @@ def test_objectives_without_wrong_pairs_need_no_negatives() -> None:
     assert all((i.negative_image, i.negative_caption) == (i.image, i.caption) for i in items)
     rows = [Row("a.jpg", "x")]
     assert usable(rows, "none", "f") == ([0], Counter())
-    assert images_of(rows, [0], "none") == ["a.jpg"]
 
 
 def test_problems_are_told_together() -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save
 
-from diffitm import scoring
+from diffitm import scoring, storage
 from diffitm.distributed.groups import run_groups, work_folder
 from diffitm.distributed.session import Pool
 from diffitm.errors import InputError
@@ -101,7 +101,9 @@ def encode(out: str, kind: str, names: list[str], encoder: Encoder, pool: Pool) 
         "names": fingerprint(names),
     }
     if kind == "image":
-        settings |= {"root": encoder.root, "resize": encoder.resize}
+        stamp = storage.stamp(encoder.root, sorted({name.split("#")[0] for name in names}))
+        root = storage.public(encoder.root)
+        settings |= {"root": root, "resize": encoder.resize, "files": stamp}
     what = "latents" if kind == "image" else "texts"
     folder = join(work_folder(out, f"cache-{what}", settings), "encoded")
     return run_groups(

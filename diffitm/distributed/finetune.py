@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffitm import storage
 from diffitm.errors import InputError
@@ -14,7 +15,7 @@ from diffitm.provenance import fingerprint, record
 from diffitm.training.job import Job, Validation
 from diffitm.training.objectives import Objective
 from diffitm.training.options import Config, find_problems
-from diffitm.training.result import is_complete, write_result
+from diffitm.training.result import open_run, write_result
 from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, told, usable
 from diffitm.training.track import Curves
 from diffitm.training.webdataset import is_webdataset, read_shards
@@ -87,17 +88,20 @@ def run(config: Config) -> None:
         "rows": fingerprint([asdict(row) for row in rows]),
         "dtype": job.dtype,
     }
-    if is_complete(out, settings):
+    known = open_run(out, settings)
+    if known.done:
         log.info("%s holds this run already; give another --out to train again", out)
         return
     if config.cache_latents:
         job = _cached(job, out)
-    result, lost_images = _train(config, job, settings, out)
+    shown = {k: storage.public(v) if isinstance(v, str) else v for k, v in settings.items()}
+    curves = Curves(config.track, storage.public(out), known.key, shown)
+    result, lost_images = _train(config, job, fingerprint(settings)[:12], curves, out)
     if result.checkpoint is None:
         raise InputError(f"{out}: the run left no checkpoint")
     with result.checkpoint.as_directory() as folder:
         provenance = record(asdict(config))
-        ended = write_result(Path(folder), job.rank, settings, provenance, lost_images, out)
+        ended = write_result(Path(folder), job.rank, settings, known, provenance, lost_images, out)
     if lost_images:
         log.warning("%d images could not be read; see %s/failures.json", len(lost_images), out)
     if job.validation is not None:
@@ -105,15 +109,21 @@ def run(config: Config) -> None:
         log.info("best at update %d: %.1f%% on validation", ended["best_step"], mean)
     weights = storage.join(out, "pytorch_lora_weights.safetensors")
     print(f"weights {weights}")
-    print(f"compare python pipelines/gdbench.py --model {config.model} --lora none {weights}")
+    if "://" not in out:
+        command = ["--model", config.model, "--lora", "none", weights]
+        if config.data != "shapes" and valid is not None:
+            command += ["--data", valid, "--tasks", *TASKS]
+        print(f"compare python pipelines/gdbench.py {shlex.join(command)}")
 
 
 def _data(config: Config, out: str) -> tuple[str, str, str | None]:
     """The file of rows, where its images start, and the root that is validated on."""
     if config.data == "shapes":
-        from diffitm.shapes.training import write_training
+        from diffitm.shapes.training import VERSION, write_training
 
-        root = storage.join(storage.parent(out), "work", f"shapes-training-{config.scenes}")
+        root = storage.join(
+            storage.parent(out), "work", f"shapes-training-{config.scenes}-v{VERSION}"
+        )
         write_training(root, config.scenes)
         return storage.join(root, TRAIN), root, config.validation_data or root
     given = storage.absolute(config.data)
@@ -151,6 +161,8 @@ def _job(
         )
     validation = None
     if config.validate_every and valid is not None:
+        if not storage.exists(storage.join(storage.absolute(valid), VALID)):
+            raise InputError(f"--validation-data {valid}: has no {VALID}")
         validation = Validation(
             storage.absolute(valid),
             TASKS,
@@ -199,15 +211,15 @@ def _cached(job: Job, out: str) -> Job:
 
     pool = session.choose_pool(None, None, None, None)
     encoder = Encoder(job.source, job.variant, job.dtype, job.root, job.resize)
-    wanted = (job.rows, job.kept, job.negatives)
-    latents = encode(out, "image", images_of(*wanted), encoder, pool)
     return replace(
-        job, latents=latents, texts=encode(out, "text", texts_of(*wanted), encoder, pool)
+        job,
+        latents=encode(out, "image", images_of(job.rows), encoder, pool),
+        texts=encode(out, "text", texts_of(job.rows), encoder, pool),
     )
 
 
 def _train(
-    config: Config, job: Job, settings: dict[str, Any], out: str
+    config: Config, job: Job, name: str, curves: Curves, out: str
 ) -> tuple[Result, dict[str, int]]:
     """Run Ray Train; it goes on from its last checkpoint. Raises InputError if a loss ended it."""
     import ray
@@ -232,7 +244,6 @@ def _train(
     # On this node, so that it outlives those of the workers.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = ray.remote(num_cpus=0)(Monitor).options(scheduling_strategy=here).remote()
-    name = fingerprint(settings)[:12]
     found, folder = storage.filesystem(storage.join(out, "train"))
     found.create_dir(folder, recursive=True)
     trainer = TorchTrainer(
@@ -252,14 +263,14 @@ def _train(
         ),
     )
     log.info("%s rows, %s updates of %d examples", *_sizes(job))
-    lines = _Lines(job.steps, Curves(config.track, out, name, settings))
+    lines = _Lines(job.steps, curves)
     try:
         with Watch(monitor, lines.tell):
             result = trainer.fit()
         lost, stopped = ray.get(monitor.end.remote())
         lines.tell(ray.get(monitor.read.remote()))
     finally:
-        lines.curves.close()
+        curves.close()
     if stopped is not None:
         raise InputError(f"{stopped}; the checkpoints of {folder}/{name} are intact")
     return result, lost

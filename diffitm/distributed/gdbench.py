@@ -213,12 +213,15 @@ def _samples(out: str, beside: Beside) -> dict[str, dict[str, list[bytes]]]:
 
 
 def _curves(beside: Beside) -> dict[str, list[dict[str, float]]]:
-    """Model -> lines of its training's log, where there is one."""
-    return {
-        name: [json.loads(line) for line in storage.read_text(uri).splitlines()]
-        for name, uri in beside.logs.items()
-        if storage.exists(uri)
-    }
+    """Model -> lines of its training's log, where there is one that finetune.py wrote."""
+    found = {}
+    for name, uri in beside.logs.items():
+        try:
+            lines = [json.loads(line) for line in storage.read_text(uri).splitlines()]
+            found[name] = [{"step": int(line["step"]), **line} for line in lines]
+        except (OSError, ValueError, TypeError, KeyError):
+            log.info("%s: no training curves, %s is not there or not ours", name, uri)
+    return found
 
 
 def _label(spec: Spec) -> str:
@@ -407,7 +410,7 @@ def _report_again(config: Config, out: str) -> None:
         *(config, out, examples, stores, provenance),
         root=storage.join(out, root) if below else root,
         drawn=run["drawn"],
-        beside=Beside(run["samples"], run["logs"]),
+        beside=Beside(run.get("samples", {}), run.get("logs", {})),
     )
 
 

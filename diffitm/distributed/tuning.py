@@ -138,6 +138,11 @@ class Run:
         total = self._reduce(sums)
         if not torch.isfinite(total).all():
             return None
+        if total[4] == 0:
+            why = next((f for *_, failures in batches for f in failures), "see failures.json")
+            text = f"step {self.progress.step + 1}: none of its images could be read: {why}"
+            ray.get(self.monitor.stop.remote(text))
+            return None
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.job.clip)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
@@ -170,7 +175,7 @@ class Run:
     def _posteriors(self, images: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of latents [N, C, h, w], of pixels or as they were cached."""
         if self.job.latents:
-            mean, deviation = (torch.stack(part) for part in zip(*images, strict=True))
+            mean, deviation = (torch.stack(p).to(self.device) for p in zip(*images, strict=True))
             return mean, deviation
         pixels = torch.stack([scaled(image) for image in images])
         return self.tuner.denoiser.encode_posterior(pixels.to(self.device))

@@ -22,6 +22,7 @@ from diffitm.shapes.world import Scene
 
 VERSION = 2
 CANDIDATES = 10
+TRIES = 2000  # families in a row that the gallery has no room for
 ORDERED = 2  # captions of an image that the order task takes
 
 
@@ -119,18 +120,21 @@ def write_flickr30k(world: World) -> None:
     """Both candidate lists over one gallery with five captions an image, and images/.
 
     The gallery comes in families of five: a scene, and it with colours exchanged, places exchanged,
-    sizes exchanged, or one thing of another shape; so near misses are among the ten candidates.
+    sizes exchanged, or one thing of another shape; so near misses are among the ten candidates. As
+    no two say the same, the world has room for little more than 500 of them.
     """
     rng = world.rng(3)
     gallery: list[Scene] = []
     said: set[str] = set()
     near_misses = functools.partial(_near_misses, rng=rng)
-    while len(gallery) < world.scenes:
+    tries = 0
+    while len(gallery) < world.scenes and tries < TRIES:
+        tries += 1
         family = world.family(rng, near_misses)
         texts = {full(scene, size=True).text() for scene in family}
         texts |= {_flipped(scene).text() for scene in family}
         if not texts & said:
-            gallery, said = [*gallery, *family], said | texts
+            tries, gallery, said = 0, [*gallery, *family], said | texts
     gallery = gallery[: world.scenes]
     paths = [f"datasets/flickr30k/images/{1000 + i}.jpg" for i in range(len(gallery))]
     for path, scene in zip(paths, gallery, strict=True):

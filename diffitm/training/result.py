@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +26,44 @@ WEIGHTS, AVERAGED, BEST, STATE, HISTORY = (
 NOTE = "finetune.json"
 
 
-def is_complete(out: str, settings: dict[str, Any]) -> bool:
-    """Whether OUT holds the result of this run.
+@dataclass(frozen=True)
+class Known:
+    """What OUT holds of a run: whether its result, and the name that trackers know it by."""
 
-    Raises InputError that names what differs if OUT belongs to a run of other settings.
+    done: bool
+    key: str
+
+
+def open_run(out: str, settings: dict[str, Any]) -> Known:
+    """Begin a run in OUT, or find the one that it holds.
+
+    Raises InputError that names what differs if that is a run of other settings.
     """
     path = storage.join(out, NOTE)
     if not storage.exists(path):
-        storage.write_text(path, json.dumps({"settings": settings, "done": False}, indent=2))
-        return False
+        made = Known(False, secrets.token_hex(6))
+        write_note(out, settings, made)
+        return made
     known = json.loads(storage.read_text(path))
     old = known["settings"]
     if old != settings:
         differ = [k for k in settings if old.get(k) != settings[k]]
         told = ", ".join(f"{k} was {old.get(k)!r} and is {settings[k]!r}" for k in differ)
         raise InputError(f"{out} holds a run with other settings ({told}): give another --out")
-    return bool(known["done"])
+    return Known(bool(known["done"]), known["key"])
+
+
+def write_note(out: str, settings: dict[str, Any], known: Known, **more: Any) -> None:
+    """finetune.json: what a resume must have in common with the run."""
+    note = {"settings": settings, **asdict(known), **more}
+    storage.write_text(storage.join(out, NOTE), json.dumps(note, indent=2))
 
 
 def write_result(
     checkpoint: Path,
     rank: int,
     settings: dict[str, Any],
+    known: Known,
     provenance: dict[str, Any],
     lost: dict[str, int],
     out: str,
@@ -63,6 +81,5 @@ def write_result(
     write_events(progress["history"], out)
     storage.write_text(storage.join(out, "failures.json"), json.dumps(lost, indent=2))
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
-    done = {"settings": settings, "done": True, "best_step": progress["best_step"]}
-    storage.write_text(storage.join(out, NOTE), json.dumps(done, indent=2))
+    write_note(out, settings, replace(known, done=True), best_step=progress["best_step"])
     return progress

@@ -115,36 +115,14 @@ def _read_parquet(uri: str, option: str) -> list[Row]:
     return rows
 
 
-def images_of(rows: Sequence[Row], kept: Sequence[int], negatives: str) -> list[str]:
-    """Every image that training can see, once."""
-    others = negatives in ("hard-image", "mixed")
-    return list(
-        dict.fromkeys(
-            path
-            for position in kept
-            for path in (rows[position].image, *(rows[position].negative_images if others else ()))
-        )
-    )
+def images_of(rows: Sequence[Row]) -> list[str]:
+    """Every image once, sorted: whichever of them an objective needs, runs share what is encoded."""
+    return sorted({path for row in rows for path in (row.image, *row.negative_images) if path})
 
 
-def texts_of(rows: Sequence[Row], kept: Sequence[int], negatives: str) -> list[str]:
-    """Every text that training can see, once; '' is the unconditional one."""
-    others = negatives in ("hard-text", "mixed")
-    return list(
-        dict.fromkeys(
-            [
-                "",
-                *(
-                    text
-                    for position in kept
-                    for text in (
-                        rows[position].caption,
-                        *(rows[position].negative_captions if others else ()),
-                    )
-                ),
-            ]
-        )
-    )
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """Every text once, sorted, with '', the unconditional one."""
+    return sorted({"", *(text for row in rows for text in (row.caption, *row.negative_captions))})
 
 
 def usable(rows: Sequence[Row], negatives: str, uri: str) -> tuple[list[int], Counter[str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from diffitm import storage
 from diffitm.errors import suggest
 
+log = logging.getLogger("diffitm")
 Line = dict[str, float]
 FOLDER, PROJECT = "tensorboard", "diffitm"
 
@@ -37,7 +40,7 @@ class Curves:
     def __init__(self, names: Sequence[str], out: str, key: str, settings: dict[str, Any]) -> None:
         self.folder = Path(out) / FOLDER if "://" not in out else None
         self.events: Any = None
-        self.opened = [TRACKERS[name](out, key, settings) for name in names]
+        self.opened = {name: TRACKERS[name](out, key, settings) for name in names}
 
     def add(self, line: Line) -> None:
         """Show a line; it has a step."""
@@ -46,15 +49,23 @@ class Curves:
             if self.events is None:
                 self.events = _writer(self.folder, purge_step=step, flush_secs=1)
             _write(self.events, step, values)
-        for log, _ in self.opened:
-            log(values, step)
+        for name, (show, _) in list(self.opened.items()):
+            self._safely(name, functools.partial(show, values, step))
 
     def close(self) -> None:
         """End the trackers' runs."""
         if self.events is not None:
             self.events.close()
-        for _, end in self.opened:
-            end()
+        for name, (_, end) in list(self.opened.items()):
+            self._safely(name, end)
+
+    def _safely(self, name: str, call: Callable[[], None]) -> None:
+        """A tracker that fails is left out from then on; training does not hang on it."""
+        try:
+            call()
+        except Exception as error:  # whatever a tracker raises
+            del self.opened[name]
+            log.warning("--track %s: gets no more lines: %s: %s", name, type(error).__name__, error)
 
 
 def write_events(history: Sequence[Line], out: str) -> None:
@@ -93,12 +104,21 @@ def _wandb(out: str, key: str, settings: dict[str, Any]) -> Opened:
 
 
 def _mlflow(out: str, key: str, settings: dict[str, Any]) -> Opened:
+    """Metrics name their run: MLflow's active run is that of a thread, and another one logs."""
     import mlflow
 
     mlflow.set_experiment(PROJECT)
-    mlflow.start_run(run_name=out, tags={"key": key})
+    tags = {"diffitm.key": key}
+    known = mlflow.search_runs(
+        experiment_names=[PROJECT],
+        filter_string=f"tags.`diffitm.key` = '{key}'",
+        output_format="list",
+    )
+    run = known[0].info.run_id if known else None
+    begun = mlflow.start_run(run_id=run, run_name=None if run else out, tags=None if run else tags)
     mlflow.log_params(settings)
-    return lambda values, step: mlflow.log_metrics(values, step=step), mlflow.end_run
+    run = begun.info.run_id
+    return lambda values, step: mlflow.log_metrics(values, step=step, run_id=run), mlflow.end_run
 
 
 TRACKERS: dict[str, Callable[[str, str, dict[str, Any]], Opened]] = {

@@ -7,7 +7,6 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import Any
 
 from diffitm import storage
 from diffitm.errors import InputError
@@ -16,7 +15,7 @@ from diffitm.training.rows import LISTS, Row
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-Sample = dict[str, Any]  # ending -> the reference of an image, else content
+Sample = dict[str, str]  # ending -> the reference of an image, else content
 
 
 def is_webdataset(uri: str) -> bool:
@@ -31,6 +30,8 @@ def shards(uri: str) -> list[str]:
     """
     found = RANGE.search(uri)
     if found is not None:
+        if "/" in uri[found.end() :]:
+            raise InputError(f"--data {uri}: a range of shards must be in the file's name")
         first, last = found.groups()
         names = [
             f"{uri[: found.start()]}{number:0{len(first)}}{uri[found.end() :]}"
@@ -54,16 +55,16 @@ def read_shards(uri: str) -> list[Row]:
 
     Raises InputError that names shard, sample and what is right.
     """
-    samples: dict[str, Sample] = {}
+    samples: dict[tuple[str, str], Sample] = {}
     for shard in shards(uri):
         for key, ending, value in _members(shard):
-            sample = samples.setdefault(key, {"shard": shard})
-            if sample["shard"] != shard or ending in sample:
-                raise InputError(f"{shard}: sample {key} comes twice")
+            sample = samples.setdefault((shard, key), {})
+            if ending in sample:
+                raise InputError(f"{shard}: sample {key} has two of {ending}")
             sample[ending] = value
     if not samples:
         raise InputError(f"{uri}: the shards hold no sample")
-    return [_row(key, sample, samples) for key, sample in samples.items()]
+    return [_row(shard, key, samples) for shard, key in samples]
 
 
 def _members(shard: str) -> Iterator[tuple[str, str, str]]:
@@ -71,9 +72,12 @@ def _members(shard: str) -> Iterator[tuple[str, str, str]]:
     found, path = storage.filesystem(shard)
     name = storage.bare(shard).rpartition("/")[2]
     try:
-        with found.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with (
+            found.open_input_stream(path, compression=None, buffer_size=2**20) as stream,
+            tarfile.open(fileobj=stream, mode="r|") as archive,
+        ):
             for member in archive:
-                folder, _, last = member.name.rpartition("/")
+                folder, _, last = member.name.removeprefix("./").rpartition("/")
                 stem, _, ending = last.partition(".")
                 ending = ending.lower()
                 if not member.isreg() or ending not in (*IMAGES, "txt", "json"):
@@ -84,12 +88,16 @@ def _members(shard: str) -> Iterator[tuple[str, str, str]]:
                 else:
                     data = archive.extractfile(member)
                     yield key, ending, data.read().decode() if data else ""
+            end = archive.offset
+        # tarfile takes a broken header for the end, which is a block of zeros.
+        if storage.read_range(shard, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"it breaks off at byte {end:,}")
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{shard}: is no whole, uncompressed tar: {error}") from error
 
 
-def _row(key: str, sample: Sample, samples: dict[str, Sample]) -> Row:
-    where = f"{sample['shard']}: sample {key}"
+def _row(shard: str, key: str, samples: dict[tuple[str, str], Sample]) -> Row:
+    where, sample = f"{shard}: sample {key}", samples[shard, key]
     try:
         known = json.loads(sample.get("json", "{}"))
     except ValueError as error:
@@ -102,8 +110,16 @@ def _row(key: str, sample: Sample, samples: dict[str, Sample]) -> Row:
             raise InputError(f"{where}: expects a list of texts in {name}, found {str(value)[:80]}")
     if not isinstance(caption, str):
         raise InputError(f"{where}: expects a text in caption, found {str(caption)[:80]}")
-    unknown = [other for other in lists[1] if "image" not in samples.get(other, {})]
-    if unknown:
-        raise InputError(f"{where}: negative_images names {unknown[0]}, which has no image")
-    others = tuple(samples[other]["image"] for other in lists[1])
+    others = tuple(_image_of(other, shard, samples, where) for other in lists[1])
     return Row(sample.get("image", ""), caption.strip(), tuple(lists[0]), others)
+
+
+def _image_of(key: str, shard: str, samples: dict[tuple[str, str], Sample], where: str) -> str:
+    """The image of a sample of this shard or, if one alone has the key, of another."""
+    found = samples.get((shard, key)) or {}
+    if "image" not in found:
+        others = [sample for (_, other), sample in samples.items() if other == key]
+        found = others[0] if len(others) == 1 else {}
+    if "image" not in found:
+        raise InputError(f"{where}: negative_images names {key}, which is no sample with an image")
+    return str(found["image"])
