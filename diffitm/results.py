@@ -204,25 +204,34 @@ def _column(model: str, score: str, decisions: list[Decision]) -> Column:
 
 
 def _comparisons(task: Task, columns: list[Column]) -> list[Comparison]:
-    """Every two models under their main score, and normalised against naive of each model."""
+    """Every two models under their main score, normalised against naive of each model, and every two
+    models under the naive one where it decides otherwise."""
     main = {column.model: column for column in columns}  # the last of a model: normalised, if any
     pairs = list(itertools.combinations(main.values(), 2))
-    for column in columns:
-        if main[column.model] is not column:
-            pairs.append((main[column.model], column))
+    naive = [column for column in columns if main[column.model] is not column]
+    pairs += [(main[column.model], column) for column in naive]
+    pairs += [p for p in itertools.combinations(naive, 2) if p[0].score == p[1].score]
     return [
         made
         for first, second in pairs
         for metric in first.credits
-        if metric in second.credits and not _same(metric, first, second)
+        if metric in second.credits and not _told(metric, first, second, main)
         if (made := _compare(task, metric, first, second))
     ]
 
 
-def _same(metric: str, first: Column, second: Column) -> bool:
-    """Normalised and naive of one model decide alike wherever texts of one image are compared."""
-    one, two = first.credits[metric], second.credits[metric]
-    return first.model == second.model and np.array_equal(one, two, equal_nan=True)
+def _told(metric: str, first: Column, second: Column, main: dict[str, Column]) -> bool:
+    """Whether a comparison says nothing new: where texts of one image are compared, normalised and
+    naive decide alike, within a model and between two."""
+    if first.model == second.model:
+        return np.array_equal(first.credits[metric], second.credits[metric], equal_nan=True)
+    return all(
+        column is not main[column.model]
+        and np.array_equal(
+            column.credits[metric], main[column.model].credits[metric], equal_nan=True
+        )
+        for column in (first, second)
+    )
 
 
 def _compare(task: Task, metric: str, first: Column, second: Column) -> Comparison | None:

@@ -257,3 +257,30 @@ def test_a_change_of_one_image_has_no_interval(tmp_path: Path) -> None:
     one, two = two_models(tmp_path, ([1], [0])).denoising, two_models(tmp_path, ([1] * 3, [0] * 3))
     assert [line.change for line in one] == [None, None]
     assert [line.n for line in two.denoising] == [3, 3]
+
+
+def test_models_are_compared_under_the_naive_score_where_it_decides_otherwise(
+    tmp_path: Path,
+) -> None:
+    """Of images: normalised with normalised, naive with naive, and both of each model."""
+    examples = [Example(str(n), (f"i{n}", f"j{n}"), ("x",), "image") for n in range(4)]
+    uri, stores = written(tmp_path, "svo_subj", *examples), []
+    for name, empty in (("a", 2.0), ("b", 3.0)):
+        store = open_store(str(tmp_path), name, {**CONFIG, "timesteps": [10]})
+        lines = []
+        for n in range(4):
+            for image, error in ((f"i{n}", 1.5 if name == "a" or n else 0.5), (f"j{n}", 1.0)):
+                lines.append(score_row(image, "x", [error]))
+                lines.append(score_row(image, "", [empty if image[0] == "i" else 1.0]))
+        write_scores(store, lines)
+        stores.append(store)
+    found = [
+        (c.first, c.first_score, c.second, c.second_score, c.difference)
+        for c in results.evaluate({"svo_subj": uri}, stores).comparisons
+    ]
+    assert found == [
+        ("a", "normalised", "b", "normalised", 0.0),
+        ("a", "normalised", "a", "conditional", 1.0),
+        ("b", "normalised", "b", "conditional", 0.75),
+        ("a", "conditional", "b", "conditional", -0.25),
+    ]
