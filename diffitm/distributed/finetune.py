@@ -105,8 +105,9 @@ def run(config: Config) -> None:
     if lost_images:
         log.warning("%d images could not be read; see %s/failures.json", len(lost_images), out)
     if job.validation is not None:
-        mean = 100 * ended["best"]
-        log.info("best at update %d: %.1f%% on validation", ended["best_step"], mean)
+        means = (100 * ended["best"], 100 * ended["base"])
+        text = "best at update %d: %.1f%% on validation, before training %.1f%%"
+        log.info(text, ended["best_step"], *means)
     weights = storage.join(out, "pytorch_lora_weights.safetensors")
     print(f"weights {weights}")
     if "://" not in out:

@@ -38,10 +38,12 @@ from diffitm.training.validate import credits
 
 @dataclass
 class Progress:
-    """How far a worker is: steps done, the lines of the log, the best validation accuracy."""
+    """How far a worker is: steps done, the lines of the log, validation accuracy of the base model and
+    the best one since."""
 
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    base: float = 0.0
     best: float = -1.0
     best_step: int = 0
 
@@ -223,7 +225,9 @@ class Run:
         with self._averaged():
             found = {name: self._accuracy(name, check) for name in check.tasks}
             mean = float(np.mean([value for value in found.values() if value is not None] or [0.0]))
-            if mean > self.progress.best:
+            if self.progress.step == 0:
+                self.progress.base = mean
+            elif mean > self.progress.best:
                 self.progress.best, self.progress.best_step = mean, self.progress.step
                 self.best = lora_weights(self.tuner.unet)
         self._log({f"accuracy/{name}": value for name, value in found.items() if value is not None})
