@@ -190,9 +190,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 def test_unreadable_images_cost_their_own_examples(tmp_path: Path, cached: list[str]) -> None:
     out = tmp_path / "out"
     options = (*SMALL, "--out", out, "--validate-every", 0, "--steps", 12, *cached)
-    from diffitm.shapes.training import write_training
+    from diffitm.shapes.training import VERSION, write_training
 
-    drawn = tmp_path / "work" / "shapes-training-30"
+    drawn = tmp_path / "work" / f"shapes-training-30-v{VERSION}"
     write_training(str(drawn), 30)
     for number in (3, 11):
         (drawn / "coco" / "train" / f"{number}.jpg").write_bytes(b"no image")
@@ -207,10 +207,10 @@ def test_averaged_weights_are_the_result(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = (*SMALL, "--steps", 20, "--validate-every", 0, "--ema", 0.9)
     run(*options, "--out", out)
-    (checkpoint,) = sorted(out.glob("train/*/checkpoint_*"))[-1:]
+    checkpoint = sorted(out.glob("train/*/checkpoint_*/weights.safetensors"))[-1]
     names = ("pytorch_lora_weights.safetensors", "last/pytorch_lora_weights.safetensors")
     found, last = (load_file(out / name) for name in names)
-    present = load_file(checkpoint / "weights.safetensors")
+    present = load_file(checkpoint)
     sizes = [sum(float(v.norm()) for k, v in w.items() if "lora_B" in k) for w in (found, present)]
     assert 0 < sizes[0] < sizes[1]
     assert all(torch.equal(found[key], last[key]) for key in found)
