@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffitm.matching.batch import Batch
 from diffitm.matching.errors import Errors, pair_errors
 from diffitm.matching.plan import Plan, plan_timesteps
 from diffitm.matching.scores import averaged, conditional_score, normalised_score
@@ -90,7 +91,7 @@ def test_batch_size_does_not_matter(
     latents = torch.from_numpy(golden["latents"])
     condition = golden_sd.encode_texts(golden_texts)
     order = torch.randperm(len(PAIRS), generator=torch.Generator().manual_seed(1))
-    found = pair_errors(golden_sd, latents, condition, plan, PAIRS[order], batch_size)
+    found = pair_errors(golden_sd, latents, condition, plan, PAIRS[order], Batch(batch_size))
     for name in ("l2", "l1", "huber"):
         expected = getattr(errors, name)[order]
         torch.testing.assert_close(getattr(found, name), expected, rtol=1e-5, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from pyarrow import parquet
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffitm import storage
 from diffitm.matching.schedule import NoiseSchedule
@@ -23,11 +34,13 @@ from diffitm.shapes.architecture import LENGTH, write_tokenizer
 from diffitm.store import Store
 
 WIDTH = 32
+POOLED = 24
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def unet() -> UNet2DConditionModel:
+def unet(**other: Any) -> UNet2DConditionModel:
     """A U-Net for latents [4, 8, 8] with one attention block on each level."""
-    return UNet2DConditionModel(
+    options: dict[str, Any] = dict(
         sample_size=8,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -38,6 +51,7 @@ def unet() -> UNet2DConditionModel:
         norm_num_groups=8,
         use_linear_projection=True,
     )
+    return UNet2DConditionModel(**options | other)
 
 
 def vae() -> AutoencoderKL:
@@ -54,18 +68,17 @@ def vae() -> AutoencoderKL:
     )
 
 
-def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        projection_dim=POOLED,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
@@ -76,13 +89,9 @@ def write_sd(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = write_tokenizer(folder / "tokenizer")
-        parts = {"unet": unet(), "vae": vae(), "text_encoder": text_encoder(tokenizer)}
-    scheduler = DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction,
-    )
+        encoder = text_config(tokenizer)
+        parts = {"unet": unet(), "vae": vae(), "text_encoder": CLIPTextModel(encoder)}
+    scheduler = DDPMScheduler(**BETAS, prediction_type=prediction)
     pipeline = StableDiffusionPipeline(
         **parts,
         tokenizer=tokenizer,
@@ -95,6 +104,80 @@ def write_sd(
         pipeline.to(torch.float16)
     pipeline.save_pretrained(folder, variant=variant)
     return folder
+
+
+def write_sdxl(folder: Path, seed: int = 0, zeros: bool = True) -> Path:
+    """Save a random Stable Diffusion XL, with the published scheduler; `zeros` for the empty text."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizers = [write_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+        pipeline = StableDiffusionXLPipeline(
+            vae=vae(),
+            text_encoder=CLIPTextModel(text_config(tokenizers[0])),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizers[1])),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=unet(
+                cross_attention_dim=2 * WIDTH,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + POOLED,
+            ),
+            scheduler=EulerDiscreteScheduler(**BETAS),
+            force_zeros_for_empty_prompt=zeros,
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+LABELS = ("tench, Tinca tinca", "cat", "tiger cat", "white shark", "crane", "crane", "tiger")
+
+
+def write_dit(folder: Path, labels: Sequence[str] = LABELS, seed: int = 0) -> Path:
+    """Save a random DiT with a class for each of `labels`, 'label one, label two'."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            out_channels=8,
+            num_layers=2,
+            sample_size=8,
+            num_embeds_ada_norm=len(labels),
+        )
+        pipeline = DiTPipeline(transformer, vae(), DDIMScheduler())
+    first, *others = (b.norm1.emb.class_embedder for b in transformer.transformer_blocks)
+    for other in others:
+        other.load_state_dict(first.state_dict())
+    pipeline.save_pretrained(folder)
+    write_index(folder, id2label={str(i): names for i, names in enumerate(labels)})
+    return folder
+
+
+def gradients(model: Denoiser, condition: Condition) -> tuple[Condition, int]:
+    """The gradient of a sum of squared predictions in each part of a condition [2, ...], and the bytes
+    that the graph kept for it."""
+    generator = torch.Generator().manual_seed(4)
+    noised = torch.randn(2, *model.latent_shape, generator=generator)
+    leaves = {name: value.clone().requires_grad_() for name, value in condition.items()}
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = (model.predict(noised, torch.tensor([100, 700]), leaves) ** 2).sum()
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    return dict(zip(leaves, found, strict=True)), kept
+
+
+def write_index(folder: Path, **changed: Any) -> None:
+    """Change settings of a folder's model_index.json."""
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
 
 
 class Fixed(Denoiser):
@@ -115,6 +198,12 @@ class Fixed(Denoiser):
     def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         self.seen.append(noised)
         return torch.zeros_like(noised)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :1].repeat(1, 3, 1, 1).clamp(-1, 1)
+
+    def checkpoint_gradients(self) -> None:
+        pass
 
 
 def schedule(prediction: str = "epsilon", total: int = 1000) -> NoiseSchedule:

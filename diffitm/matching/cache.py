@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from diffitm.matching.batch import Batch
+
 
 class TextCache:
     """Encodes each text once while it stays among the most recently used `limit_bytes`.
 
     `encode` maps texts to a dictionary of tensors [B, ...]. `encoded` counts the texts encoded.
+    `batch` is how many texts are encoded at once.
     """
 
     def __init__(
         self, encode: Callable[[Sequence[str]], dict[str, Tensor]], limit_bytes: int, batch: int
     ) -> None:
-        self.encode, self.limit, self.batch = encode, limit_bytes, batch
+        self.encode, self.limit = encode, limit_bytes
+        self.batch = Batch(batch, "batch size of texts")
         self.kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self.used = 0
         self.encoded = 0
@@ -27,12 +32,8 @@ class TextCache:
         """The encoded texts in order, [B, ...] each; `texts` are distinct."""
         missing = [text for text in texts if text not in self.kept]
         found = {text: self.kept[text] for text in texts if text in self.kept}
-        for start in range(0, len(missing), self.batch):
-            part = missing[start : start + self.batch]
-            encoded = self.encode(part)
-            for i, text in enumerate(part):
-                # A copy, so that a kept row does not keep its whole batch alive.
-                found[text] = {name: value[i : i + 1].clone() for name, value in encoded.items()}
+        parts = self.batch.run(len(missing), lambda i, j: _rows(self.encode(missing[i:j]), j - i))
+        found |= zip(missing, itertools.chain.from_iterable(parts), strict=True)
         self.encoded += len(missing)
         for text in texts:
             self._keep(text, found[text])
@@ -47,6 +48,11 @@ class TextCache:
         while self.used > self.limit and len(self.kept) > 1:
             _, dropped = self.kept.popitem(last=False)
             self.used -= _size(dropped)
+
+
+def _rows(encoded: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Each row as a copy, so that a kept one does not keep its whole batch alive."""
+    return [{k: value[i : i + 1].clone() for k, value in encoded.items()} for i in range(count)]
 
 
 def _size(value: dict[str, Tensor]) -> int:

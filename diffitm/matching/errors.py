@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
+from diffitm.matching.batch import Batch
 from diffitm.matching.plan import Plan
 from diffitm.models.denoiser import Condition, Denoiser, select
 
@@ -38,15 +39,16 @@ def pair_errors(
     condition: Condition,
     plan: Plan,
     pairs: Tensor,
-    batch_size: int = 64,
+    batch: Batch | None = None,
 ) -> Errors:
     """e(x, w, t) = || target(eps, z0, t) - model(z_t, t, w) || (DiffusionITM, eq. 3).
 
-    latents [I, C, h, w], a condition of T texts, pairs int64 [P, 2] of (image, text) rows. Batches
-    are filled over pairs and timesteps alike; each pair costs len(plan) forwards of the model.
+    latents [I, C, h, w], a condition of T texts, pairs int64 [P, 2] of (image, text) rows. A `batch`,
+    of 64 by default, is filled over pairs and timesteps alike; each pair costs len(plan) forwards of
+    the model, whose time the batch adds up.
 
     Raises ValueError if the plan's noise has another shape than a latent, or one of its timesteps
-    is not a training timestep of the model.
+    is not a training timestep of the model; InputError if not one forward fits a GPU's memory.
     """
     if plan.noise.shape[1:] != latents.shape[1:]:
         wrong, right = tuple(plan.noise.shape[1:]), tuple(latents.shape[1:])
@@ -54,18 +56,21 @@ def pair_errors(
     if int(plan.timesteps.max()) >= denoiser.schedule.timesteps:
         last = denoiser.schedule.timesteps - 1
         raise ValueError(f"timestep {int(plan.timesteps.max())} is beyond the model's last, {last}")
-    device, count = denoiser.device, len(plan)
+    device, count, used = denoiser.device, len(plan), batch or Batch(64)
     latents, noise = latents.to(device), plan.noise.to(device)
     steps, pairs = plan.timesteps.to(device), pairs.to(device)
-    found = torch.empty(3, len(pairs) * count)
-    for start in range(0, len(pairs) * count, batch_size):
-        item = torch.arange(start, min(start + batch_size, len(pairs) * count), device=device)
+
+    def forward(start: int, end: int) -> Tensor:
+        item = torch.arange(start, end, device=device)
         image, text = pairs[item // count].T
         at, eps, z0 = steps[item % count], noise[item % count], latents[image]
-        noised = denoiser.schedule.add_noise(z0, eps, at)
-        predicted = denoiser.predict(noised, at, select(condition, text))
+        noised, chosen = denoiser.schedule.add_noise(z0, eps, at), select(condition, text)
+        with used.timed(device):
+            predicted = denoiser.predict(noised, at, chosen)
         target = denoiser.schedule.target(z0, eps, at)
-        found[:, start : start + len(item)] = torch.stack(_kinds(predicted, target)).cpu()
+        return torch.stack(_kinds(predicted, target)).cpu()
+
+    found = torch.cat(list(used.run(len(pairs) * count, forward)), 1)
     l2, l1, huber = found.view(3, len(pairs), count)
     return Errors(l2, l1, huber, latents[0].numel())
 

@@ -48,6 +48,17 @@ class NoiseSchedule:
         signal, sigma = self.at(timesteps, latents)
         return signal * latents + sigma * noise
 
+    def clean(self, noised: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+        """z0 [B, C, h, w] as the model's output for z_t says."""
+        signal, sigma = self.at(timesteps, noised)
+        if self.prediction == "epsilon":
+            return (noised - sigma * predicted) / signal
+        if self.prediction == "sample":
+            return predicted
+        if self.prediction == "flow":
+            return noised - sigma * predicted
+        return signal * noised - sigma * predicted
+
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model should predict: eps, v = signal eps - sigma z0, z0, or the flow eps - z0."""
         if self.prediction == "epsilon":

@@ -13,7 +13,7 @@ from diffitm.errors import InputError
 from diffitm.matching.schedule import NoiseSchedule
 
 # What the model is conditioned on, by name; every tensor is [B, ...]. Stable Diffusion needs
-# {"hidden": [B, L, D]}; a model with pooled text or class labels adds its own.
+# {"hidden": [B, L, D]}; a model with pooled text adds its own.
 Condition = dict[str, Tensor]
 
 
@@ -46,12 +46,30 @@ class Denoiser(ABC):
         return mean + deviation * torch.randn(mean.shape[1:], generator=generator).to(mean)
 
     @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to pixels float32 [B, 3, H, W], cut to [-1, 1]; without gradient."""
+
+    def refuses(self, text: str) -> str | None:
+        """Why a text cannot be a condition of this model; None if it can, as every text here."""
+        return None
+
+    @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> Condition:
-        """The condition of each text; '' is the unconditional one."""
+        """The condition of each text; '' is the unconditional one.
+
+        Raises ValueError for a text that the model refuses.
+        """
 
     @abstractmethod
     def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The model's output float32 [B, C, h, w] for noised latents, timesteps [B], condition [B]."""
+        """The model's output float32 [B, C, h, w] for noised latents, timesteps [B], condition [B].
+
+        Gradients reach the condition.
+        """
+
+    @abstractmethod
+    def checkpoint_gradients(self) -> None:
+        """From now on recompute activations in the backward pass of predict: less memory, more time."""
 
     def generate(
         self, prompt: str, seeds: Sequence[int], steps: int, guidance: float

@@ -22,7 +22,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from diffitm import storage
 from diffitm.errors import InputError
+from diffitm.models.copies import on_disk
 from diffitm.models.load import DTYPES, content_digest, from_hub
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -48,11 +50,13 @@ class Answer(NamedTuple):
 
 
 def resolve_language_model(name: str) -> LanguageSource:
-    """Find a language model by folder or Hub id. Loads no weights and runs none of its code.
+    """Find a language model by folder, URI of one or Hub id. Loads no weights (those behind a URI are
+    fetched) and runs none of its code.
 
     Raises InputError that says what was looked for.
     """
-    folder = Path(name).expanduser()
+    given, name = name, storage.title(name)
+    folder = _copy(given) if "://" in given else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"--llm {name!r}: the folder has no config.json (transformers layout)")
@@ -61,13 +65,25 @@ def resolve_language_model(name: str) -> LanguageSource:
         if not any((folder / file).is_file() for file in TOKENIZERS):
             raise InputError(f"--llm {name!r}: the folder has no tokenizer (tokenizer.json)")
         _check_kind(name, str(folder), None)
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return LanguageSource(name, str(folder.absolute()), None, content_digest(files))
+        where = given if "://" in given else str(folder.absolute())
+        return LanguageSource(name, where, None, _digest(folder))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
         raise InputError(f"--llm {name!r} is neither a folder nor a Hub id such as 'org/name'")
     commit = from_hub(name, "config.json", "--llm").parent.name
     _check_kind(name, name, commit)
     return LanguageSource(name, name, commit, commit)
+
+
+def _digest(folder: Path) -> str:
+    return content_digest(sorted(path for path in folder.iterdir() if path.is_file()))
+
+
+def _copy(uri: str, digest: str | None = None) -> Path:
+    """A local copy of a model's folder in an object store."""
+    there = storage.sizes(uri)
+    if not there:
+        raise InputError(f"--llm {storage.title(uri)!r}: there is no such folder")
+    return on_disk(uri, there, _digest, digest)[0]
 
 
 def _check_kind(name: str, location: str, revision: str | None) -> None:
@@ -104,12 +120,13 @@ class LanguageModel:
         self.device, self.temperature, self.seed = torch.device(device), temperature, seed
         self.max_new_tokens = max_new_tokens
         where: dict[str, Any] = {"revision": source.revision, "trust_remote_code": False}
+        location = source.location
+        if "://" in location:
+            location = str(_copy(location, source.digest))
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                source.location, padding_side="left", **where
-            )
+            self.tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left", **where)
             model, told = AutoModelForCausalLM.from_pretrained(
-                source.location, dtype=DTYPES[dtype], use_safetensors=True,
+                location, dtype=DTYPES[dtype], use_safetensors=True,
                 output_loading_info=True, **where,
             )  # fmt: skip
         except _UNREADABLE as error:

@@ -5,56 +5,89 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from diffitm import registry
+from diffitm import registry, storage
 from diffitm.errors import InputError
+from diffitm.models.copies import on_disk
 from diffitm.models.denoiser import Denoiser
-from diffitm.models.lora import lora_file, merge_lora, read_lora
+from diffitm.models.lora import digest_of, lora_file, lora_unet, merge_lora, read_lora
 
 SHAPES = Path(__file__).resolve().parents[1] / "shapes" / "weights"
+INDEX = "model_index.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What of a folder a family's scores depend on: parts, and settings of model_index.json with what
+    they are if absent."""
+
+    parts: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+_UNET = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_LAYOUTS = {
+    "StableDiffusionPipeline": _Layout(_UNET),
+    "StableDiffusionXLPipeline": _Layout(
+        (*_UNET, "text_encoder_2", "tokenizer_2"), {"force_zeros_for_empty_prompt": True}
+    ),
+    "DiTPipeline": _Layout(("transformer", "vae", "scheduler"), {"id2label": None}),
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: a local folder, or a Hub id with its commit; `digest` names the weights."""
+    """Where a model lies: a local folder, a URI, or a Hub id with its commit; `digest` names the weights,
+    `option` is what the user gave it with."""
 
     name: str
     location: str
     revision: str | None
     family: str
     digest: str
+    option: str = "--model"
 
 
-def resolve(name: str) -> Source:
-    """Find a diffusers model by name: 'shapes', a local folder or a Hub id. Loads no weights.
+def resolve(name: str, option: str = "--model") -> Source:
+    """Find a diffusers model by name: 'shapes', a local folder, a URI of one or a Hub id. Loads no
+    weights; those behind a URI are fetched.
 
-    Raises InputError that says what was looked for.
+    Raises InputError that names `option` and says what was looked for.
     """
+    given, name = name, storage.title(name)
     folder = SHAPES / "diffusion" if name == "shapes" else Path(name).expanduser()
+    if "://" in given:
+        folder = _copy(given, option)
     if folder.is_dir():
-        index = folder / "model_index.json"
+        index = folder / INDEX
         if not index.is_file():
             raise InputError(
-                f"--model {name!r}: the folder has no model_index.json (diffusers layout)"
+                f"{option} {name!r}: the folder has no model_index.json (diffusers layout)"
             )
-        missing = [part for part in _PARTS if not (folder / part).is_dir()]
+        settings = _read_index(index, name, option)
+        family = str(settings["_class_name"])
+        layout = _LAYOUTS.get(family, _Layout())  # load_denoiser tells what it does not know
+        missing = [part for part in layout.parts if not (folder / part).is_dir()]
         if missing:
-            raise InputError(f"--model {name!r}: the folder lacks {', '.join(missing)}")
-        location = "shapes" if name == "shapes" else str(folder.absolute())
-        return Source(name, location, None, _family(index, name), _digest(folder))
+            raise InputError(f"{option} {name!r}: the folder lacks {', '.join(missing)}")
+        location = given if name == "shapes" or "://" in given else str(folder.absolute())
+        return Source(name, location, None, family, _digest(folder, layout, settings), option)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
-        raise InputError(f"--model {name!r} is neither a folder nor a Hub id such as 'org/name'")
-    index = from_hub(name, "model_index.json", "--model")
+        raise InputError(
+            f"{option} {name!r} is neither a folder nor a Hub id such as 'org/name', nor 'shapes'"
+        )
+    index = from_hub(name, INDEX, option)
     commit = index.parent.name
-    return Source(name, name, commit, _family(index, name), commit)
+    family = str(_read_index(index, name, option)["_class_name"])
+    return Source(name, name, commit, family, commit, option)
 
 
 def load_denoiser(
@@ -66,45 +99,73 @@ def load_denoiser(
 ) -> Denoiser:
     """Load the model and merge LoRA weights into its U-Net.
 
-    Raises InputError for an unknown family or dtype, unreadable weights, LoRA keys that do not fit.
+    Raises InputError for an unknown family or dtype, unreadable weights, LoRA keys that do not fit,
+    a LoRA for a model without a U-Net.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     build = registry.find(registry.DENOISERS, source.family, "kind of diffusion model")
     if dtype == "fp32":  # cuDNN would round convolutions to TF32
         torch.backends.cudnn.allow_tf32 = False
-    folder = str(SHAPES / "diffusion") if source.location == "shapes" else source.location
+    folder = _on_machine(source)
     try:
         denoiser = build(folder, DTYPES[dtype], device, source.revision, variant)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"--model {source.name!r} cannot be loaded: {error}") from error
+        raise InputError(f"{source.option} {source.name!r} cannot be loaded: {error}") from error
     if lora is not None:
+        unet = lora_unet(denoiser)
         tensors, scale = read_lora(lora)
-        merge_lora(denoiser.unet, tensors, scale)
+        merge_lora(unet, tensors, scale)
     return denoiser
+
+
+def _on_machine(source: Source) -> str:
+    """The local folder or Hub id to load from."""
+    if source.location == "shapes":
+        return str(SHAPES / "diffusion")
+    if "://" in source.location:
+        return str(_copy(source.location, source.option, source.digest))
+    return source.location
+
+
+def _copy(uri: str, option: str, digest: str | None = None) -> Path:
+    """A local copy of the parts of a diffusers folder in an object store."""
+    there = storage.sizes(uri, recursive=True)
+    if INDEX not in there:
+        raise InputError(f"{option} {storage.title(uri)!r}: there is no {INDEX} (diffusers layout)")
+    settings = _index_of(storage.read_text(storage.join(uri, INDEX)), storage.title(uri), option)
+    layout = _LAYOUTS.get(str(settings["_class_name"]), _Layout())
+    parts = tuple(f"{part}/" for part in layout.parts)
+    wanted = {name: state for name, state in there.items() if name.startswith((INDEX, *parts))}
+    return on_disk(uri, wanted, lambda folder: _digest(folder, layout, settings), digest)[0]
 
 
 def lora_digest(path: str) -> str:
     """sha256 of a LoRA file and of the adapter_config.json beside it, which may hold its scale."""
-    file = lora_file(path)
-    beside = file.parent / "adapter_config.json"
-    total = hashlib.sha256(file.read_bytes())
-    if beside.is_file():
-        total.update(beside.read_bytes())
-    return total.hexdigest()
+    return digest_of(lora_file(path))
 
 
-def _family(index: Path, name: str) -> str:
+def _read_index(index: Path, name: str, option: str) -> dict[str, Any]:
+    return _index_of(index.read_text(), name, option)
+
+
+def _index_of(text: str, name: str, option: str) -> dict[str, Any]:
     try:
-        return str(json.loads(index.read_text())["_class_name"])
+        settings: dict[str, Any] = json.loads(text)
+        settings["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--model {name!r}: model_index.json names no _class_name") from error
+        raise InputError(f"{option} {name!r}: model_index.json names no _class_name") from error
+    return settings
 
 
-def _digest(folder: Path) -> str:
-    """sha256 over the names and contents of the parts that scoring uses."""
+def _digest(folder: Path, layout: _Layout, index: Mapping[str, Any]) -> str:
+    """sha256 over the names and contents of the parts that scoring uses, and the index's settings."""
     total = hashlib.sha256()
-    for path in sorted(p for part in _PARTS for p in (folder / part).rglob("*") if p.is_file()):
+    if layout.settings:
+        used = {key: index.get(key, absent) for key, absent in layout.settings.items()}
+        total.update(json.dumps(used, sort_keys=True).encode())
+    files = (p for part in layout.parts for p in (folder / part).rglob("*") if p.is_file())
+    for path in sorted(files):
         total.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())

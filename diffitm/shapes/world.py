@@ -122,7 +122,7 @@ def render(scene: Scene, size: int = SIZE) -> np.ndarray:
     image = _BACKGROUND[scene.background](rng, size)
     centre = (np.arange(size) + 0.5) / size
     for thing in scene.things:
-        distance = _distance(
+        distance = signed_distance(
             thing.shape, centre[None, :] - thing.x, centre[:, None] - thing.y, RADIUS[thing.size]
         )
         cover = np.clip(0.5 - distance * size, 0.0, 1.0)[..., None]
@@ -131,7 +131,7 @@ def render(scene: Scene, size: int = SIZE) -> np.ndarray:
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     """Signed distance to the outline, negative inside (exact or a lower bound)."""
     if shape == "circle":
         return np.sqrt(x**2 + y**2) - radius

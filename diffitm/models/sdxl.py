@@ -1,0 +1,96 @@
+"""Stable Diffusion XL in the diffusers layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from diffitm.models.denoiser import Condition
+from diffitm.models.latent import Folder, LatentDiffusion, sample, tokenize
+
+_TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+class StableDiffusionXL(LatentDiffusion):
+    """Two text encoders and a U-Net that also takes a pooled text and the image's size (Podell et al.
+    2023).
+
+    The condition is {"hidden": [B, L, D], "pooled": [B, P]}: the encoders' penultimate hidden states
+    side by side, and the second's projected embedding. The VAE stays in float32 where its config
+    says `force_upcast`, because it overflows in fp16. Parameters as of StableDiffusion. Raises
+    OSError if a part cannot be read or the model, like the refiner, comes without one.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        index = parts.index()
+        if absent := [part for part in _TEXT_PARTS if not (index.get(part) or [None])[0]]:
+            raise OSError(f"model_index.json names no {', '.join(absent)} (a refiner has not all)")
+        self.zeros = bool(index.get("force_zeros_for_empty_prompt", True))
+        self.tokenizers = [parts.tokenizer("tokenizer"), parts.tokenizer("tokenizer_2")]
+        self.text_encoders = [
+            parts.text_encoder(CLIPTextModel, "text_encoder"),
+            parts.text_encoder(CLIPTextModelWithProjection, "text_encoder_2"),
+        ]
+        self.unet = parts.model(UNet2DConditionModel, "unet")
+        vae = parts.model(AutoencoderKL, "vae", torch.float32)
+        super().__init__(parts, self.unet, vae if vae.config.force_upcast else vae.to(dtype))
+        side = float(self.resolution)
+        # Original size, crop's corner and target size.
+        self.time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Condition:
+        """See Denoiser. '' is zeros where the model asks for it (force_zeros_for_empty_prompt)."""
+        hidden = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            ids = tokenize(tokenizer, texts).to(self.device)
+            out = encoder(ids, output_hidden_states=True)
+            hidden.append(out.hidden_states[-2])
+        condition = {"hidden": torch.cat(hidden, dim=-1), "pooled": out.text_embeds}
+        if self.zeros:
+            empty = torch.tensor([not text for text in texts], device=self.device)
+            for value in condition.values():
+                value[empty] = 0
+        return condition
+
+    def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See Denoiser."""
+        hidden, pooled = (condition[name].to(self.dtype) for name in ("hidden", "pooled"))
+        added = {"text_embeds": pooled, "time_ids": self.time_ids.expand(len(noised), -1)}
+        out = self.unet(
+            noised.to(self.dtype), timesteps, hidden, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return out.float()
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. DPM-Solver++ (Lu et al. 2022), diffusers' pipeline without watermark."""
+        pipeline = StableDiffusionXLPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoders[0],
+            text_encoder_2=self.text_encoders[1],
+            tokenizer=self.tokenizers[0],
+            tokenizer_2=self.tokenizers[1],
+            unet=self.unet,
+            scheduler=self.sampler(),
+            force_zeros_for_empty_prompt=self.zeros,
+            add_watermarker=False,
+        )
+        # The pipeline itself would give the float32 VAE latents of the U-Net's dtype.
+        latents = sample(pipeline, prompt, seeds, steps, guidance, "latent")
+        pixels = torch.cat([self.decode(one[None]) for one in latents])
+        return pipeline.image_processor.postprocess(pixels)
