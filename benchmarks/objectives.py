@@ -23,6 +23,7 @@ import torch
 from diffitm import images
 from diffitm.matching.plan import make_plan, plan_timesteps
 from diffitm.metrics.intervals import difference_interval
+from diffitm.models.denoiser import Denoiser
 from diffitm.models.load import load_denoiser, resolve
 from diffitm.models.lora import lora_weights, save_lora
 from diffitm.scoring import DenoiserScorer, Work
@@ -68,8 +69,8 @@ SETTINGS = {
 class Latents:
     """Posteriors of images by path, all in memory."""
 
-    def __init__(self, tuner: Tuner, root: str, paths: list[str]) -> None:
-        model, parts = tuner.denoiser, []
+    def __init__(self, model: Denoiser, root: str, paths: list[str]) -> None:
+        parts: list[list[torch.Tensor]] = []
         self.place = {path: i for i, path in enumerate(paths)}
         for start in range(0, len(paths), 64):
             pixels = [
@@ -171,7 +172,7 @@ def run(
     if name:
         root = str(folder / "train")
         rows = read_rows(f"{root}/coco_neg/train_neg_clip.tsv")
-        latents = Latents(tuner, root, paths(rows))
+        latents = Latents(tuner.denoiser, root, paths(rows))
         plan = Schedule(rows, list(range(len(rows))), SIZE, MICRO, setting.negatives, False, seed)
         history = train(tuner, plan, latents, steps, rate)
         save_lora(lora_weights(tuner.unet), str(folder / file.stem), rank)

@@ -12,6 +12,7 @@ The three take turns; README.md says what the figures mean.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,7 +50,7 @@ def plain(root: str, steps: int) -> float:
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     tuner = Tuner(load_denoiser(resolve("shapes")), Objective("no-neg"))
-    latents = Latents(tuner, root, paths(rows))
+    latents = Latents(tuner.denoiser, root, paths(rows))
     hidden = encoded([r.caption for r in rows]), encoded([r.negative_captions[0] for r in rows])
     assert scheduler.config.prediction_type == "epsilon"
     for step in range(steps):
@@ -80,40 +82,57 @@ def encoded(texts: list[str]) -> torch.Tensor:
 
 def ours(root: str, out: Path, steps: int, *options: str) -> float:
     """Seconds a step as the log of finetune.py has them, its first ones left out."""
-    command = [sys.executable, str(ROOT / "pipelines" / "finetune.py"), "--model", "shapes"]
-    command += ["--data", root, "--out", str(out), "--steps", str(steps), "--lr", "1e-3"]
-    command += ["--batch-size", str(BATCH), "--effective-batch", str(BATCH), *options]
-    command += ["--negatives", "hard-text", "--validate-every", "0", "--log-every", str(WARM)]
-    command += ["--checkpoint-every", str(steps)]
+    command = ["--model", "shapes", "--data", root, "--out", str(out), "--steps", str(steps)]
+    command += ["--batch-size", str(BATCH), "--effective-batch", str(BATCH), "--lr", "1e-3"]
+    command += ["--negatives", "hard-text", "--validate-every", "0"]
+    return logged("finetune", [*command, *options], out, steps)
+
+
+def logged(script: str, options: list[str], out: Path, steps: int) -> float:
+    """Run a pipeline; the mean seconds of an update in its log, the first ones left out."""
+    command = [sys.executable, str(ROOT / "pipelines" / f"{script}.py"), *options]
+    command += ["--log-every", str(WARM), "--checkpoint-every", str(steps)]
     subprocess.run(command, check=True, capture_output=True)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return statistics.mean(line["seconds_per_update"] for line in lines[1:])
+    found = [line["seconds_per_update"] for line in lines if "seconds_per_update" in line]
+    return statistics.mean(found[1:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def compare(about: str, steps: int, ways: dict[str, Callable[[int, Path], float]]) -> None:
+    """Let the ways take turns and print the ratios of their seconds a step, as options ask."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    found: dict[str, list[float]] = {"plain": [], "cached": [], "images": []}
+    found: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
-        root = f"{folder}/data"
-        write_training(root, SCENES)
         for number in range(args.rounds):
-            out = Path(folder) / str(number)
-            found["plain"].append(plain(root, args.steps))
-            found["cached"].append(ours(root, out / "cached", args.steps, "--cache-latents"))
-            found["images"].append(ours(root, out / "images", args.steps))
+            for name, way in ways.items():
+                found[name].append(way(args.steps, Path(folder) / str(number) / name))
             print({name: f"{1000 * times[-1]:.0f} ms" for name, times in found.items()}, flush=True)
-    for first, second in (("cached", "plain"), ("images", "plain"), ("images", "cached")):
+    for second, first in itertools.combinations(ways, 2):
         ratios = [a / b for a, b in zip(found[first], found[second], strict=True)]
         middle = statistics.median(ratios)
         print(f"{first} / {second}: {middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
     if args.out:
         args.out.write_text(json.dumps(found, indent=1))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        write_training(root, SCENES)
+        compare(
+            __doc__,
+            200,
+            {
+                "plain": lambda steps, _: plain(root, steps),
+                "cached": lambda steps, out: ours(root, out, steps, "--cache-latents"),
+                "images": lambda steps, out: ours(root, out, steps),
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def encode(out: str, kind: str, names: list[str], encoder: Encoder, pool: Pool) 
     }
     if kind == "image":
         stamp = storage.stamp(encoder.root, sorted({name.split("#")[0] for name in names}))
-        root = storage.public(encoder.root)
+        root = storage.title(encoder.root)
         settings |= {"root": root, "resize": encoder.resize, "files": stamp}
     what = "latents" if kind == "image" else "texts"
     folder = join(work_folder(out, f"cache-{what}", settings), "encoded")

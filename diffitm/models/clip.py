@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from diffitm import storage
 from diffitm.errors import InputError, suggest
+from diffitm.matching.batch import Batch
 from diffitm.matching.cache import TextCache
+from diffitm.models.copies import on_disk
 from diffitm.models.load import SHAPES, content_digest, from_hub
 from diffitm.scoring import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
 
 # What open_clip lets through for a name, a config or a file that it cannot use.
 WEIGHTS = (".safetensors", ".bin", ".pth")
+LOCAL = "local-dir:"
+CONFIG = "open_clip_config.json"
+POSITIONS = "positional_embedding"  # of an image tower
+# What transformers' AutoTokenizer, which open_clip asks, reads of a folder.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -43,29 +64,37 @@ class ClipSource:
     digest: str
     quick_gelu: bool = False  # OpenAI's weights want it, and a model's name alone does not say so
 
+    @property
+    def folder(self) -> str | None:
+        """The user's folder or URI that it was found in, if so."""
+        return self.model.removeprefix(LOCAL) if self.model.startswith(LOCAL) else None
+
 
 def resolve_clip(name: str) -> ClipSource:
     """Find a CLIP by name: 'shapes', 'ViT-L-14:openai', 'ViT-L-14:checkpoint.pt', a folder with
-    open_clip_config.json, or 'hf-hub:org/name'. Loads no weights.
+    open_clip_config.json, or 'hf-hub:org/name'; file and folder may be URIs. Loads no weights; those
+    behind a URI are fetched.
 
     Raises InputError with the nearest known model or tag.
     """
+    given, name = name, storage.title(name)
     folder = SHAPES / "clip" if name == "shapes" else Path(name).expanduser()
+    if _is_uri(given):
+        folder = _copy(given)
     if folder.is_dir():
-        if not (folder / "open_clip_config.json").is_file():
-            raise InputError(f"--clip {name!r}: the folder has no open_clip_config.json")
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        if not any(path.suffix in WEIGHTS for path in files):
-            raise InputError(f"--clip {name!r}: the folder has no weights ({', '.join(WEIGHTS)})")
         # 'shapes' is found again on every machine; other folders are used where they are.
-        where = "shapes" if name == "shapes" else f"local-dir:{folder.absolute()}"
-        return ClipSource(name, where, None, content_digest(files))
+        place = given if _is_uri(given) else folder.absolute()
+        where = "shapes" if name == "shapes" else f"{LOCAL}{place}"
+        return ClipSource(name, where, None, _digest(folder, name))
     if name.startswith("hf-hub:"):
-        config = from_hub(name.removeprefix("hf-hub:"), "open_clip_config.json", "--clip")
+        config = from_hub(name.removeprefix("hf-hub:"), CONFIG, "--clip")
         return ClipSource(name, name, None, f"{name}@{config.parent.name}")
     model, _, tag = name.partition(":")
     if model not in open_clip.list_models():
         raise InputError(f"--clip {name!r}: unknown model{suggest(model, open_clip.list_models())}")
+    if "://" in tag:
+        uri = given.partition(":")[2]
+        return ClipSource(name, model, uri, f"{model}:{content_digest([_file_copy(uri)])}")
     if Path(tag).expanduser().is_file():
         file = Path(tag).expanduser().absolute()
         return ClipSource(name, model, str(file), f"{model}:{content_digest([file])}")
@@ -76,36 +105,118 @@ def resolve_clip(name: str) -> ClipSource:
     return ClipSource(name, model, tag, f"{model}:{tag}", quick_gelu)
 
 
+def _is_uri(name: str) -> bool:
+    """Whether it is one as a whole, not NAME:URI."""
+    return re.match(r"[\w+.-]+://", name) is not None
+
+
+def _digest(folder: Path, name: str) -> str:
+    """sha256 of what of a local folder is loaded. Raises InputError if something is missing."""
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"--clip {name!r}: the folder has no {CONFIG}")
+    weights = open_clip.factory._find_checkpoint_in_dir(folder)
+    if weights is None:
+        raise InputError(f"--clip {name!r}: the folder has no weights ({', '.join(WEIGHTS)})")
+    read = {CONFIG, Path(weights).name, *TOKENIZER_FILES}
+    return content_digest(sorted(path for path in folder.iterdir() if path.name in read))
+
+
+def _copy(uri: str, digest: str | None = None) -> Path:
+    """A local copy of a CLIP's folder in an object store."""
+    there = storage.sizes(uri)
+    wanted = {n: s for n, s in there.items() if n in (CONFIG, *TOKENIZER_FILES)}
+    wanted |= {n: s for n, s in there.items() if n.endswith(WEIGHTS)}
+    return on_disk(uri, wanted, lambda folder: _digest(folder, storage.title(uri)), digest)[0]
+
+
+def _file_copy(uri: str, digest: str | None = None) -> Path:
+    """A local copy of a weights file in an object store."""
+    folder, name = storage.parent(uri), storage.name(uri)
+    there = storage.sizes(folder)
+    if name not in there:
+        raise InputError(f"--clip: there is no file {storage.title(uri)}")
+    listed = {name: there[name]}
+    return on_disk(folder, listed, lambda copy: content_digest([copy / name]), digest)[0] / name
+
+
+def on_machine(source: ClipSource) -> tuple[str, str | None]:
+    """open_clip's name of the model on this machine, and its pretrained tag or file."""
+    if source.model == "shapes":
+        return f"{LOCAL}{SHAPES / 'clip'}", None
+    if source.folder is not None and _is_uri(source.folder):
+        return f"{LOCAL}{_copy(source.folder, source.digest)}", None
+    if source.pretrained is not None and _is_uri(source.pretrained):
+        digest = source.digest.removeprefix(f"{source.model}:")
+        return source.model, str(_file_copy(source.pretrained, digest))
+    return source.model, source.pretrained
+
+
+class LoadedClip(NamedTuple):
+    """open_clip's model in eval mode, its image transform and its tokenizer."""
+
+    model: Any
+    preprocess: Any
+    tokenizer: Any
+
+
+def load_clip(source: ClipSource, device: torch.device | str = "cpu") -> LoadedClip:
+    """Load what the source names.
+
+    Raises InputError if they cannot be loaded.
+    """
+    model, pretrained = on_machine(source)
+    try:
+        # Unlike create_model_and_transforms, this refuses to go on with random weights.
+        loaded, preprocess = open_clip.create_model_from_pretrained(
+            model,
+            pretrained=pretrained,
+            device=torch.device(device),
+            force_quick_gelu=source.quick_gelu,
+        )
+        _check_size(source.name, model, pretrained, loaded.visual)
+        return LoadedClip(loaded.eval(), preprocess, open_clip.get_tokenizer(model))
+    except _UNREADABLE as error:
+        raise InputError(f"--clip {source.name!r} cannot be loaded: {error}") from error
+
+
+def _check_size(name: str, model: str, file: str | None, tower: Any) -> None:
+    """open_clip stretches the positions of weights for another image size, and says nothing."""
+    if model.startswith(LOCAL):
+        file = open_clip.factory._find_checkpoint_in_dir(Path(model.removeprefix(LOCAL)))
+    if file is None or not str(file).endswith(".safetensors"):
+        return
+    with safe_open(file, "pt") as weights:
+        if f"visual.{POSITIONS}" not in weights.keys():  # noqa: SIM118, it is no dictionary
+            return
+        there = weights.get_slice(f"visual.{POSITIONS}").get_shape()
+    wanted = list(tower.get_parameter(POSITIONS).shape)
+    if there != wanted:
+        raise InputError(
+            f"--clip {name!r}: its weights have positions of {there}, its config, for images of "
+            f"{tower.image_size} pixels, has {wanted}: they are for another image size"
+        )
+
+
 class ClipScorer:
     """Cosine similarity of image and text; every image and text encoded once.
 
-    Raises InputError if the weights cannot be loaded.
+    Raises InputError if the weights of a source cannot be loaded.
     """
 
     def __init__(
         self,
-        source: ClipSource,
+        source: ClipSource | LoadedClip,
         root: str,
         device: str = "cpu",
         batch_size: int = 64,
         text_cache_bytes: int = TEXT_CACHE_BYTES,
     ) -> None:
-        self.root, self.device, self.batch_size = root, torch.device(device), batch_size
+        self.root, self.device = root, torch.device(device)
         self.cost = 1
-        model = f"local-dir:{SHAPES / 'clip'}" if source.model == "shapes" else source.model
-        try:
-            # Unlike create_model_and_transforms, this refuses to go on with random weights.
-            self.model, self.preprocess = open_clip.create_model_from_pretrained(
-                model,
-                pretrained=source.pretrained,
-                device=self.device,
-                force_quick_gelu=source.quick_gelu,
-            )
-            self.tokenizer = open_clip.get_tokenizer(model)
-        except _UNREADABLE as error:
-            raise InputError(f"--clip {source.name!r} cannot be loaded: {error}") from error
-        self.model.eval()
+        loaded = source if isinstance(source, LoadedClip) else load_clip(source, device)
+        self.model, self.preprocess, self.tokenizer = loaded
         self.texts = TextCache(self.encode_texts, text_cache_bytes, batch_size)
+        self.batches = [Batch(batch_size), self.texts.batch]
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -126,9 +237,12 @@ class ClipScorer:
         """See scoring.Scorer."""
         loaded = load_images(rows, self.root, self.preprocess)
         pixels = [item.value for item in loaded if item.failure is None]
-        chunks = range(0, len(pixels), self.batch_size)
-        stacked = (torch.stack(pixels[i : i + self.batch_size]) for i in chunks)
-        embedded = iter([row for chunk in stacked for row in self.encode_images(chunk)])
+
+        def encode(start: int, end: int) -> Tensor:
+            return self.encode_images(torch.stack(pixels[start:end]))
+
+        chunks = list(self.batches[0].run(len(pixels), encode))
+        embedded = itertools.chain.from_iterable(chunks)
         similarities: list[np.ndarray | None] = []
         for row, item in zip(rows, loaded, strict=True):
             if item.failure is not None:

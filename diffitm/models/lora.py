@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from diffitm import storage
 from diffitm.errors import InputError
+from diffitm.models.copies import on_disk
+from diffitm.models.denoiser import Denoiser
 
 # diffusers ('unet.<module>.lora_A.weight' or '.lora.down.weight') and PEFT ('base_model.model.<module>...').
 _PLAIN = re.compile(
@@ -35,20 +38,65 @@ _FILES = (
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
+_CONFIG = "adapter_config.json"
+_PIN = "#sha256="  # of a URI: which content is meant
 
 
 def lora_file(path: str) -> Path:
-    """The weights file that a path means: itself, or the known name in a folder.
+    """The weights file that a path means: itself, or the known name in a folder. That of a URI is a copy
+    on this machine.
 
     Raises InputError if there is none.
     """
+    if "://" in path:
+        return _copy(path)
     given = Path(path).expanduser()
     candidates = [given, *(given / name for name in _FILES)]
     found = next((c for c in candidates if c.is_file()), None)
     if found is None:
-        names = ", ".join(_FILES)
-        raise InputError(f"--lora: {path!r} is neither a file nor a folder with one of {names}")
+        raise InputError(_nothing(path))
     return found
+
+
+def _nothing(path: str) -> str:
+    return f"--lora: {path!r} is neither a file nor a folder with one of {', '.join(_FILES)}"
+
+
+def _copy(uri: str) -> Path:
+    uri, _, digest = uri.partition(_PIN)
+    folder: str = uri
+    names: tuple[str, ...] = _FILES
+    if storage.name(uri).endswith((".safetensors", ".bin")):
+        folder, names = storage.parent(uri), (storage.name(uri),)
+    there = storage.sizes(folder)
+    name = next((name for name in names if name in there), None)
+    if name is None:
+        raise InputError(_nothing(storage.title(uri)))
+    listed = {n: there[n] for n in (name, _CONFIG) if n in there}
+    return on_disk(folder, listed, lambda copy: digest_of(copy / name), digest or None)[0] / name
+
+
+def locate(path: str) -> str:
+    """What stands for a LoRA file on every machine: its absolute path, or its URI with its content's
+    digest. Raises InputError if there is none."""
+    file = lora_file(path)
+    if "://" not in path:
+        return str(file.absolute())
+    is_file = storage.name(path) == file.name
+    return (path if is_file else storage.join(path, file.name)) + _PIN + digest_of(file)
+
+
+def unpinned(located: str) -> str:
+    """The path or URI alone."""
+    return located.partition(_PIN)[0]
+
+
+def digest_of(file: Path) -> str:
+    """sha256 of a LoRA file and of the adapter_config.json beside it, which may hold its scale."""
+    total = hashlib.sha256(file.read_bytes())
+    if (beside := file.parent / _CONFIG).is_file():
+        total.update(beside.read_bytes())
+    return total.hexdigest()
 
 
 def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
@@ -65,7 +113,7 @@ def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    beside = file.parent / "adapter_config.json"
+    beside = file.parent / _CONFIG
     settings = json.loads(beside.read_text()) if beside.is_file() else {}
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
@@ -85,6 +133,20 @@ def _stated_scale(settings: dict[str, object], file: Path) -> float | None:
         return None
     rank = float(str(settings["r"]))
     return float(str(settings["lora_alpha"])) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def lora_unet(denoiser: Denoiser) -> nn.Module:
+    """The U-Net whose weights a LoRA changes.
+
+    Raises InputError for a model without one.
+    """
+    unet: nn.Module | None = getattr(denoiser, "unet", None)
+    if unet is None:
+        name = type(denoiser).__name__
+        raise InputError(
+            f"--model: a {name} takes no LoRA and cannot be tuned, only Stable Diffusion's U-Net can"
+        )
+    return unet
 
 
 def merge_lora(unet: nn.Module, tensors: Mapping[str, Tensor], scale: float | None = None) -> int:

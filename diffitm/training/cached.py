@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from diffitm import storage
 from diffitm.training.draw import Item, Loaded, images_in
-from diffitm.training.job import Job
+from diffitm.training.job import Training
 
 # `value`: the item's tensors as safetensors; null, with the reason in `failure`, if unreadable.
 CACHED = pa.schema(
@@ -48,12 +49,14 @@ class Cache:
         self.place: dict[str, tuple[int, int, int]] = {}
         self.failures: dict[str, str] = {}
         for number, file in enumerate(self.files):
+            columns = file.read(columns=["name", "failure"]).to_pydict()
+            lines = zip(columns["name"], columns["failure"], strict=True)
             for group in range(file.num_row_groups):
-                columns = file.read_row_group(group, columns=["name", "failure"]).to_pydict()
-                for row, name in enumerate(columns["name"]):
+                rows = file.metadata.row_group(group).num_rows
+                for row, (name, failure) in enumerate(itertools.islice(lines, rows)):
                     self.place[name] = (number, group, row)
-                    if columns["failure"][row] is not None:
-                        self.failures[name] = columns["failure"][row]
+                    if failure is not None:
+                        self.failures[name] = failure
 
     def __call__(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The items' tensors, stacked [B, ...]; none of them may be among the failures."""
@@ -80,7 +83,7 @@ def _size(items: list[dict[str, Tensor]]) -> int:
 class CachedLoader:
     """Micro-batches of one worker in order, with the latents of their images."""
 
-    def __init__(self, job: Job, folder: str, rank: int, world: int) -> None:
+    def __init__(self, job: Training, folder: str, rank: int, world: int) -> None:
         self.job, self.rank, self.world = job, rank, world
         self.cache = Cache(folder)
         self.waited = 0.0

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffitm.models.load import Source
 from diffitm.training.draw import Schedule
 from diffitm.training.objectives import Objective
+from diffitm.training.recap import Recap
 from diffitm.training.rows import Row
+
+if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
+    from diffitm.models.clip import ClipSource
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Tasks below `root` that are scored every so many steps, `examples` of each, evenly spread."""
+    """Tasks below `root` that are scored every so many steps, `examples` of each, evenly spread;
+    `timesteps` of a diffusion model's score."""
 
     root: str
     tasks: tuple[str, ...]
     every: int
     examples: int
-    timesteps: int
+    timesteps: int = 0
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything that the weights depend on, and where images lie.
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every tuning run has: a diffusion model, rows, updates of the weights.
 
     `size` examples make a micro-batch, `micro` of those a step, whatever the number of workers.
     """
@@ -32,33 +38,60 @@ class Job:
     source: Source
     variant: str | None
     dtype: str
-    objective: Objective
     rows: Sequence[Row]
     kept: Sequence[int]
     root: str
-    resize: str
-    negatives: str
-    per_example: bool
+    negatives: str = "none"
+    per_example: bool = False
     size: int
     micro: int
     steps: int
+    optimizer: str
     rate: float
     schedule: str
     warmup: int
     weight_decay: float
     clip: float
-    rank: int
-    ema: float | None
+    ema: float | None = None
     checkpointing: bool
     seed: int
     checkpoint_every: int
     log_every: int
     validation: Validation | None
-    latents: str | None  # folders of training.cached, None to encode on the way
-    texts: str | None
+    latents: str | None  # folder of training.cached, None to encode on the way
 
     def plan(self) -> Schedule:
         """Which rows make up which step."""
         return Schedule(
             self.rows, self.kept, self.size, self.micro, self.negatives, self.per_example, self.seed
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Training):
+    """Tuning of a diffusion model's LoRA for matching."""
+
+    objective: Objective
+    resize: str
+    rank: int
+    texts: str | None  # folder of training.cached
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivaJob(Training):
+    """Tuning of a CLIP's image tower under the diffusion model. The first `projection_steps` train the
+    projection alone, which has a learning rate of its own. `crop` is the least share of an image
+    that it sees, 1 the whole. `held` are images that are not trained on, for the reconstruction error,
+    measured every `measure_every` steps (0: never)."""
+
+    tower: ClipSource
+    projection_rate: float
+    projection_steps: int
+    recap: Recap
+    prompt: str
+    add: str
+    repeats: int
+    reduce: str
+    crop: float
+    held: Sequence[str]
+    measure_every: int

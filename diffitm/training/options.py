@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 from diffitm.config import lacking, option, outside
 from diffitm.errors import InputError
 from diffitm.training.objectives import Objective
-from diffitm.training.track import track_problems
+from diffitm.training.shared import Shared, shared_problems
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Shared):
     """Options of pipelines/finetune.py."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -37,7 +37,9 @@ class Config:
             "validation_examples": 328,
         },
     }
-    model: str = option("", "diffusion model: shapes, a diffusers folder or a Hub id")
+    model: str = option(
+        "", "diffusion model: shapes, a diffusers folder (or URI of one) or a Hub id"
+    )
     data: str = option(
         "", "shapes, a data root in COCO's layout, or rows: .tsv, .parquet or WebDataset's .tar"
     )
@@ -58,48 +60,27 @@ class Config:
     draw_negatives: Literal["batch", "example"] = option(
         "batch", "whether the kind of a mixed negative is drawn for a micro-batch or an example"
     )
-    steps: int | None = option(None, "updates of the weights (default: those of --epochs)")
-    epochs: float = option(1.0, "how often each row is seen, unless --steps says")
     batch_size: int = option(8, "examples of a micro-batch, one forward of right and wrong pairs")
-    effective_batch: int = option(32, "examples of an update, over all workers")
     lr: float = option(1e-4, "learning rate of AdamW")
     lr_schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = option(
         "constant", "diffusers' schedules"
     )
-    warmup_steps: int = option(
-        0, "updates until the full learning rate, where the schedule has any"
-    )
     weight_decay: float = option(1e-2, "of AdamW")
-    clip_norm: float = option(1.0, "norm that the gradient is clipped to")
     rank: int = option(4, "of the LoRA on every attention projection")
     ema: float | None = option(None, "decay of averaged weights, which are then the result")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto: bf16 on a GPU, else fp32"
     )
-    variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
     cache_latents: bool = option(
         False, "encode images and texts once, beforehand, into Parquet below work/ beside OUT"
     )
-    gradient_checkpointing: bool = option(False, "less memory, more time")
     resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
-    seed: int = option(0, "of everything that is drawn")
-    scenes: int = option(2000, "scenes that --data shapes draws for training")
     validate_every: int = option(100, "updates between validations; 0 for none")
     validation_data: str | None = option(
         None, "data root with coco_neg (default: --data, if it has one)"
     )
     validation_examples: int = option(328, "examples of each validation task, evenly spread")
     validation_timesteps: int = option(4, "timesteps of a validation score")
-    checkpoint_every: int = option(100, "updates between checkpoints")
-    log_every: int = option(10, "updates between lines of the log")
-    track: list[str] = option([], "wandb, mlflow: trackers of yours that show the log, too")
-    workers: int = option(1, "training processes, of which each takes its share of micro-batches")
-    cpus_per_worker: float | None = option(None, "processors of a worker (default: 1)")
-    gpus_per_worker: float | None = option(None, "GPUs of a worker (default: 1 if there are any)")
-    retries: int = option(3, "how often lost workers are replaced")
-    ray: str | None = option(
-        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
-    )
 
 
 def find_problems(config: Config) -> list[str]:
@@ -110,21 +91,9 @@ def find_problems(config: Config) -> list[str]:
     except InputError as error:
         found.append(str(error))
     least: dict[str, float] = {
-        **dict.fromkeys(("batch_size", "effective_batch", "rank", "workers", "scenes", "steps"), 1),
-        **dict.fromkeys(("checkpoint_every", "log_every"), 1),
-        **dict.fromkeys(("validation_examples", "validation_timesteps"), 1),
-        **dict.fromkeys(("validate_every", "warmup_steps", "retries", "weight_decay"), 0),
+        **dict.fromkeys(("rank", "validation_examples", "validation_timesteps"), 1),
     }
     found += outside(config, least)
-    for name in ("lr", "clip_norm", "epochs"):
-        if not getattr(config, name) > 0:
-            found.append(f"--{name.replace('_', '-')} {getattr(config, name):g}: must be above 0")
     if config.ema is not None and not 0 < config.ema < 1:
         found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
-    share = config.batch_size * config.workers
-    if share > 0 and config.effective_batch % share:
-        found.append(
-            f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size x "
-            f"--workers = {share}"
-        )
-    return found + track_problems(config.track)
+    return found + shared_problems(config)

@@ -11,8 +11,9 @@ from typing import Any
 from safetensors.torch import load_file
 
 from diffitm import storage
-from diffitm.errors import InputError
+from diffitm.errors import Incomplete, InputError
 from diffitm.models.lora import save_lora
+from diffitm.provenance import redact
 from diffitm.training.track import write_events
 
 # Files of a checkpoint.
@@ -23,7 +24,8 @@ WEIGHTS, AVERAGED, BEST, STATE, HISTORY = (
     "state.pt",
     "history.json",
 )
-NOTE = "finetune.json"
+PICTURES = "pictures.png"
+NOTE, FAILURES = "training.json", "failures.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def open_run(out: str, settings: dict[str, Any]) -> Known:
         return made
     known = json.loads(storage.read_text(path))
     old = known["settings"]
+    if old.get("pipeline") != settings.get("pipeline"):
+        raise InputError(f"{out} holds a run of {old.get('pipeline')}: give another --out")
     if old != settings:
         differ = [k for k in settings if old.get(k) != settings[k]]
         told = ", ".join(f"{k} was {old.get(k)!r} and is {settings[k]!r}" for k in differ)
@@ -54,7 +58,7 @@ def open_run(out: str, settings: dict[str, Any]) -> Known:
 
 
 def write_note(out: str, settings: dict[str, Any], known: Known, **more: Any) -> None:
-    """finetune.json: what a resume must have in common with the run."""
+    """training.json: what a resume must have in common with the run."""
     note = {"settings": settings, **asdict(known), **more}
     storage.write_text(storage.join(out, NOTE), json.dumps(note, indent=2))
 
@@ -75,11 +79,29 @@ def write_result(
     best = checkpoint / BEST
     save_lora(load_file(best) if best.exists() else last, out, rank)
     save_lora(last, storage.join(out, "last"), rank)
+    progress = write_log(checkpoint, provenance, lost, out)
+    write_note(out, settings, replace(known, done=True), best_step=progress["best_step"])
+    return progress
+
+
+def check_complete(out: str) -> None:
+    """Raises Incomplete if the finished run in OUT could not read some of its images or shards."""
+    where = storage.join(out, FAILURES)
+    if lost := json.loads(storage.read_text(where)):
+        raise Incomplete(
+            f"{len(lost)} images or shards could not be read; they are listed in {where}"
+        )
+
+
+def write_log(
+    checkpoint: Path, provenance: dict[str, Any], lost: dict[str, int], out: str
+) -> dict[str, Any]:
+    """Log and events, provenance, unreadable images. How far the checkpoint came."""
     progress: dict[str, Any] = json.loads((checkpoint / HISTORY).read_text())
     lines = "".join(json.dumps(line) + "\n" for line in progress["history"])
     storage.write_text(storage.join(out, "log.jsonl"), lines)
     write_events(progress["history"], out)
-    storage.write_text(storage.join(out, "failures.json"), json.dumps(lost, indent=2))
+    failures = redact(json.dumps(lost, indent=2))
+    storage.write_text(storage.join(out, FAILURES), failures)
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
-    write_note(out, settings, replace(known, done=True), best_step=progress["best_step"])
     return progress

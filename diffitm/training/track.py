@@ -34,16 +34,27 @@ def track_problems(names: Sequence[str]) -> list[str]:
 class Curves:
     """Passes lines of the log on to TensorBoard (below a local OUT) and to the trackers `names`.
 
-    `key` identifies the run, so that one that goes on continues its W&B run.
+    `key` identifies the run, so that one that goes on continues its W&B run. `listen` gets each line
+    first.
     """
 
-    def __init__(self, names: Sequence[str], out: str, key: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        out: str,
+        key: str,
+        settings: dict[str, Any],
+        listen: Callable[[Line], None] | None = None,
+    ) -> None:
+        self.listen = listen
         self.folder = Path(out) / FOLDER if "://" not in out else None
         self.events: Any = None
         self.opened = {name: TRACKERS[name](out, key, settings) for name in names}
 
     def add(self, line: Line) -> None:
         """Show a line; it has a step."""
+        if self.listen is not None:
+            self.listen(line)
         step, values = int(line["step"]), {k: v for k, v in line.items() if k != "step"}
         if self.folder is not None:
             if self.events is None:
@@ -72,8 +83,7 @@ def write_events(history: Sequence[Line], out: str) -> None:
     """The whole log as TensorBoard's events, in place of those that were written on the way."""
     where = storage.join(out, FOLDER)
     found, path = storage.filesystem(where)
-    found.create_dir(path, recursive=True)
-    found.delete_dir_contents(path)
+    found.delete_dir_contents(path, missing_dir_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         with _writer(Path(folder)) as writer:
             for line in history:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffitm.matching.cache import TextCache
 from diffitm.models.denoiser import Condition, Denoiser
-from diffitm.models.lora import add_lora
+from diffitm.models.lora import add_lora, lora_unet
 from diffitm.training.draw import Item, draw_noise
 from diffitm.training.objectives import Objective
 
@@ -42,7 +42,8 @@ class Tuner:
     """A frozen denoiser with a trainable LoRA, and an objective.
 
     `parameters` are the LoRA's, float32. With `autocast` the forward runs in the denoiser's dtype.
-    `encode_texts` stands in for the denoiser's own where texts were encoded beforehand.
+    `encode_texts` stands in for the denoiser's own where texts were encoded beforehand. Raises
+    InputError for a denoiser without a U-Net.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class Tuner:
         encode_texts: Callable[[Sequence[str]], Condition] | None = None,
     ) -> None:
         self.denoiser, self.objective = denoiser, objective
-        self.unet = denoiser.unet  # type: ignore[attr-defined]
+        self.unet = lora_unet(denoiser)
         self.parameters = add_lora(self.unet, rank, seed)
         if checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            denoiser.checkpoint_gradients()
         self.texts = TextCache(encode_texts or denoiser.encode_texts, TEXT_CACHE_BYTES, TEXT_BATCH)
         self.autocast = denoiser.dtype != torch.float32
 

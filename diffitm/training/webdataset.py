@@ -57,7 +57,7 @@ def read_shards(uri: str) -> list[Row]:
     """
     samples: dict[tuple[str, str], Sample] = {}
     for shard in shards(uri):
-        for key, ending, value in _members(shard):
+        for key, ending, value in members(shard):
             sample = samples.setdefault((shard, key), {})
             if ending in sample:
                 raise InputError(f"{shard}: sample {key} has two of {ending}")
@@ -67,8 +67,11 @@ def read_shards(uri: str) -> list[Row]:
     return [_row(shard, key, samples) for shard, key in samples]
 
 
-def _members(shard: str) -> Iterator[tuple[str, str, str]]:
-    """(key, ending, reference of an image or content) of a shard's members."""
+def members(shard: str) -> Iterator[tuple[str, str, str]]:
+    """(key, ending, reference of an image or content) of a shard's members.
+
+    Raises InputError, after what comes before, where the shard cannot be read.
+    """
     found, path = storage.filesystem(shard)
     name = storage.bare(shard).rpartition("/")[2]
     try:
@@ -93,7 +96,10 @@ def _members(shard: str) -> Iterator[tuple[str, str, str]]:
         if storage.read_range(shard, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"it breaks off at byte {end:,}")
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{shard}: is no whole, uncompressed tar: {error}") from error
+        where = storage.public(shard)
+        if isinstance(error, OSError):
+            raise InputError(f"{where}: cannot be read: {error}") from error
+        raise InputError(f"{where}: is no whole, uncompressed tar: {error}") from error
 
 
 def _row(shard: str, key: str, samples: dict[tuple[str, str], Sample]) -> Row:

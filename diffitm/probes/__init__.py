@@ -1,0 +1,1 @@
+"""Evaluations of a CLIP beyond image-text pairs."""

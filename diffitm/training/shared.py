@@ -1,0 +1,56 @@
+"""Options that every tuning pipeline has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffitm.config import option, outside
+from diffitm.training.track import track_problems
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Options of an update's size, of checkpoints, workers and the log."""
+
+    steps: int | None = option(None, "updates of the weights (default: those of --epochs)")
+    epochs: float = option(1.0, "how often each row or image is seen, unless --steps says")
+    effective_batch: int = option(32, "examples or images of an update, over all workers")
+    warmup_steps: int = option(
+        0, "updates until the full learning rate, where the schedule has any"
+    )
+    clip_norm: float = option(1.0, "norm that the gradient is clipped to")
+    variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
+    gradient_checkpointing: bool = option(False, "less memory, more time")
+    seed: int = option(0, "of everything that is drawn")
+    scenes: int = option(2000, "scenes that --data shapes draws for training")
+    checkpoint_every: int = option(100, "updates between checkpoints")
+    log_every: int = option(10, "updates between lines of the log")
+    track: list[str] = option([], "wandb, mlflow: trackers of yours that show the log, too")
+    workers: int = option(1, "training processes, of which each takes its share of micro-batches")
+    cpus_per_worker: float | None = option(None, "processors of a worker (default: 1)")
+    gpus_per_worker: float | None = option(None, "GPUs of a worker (default: 1 if there are any)")
+    retries: int = option(3, "how often lost workers are replaced")
+    ray: str | None = option(
+        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
+    )
+
+
+def shared_problems(config: Any) -> list[str]:
+    """What is wrong with them, and with options of one name whose defaults differ."""
+    least: dict[str, float] = {
+        **dict.fromkeys(("batch_size", "effective_batch", "workers", "scenes", "steps"), 1),
+        **dict.fromkeys(("checkpoint_every", "log_every"), 1),
+        **dict.fromkeys(("validate_every", "warmup_steps", "retries", "weight_decay"), 0),
+    }
+    found = outside(config, least)
+    for name in ("lr", "clip_norm", "epochs"):
+        if not getattr(config, name) > 0:
+            found.append(f"--{name.replace('_', '-')} {getattr(config, name):g}: must be above 0")
+    share = config.batch_size * config.workers
+    if share > 0 and config.effective_batch % share:
+        found.append(
+            f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size x "
+            f"--workers = {share}"
+        )
+    return found + track_problems(config.track)

@@ -1,0 +1,309 @@
+"""The update step of DIVA, its options, and what does not fit together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffitm.config import parse
+from diffitm.errors import InputError
+from diffitm.models.clip import load_clip, resolve_clip
+from diffitm.models.denoiser import Denoiser
+from diffitm.models.load import load_denoiser, resolve
+from diffitm.models.visual import find_tower, image_side, patch_features, patch_grid, visual_tokens
+from diffitm.training.diva import Diva, load_tower
+from diffitm.training.diva_options import Config, find_problems
+from diffitm.training.pictures import row_of_pictures, write_pictures
+from diffitm.training.recap import parse_recap
+from diffitm.training.result import open_run
+from diffitm.training.tune import Posterior
+from tests import tiny_clip
+from tests.tiny import write_dit, write_sd, write_sdxl
+
+RECAPS = ("class-only", "random:0.5", "random:0.5:replaced", "pool:3", "all")
+TEACHERS = {"sd": write_sd, "sdxl": write_sdxl, "dit": write_dit}
+CLIPS = {"vit": tiny_clip.vit, "siglip": tiny_clip.siglip}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> Denoiser:
+    return load_denoiser(resolve(str(folder)))
+
+
+def diva(teacher: Denoiser, clip: Any = None, recap: str = "random:0.5", **more: Any) -> Diva:
+    return Diva(clip or tiny_clip.vit(), "tiny", teacher, parse_recap(recap), **more)
+
+
+def batch(teacher: Denoiser, count: int = 3) -> tuple[Tensor, Posterior]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    mean, deviation = teacher.encode_posterior(pixels.float() / 127.5 - 1)
+    return pixels, Posterior(mean.clone(), deviation.clone())
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+def test_tokens_begin_with_the_embedding(kind: str) -> None:
+    """open_clip's own, and the patches come through the same norm and projection."""
+    clip = CLIPS[kind]()
+    tower, pixels = find_tower(clip, kind), torch.randn(2, 3, 32, 32)
+    tokens = visual_tokens(tower, pixels)
+    assert image_side(tower) == 32 and patch_grid(tower) == (4, 4)
+    assert tokens.shape[:2] == (2, 17)
+    torch.testing.assert_close(tokens[:, 0], clip.encode_image(pixels))
+    features = patch_features(tower, pixels)
+    assert features.shape[:3] == (2, 4, 4)
+    patches = features.flatten(1, 2)
+    if kind == "vit":
+        patches = patches @ tower.proj
+    torch.testing.assert_close(tokens[:, 1:], patches)
+
+
+def test_towers_without_dense_tokens() -> None:
+    text = tiny_clip.TEXT
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
+    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text)
+    with pytest.raises(InputError, match="--clip 'rn': has no dense tokens here; a ViT"):
+        find_tower(model, "rn")
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+@pytest.mark.parametrize("recap", RECAPS)
+def test_gradients_reach_the_tower_and_nothing_else(
+    teacher: Denoiser, kind: str, recap: str
+) -> None:
+    clip = CLIPS[kind]()
+    found = diva(teacher, clip, recap)
+    for loss, _ in found.losses(*batch(teacher), [1, 2, 3]):
+        loss.backward()
+    untouched = [n for n, p in found.tower.named_parameters() if p.grad is None or not p.grad.any()]
+    # The bias of keys moves all of a softmax's inputs alike: its gradient is 0 but for rounding.
+    assert untouched == []
+    assert all(p.grad is not None and p.grad.any() for p in found.projection.parameters())
+    parts = (teacher.unet, teacher.vae, teacher.text_encoder)  # type: ignore[attr-defined]
+    assert all(p.grad is None and not p.requires_grad for part in parts for p in part.parameters())
+    visual = set(map(id, clip.visual.parameters()))
+    assert all(p.grad is None for p in clip.parameters() if id(p) not in visual)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_every_kind_of_teacher(tmp_path: Path, kind: str) -> None:
+    """SDXL keeps the prompt's pooled embedding; DiT is told the mean of the tokens."""
+    teacher = load_denoiser(resolve(str(TEACHERS[kind](tmp_path)), "--teacher"))
+    found = diva(teacher)
+    pixels, posterior = batch(teacher)
+    errors = found.errors(pixels, posterior, [1, 2, 3])
+    assert not torch.allclose(errors, found.errors(pixels, posterior, [1, 2, 3], blind=True))
+    errors.mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in found.parameters)
+    first = Posterior(posterior.mean[:1], posterior.deviation[:1])
+    columns = row_of_pictures(found, pixels[:1], first, 1)
+    assert all(c.shape == (3, 32, 32) and c.abs().max() <= 1 for c in columns)
+
+
+def test_loss_is_the_mean_squared_error_of_the_noise(teacher: Denoiser) -> None:
+    """Against diffusers' U-Net and a condition made by hand."""
+    found = diva(teacher, recap="all", prompt="a red square", repeats=1)
+    pixels, posterior = batch(teacher, 1)
+    noised, at, target = found.noised(posterior, [5])
+    hidden = teacher.encode_texts(["a red square"])["hidden"].clone()
+    tokens = visual_tokens(found.tower, found.normalised(pixels))
+    condition = hidden.mean(1, keepdim=True) + found.projection(tokens)
+    unet: UNet2DConditionModel = teacher.unet  # type: ignore[attr-defined]
+    expected = ((unet(noised, at, condition).sample - target) ** 2).mean()
+    torch.testing.assert_close(found.errors(pixels, posterior, [5])[0], expected)
+    blind = ((unet(noised, at, hidden).sample - target) ** 2).mean()
+    torch.testing.assert_close(found.errors(pixels, posterior, [5], blind=True)[0], blind)
+
+
+def test_an_image_is_independent_of_its_batch(teacher: Denoiser) -> None:
+    found = diva(teacher)
+    pixels, posterior = batch(teacher)
+    together = found.errors(pixels, posterior, [1, 2, 3])
+    alone = Posterior(posterior.mean[1:2], posterior.deviation[1:2])
+    torch.testing.assert_close(found.errors(pixels[1:2], alone, [2])[0], together[1])
+
+
+def test_repeats_draw_anew_and_are_reduced(teacher: Denoiser) -> None:
+    """The mean, or the published code's five times the first plus the others."""
+    given = (*batch(teacher), [1, 2, 3])
+    mean = [(float(a.detach()), float(b)) for a, b in diva(teacher, repeats=2).losses(*given)]
+    published = [
+        (float(a.detach()), float(b))
+        for a, b in diva(teacher, repeats=2, reduce="published").losses(*given)
+    ]
+    errors = [error for _, error in mean]
+    assert errors[0] != errors[1] and errors == pytest.approx([e for _, e in published])
+    assert [loss for loss, _ in mean] == pytest.approx([e / 2 for e in errors])
+    assert [loss for loss, _ in published] == pytest.approx([5 * errors[0], errors[1]])
+
+
+def test_clip_gets_its_own_normalisation(teacher: Denoiser) -> None:
+    """SigLIP's constants for SigLIP, and the teacher's pixels are not made of CLIP's."""
+    pixels = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    assert torch.all(diva(teacher, tiny_clip.siglip()).normalised(pixels) == 1)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    expected = [(1 - m) / s for m, s in zip(mean, std, strict=True)]
+    found = diva(teacher).normalised(pixels)[0, :, 0, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_weights_go_around(teacher: Denoiser) -> None:
+    one, two = diva(teacher, seed=1), diva(teacher, tiny_clip.vit(seed=1), seed=2)
+    given = (*batch(teacher), [1, 2, 3])
+    assert not torch.allclose(one.errors(*given), two.errors(*given))
+    two.load(one.weights())
+    torch.testing.assert_close(one.errors(*given), two.errors(*given))
+    other = tiny_clip.vit(seed=3)
+    load_tower(other, one.weights())
+    pixels = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(other.encode_image(pixels), one.clip.encode_image(pixels))  # type: ignore[operator]
+
+
+def test_checkpointing_changes_no_gradient(folder: Path) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        teacher = load_denoiser(resolve(str(folder)))
+        found = diva(teacher, checkpointing=checkpointing)
+        assert found.tower.transformer.grad_checkpointing == checkpointing  # type: ignore[union-attr]
+        for loss, _ in found.losses(*batch(teacher), [1, 2, 3]):
+            loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in found.parameters]))  # type: ignore[union-attr]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("kind", ["vit", "siglip"])
+def test_a_checkpoint_for_another_image_size(tmp_path: Path, kind: str) -> None:
+    """open_clip would stretch the positions of its own ViT without a word."""
+    config = tiny_clip.vit_config() if kind == "vit" else tiny_clip.siglip_config()
+    written = tiny_clip.write(tmp_path / "clip", config)
+    assert load_clip(resolve_clip(str(written))).model is not None
+    file = written / "open_clip_model.safetensors"
+    weights = load_file(file)
+    name = "visual.positional_embedding" if kind == "vit" else "visual.trunk.pos_embed"
+    axis = 0 if kind == "vit" else 1
+    fewer = 3 * 3 + (kind == "vit")  # patches, and a class token
+    weights[name] = weights[name].narrow(axis, 0, fewer).clone()
+    save_file(weights, file)
+    with pytest.raises(InputError, match=r"(?s)they are for another image size|size mismatch"):
+        load_clip(resolve_clip(str(written)))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision(folder: Path, teacher: Denoiser, dtype: str) -> None:
+    """The trained weights stay float32, and their gradients are nearly those of float32."""
+    gradients = []
+    for model in (teacher, load_denoiser(resolve(str(folder)), dtype)):
+        found = diva(model, repeats=1)
+        for loss, _ in found.losses(*batch(teacher), [1, 2, 3]):
+            loss.backward()
+        assert {p.dtype for p in found.parameters} == {torch.float32}
+        gradients.append(torch.cat([p.grad.flatten() for p in found.parameters]))  # type: ignore[union-attr]
+    cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0)
+    assert cosine > 0.99
+
+
+def test_a_prompt_that_the_teacher_refuses(tmp_path: Path) -> None:
+    teacher = load_denoiser(resolve(str(write_dit(tmp_path)), "--teacher"))
+    with pytest.raises(
+        InputError, match=r"--prompt 'a photo of a .': the text names no class .*''"
+    ):
+        diva(teacher, prompt="a photo of a .")
+
+
+def test_tokens_one_to_one_need_as_many(teacher: Denoiser) -> None:
+    """The tiny text has 16 tokens, the tiny CLIP 16 patches and the class token."""
+    with pytest.raises(InputError, match=r"all has 17 tokens of 16 patches .* the text has 16"):
+        diva(teacher, recap="all", add="tokens")
+    found = diva(teacher, recap="random:0.94", add="tokens")
+    assert torch.isfinite(found.errors(*batch(teacher), [1, 2, 3])).all()
+
+
+def test_a_recap_that_keeps_nothing(teacher: Denoiser) -> None:
+    with pytest.raises(InputError, match=r"random:0.05: keeps none of this CLIP's 16 patch tokens"):
+        diva(teacher, recap="random:0.05")
+
+
+def test_a_vae_of_another_latent_size(folder: Path) -> None:
+    teacher = load_denoiser(resolve(str(folder)))
+    teacher.latent_shape = (4, 16, 16)
+    with pytest.raises(InputError, match=r"makes latents of \(4, 8, 8\) .* takes \(4, 16, 16\)"):
+        diva(teacher)
+
+
+def test_a_checkpoint_of_another_width(tmp_path: Path) -> None:
+    written = tiny_clip.write(tmp_path / "clip", tiny_clip.vit_config(embed_dim=24))
+    note = json.loads((written / "open_clip_config.json").read_text())
+    note["model_cfg"]["embed_dim"] = 32
+    (written / "open_clip_config.json").write_text(json.dumps(note))
+    with pytest.raises(InputError, match=r"(?s)cannot be loaded: .*size mismatch"):
+        load_clip(resolve_clip(str(written)))
+
+
+def test_pictures(teacher: Denoiser, tmp_path: Path) -> None:
+    from PIL import Image
+
+    pixels, posterior = batch(teacher, 1)
+    with torch.no_grad():
+        row = row_of_pictures(diva(teacher), pixels, posterior, 1)
+    write_pictures([row] * 3, tmp_path / "x.png")
+    picture = np.asarray(Image.open(tmp_path / "x.png"))
+    assert picture.shape == (3 * 96 + 8, 4 * 96 + 12, 3)
+    columns = [picture[:96, i * 100 : i * 100 + 96] for i in range(4)]
+    assert all(not np.array_equal(columns[i], columns[j]) for i in range(4) for j in range(i))
+
+
+GIVEN = Config(clip="shapes", teacher="shapes", data="shapes")
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"clip": ""}, "give --clip"),
+        ({"teacher": ""}, "give --teacher"),
+        ({"recap": "random:0"}, "--recap 'random:0'"),
+        ({"repeats": 0}, "--repeats 0: must be at least 1"),
+        ({"crop_scale": 0.0}, "--crop-scale 0"),
+        ({"crop_scale": 1.5}, "--crop-scale 1.5"),
+        ({"cache_latents": True}, "add --crop-scale 1"),
+        ({"effective_batch": 24}, "must be a multiple of --batch-size x --workers = 16"),
+        ({"steps": 10, "epochs": 3.0}, "--epochs 3: --steps 10 decides"),
+        ({"held_out": -1}, "--held-out -1"),
+        ({"lr": 0.0}, "--lr 0"),
+        ({"track": ["wandbb"]}, "--track wandbb"),
+    ],
+)
+def test_problems(changed: dict[str, Any], problem: str) -> None:
+    (found,) = find_problems(replace(GIVEN, **changed))
+    assert problem in found
+
+
+def test_presets_are_plain_parameters() -> None:
+    """Each a set of options that the command line can give, too."""
+    for name, values in Config.PRESETS.items():
+        given = [] if "data" in values else ["--data", "x"]
+        config = parse(Config, ["--preset", name, *given])
+        assert {key: getattr(config, key) for key in values} == values
+        assert find_problems(config) == []
+        model, _, tag = config.clip.partition(":")
+        assert name == "shapes" or tag in open_clip.list_pretrained_tags_by_model(model), name
+
+
+def test_a_folder_of_another_pipeline(tmp_path: Path) -> None:
+    open_run(str(tmp_path), {"pipeline": "finetune.py", "lr": 1})
+    with pytest.raises(InputError, match=r"holds a run of finetune.py: give another --out"):
+        open_run(str(tmp_path), {"pipeline": "diva.py", "lr": 1})
