@@ -1,45 +1,89 @@
-"""What every pipeline script shares: the options, the log, and errors as messages."""
+"""What every pipeline script shares: the options, the log, errors as messages, and exit codes."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffitm.config import parse
-from diffitm.errors import InputError
+from diffitm.errors import Incomplete, InputError
+from diffitm.provenance import redact
 
 C = TypeVar("C")
-BAD_INPUT, INTERRUPTED = 2, 130
+UNEXPECTED, BAD_INPUT, INCOMPLETE, INTERRUPTED = 1, 2, 3, 130
+FORMAT = "%(asctime)s %(message)s"
+
+
+class _Redacted:
+    """A stream without the secrets of URIs and of the environment."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(redact(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def main(config: type[C], run: Callable[[C], None], description: str | None) -> None:
-    """Parse the command line and run; exits 2 for bad input, 130 when interrupted."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    """Parse the command line and run, as execute() does."""
+    execute(lambda: run(parse(config, description=description or "")))
+
+
+def execute(run: Callable[[], None]) -> None:
+    """Run a pipeline with its log and exit codes.
+
+    Exits 2 for bad input, 3 when the run ended but could not use some of its input, 130 when it was
+    interrupted (by SIGINT or SIGTERM), 1 after a traceback.
+    """
+    out: Any = _Redacted(sys.stdout)
+    err: Any = _Redacted(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        _log_to(err)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send
+        code = _run(run)
+        if code:
+            sys.exit(code)
+
+
+def _log_to(stream: Any) -> None:
+    logging.basicConfig(level=logging.WARNING, stream=stream)
     logging.getLogger("diffitm").setLevel(logging.INFO)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(FORMAT, "%H:%M:%S"))
+
+
+def _run(call: Callable[[], None]) -> int:
+    """The exit code; what went wrong is printed."""
     try:
-        run(parse(config, description=description or ""))
+        call()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        return _fail(BAD_INPUT, f"error: {error}")
+    except Incomplete as error:
+        return _fail(INCOMPLETE, f"incomplete: {error}")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return _fail(INTERRUPTED, "interrupted; the same command goes on where it stopped")
     except Exception as error:
         cause = _known_cause(error)
         if cause is None:
-            raise
-        print(f"error: {cause}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+            return _fail(UNEXPECTED, traceback.format_exc().rstrip())
+        return _fail(BAD_INPUT, f"error: {cause}")
+    return 0
+
+
+def _fail(code: int, message: str) -> int:
+    print(message, file=sys.stderr)
+    return code
 
 
 def _known_cause(error: BaseException) -> str | None:

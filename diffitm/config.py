@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -34,22 +34,36 @@ def parse(config: type[C], arguments: Sequence[str] | None = None, description: 
     A config with PRESETS (name -> values) takes those of --preset where neither says otherwise.
     Raises InputError with every problem found.
     """
-    fields = _types(config)
+    fields = types_of(config)
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of the options below")
     for name, kind in fields.items():
         _add(parser, name, kind, _help(config, name))
     known, unknown = parser.parse_known_args(arguments)
     values = {k: v for k, v in vars(known).items() if k != "config" and v is not None}
-    problems = _unknown(unknown, [_flag(name) for name in fields])
-    from_file = _read(known.config) if known.config else {}
-    from_file = {_name(str(key), fields): value for key, value in from_file.items()}
+    problems = _unknown(unknown, [flag(name) for name in fields])
+    from_file = read_yaml(known.config) if known.config else {}
+    from_file = {field_of(str(key), fields): value for key, value in from_file.items()}
     problems += [
-        f"{known.config}: unknown key {key!r}{suggest(str(key), fields)}"
+        f"{known.config}: unknown key {key!r}{suggest(str(key), keys(fields))}"
         for key in from_file
         if key not in fields
     ]
     merged = {**{k: v for k, v in from_file.items() if k in fields}, **values}
+    return make(config, merged, problems)
+
+
+def keys(fields: Iterable[str]) -> list[str]:
+    """Fields as files and words have them: Python's word lambda stands as it is."""
+    return [name.rstrip("_") for name in fields]
+
+
+def make(config: type[C], merged: dict[str, Any], problems: Sequence[str] = ()) -> C:
+    """The config of these values, field -> value, with those of its preset where they are silent.
+
+    Raises InputError with every problem found, `problems` first.
+    """
+    fields, problems = types_of(config), list(problems)
     presets: dict[str, dict[str, Any]] = getattr(config, "PRESETS", {})
     if (preset := merged.get("preset")) is not None and preset not in presets:
         problems.append(f"--preset {preset}: must be one of {', '.join(presets)}")
@@ -57,7 +71,7 @@ def parse(config: type[C], arguments: Sequence[str] | None = None, description: 
     checked = {}
     for name, value in merged.items():
         try:
-            checked[name] = _convert(value, fields[name])
+            checked[name] = convert(value, fields[name])
         except (TypeError, ValueError) as error:
             problems.append(f"{name}: {value!r} is not {error}")
     if problems:
@@ -68,7 +82,7 @@ def parse(config: type[C], arguments: Sequence[str] | None = None, description: 
 def lacking(config: Any, examples: dict[str, str]) -> list[str]:
     """A problem for each option without a value, field -> an example of one."""
     return [
-        f"give {_flag(name)}, such as {_flag(name)} {example}"
+        f"give {flag(name)}, such as {flag(name)} {example}"
         for name, example in examples.items()
         if not getattr(config, name)
     ]
@@ -78,19 +92,19 @@ def outside(config: Any, least: dict[str, float], most: int = 2**31 - 1) -> list
     """A problem for each number below its least value or above `most`; None is no number."""
     values = {name: getattr(config, name) for name in least}
     return [
-        f"{_flag(name)} {values[name]}: must be "
+        f"{flag(name)} {values[name]}: must be "
         + (f"at most {most}" if values[name] > most else f"at least {bound}")
         for name, bound in least.items()
         if values[name] is not None and not bound <= values[name] <= most
     ]
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     """The option of a field; a trailing underscore keeps a field from being a keyword."""
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def _name(key: str, fields: dict[str, Any]) -> str:
+def field_of(key: str, fields: Iterable[str]) -> str:
     """The field that a key of a YAML file means."""
     name = key.replace("-", "_")
     return f"{name}_" if f"{name}_" in fields else name
@@ -108,7 +122,8 @@ def _unknown(words: list[str], flags: list[str]) -> list[str]:
     return problems
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The options of a YAML file. Raises InputError that names it."""
     try:
         values = yaml.safe_load(storage.read_text(path))
     except FileNotFoundError:
@@ -122,7 +137,7 @@ def _read(path: str) -> dict[str, Any]:
     return values or {}
 
 
-def _types(config: type) -> dict[str, Any]:
+def types_of(config: type) -> dict[str, Any]:
     hints = typing.get_type_hints(config)
     return {field.name: hints[field.name] for field in dataclasses.fields(config)}
 
@@ -136,7 +151,7 @@ def _help(config: type, name: str) -> str:
 
 
 def _add(parser: argparse.ArgumentParser, name: str, kind: Any, text: str) -> None:
-    spellings = list(dict.fromkeys([_flag(name), "--" + name.rstrip("_")]))
+    spellings = list(dict.fromkeys([flag(name), "--" + name.rstrip("_")]))
     if kind is bool:
         action = argparse.BooleanOptionalAction
         parser.add_argument(*spellings, dest=name, action=action, default=None, help=text)
@@ -146,7 +161,7 @@ def _add(parser: argparse.ArgumentParser, name: str, kind: Any, text: str) -> No
         parser.add_argument(*spellings, dest=name, default=None, help=text)
 
 
-def _convert(value: Any, kind: Any) -> Any:
+def convert(value: Any, kind: Any) -> Any:
     """The value as its field's type; the ValueError's text completes 'x is not ...'."""
     if get_origin(kind) in (Union, types.UnionType):
         if value is None or value == "none":
@@ -154,7 +169,7 @@ def _convert(value: Any, kind: Any) -> Any:
         kind = next(k for k in get_args(kind) if k is not type(None))
     if get_origin(kind) is list:
         values = value if isinstance(value, list) else [value]
-        return [_convert(v, get_args(kind)[0]) for v in values]
+        return [convert(v, get_args(kind)[0]) for v in values]
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"one of {', '.join(map(str, get_args(kind)))}")

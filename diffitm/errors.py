@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Iterable
 
 class InputError(Exception):
     """Something the user gave is wrong: the message names it, its value and what would be right."""
+
+
+class Incomplete(Exception):  # noqa: N818, it is no error
+    """A run came to its end and wrote everything, but some of its examples, images or files could not
+    be used: the message says how many, and where they are listed. Raised last."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pyarrow import parquet
 
 from diffitm import storage
 
@@ -21,6 +22,14 @@ MEMBER = re.compile(r"(.*)#bytes=(\d+),(\d+)", re.DOTALL)
 def member_of(archive: str, offset: int, size: int) -> str:
     """The reference of an image inside of an uncompressed archive."""
     return f"{archive}#bytes={offset},{size}"
+
+
+ROW = re.compile(r"(.*)#row=(\d+)", re.DOTALL)
+
+
+def row_of(table: str, row: int) -> str:
+    """The reference of an image inside of a Parquet file."""
+    return f"{table}#row={row}"
 
 
 def is_image(path: str) -> bool:
@@ -45,8 +54,12 @@ def load(root: str, reference: str) -> tuple[Image.Image, str]:
     """
     path, crop = split_crop(reference)
     _check_inside(path)
-    member = MEMBER.fullmatch(path)
-    if member is not None:
+    if "://" in root and "?" in path:  # it would become options of the connection
+        raise ValueError("a name with '?' cannot be read from a URI")
+    member, row = MEMBER.fullmatch(path), ROW.fullmatch(path)
+    if row is not None:
+        data = _cell(storage.join(root, row[1]), int(row[2]))
+    elif member is not None:
         place = (int(member[2]), int(member[3]))
         data = storage.read_range(storage.join(root, member[1]), *place)
     else:
@@ -57,6 +70,20 @@ def load(root: str, reference: str) -> tuple[Image.Image, str]:
         left, top, width, height = crop
         image = image.crop((left, top, left + width, top + height))
     return image, hashlib.sha256(data).hexdigest()
+
+
+def _cell(uri: str, row: int) -> bytes:
+    """The encoded image in a row of a Parquet file; one row group is read."""
+    found, path = storage.filesystem(uri)
+    with found.open_input_file(path) as stream:
+        file = parquet.ParquetFile(stream)
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if row < rows:
+                value = file.read_row_group(group, columns=["image"])["image"][row].as_py()
+                return (value["bytes"] if isinstance(value, dict) else value) or b""
+            row -= rows
+    raise ValueError("the file has no such row")
 
 
 def _check_inside(path: str) -> None:

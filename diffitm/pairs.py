@@ -141,7 +141,7 @@ def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:
         ORDER BY image, text
     """
     found, path = storage.filesystem(uri)
-    storage.make_folder(uri.rsplit("/", 1)[0])
+    storage.make_folder(storage.parent(uri))
     rows = pairs = 0
     with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, WORK) as writer:
         for batch in _batched(_rows(connection, query), BATCH):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -25,6 +26,9 @@ PACKAGES = (
     "pyarrow",
     "numpy",
 )
+# Ends of the names of environment variables whose values are secrets, unless they are shorter.
+SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY", "KEY_ID")
+SHORTEST = 8
 
 
 def fingerprint(value: Any) -> str:
@@ -52,8 +56,16 @@ def record(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def redact(text: str) -> str:
-    """The text without the keys and passwords that a URI can hold (s3://KEY:SECRET@bucket)."""
-    return re.sub(r"://[^/@\s\"]+@", "://***@", text)
+    """The text without the keys and passwords that a URI can hold (s3://KEY:SECRET@bucket), and without
+    the values of environment variables that are named like a secret (HF_TOKEN, AWS_*)."""
+    secrets = {
+        v for k, v in os.environ.items() if k.upper().endswith(SECRET) and len(v) >= SHORTEST
+    }
+    for value in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(value, "***")
+    # A key may hold a slash that should have been written as %2F.
+    text = re.sub(r"://(?:[^/@\s\"]+|[^:/@\s\"]+:[^@\s\"]*)@", "://***@", text)
+    return re.sub(r"([?&]\w*(?:secret|token|password)\w*=)[^&\s\"']+", r"\1***", text)
 
 
 def _version(name: str) -> str | None:

@@ -34,6 +34,8 @@ TASKS = {
 # The pipeline class that a diffusers folder names in model_index.json -> the Denoiser that runs it.
 DENOISERS = {
     "StableDiffusionPipeline": "diffitm.models.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "diffitm.models.sdxl:StableDiffusionXL",
+    "DiTPipeline": "diffitm.models.dit:Dit",
 }
 
 

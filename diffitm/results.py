@@ -33,8 +33,9 @@ MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed",
 @dataclass(frozen=True)
 class Row(Figure):
     """One line of results.json: a figure of a model on a task. `score` is conditional, normalised or
-    cosine. `failures` have no score and do not count, or one that is not finite and count as lost;
-    where nothing could be scored, `value`, `low` and `high` are null."""
+    cosine, or 'probe' of what is no image-text pair. `failures` have no score and do not count, or one
+    that is not finite and count as lost; where nothing could be scored, `value`, `low` and `high` are
+    null."""
 
     model: str = ""
     task: str = ""
@@ -96,11 +97,17 @@ class Column:
     clusters: np.ndarray
 
 
-def evaluate(examples: dict[str, str], stores: list[Store], error: str = "auto") -> Evaluation:
+def evaluate(
+    examples: dict[str, str],
+    stores: list[Store],
+    error: str = "auto",
+    weights: np.ndarray | None = None,
+) -> Evaluation:
     """Results of every task (name -> examples file) for every store, from the stores alone.
 
     `error` is the kind of error that is averaged: l2, mse, l1 or huber; 'auto' is the protocol's
-    own, the l2 norm for diffusionitm and the mean squared error for the others.
+    own, the l2 norm for diffusionitm and the mean squared error for the others. `weights` [N] are
+    those of the timesteps, where a store has N of them.
     """
     out = Evaluation()
     names = titles(stores)
@@ -110,7 +117,7 @@ def evaluate(examples: dict[str, str], stores: list[Store], error: str = "auto")
         first: dict[str, Errors] = {}  # by how errors were measured
         for store, title in zip(stores, names, strict=True):
             errors = Errors()
-            columns += _evaluate_one(task, uri, store, title, error, errors, out)
+            columns += _evaluate_one(task, uri, store, title, error, errors, out, weights)
             measured = str([store.config.get(key) for key in MEASURED])
             if (denoising := errors.read(title, name, first.get(measured))) is not None:
                 out.denoising.append(denoising)
@@ -118,6 +125,13 @@ def evaluate(examples: dict[str, str], stores: list[Store], error: str = "auto")
         if task.graded:
             out.comparisons += _comparisons(task, columns)
     return out
+
+
+def error_of(store: Store, error: str) -> str:
+    """The kind of error that is averaged: `error`, or for 'auto' the protocol's own."""
+    if error != "auto":
+        return error
+    return "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
 
 
 def titles(stores: Sequence[Store]) -> list[str]:
@@ -144,17 +158,19 @@ def _evaluate_one(
     error: str,
     errors: Errors,
     out: Evaluation,
+    weights: np.ndarray | None,
 ) -> list[Column]:
     """Adds a task's results for one store; the columns that a comparison needs."""
     steps = store.config.get("timesteps", [])
-    if error == "auto":
-        error = "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
+    if weights is not None and len(weights) != len(steps):
+        weights = None
+    error = error_of(store, error)
     curves, cases = Curves(), Cases()
     counts = Counts(task, len(steps)) if task.graded and steps else None
     decisions: dict[str, list[Decision]] = {}
     known = ["cosine"] if store.is_clip else ["conditional", "normalised"]
     for item in read_scored(uri, store, error):
-        scores, example = item.scores(), item.example
+        scores, example = item.scores(weights), item.example
         reason = item.failure
         if not all(np.isfinite(values).all() for values in scores.values()):
             reason = "a score is not finite"

@@ -44,6 +44,7 @@ def open_work(out: str, store: Store, examples: list[str], identity: list[str]) 
         note = storage.join(folder, "table.json")
         if storage.exists(note) and not storage.exists(storage.join(folder, "done")):
             state = json.loads(storage.read_text(note))
+            mend(storage.join(folder, "checkpoint"))
             table = pairs.WorkTable(
                 storage.join(folder, "work.parquet"), state["rows"], state["pairs"]
             )
@@ -57,6 +58,18 @@ def open_work(out: str, store: Store, examples: list[str], identity: list[str]) 
         state = {"examples": wanted, "rows": table.rows, "pairs": table.pairs}
         storage.write_text(storage.join(folder, "table.json"), json.dumps(state))
     return Work(folder, table, table.rows, table.pairs)
+
+
+def mend(checkpoint: str) -> None:
+    """Take back what a kill left of a commit in an object store, where a move is a copy and a deletion.
+
+    Ray Data would delete the data of rows that are both committed and pending, and never make it again.
+    To be called while no run is going on.
+    """
+    names = set(storage.sizes(checkpoint))
+    for name in names:
+        if name.endswith(PENDING) and f"{name.removesuffix(PENDING)}.parquet" in names:
+            storage.delete(storage.join(checkpoint, name))
 
 
 def finish(work: Work, done: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -34,6 +34,14 @@ class Example:
     def needs_unconditional(self) -> bool:
         """Whether errors of different images are compared, which the empty text's error corrects."""
         return self.direction != "text"
+
+
+class Work(NamedTuple):
+    """One row of the pair table: an image and the texts that need a score against it."""
+
+    row: int
+    image: str
+    texts: list[str]
 
 
 EXAMPLES = pa.schema(

@@ -9,7 +9,7 @@ from diffitm.errors import InputError
 from diffitm.matching.plan import make_plan
 from diffitm.models.load import Source, load_denoiser, lora_digest
 from diffitm.scoring import DenoiserScorer, Scorer
-from diffitm.storage import public
+from diffitm.storage import title
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from diffitm.models.clip import ClipSource
@@ -53,7 +53,7 @@ class DiffusionSpec:
             "dtype": self.dtype,
             "resize": self.resize,
             "latent_seed": self.latent_seed,
-            "root": public(self.root),
+            "root": title(self.root),
         }
 
     def build(self, device: str) -> Scorer:
@@ -84,7 +84,7 @@ class ClipSpec:
             "kind": "clip",
             "version": SCORE_VERSION,
             "weights": weights,
-            "root": public(self.root),
+            "root": title(self.root),
         }
 
     def build(self, device: str) -> Scorer:

@@ -12,25 +12,20 @@ import torch
 from torch import Tensor
 
 from diffitm import images
+from diffitm.matching.batch import Batch
 from diffitm.matching.cache import TextCache
 from diffitm.matching.errors import pair_errors
 from diffitm.matching.plan import Plan
-from diffitm.models.denoiser import Denoiser
+from diffitm.models.denoiser import Denoiser, select
+from diffitm.schema import Work
 
 TEXT_CACHE_BYTES = 512 * 2**20
 PIXEL_SCALE = 127.5
 
 
-class Work(NamedTuple):
-    """One row of the pair table: an image and the texts that need a score against it."""
-
-    row: int
-    image: str
-    texts: list[str]
-
-
 class Scorer(Protocol):
-    """What the distributed code needs of a model."""
+    """What the distributed code needs of a model. One that runs a model in batches has them in
+    `batches`, that of its forwards first."""
 
     cost: int  # forwards of the model a pair
 
@@ -58,59 +53,78 @@ class DenoiserScorer:
         text_cache_bytes: int = TEXT_CACHE_BYTES,
     ) -> None:
         self.denoiser, self.plan, self.root = denoiser, plan, root
-        self.resize, self.batch_size, self.latent_seed = resize, batch_size, latent_seed
+        self.resize, self.latent_seed = resize, latent_seed
         self.texts = TextCache(denoiser.encode_texts, text_cache_bytes, batch_size)
+        # VAE batches are small: at 512 px an encode weighs more than a forward of the U-Net.
+        images = Batch(max(1, batch_size // 4), "batch size of images")
+        self.batches = [Batch(batch_size), images, self.texts.batch]
         self.cost = len(plan)
         self.timesteps = plan.timesteps.tolist()
 
     def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
-        """See Scorer. An unreadable image becomes a failure of its own pairs."""
+        """See Scorer. An unreadable image, or a text that the model refuses, becomes a failure of its
+        own pairs."""
         loaded = load_images(rows, self.root, self._pixels)
-        good = [i for i, item in enumerate(loaded) if item.failure is None]
-        out = [_failure(rows[i], loaded[i]) for i in range(len(rows)) if i not in set(good)]
-        if not good:
-            return [line for lines in out for line in lines]
-        latents = self._latents([loaded[i].value for i in good])
-        texts = list(dict.fromkeys(text for i in good for text in rows[i].texts))
+        asked = dict.fromkeys(text for row in rows for text in row.texts)
+        refused = {t: reason for t in asked if (reason := self.denoiser.refuses(t)) is not None}
+        failed, good = [], []
+        for row, item in zip(rows, loaded, strict=True):
+            for text in row.texts:
+                if reason := item.failure or refused.get(text):
+                    failed.append({**blank(row, text, item.digest), "failure": reason})
+            kept = [text for text in row.texts if text not in refused]
+            if kept and item.failure is None:
+                good.append((row._replace(texts=kept), item))
+        return failed + (self._scored(good) if good else [])
+
+    def _scored(self, good: Sequence[tuple[Work, Loaded]]) -> list[dict[str, Any]]:
+        """The lines of rows whose image is readable and whose texts are conditions."""
+        latents = self._latents([item.value for _, item in good])
+        texts = list(dict.fromkeys(text for row, _ in good for text in row.texts))
         place = {text: t for t, text in enumerate(texts)}
-        pairs = [(g, place[text]) for g, i in enumerate(good) for text in rows[i].texts]
+        pairs = [(g, place[text]) for g, (row, _) in enumerate(good) for text in row.texts]
         errors = pair_errors(
             self.denoiser,
             latents,
             self.texts(texts),
             self.plan,
             torch.tensor(pairs),
-            self.batch_size,
+            self.batches[0],
         )
         values = {name: getattr(errors, name).numpy() for name in ("l2", "l1", "huber")}
         scored = []
         for p, (g, t) in enumerate(pairs):
-            line = blank(rows[good[g]], texts[t], loaded[good[g]].digest)
+            row, item = good[g]
+            line = blank(row, texts[t], item.digest)
             line.update({name: value[p] for name, value in values.items()})
             line.update(timesteps=self.timesteps, elements=errors.elements)
             scored.append(line)
-        return [line for lines in out for line in lines] + scored
+        return scored
 
     @torch.inference_mode()
     def measure_rate(self) -> float:
-        """See Scorer. The first of the two batches warms up."""
-        size = self.batch_size
-        noised = torch.zeros(size, *self.denoiser.latent_shape, device=self.denoiser.device)
-        steps = torch.zeros(size, dtype=torch.long, device=self.denoiser.device)
-        condition = self.denoiser.encode_texts([""] * size)
+        """See Scorer. The first of the two rounds warms up, and finds a batch that fits."""
+        device, total = self.denoiser.device, self.batches[0].size
+        condition = self.texts([""])
+
+        def forward(start: int, end: int) -> Tensor:
+            zeros = torch.zeros(end - start, dtype=torch.long, device=device)
+            noised = torch.zeros(end - start, *self.denoiser.latent_shape, device=device)
+            return self.denoiser.predict(noised, zeros, select(condition, zeros)).cpu()
+
         for _ in range(2):
             start = time.perf_counter()
-            self.denoiser.predict(noised, steps, condition).cpu()
-        return size / (time.perf_counter() - start)
+            list(self.batches[0].run(total, forward))
+        return total / (time.perf_counter() - start)
 
     def _pixels(self, image: Any) -> Tensor:
         return to_input(image, self.denoiser, self.resize)
 
     def _latents(self, pixels: list[Tensor]) -> Tensor:
-        """VAE batches are small: at 512 px an encode weighs more than a forward of the U-Net."""
-        size = max(1, self.batch_size // 4)
-        chunks = [torch.stack(pixels[i : i + size]) for i in range(0, len(pixels), size)]
-        return torch.cat([self.denoiser.encode_images(c, self.latent_seed) for c in chunks])
+        def encode(start: int, end: int) -> Tensor:
+            return self.denoiser.encode_images(torch.stack(pixels[start:end]), self.latent_seed)
+
+        return torch.cat(list(self.batches[1].run(len(pixels), encode)))
 
 
 def to_input(image: Any, denoiser: Denoiser, resize: str) -> Tensor:

@@ -29,7 +29,7 @@ class Store:
 
     @property
     def name(self) -> str:
-        return self.uri.rstrip("/").rsplit("/", 1)[-1]
+        return storage.name(self.uri)
 
     @property
     def is_clip(self) -> bool:

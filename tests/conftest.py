@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from diffitm.prepare.client import Client
 from tests import tiny
 from tests.loopback import Server
 
+# A shell's background jobs ignore it, and with them what the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[1].parent / "shared"
 

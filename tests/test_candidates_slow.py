@@ -36,8 +36,9 @@ def options(data: Path, out: Path, *more: object) -> tuple[object, ...]:
     return chosen
 
 
-def run(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return pipeline.run(*options(data, out, *more), script="candidates")
+def run(data: Path, out: Path, *more: object, code: int = 3) -> subprocess.CompletedProcess[str]:
+    """Exits with 3: an image is unreadable."""
+    return pipeline.run(*options(data, out, *more), script="candidates", code=code)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,7 @@ def lists(data: Path) -> Path:
     assert "image retrieval: 645 queries, 129 candidates, recall ceiling" in done.stdout
     assert "text retrieval: 129 queries, 650 candidates, recall ceiling" in done.stdout
     assert "1 unreadable images (5 queries)" in done.stdout
+    assert "incomplete: 1 images could not be read; they are listed in" in done.stderr
     return data / "flickr30k"
 
 
@@ -145,6 +147,6 @@ def test_other_settings_do_not_mix(data: Path, lists: Path) -> None:
     assert any(kept[i] != before[i] for i in kept)
     fewer = data / "fewer.json"
     fewer.write_text(json.dumps(dict(list(captions.items())[:6])))
-    run(data, out, "--captions", fewer)
+    run(data, out, "--captions", fewer, code=0)
     assert len(list((out.parent / "work").iterdir())) == 2
     assert json.loads((out.parent / "other.info.json").read_text())["short_lists"] == 30

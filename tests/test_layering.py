@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for top in ("diffitm", "pipelines") for p in (ROOT / top).rglob("*.py"))
-BELOW = ("matching", "metrics", "models", "tasks", "shapes", "training")
+BELOW = ("matching", "metrics", "models", "probes", "tasks", "shapes", "training")
 LEAVES = ("config", "registry", "storage", "schema", "errors")
 
 

@@ -41,7 +41,8 @@ def options(data: Path, out: Path, *more: object) -> tuple[object, ...]:
 
 
 def run(data: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return pipeline.run(*options(data, out, *more), script="negatives")
+    """Exits with 3: an image is unreadable."""
+    return pipeline.run(*options(data, out, *more), script="negatives", code=3)
 
 
 @pytest.fixture(scope="module")

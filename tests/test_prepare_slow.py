@@ -138,10 +138,11 @@ def test_whole_run(routes: Server, tmp_path: Path) -> None:
 
     routes.mended = True  # type: ignore[attr-defined]
     asked = sum(routes.visits.values())
-    run(routes, tmp_path, "svo", "--allow-private", code=0)
+    shown = run(routes, tmp_path, "svo", "--allow-private", code=3)
+    assert "incomplete: 3 images have dead links; they are listed in svo/dead_links.csv" in shown
     assert sum(routes.visits.values()) == asked + 1
     assert (data / "svo/images/43.jpg").exists()
-    run(routes, tmp_path, "mini", "svo", "--allow-private", "--retry-dead", code=0)
+    run(routes, tmp_path, "mini", "svo", "--allow-private", "--retry-dead", code=3)
     assert sum(routes.visits.values()) == asked + 4
     assert routes.visits["/page"] == 2
 

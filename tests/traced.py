@@ -1,17 +1,23 @@
-"""A run that leaves a trace of every block that an actor computes; the tests kill it.
+"""A run that leaves a trace of every block that an actor computes; the tests disturb it.
 
-`python -m tests.traced OUT TRACE ACTORS`: the shapes world's CLEVR task, four timesteps.
+`python -m tests.traced OUT TRACE ACTORS`: the shapes world's CLEVR task, four timesteps; with
+--asleep N, that many pairs of a model that sleeps.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import logging
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import ray
 
 from diffitm.distributed import session
 from diffitm.distributed.score import _block_rows, score
@@ -23,46 +29,112 @@ from diffitm.scoring import Scorer, Work
 from diffitm.shapes.layouts import write_world
 from diffitm.store import open_store
 from diffitm.tasks.clevr import Clevr
+from tests.faults import sleeping
+from tests.faults.sleeping import SleepSpec
+
+# A block's least time: as with a real model, one is written long before the next is done.
+SECONDS = 1.5
+STEPS = (10, 260, 510, 760)
+
+
+class Block(NamedTuple):
+    """What an actor computes or has computed: its process, its node, and the work rows."""
+
+    time: int  # nanoseconds
+    process: int
+    node: str
+    rows: list[int]
 
 
 class Tracer:
-    """Passes everything on to the scorer and writes down which rows it was given."""
+    """Passes everything on to the scorer and writes down which rows it was given.
 
-    def __init__(self, scorer: Scorer, trace: str) -> None:
+    A block's file ends in .busy until it is done, then in .json. While there is a file `hold`, no
+    block gets done.
+    """
+
+    def __init__(self, scorer: Scorer, trace: str, poison: int | None = None) -> None:
         self.scorer, self.trace, self.cost = scorer, Path(trace), scorer.cost
+        self.poison = poison
+        self.node = ray.get_runtime_context().get_node_id()
 
     def measure_rate(self) -> float:
         return self.scorer.measure_rate()
 
     def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+        block = Block(time.time_ns(), os.getpid(), self.node, [row.row for row in rows])
+        busy = self.trace / f"{block.time}-{block.process}.busy"
+        part = busy.with_suffix(".part")
+        part.write_text(json.dumps(block))
+        part.rename(busy)
+        if self.poison in block.rows:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(SECONDS)
+        while (self.trace / "hold").exists():
+            time.sleep(0.05)
         lines = self.scorer.score(rows)
-        name = f"{time.time_ns()}-{rows[0].row}.json"
-        (self.trace / name).write_text(json.dumps([row.row for row in rows]))
+        busy.rename(busy.with_suffix(".json"))
         return lines
+
+
+def read_trace(trace: Path, kind: str = "json") -> list[Block]:
+    """The blocks that are done, or those of kind 'busy' (a killed actor leaves its own behind)."""
+    found = []
+    for path in sorted(trace.glob(f"*.{kind}")):
+        try:
+            found.append(Block(*json.loads(path.read_text())))
+        except FileNotFoundError:
+            continue  # done right now
+    return found
 
 
 @dataclass(frozen=True)
 class TracedSpec(DiffusionSpec):
     trace: str = ""
+    poison: int | None = None  # a row that ends its actor's process
 
     def build(self, device: str) -> Scorer:
+        return Tracer(super().build(device), self.trace, self.poison)
+
+
+@dataclass(frozen=True)
+class TracedSleep(SleepSpec):
+    def build(self, device: str) -> Any:
         return Tracer(super().build(device), self.trace)
 
 
-def main(out: str, trace: str, actors: int) -> None:
-    root = f"{out}/world"
-    write_world(root, 60)
-    spec = TracedSpec(resolve("shapes"), root, "diffusionitm", (10, 260, 510, 760), trace=trace)
-    examples, _ = write_examples("clevr", Clevr().examples(root), f"{out}/examples", None)
-    store = open_store(out, "shapes", spec.store_config())
-    session.connect("local")
-    pool = session.choose_pool(actors, None, None, 0.0)
-    work = open_work(out, store, [examples], ["clevr"])
-    block = Path(out, "block")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out")
+    parser.add_argument("trace")
+    parser.add_argument("actors", type=int)
+    parser.add_argument("--max-actors", type=int)
+    parser.add_argument("--cpus", type=float)
+    parser.add_argument("--ray", default="local")
+    parser.add_argument("--scenes", type=int, default=60)
+    parser.add_argument("--asleep", type=int)
+    parser.add_argument("--poison", type=int)
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    root = f"{given.out}/world"
+    if given.asleep:
+        spec: Any = TracedSleep(given.trace, 0.02)
+        drawn = sleeping.examples(given.asleep)
+    else:
+        write_world(root, given.scenes)
+        more = {"trace": given.trace, "poison": given.poison}
+        spec = TracedSpec(resolve("shapes"), root, "diffusionitm", STEPS, **more)
+        drawn = Clevr().examples(root)
+    examples, _ = write_examples("clevr", drawn, f"{given.out}/examples", None)
+    store = open_store(given.out, "shapes", spec.store_config())
+    session.connect(given.ray)
+    pool = session.choose_pool(given.actors, given.max_actors, given.cpus, 0.0)
+    work = open_work(given.out, store, [examples], ["clevr"])
+    block = Path(given.out, "block")
     if not block.exists():
         block.write_text(str(_block_rows(work, spec.cost, pool)))
     finish(work, score(spec, work, store, pool))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main()

@@ -12,7 +12,7 @@ from diffitm.config import lacking, option, outside
 from diffitm.distributed import neighbours, session
 from diffitm.distributed.groups import work_folder
 from diffitm.distributed.stages import whole_files
-from diffitm.errors import InputError
+from diffitm.errors import Incomplete, InputError
 from diffitm.provenance import record
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ VERSION = 1  # grows when the same settings would give other embeddings or lists
 class Config:
     """Options of pipelines/candidates.py."""
 
-    clip: str = option("", "the CLIP: shapes, NAME:TAG, NAME:FILE or a folder")
+    clip: str = option("", "the CLIP: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs")
     images: str = option("", "folder or URI that the image paths start from")
     captions: str = option("", "JSON of rows {image, caption} or {image: captions}, or tsv, csv")
     out: str = option("out/candidates/val_top10.json", "image lists; text lists end in _text.json")
@@ -53,7 +53,8 @@ class Config:
 def run(config: Config) -> None:
     """Embed what is missing, search, and write both lists and their .info.json.
 
-    Raises InputError for bad input, before anything is embedded where that is possible.
+    Raises InputError for bad input, before anything is embedded where that is possible; Incomplete at
+    the end if images could not be read.
     """
     _check(config)
     from diffitm.models.clip import resolve_clip
@@ -94,6 +95,8 @@ def run(config: Config) -> None:
         _write(config, out, side, found, note)
     if failed:
         print(f"{len(failed)} unreadable images are tried again once {work} is deleted")
+        where = _beside(out, ".info.json")
+        raise Incomplete(f"{len(failed)} images could not be read; they are listed in {where}")
 
 
 def _check(config: Config) -> None:
@@ -136,7 +139,7 @@ def _work_folder(out: str, source: ClipSource, root: str, known: Captions, devic
     settings = {
         "version": VERSION,
         "clip": [source.digest, source.quick_gelu],
-        "images": root,
+        "images": storage.title(root),
         "captions": known.digest,
         "device": device,
         "groups": neighbours.GROUP,

@@ -185,8 +185,7 @@ def _run_on_ray(
     tasks = max(1, min(config.connections // THREADS, len(groups), int(free * 4)))
     threads = min(THREADS, max(1, config.connections // tasks))
     tally = ray.remote(num_cpus=0)(Tally).remote()
-    read = ray.data.read_parquet(str(work))
-    read.context.enable_progress_bars = False
+    read = ray.data.read_parquet(str(work), override_num_blocks=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)
         fetched = read.repartition(target_num_rows_per_block=1).map_batches(

@@ -5,25 +5,32 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from diffitm import pairs, registry, storage
 from diffitm.check import check
 from diffitm.config import option
-from diffitm.errors import InputError
+from diffitm.distributed.beside import LOG, Beside, log_of, read_curves, read_images, read_pictures
+from diffitm.distributed.probing import add_probes, find_probes
+from diffitm.errors import Incomplete, InputError
 from diffitm.matching.plan import plan_timesteps
 from diffitm.models.load import Source, resolve
-from diffitm.models.lora import lora_file
+from diffitm.models.lora import locate, lora_file, unpinned
 from diffitm.provenance import record
 from diffitm.report.html import write_report
 from diffitm.report.table import latex, make_table, markdown
-from diffitm.report.terminal import print_results, print_state
-from diffitm.results import evaluate, present, speeds, write_results
+from diffitm.report.terminal import print_results, print_state, print_summary
+from diffitm.results import evaluate, present, speeds, titles, write_results
 from diffitm.resume import finish, open_work
 from diffitm.scorers import ClipSpec, DiffusionSpec, Spec
 from diffitm.store import Store, open_store, read_store
+from diffitm.summary import Done, write_summary
 from diffitm.tasks.find import find_task
+from diffitm.training.result import PICTURES
 
 if TYPE_CHECKING:
     from diffitm.distributed.session import Pool
@@ -32,8 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("diffitm")
 
 
-LOG = "log.jsonl"
 WORLD = "world.json"  # what marks a data root of drawn scenes
+TRAINED = 1000  # timesteps that diffusion models are trained with, and slices of the noise table
 MOST = 2**63  # what a generator takes as a seed, and far beyond any sane number
 
 
@@ -44,20 +51,32 @@ class Examples(NamedTuple):
     identity: str
 
 
-class Beside(NamedTuple):
-    """What the report shows beside the scores, by model: generated images (folders below OUT) and
-    the log that finetune.py left beside a LoRA."""
+class Prepared(NamedTuple):
+    """What a run scores with and on: the data root, a task's examples, models and their stores."""
 
-    samples: dict[str, str]
-    logs: dict[str, str]
+    out: str
+    root: str
+    examples: dict[str, Examples]
+    specs: list[Spec]
+    stores: list[Store]
+    pool: Pool
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Task -> its examples file."""
+        return {name: found.uri for name, found in self.examples.items()}
 
 
 @dataclass(frozen=True)
 class Config:
     """Options of pipelines/gdbench.py."""
 
-    model: list[str] = option([], "diffusion models: shapes, a diffusers folder or a Hub id")
-    clip: list[str] = option([], "CLIP baselines: shapes, NAME:TAG, NAME:FILE or a folder")
+    model: list[str] = option(
+        [], "diffusion models: shapes, a diffusers folder (or URI of one) or a Hub id"
+    )
+    clip: list[str] = option(
+        [], "CLIP baselines: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs"
+    )
     tasks: list[str] = option(
         ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"
     )
@@ -68,6 +87,13 @@ class Config:
     )
     timesteps: list[int] = option(
         [10], "how many timesteps to ask the protocol for; several are compared"
+    )
+    timestep_list: list[int] = option(
+        [], "these timesteps instead of the protocol's, such as a sweep's best"
+    )
+    timestep_weights: list[float] = option(
+        [],
+        "their weights in a score, such as those that a sweep has learned (default: all the same)",
     )
     seed: int = option(0, "seed of the noise (and of the timesteps of 'paper')")
     error: Literal["auto", "l2", "mse", "l1", "huber"] = option(
@@ -82,7 +108,8 @@ class Config:
     )
     variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
     lora: list[str] = option(
-        [], "LoRA files for the diffusion models' U-Net, each a model of its own; none is the base"
+        [],
+        "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",
     )
     prompts: list[str] = option(
         [], "texts that every diffusion model generates images of, from the same seeds"
@@ -90,6 +117,17 @@ class Config:
     samples: int = option(4, "images of a prompt")
     sampling_steps: int = option(25, "steps of DPM-Solver++ for an image")
     guidance: float = option(7.5, "classifier-free guidance of the images")
+    segmentation: str | None = option(
+        None,
+        "shapes or a folder with train/ and val/: a linear probe of every CLIP's patch features",
+    )
+    clip_benchmark: list[str] = option(
+        [], "data sets of the clip-benchmark package that every CLIP is measured on"
+    )
+    clip_benchmark_root: str = option("data/clip-benchmark", "where that package keeps them")
+    mllm: str | None = option(
+        None, "file.py:function of yours that measures a vision tower in a multimodal LLM"
+    )
     limit: int | None = option(None, "at most this many examples a task, evenly spread")
     scenes: int = option(100, "scenes that --data shapes draws")
     batch_size: int = option(64, "forwards of the model in one batch")
@@ -116,7 +154,8 @@ class Config:
 def run(config: Config) -> None:
     """Score what is missing, then write results.json, provenance, failures and the report.
 
-    Raises InputError for bad input before anything is scored.
+    Raises InputError for bad input before anything is scored, Incomplete at the end if examples could
+    not be scored.
     """
     out = storage.absolute(config.out)
     if config.report_only:
@@ -125,6 +164,44 @@ def run(config: Config) -> None:
     if config.check:
         _print_check(config, out)
         return
+    ready = prepare(config)
+    root, examples, specs, stores = ready.root, ready.examples, ready.specs, ready.stores
+    clips = [spec.source for spec in specs if isinstance(spec, ClipSpec)]
+
+    from diffitm.distributed.probing import probe
+    from diffitm.distributed.sampling import Sampling, sample, samples_folder
+
+    probes = find_probes(
+        config.segmentation, config.scenes, config.clip_benchmark, config.clip_benchmark_root,
+        config.mllm, out,
+    )  # fmt: skip
+    provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}}
+    drawn = storage.exists(storage.join(root, WORLD))
+    diffusion = {_label(spec): spec for spec in specs if isinstance(spec, DiffusionSpec)}
+    how = Sampling(config.samples, config.sampling_steps, config.guidance)
+    prompts = list(dict.fromkeys(config.prompts))
+    beside = Beside(
+        {n: samples_folder(s, prompts, how) for n, s in diffusion.items()} if prompts else {},
+        {n: log_of(unpinned(s.lora)) for n, s in diffusion.items() if s.lora}
+        | {f"CLIP {c.name}": storage.join(c.folder, LOG) for c in clips if c.folder},
+        {f"CLIP {c.name}": storage.join(c.folder, PICTURES) for c in clips if c.folder},
+        {f"CLIP {c.name}": [p.file(c) for p in probes] for c in clips} if probes else {},
+    )
+    _write_run(out, examples, stores, provenance, root, drawn, beside)
+    score_all(ready)
+    for clip in clips:
+        probe(probes, clip, out, ready.pool)
+    for name, folder in beside.samples.items():
+        sample(storage.join(out, folder), name, diffusion[name], prompts, how, ready.pool)
+    _finish(config, out, ready.files, stores, provenance, root, drawn, beside)
+
+
+def prepare(config: Config) -> Prepared:
+    """Everything before scoring: the examples and the stores on disk, Ray and its pool of actors.
+
+    Raises InputError for bad input.
+    """
+    out = storage.absolute(config.out)
     timesteps = _check(config)
     sources = [resolve(name) for name in dict.fromkeys(config.model)]
     clips = _clip_sources(config.clip)
@@ -132,7 +209,6 @@ def run(config: Config) -> None:
     examples = _write_examples(config, root, out)
 
     from diffitm.distributed import session
-    from diffitm.distributed.sampling import Sampling, sample, samples_folder
 
     session.connect(config.ray)
     pool = session.choose_pool(
@@ -147,22 +223,20 @@ def run(config: Config) -> None:
     ]
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
     stores = [open_store(out, _label(spec), spec.store_config()) for spec in specs]
-    provenance = record(asdict(config)) | {"stores": {s.name: s.config for s in stores}}
-    drawn = storage.exists(storage.join(root, WORLD))
-    diffusion = {_label(spec): spec for spec in specs if isinstance(spec, DiffusionSpec)}
-    how = Sampling(config.samples, config.sampling_steps, config.guidance)
-    prompts = list(dict.fromkeys(config.prompts))
-    beside = Beside(
-        {n: samples_folder(s, prompts, how) for n, s in diffusion.items()} if prompts else {},
-        {n: _log(s.lora) for n, s in diffusion.items() if s.lora},
-    )
-    _write_run(out, examples, stores, provenance, root, drawn, beside)
-    for spec, store in zip(specs, stores, strict=True):
-        _score(spec, store, list(examples.values()), out, pool)
-    for name, folder in beside.samples.items():
-        sample(storage.join(out, folder), name, diffusion[name], prompts, how, pool)
-    files = {name: e.uri for name, e in examples.items()}
-    _finish(config, out, files, stores, provenance, root, drawn, beside)
+    return Prepared(out, root, examples, specs, stores, pool)
+
+
+def score_all(*prepared: Prepared) -> int:
+    """Score the pairs that the stores lack and tell what that took; how many forwards. All write to the
+    same folder."""
+    done = [
+        _score(spec, store, list(ready.examples.values()), ready.out, ready.pool)
+        for ready in prepared
+        for spec, store in zip(ready.specs, ready.stores, strict=True)
+    ]
+    names = titles([store for ready in prepared for store in ready.stores])
+    print_summary(write_summary(names, done, prepared[0].out))
+    return sum(part.forwards for part in done)
 
 
 def _loras(config: Config) -> list[str | None]:
@@ -191,37 +265,10 @@ def _diffusion(
         resize=resize,
         latent_seed=config.seed if config.latents == "sample" else None,
         variant=config.variant,
-        lora=str(lora_file(lora).absolute()) if lora else None,
-        lora_name=lora,
+        lora=locate(lora) if lora else None,
+        lora_name=storage.title(lora) if lora else None,
         batch_size=config.batch_size,
     )
-
-
-def _log(lora: str) -> str:
-    """Where finetune.py leaves the log of a LoRA: beside it or, of last/, above."""
-    folder = storage.parent(lora)
-    above = storage.join(storage.parent(folder), LOG)
-    return above if folder.endswith("/last") else storage.join(folder, LOG)
-
-
-def _samples(out: str, beside: Beside) -> dict[str, dict[str, list[bytes]]]:
-    """Model -> prompt -> PNGs."""
-    from diffitm.distributed.sampling import read_samples
-
-    folders = {name: storage.join(out, folder) for name, folder in beside.samples.items()}
-    return {name: read_samples(f) for name, f in folders.items() if storage.exists(f)}
-
-
-def _curves(beside: Beside) -> dict[str, list[dict[str, float]]]:
-    """Model -> lines of its training's log, where there is one that finetune.py wrote."""
-    found = {}
-    for name, uri in beside.logs.items():
-        try:
-            lines = [json.loads(line) for line in storage.read_text(uri).splitlines()]
-            found[name] = [{"step": int(line["step"]), **line} for line in lines]
-        except (OSError, ValueError, TypeError, KeyError):
-            log.info("%s: no training curves, %s is not there or not ours", name, uri)
-    return found
 
 
 def _label(spec: Spec) -> str:
@@ -242,6 +289,8 @@ def _check(config: Config) -> list[tuple[int, ...]]:
     problems = []
     if not config.model and not config.clip:
         problems.append("give at least one --model or --clip (shapes is the embedded default)")
+    if not config.clip and (config.segmentation or config.clip_benchmark or config.mllm):
+        problems.append("--segmentation, --clip-benchmark and --mllm measure CLIPs: give a --clip")
     problems += _task_problems(config)
     least = {"batch_size": 1, "limit": 1, "scenes": 10, "seed": 0, "actors": 1, "max_actors": 1}
     least |= {"cpus_per_actor": 0, "gpus_per_actor": 0, "samples": 1, "sampling_steps": 1}
@@ -254,6 +303,7 @@ def _check(config: Config) -> list[tuple[int, ...]]:
             _ = lora and lora_file(lora)
         except InputError as error:
             problems.append(str(error))
+    problems += _list_problems(config)
     timesteps = {}
     for count in config.timesteps:
         try:
@@ -262,7 +312,26 @@ def _check(config: Config) -> list[tuple[int, ...]]:
             problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
-    return list(timesteps)
+    return [tuple(config.timestep_list)] if config.timestep_list else list(timesteps)
+
+
+def _list_problems(config: Config) -> list[str]:
+    """What is wrong with --timestep-list and --timestep-weights."""
+    listed, weights = config.timestep_list, config.timestep_weights
+    found = [
+        f"--timestep-list {step}: must be 0 to {TRAINED - 1}"
+        for step in listed
+        if not 0 <= step < TRAINED
+    ]
+    if len(listed) > TRAINED:
+        found.append(f"--timestep-list: {len(listed)} are too many, at most {TRAINED}")
+    if weights and len(weights) != len(listed):
+        found.append(
+            f"--timestep-weights: {len(weights)} for {len(listed)} of --timestep-list; give one each"
+        )
+    if weights and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
+        found.append("--timestep-weights: must be 0 or more, and not all of them 0")
+    return found
 
 
 def _task_problems(config: Config) -> list[str]:
@@ -322,7 +391,7 @@ def _write_examples(config: Config, root: str, out: str) -> dict[str, Examples]:
             )
         else:
             log.info("%s: %s examples", task.name, f"{count:,}")
-            found[name] = Examples(uri, f"{task.version}-{uri}")
+            found[name] = Examples(uri, f"{task.version}-{storage.title(uri)}")
     if problems:
         hint = "--check tells what DATA has, --tasks chooses, prepare.py fetches"
         raise InputError("\n".join([*problems, hint]))
@@ -345,14 +414,14 @@ def _print_check(config: Config, out: str) -> None:
     print(f"all {len(states)} tasks can run")
 
 
-def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: Pool) -> None:
+def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: Pool) -> Done:
     """Score the pairs that the store lacks; an interrupted run of the same examples goes on."""
     from diffitm.distributed.score import score
 
     work = open_work(out, store, [e.uri for e in examples], [e.identity for e in examples])
     if work.rows_left == 0:
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
-        return
+        return Done()
     if work.resumed:
         finished = f"{work.table.pairs - work.pairs_left:,} of {work.table.pairs:,}"
         log.info("%s: going on where it stopped, %s pairs done", store.model, finished)
@@ -363,6 +432,7 @@ def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: P
     finish(work, done)
     made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
     log.info("%s: %s", store.model, made)
+    return done
 
 
 def _write_run(
@@ -375,14 +445,14 @@ def _write_run(
     beside: Beside,
 ) -> None:
     """What --report-only needs to find; from here on it reports on this run."""
-    files = {name: found.uri.rsplit("/", 1)[-1] for name, found in examples.items()}
+    files = {name: storage.name(found.uri) for name, found in examples.items()}
     run = {
         "examples": files,
         "stores": [store.name for store in stores],
         # Below OUT it moves with OUT.
-        "root": storage.public(root).removeprefix(f"{out.rstrip('/')}/"),
+        "root": storage.below(root, out),
         "drawn": drawn,
-        **beside._asdict(),
+        **beside.noted(),
         "provenance": provenance,
     }
     storage.write_text(storage.join(out, "run.json"), json.dumps(run, indent=2))
@@ -403,6 +473,9 @@ def _report_again(config: Config, out: str) -> None:
         raise InputError(f"--report-only: {out} holds no examples of {', '.join(lacking)}")
     examples = {name: storage.join(out, "examples", run["examples"][name]) for name in tasks}
     stores = [read_store(storage.join(out, "scores", name)) for name in run["stores"]]
+    if not config.timestep_weights:
+        weights = run["provenance"]["config"].get("timestep_weights", [])
+        config = replace(config, timestep_weights=weights)
     provenance = run["provenance"] | {"report": record(asdict(config))}
     root = run["root"]
     below = "://" not in root and not root.startswith("/")
@@ -410,7 +483,7 @@ def _report_again(config: Config, out: str) -> None:
         *(config, out, examples, stores, provenance),
         root=storage.join(out, root) if below else root,
         drawn=run["drawn"],
-        beside=Beside(run.get("samples", {}), run.get("logs", {})),
+        beside=Beside(*(run.get(name, {}) for name in Beside._fields)),
     )
 
 
@@ -424,20 +497,26 @@ def _finish(
     drawn: bool,
     beside: Beside,
 ) -> None:
-    """Evaluate, write and show. `root` holds the images; `drawn`: they are the shapes world."""
-    evaluation = evaluate(examples, stores, config.error)
+    """Evaluate, write and show. `root` holds the images; `drawn`: they are the shapes world.
+
+    Raises Incomplete at the end if examples could not be scored.
+    """
+    weights = np.array(config.timestep_weights) if config.timestep_weights else None
+    evaluation = evaluate(examples, stores, config.error, weights)
+    add_probes(evaluation, out, beside.probes)
     evaluation.speeds = speeds(out, stores)
     table = make_table(evaluation, not drawn, config.published_bias)
     results = write_results(evaluation, provenance, out)
     storage.write_text(storage.join(out, "table.md"), markdown(table))
     storage.write_text(storage.join(out, "table.tex"), latex(table))
-    report = write_report(
-        evaluation, table, provenance, root, out, _samples(out, beside), _curves(beside)
-    )
+    shown = (read_images(out, beside), read_curves(beside), read_pictures(beside))
+    report = write_report(evaluation, table, provenance, root, out, *shown)
     print_results(evaluation, table)
     print(f"results  {results}")
     print(f"tables   {storage.join(out, 'table.md')}, table.tex")
     print(f"scores   {storage.join(out, 'scores')}")
     print(f"report   {report}")
     if evaluation.failures:
-        print(f"failures {storage.join(out, 'failures.json')} ({len(evaluation.failures)})")
+        count, where = len(evaluation.failures), storage.join(out, "failures.json")
+        print(f"failures {where} ({count})")
+        raise Incomplete(f"{count:,} examples could not be scored; they are listed in {where}")

@@ -21,7 +21,7 @@ from diffitm.distributed import neighbours, propose, session
 from diffitm.distributed.groups import work_folder
 from diffitm.distributed.session import Pool
 from diffitm.distributed.stages import whole_files
-from diffitm.errors import InputError
+from diffitm.errors import Incomplete, InputError
 from diffitm.provenance import fingerprint, record
 from diffitm.training import mined, negatives
 from diffitm.training.rows import Row
@@ -47,7 +47,7 @@ class Config:
     captions: str = option("", "NegCLIP .tsv, Parquet, or .json with images and captions")
     out: str = option("", "file to write, .tsv or .parquet; its .info.json lies beside it")
     kinds: list[Literal["rules", "llm", "images"]] = option(["rules"], "rules, llm, images")
-    llm: str | None = option(None, "kind llm: folder or Hub id of an instruct model")
+    llm: str | None = option(None, "kind llm: folder, URI or Hub id of an instruct model")
     prompt: str | None = option(None, "kind llm: text file with {caption} (default: our own)")
     temperature: float = option(0.0, "kind llm: 0 takes the likeliest word, above it samples")
     max_new_tokens: int = option(80, "kind llm: tokens after which an answer is cut off")
@@ -55,7 +55,9 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "kind llm: auto is bf16 on a GPU, else fp32"
     )
-    clip: str | None = option(None, "kind images: shapes, NAME:TAG, NAME:FILE or a folder")
+    clip: str | None = option(
+        None, "kind images: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs"
+    )
     images: str | None = option(None, "kind images: folder or URI that image paths start from")
     near: int = option(3, "kind images: near images of an image")
     keep_given: bool = option(True, "keep the negatives that the file has already")
@@ -83,7 +85,8 @@ class Inputs:
 def run(config: Config) -> None:
     """Make the negatives that are missing and write them with what they are.
 
-    Raises InputError for bad input, before anything is made where that is possible.
+    Raises InputError for bad input, before anything is made where that is possible; Incomplete at the
+    end if images could not be read.
     """
     _check(config)
     given = _read(config)
@@ -111,9 +114,9 @@ def run(config: Config) -> None:
         "rows_without_negative_image": sum(not row.negative_images for row in done),
         "rejected": dict(Counter(f"{item.kind}: {item.reason}" for item in rejected)),
         "unreadable_images": unreadable,
-        "llm": asdict(given.language) if given.language else None,
+        "llm": _told(given.language) if given.language else None,
         "prompt": given.template if given.language else None,
-        "clip": asdict(given.clip) if given.clip else None,
+        "clip": _told(given.clip) if given.clip else None,
         "provenance": record(asdict(config)),
         "rejected_captions": [asdict(item) for item in rejected],
     }
@@ -121,6 +124,9 @@ def run(config: Config) -> None:
     candidates.write_info(info_uri, info)
     _tell(info)
     print(f"  negatives {out}\n  info {info_uri}")
+    if unreadable:
+        text = f"{len(unreadable)} images could not be read; they are listed in {info_uri}"
+        raise Incomplete(text)
 
 
 def _check(config: Config) -> None:
@@ -207,6 +213,12 @@ def _template(path: str | None) -> str:
 def _info_uri(out: str) -> str:
     name = storage.bare(out).rpartition("/")[2].rpartition(".")[0]
     return storage.join(storage.parent(out), f"{name}.info.json")
+
+
+def _told(source: LanguageSource | ClipSource) -> dict[str, Any]:
+    """A model for the .info.json, without keys of URIs."""
+    fields = asdict(source).items()
+    return {k: storage.public(v) if isinstance(v, str) else v for k, v in fields}
 
 
 def _pool(config: Config, gpus: float | None) -> Pool:

@@ -25,7 +25,10 @@ log = logging.getLogger("diffitm")
 
 
 def run(config: Config) -> None:
-    """Fetch what the tasks lack and say what is there. Raises InputError for what is left to do."""
+    """Fetch what the tasks lack and say what is there.
+
+    Raises InputError for what is left to do, Incomplete if only images with dead links lack.
+    """
     chosen = check(config)
     root = Path(config.data).expanduser().absolute()
     warn_of_proxies(config)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
-import ray.data
 
 from diffitm import storage
+from diffitm.distributed.metrics import Metrics, gpu_memory
 from diffitm.distributed.progress import REPORT_EVERY, Watch, clock
-from diffitm.distributed.session import Pool
-from diffitm.distributed.stages import checkpoint, through_actors
+from diffitm.distributed.session import Pool, standing, start_here
+from diffitm.distributed.stages import checkpoint, read_rows, through_actors
 from diffitm.errors import InputError
-from diffitm.resume import Work
 from diffitm.schema import SCORES
-from diffitm.scorers import Spec
-from diffitm.scoring import Work as WorkRow
-from diffitm.store import Store
+from diffitm.schema import Work as WorkRow
+from diffitm.summary import Done
+
+if TYPE_CHECKING:  # an actor imports this module, and its spec what else it needs
+    from diffitm.matching.batch import Batch
+    from diffitm.resume import Work
+    from diffitm.scorers import Spec
+    from diffitm.store import Store
 
 log = logging.getLogger("diffitm")
 # A block is what a kill costs an actor, and what moves the progress on.
@@ -30,67 +34,66 @@ BLOCKS_PER_ACTOR = 8
 PATIENCE = 20  # half seconds that the estimate waits for the other actors
 
 
-@dataclass(frozen=True)
-class Done:
-    """What a run did: pairs, forwards of the model, failed pairs, and how long actors computed."""
-
-    pairs: int = 0
-    forwards: int = 0
-    failures: int = 0
-    busy: float = 0.0
-    actors: int = 0
-    rate: float = 0.0
-
-
 class Counter:
     """Adds up what the actors report, for the progress lines."""
 
     def __init__(self) -> None:
         self.done = Done()
 
-    def ready(self, rate: float) -> None:
-        """An actor is up; `rate` is its measured forwards a second."""
-        d = self.done
-        self.done = Done(d.pairs, d.forwards, d.failures, d.busy, d.actors + 1, d.rate + rate)
-
-    def add(self, pairs_done: int, forwards: int, failures: int, busy: float) -> None:
-        d = self.done
-        self.done = Done(
-            d.pairs + pairs_done,
-            d.forwards + forwards,
-            d.failures + failures,
-            d.busy + busy,
-            d.actors,
-            d.rate,
-        )
+    def add(self, part: Done) -> None:
+        self.done += part
 
     def read(self) -> Done:
         return self.done
 
 
 class ScoringActor:
-    """Loads the model once and scores blocks of work rows."""
+    """Loads the model once and scores blocks of work rows; `name` is the model's in metrics."""
 
-    def __init__(self, spec: Spec, device: str, counter: Any) -> None:
-        self.counter = counter
+    def __init__(self, spec: Spec, name: str, device: str, counter: Any) -> None:
+        self.device, self.counter = device, counter
         self.failure: InputError | None = None
         try:
             self.scorer = spec.build(device)
+            self.batches: list[Batch] = getattr(self.scorer, "batches", [])
+            for batch in self.batches:
+                batch.tell = lambda line: counter.add.remote(Done(smaller=(line,)))
+            rate = self.scorer.measure_rate()
         except InputError as error:  # Ray would try a constructor again; a call fails at once
             self.failure = error
             return
-        counter.ready.remote(self.scorer.measure_rate())
+        self.metrics = Metrics(name)
+        counter.add.remote(Done(actors=1, rate=rate))
+        self.free = time.perf_counter()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self.failure is not None:
             raise self.failure
         start = time.perf_counter()
+        self.counter.add.remote(Done(begun=1))
         rows = [WorkRow(**line) for line in table.select(["row", "image", "texts"]).to_pylist()]
         lines = self.scorer.score(rows)
-        failed = sum(line["failure"] is not None for line in lines)
-        forwards = (len(lines) - failed) * self.scorer.cost
-        self.counter.add.remote(len(lines), forwards, failed, time.perf_counter() - start)
+        self._tell(lines, start)
         return pa.Table.from_pylist(lines, SCORES)
+
+    def _tell(self, lines: list[dict[str, Any]], start: float) -> None:
+        """Count a block that was begun at `start`."""
+        failed = sum(line["failure"] is not None for line in lines)
+        end = time.perf_counter()
+        done = Done(
+            pairs=len(lines),
+            forwards=(len(lines) - failed) * self.scorer.cost,
+            failures=failed,
+            busy=end - start,
+            waited=start - self.free,
+            inside=self.batches[0].spent() if self.batches else 0.0,
+            finished=1,
+            memory=gpu_memory(self.device),
+            batch_size=self.batches[0].size if self.batches else 0,
+        )
+        self.free = end
+        self.counter.add.remote(done)
+        self.metrics.add(done)
 
 
 def score(spec: Spec, work: Work, store: Store, pool: Pool) -> Done:
@@ -98,18 +101,21 @@ def score(spec: Spec, work: Work, store: Store, pool: Pool) -> Done:
 
     Raises whatever ended the run; every block written before stays and is not done again.
     """
+    start = time.monotonic()
     found, path = storage.filesystem(work.table.uri)
-    counter = ray.remote(num_cpus=0)(Counter).remote()
-    table = ray.data.read_parquet(path, filesystem=found)
-    table.context.enable_progress_bars = False
+    counter = start_here(Counter)
+    table = read_rows(path, found)
     table.context.checkpoint_config = checkpoint(work.checkpoint, "row")
     blocks = table.repartition(target_num_rows_per_block=_block_rows(work, spec.cost, pool))
-    scored = through_actors(blocks, ScoringActor, (spec, pool.device, counter), pool)
+    arguments = (spec, store.model, pool.device, counter)
+    scored = through_actors(blocks, ScoringActor, arguments, pool, "row")
     out, folder = storage.filesystem(store.uri)
     lines = _Lines(store.model, work.pairs_left, spec.cost, pool.min_actors)
-    with Watch(counter, lines.tell, seconds=0.5):
-        scored.write_parquet(folder, filesystem=out)
-    return ray.get(counter.read.remote())
+    with Watch(counter, lines.tell, 0.5, lambda: standing(pool)):
+        scored.write_parquet(folder, filesystem=out, try_create_dir=False)
+    done = ray.get(counter.read.remote())
+    lines.tell_smaller(done)
+    return replace(done, seconds=time.monotonic() - start)
 
 
 def _block_rows(work: Work, cost: int, pool: Pool) -> int:
@@ -125,8 +131,17 @@ class _Lines:
     def __init__(self, name: str, pairs_left: int, cost: int, actors: int) -> None:
         self.name, self.total, self.cost, self.actors = name, pairs_left, cost, actors
         self.waited, self.first, self.next_line = 0, 0.0, 0.0
+        self.told = set[str]()
+
+    def tell_smaller(self, done: Done) -> None:
+        """Log batches that got smaller, each change once, however many actors it was."""
+        for line in dict.fromkeys(done.smaller):
+            if line not in self.told:
+                log.warning("%s: an actor ran out of GPU memory, %s", self.name, line)
+                self.told.add(line)
 
     def tell(self, done: Done) -> None:
+        self.tell_smaller(done)
         now = time.monotonic()
         self.waited += done.actors > 0
         enough = done.actors >= self.actors or self.waited > PATIENCE

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import time
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# A killed driver's share of the cluster is kept for that many seconds, 180 by default. For so long the
+# run that goes on would have none for its writer.
+os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
+# What frees the share of a training that was stopped gives up where the cluster is slower than this.
+os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "600")
 
 import ray
 import ray.data
+from ray.exceptions import AuthenticationError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffitm.errors import InputError
 
 log = logging.getLogger("diffitm")
 # Readers, the writer and Ray Data's checkpoint filter need processors beside the scoring actors.
 SPARE_CPUS = 2
+# Where an object store is and how it is spoken to. Keys are no part of it: Ray shows its job's settings
+# to whoever reaches the dashboard.
+PASSED_ON = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    *("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"),
+)
+PATIENCE = 15  # seconds for a head that is starting
+_joined = False  # a cluster that was there before can grow
 
 
 @dataclass(frozen=True)
@@ -35,26 +54,79 @@ class Pool:
         return "cuda" if self.gpus else "cpu"
 
 
-def connect(address: str | None) -> None:
-    """Start or join Ray. `address` None means RAY_ADDRESS (a job has it), else this machine alone.
+def connect(address: str | None, dashboard: bool = False) -> None:
+    """Start or join Ray. `address` None means RAY_ADDRESS (a job has it), else this machine alone,
+    with a `dashboard` (on loopback, a free port) where asked for.
 
     A local start gives Ray a few more logical processors than there are, so that the actors cannot
     starve the readers on a small machine.
     """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # Version 2 starts 32 processes to list one file, and fails if a node goes away meanwhile.
+    context.use_datasource_v2 = False
+    global _joined
     if ray.is_initialized():
+        _joined |= ray.get_runtime_context().worker.mode == ray.WORKER_MODE  # a trial of a sweep
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    told = f"--ray {address}" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
+    handler = signal.getsignal(signal.SIGTERM)
     if address and address != "local":
-        ray.init(address=address, **quiet)
+        _joined = True
+        _join(address, told, quiet)
     else:
         cpus = _processors() + SPARE_CPUS
         # Ray warns on stdout of more processes than a few times this, which every run here has.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(8 * cpus))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        where = {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+        ray.init(address="local", num_cpus=cpus, **where, **quiet)
+    # Ray's own handler would end the process without a word.
+    if callable(handler) and signal.getsignal(signal.SIGTERM) is not handler:
+        signal.signal(signal.SIGTERM, handler)
     for name in ("ray", "ray.data"):  # what fails reaches the caller as an exception
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _join(address: str, told: str, options: dict[str, Any]) -> None:
+    """Join the cluster at the address; raises InputError where there is none, or where it refuses."""
+    try:
+        _await(address)
+        ray.init(address=address, runtime_env=_passed_on(), **options)
+    except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
+        why = "; ".join([str(error), *str(error.__cause__ or "").strip().splitlines()[-1:]])
+        raise InputError(
+            f"{told}: no cluster could be joined ({why}). What is right: on a node of the cluster, "
+            "host:port of its head, as `ray start --head` prints it, or 'auto'. A cluster that asks "
+            "for a token takes this run with the same RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from error
+
+
+def _await(address: str) -> None:
+    """Until something listens there. Ray would wait as well, but then end this process."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "/" in host:
+        return
+    if int(port) > 65535:
+        raise ValueError(f"port {port} is above 65535")
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(1)
+
+
+def _passed_on() -> dict[str, dict[str, str]] | None:
+    """Settings that workers on other machines lack. Inside of a job they have the job's."""
+    found = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return {"env_vars": found} if found and not in_job else None
 
 
 def choose_pool(
@@ -63,11 +135,15 @@ def choose_pool(
     """The pool of the options, with defaults from the cluster: an actor a GPU, else one a processor.
 
     Where nothing is asked for, an actor takes one processor, or less on a cluster so small that
-    the readers would have none. Raises InputError if what is asked for leaves them none.
+    the readers would have none. If what is asked for leaves them none, raises InputError where this
+    run started Ray itself, and warns elsewhere, because nodes can come up; likewise of GPUs.
     """
     total = ray.cluster_resources()
     if gpus is None:
         gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
+        if _joined and not gpus:
+            text = "the cluster has no GPU now: the actors take processors. Where nodes with GPUs come "
+            log.warning(text + "up on demand, ask for them: --gpus-per-actor 1 --actors N")
     free = max(0.0, total.get("CPU", 0) - SPARE_CPUS)
     if actors is None:
         fitting = total.get("GPU", 0) / gpus if gpus else free / (cpus or 1.0)
@@ -78,13 +154,38 @@ def choose_pool(
     if cpus is None:
         cpus = min(1.0, int(100 * free / most) / 100)
         if gpus == 0 and actors > max(1.0, free):
-            raise InputError(_too_many(actors, 1.0, free))
+            cpus = 1.0  # what a cluster that grows is asked for
+            refuse(_too_many(actors, cpus, free))
     elif actors * cpus > free:
-        raise InputError(_too_many(actors, cpus, free))
+        refuse(_too_many(actors, cpus, free))
     if gpus and total.get("GPU", 0) < actors * gpus:
-        text = "the cluster has %g GPUs, %d actors want %g each: waiting for nodes to come up"
-        log.warning(text, total.get("GPU", 0), actors, gpus)
+        has = f"the cluster has {total.get('GPU', 0):g} GPUs"
+        refuse(f"--actors {actors} with {gpus:g} GPUs each: {has}")
     return Pool(actors, most, cpus, gpus)
+
+
+def refuse(text: str) -> None:
+    """Raise InputError, or warn on a cluster that was there before this run and may grow."""
+    if not _joined:
+        raise InputError(text)
+    log.warning("%s; unless the cluster grows, this run waits for ever", text)
+
+
+def standing(pool: Pool) -> str:
+    """What the cluster has, and what the pool wants of it."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    has = " and ".join(
+        f"{total.get(key, 0):g} {name} ({free.get(key, 0):g} free)"
+        for key, name in (("CPU", "processors"), ("GPU", "GPUs"))
+    )
+    wants = f"{pool.min_actors} actors want {pool.cpus:g} and {pool.gpus:g} each"
+    return f"{has} on {len([n for n in ray.nodes() if n['Alive']])} nodes; {wants}"
+
+
+def start_here(kind: type) -> Any:
+    """An actor on the driver's node, so that it outlives those of the workers; it takes no processor."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=here).remote()
 
 
 def _too_many(actors: int, cpus: float, free: float) -> str:
@@ -99,6 +200,11 @@ def _processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def resources() -> dict[str, float]:
+    """What the cluster has now."""
+    return ray.cluster_resources()
 
 
 def gpus() -> float:

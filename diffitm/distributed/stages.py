@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,18 +13,18 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import ray
 import ray.data
+from pyarrow.fs import FileSystem
 from ray.data import ActorPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
-from ray.util.annotations import RayDeprecationWarning
 
 from diffitm import storage
+from diffitm.distributed.attempts import Attempts, Bounded
 from diffitm.distributed.progress import Watch, clock
-from diffitm.distributed.session import Pool
+from diffitm.distributed.session import Pool, standing, start_here
 from diffitm.errors import InputError
+from diffitm.resume import mend
 
 log = logging.getLogger("diffitm")
-# A row that kills its worker is tried this often, then the run stops and names the error.
-RETRIES = 3
 FILTER_MEMORY = 128 * 2**20
 
 
@@ -43,23 +42,27 @@ def checkpoint(uri: str, column: str) -> CheckpointConfig:
     return config
 
 
+def read_rows(paths: str | list[str], found: FileSystem) -> ray.data.Dataset:
+    """Parquet files for a repartition: Ray would cut them into blocks so small that it cannot join."""
+    return ray.data.read_parquet(paths, filesystem=found, override_num_blocks=1)
+
+
 def through_actors(
-    blocks: ray.data.Dataset, actor: type, arguments: tuple[Any, ...], pool: Pool
+    blocks: ray.data.Dataset, actor: type, arguments: tuple[Any, ...], pool: Pool, column: str
 ) -> ray.data.Dataset:
-    """The blocks as tables through a pool of actors, each block tried again a few times."""
-    with warnings.catch_warnings():  # Ray 2.60 has no other way yet to bound the retries
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return blocks.map_batches(
-            actor,
-            fn_constructor_args=arguments,
-            compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-            max_restarts=RETRIES,
-            max_task_retries=RETRIES,
-        )
+    """The blocks as tables through a pool of actors; `column` has the id of a row.
+
+    Actors that are lost with their node start again on another, however often.
+    """
+    return blocks.map_batches(
+        Bounded,
+        fn_constructor_args=(actor, arguments, start_here(Attempts), column),
+        compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+    )
 
 
 class Counter:
@@ -104,20 +107,20 @@ def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool)
     if before:
         log.info("%s: going on where it stopped, %s of %s", stage.what, f"{before:,}", total)
     found, folder = storage.filesystem(stage.out)
-    counter = ray.remote(num_cpus=0)(Counter).remote()
-    table = ray.data.read_parquet(stage.inputs, filesystem=found)
-    table.context.enable_progress_bars = False
+    counter = start_here(Counter)
+    table = read_rows(stage.inputs, found)
     folder_of = storage.join(storage.parent(stage.out), "checkpoint")
+    mend(folder_of)
     table.context.checkpoint_config = checkpoint(folder_of, stage.column)
     least = min(pool.min_actors, stage.blocks)
     most = max(least, min(pool.max_actors, stage.blocks))
     blocks = table.repartition(target_num_rows_per_block=stage.rows)
     pool = replace(pool, min_actors=least, max_actors=most)
-    made = through_actors(blocks, actor, (*arguments, pool.device, counter), pool)
+    made = through_actors(blocks, actor, (*arguments, pool.device, counter), pool, stage.column)
     log.info("%s: %s to do", stage.what, f"{stage.total - before:,}")
-    with Watch(counter, _lines(stage, before)):
+    with Watch(counter, _lines(stage, before), standing=lambda: standing(pool)):
         form = {"use_dictionary": False, "compression": "NONE", "row_group_size": stage.together}
-        made.write_parquet(folder, filesystem=found, **form)
+        made.write_parquet(folder, filesystem=found, try_create_dir=False, **form)
     positions = _positions(stage)
     if len(positions) != stage.total or len(np.unique(positions)) != stage.total:
         raise InputError(f"{stage.out} holds {len(positions)} of {total}: delete it, run again")
