@@ -11,7 +11,9 @@ import numpy as np
 from diffitm.metrics.credit import Credit
 from diffitm.metrics.intervals import interval, macro_interval
 
-Unit = Literal["share", "effect size"]
+# Metrics beside the main ones, by how they begin.
+SECONDARY = ("R@5", "macro", "var.", "R@1 as ")
+Unit = Literal["share", "effect size", "number"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffitm import storage
-from diffitm.errors import InputError
+from diffitm.errors import Incomplete, InputError
 from diffitm.prepare import layout
 from diffitm.prepare.images import fetched_ids, read_dead
 from diffitm.prepare.layout import Hub, ImageList, Source
@@ -43,8 +43,8 @@ def write_classes(root: Path) -> bool:
     return True
 
 
-def lacking_images(source: Source, root: Path) -> tuple[list[str], str]:
-    """What the image lists of a data set lack, and a line about them."""
+def lacking_images(source: Source, root: Path) -> tuple[list[str], str, int]:
+    """What the image lists of a data set lack, a line about them, and how many links are dead."""
     for step in source.steps:
         if isinstance(step, ImageList) and (root / step.csv).is_file():
             wanted = dict(layout.image_addresses(step, root))
@@ -54,18 +54,20 @@ def lacking_images(source: Source, root: Path) -> tuple[list[str], str]:
             left = len(wanted) - have - gone
             line = f"{have:,} of {len(wanted):,} images, {gone:,} dead links (svo/dead_links.csv)"
             lack = f"{left:,} images were not fetched yet: run the same command again"
-            return [lack] if left else [], line
-    return [], ""
+            return [lack] if left else [], line, gone
+    return [], "", 0
 
 
 def report(chosen: dict[str, Source], outcomes: list[Outcome], root: Path) -> None:
-    """Print what is there and what is missing. Raises InputError if anything is."""
-    errors = []
+    """Print what is there and what is missing. Raises InputError if anything is that can be had,
+    Incomplete if only images with dead links are."""
+    errors, dead = [], 0
     for name, source in chosen.items():
         try:
-            lacking, line = lacking_images(source, root)
+            lacking, line, gone = lacking_images(source, root)
         except InputError as error:
-            lacking, line = [str(error)], ""
+            lacking, line, gone = [str(error)], "", 0
+        dead += gone
         lacking += layout.missing(source, root)
         names = [
             step.repo if isinstance(step, Hub) else getattr(step, "to", "") for step in source.steps
@@ -83,6 +85,8 @@ def report(chosen: dict[str, Source], outcomes: list[Outcome], root: Path) -> No
             errors.append(f"{name}: {problems[-1 if source.by_hand else 0]}")
     if errors:
         raise InputError("not complete\n" + "\n".join(f"  {error}" for error in errors))
+    if dead:
+        raise Incomplete(f"{dead:,} images have dead links; they are listed in svo/dead_links.csv")
 
 
 def _size(folder: Path) -> int:

@@ -104,12 +104,13 @@ def _bar_series(axes: Any, lines: Sequence[Line], name: str, i: int, width: floa
     at, values, low, high = [], [], [], []
     for y, line in enumerate(lines):
         row = line.cells[name]
-        if row is None or row.value is None or row.low is None or row.high is None:
+        if row is None or row.value is None:
             continue
+        bounds = [row.value if bound is None else bound for bound in (row.low, row.high)]
         at.append(y - 0.4 + (i + 0.5) * width)
         values.append(100 * row.value)
-        low.append(max(0.0, 100 * (row.value - row.low)))
-        high.append(max(0.0, 100 * (row.high - row.value)))
+        low.append(max(0.0, 100 * (row.value - bounds[0])))
+        high.append(max(0.0, 100 * (bounds[1] - row.value)))
     colour, pattern, _ = look(i)
     axes.barh(
         at, values, width * 0.92, color=colour, hatch=pattern, edgecolor="white", lw=0, label=name
@@ -178,7 +179,7 @@ def count_curves(counts: Sequence[Count], chance: float | None, title: str) -> s
             values = [100 * count.value for count in found]
             axes.plot(steps, values, color=colour, marker=marker, ms=3.5, lw=1.2, label=name)
             low, high = [100 * c.low for c in found], [100 * c.high for c in found]
-            axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
+            axes.fill_between(steps, low, high, color=colour, alpha=0.4 / (1 + len(series)), lw=0)
         if chance is not None:
             axes.axhline(100 * chance, color=INK, lw=0.9, ls=":", label="chance")
         axes.set_xscale("log")
@@ -190,6 +191,40 @@ def count_curves(counts: Sequence[Count], chance: float | None, title: str) -> s
         axes.set_ylabel("%")
         axes.set_title(title, fontsize=9)
         axes.legend(frameon=False, fontsize=7)
+    return out[0]
+
+
+def setting_points(
+    points: Sequence[tuple[Any, str, float, bool]], base: float | None, axis: str, title: str
+) -> str:
+    """Accuracy (share) by an option's value, a line a series: (value, series, accuracy, whole); hollow
+    marks are of trainings that were stopped early. `base` is a dotted line."""
+    values = list(dict.fromkeys(point[0] for point in points))
+    numeric = all(isinstance(v, int | float) for v in values)
+    if numeric:
+        values.sort()
+    place = {v: v if numeric else i for i, v in enumerate(values)}
+    with _drawing(*SMALL, title) as (_, axes, out):
+        for i, name in enumerate(dict.fromkeys(point[1] for point in points)):
+            found = sorted((place[v], a, whole) for v, s, a, whole in points if s == name)
+            colour, _, marker = look(i)
+            x, y = [p[0] for p in found], [100 * p[1] for p in found]
+            axes.plot(x, y, color=colour, lw=1.2 if numeric else 0, label=name)
+            filled = [colour if whole else "none" for *_, whole in found]
+            axes.scatter(x, y, s=18, marker=marker, edgecolors=colour, c=filled, zorder=3)
+        if base is not None:
+            axes.axhline(100 * base, color=INK, lw=0.9, ls=":", label="before training")
+        if not numeric:
+            axes.set_xticks(range(len(values)), [str(v) for v in values], rotation=30, ha="right")
+        elif values[0] > 0 and values[-1] / values[0] >= 4:
+            axes.set_xscale("log")
+            axes.set_xticks(values, [f"{v:g}" for v in values])
+            axes.minorticks_off()
+        axes.set_xlabel(axis)
+        axes.set_ylabel("%")
+        axes.set_title(title, fontsize=9)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(frameon=False, fontsize=6)
     return out[0]
 
 
@@ -249,10 +284,11 @@ def share_bars(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
 
 
 def training_curves(logs: dict[str, list[dict[str, float]]]) -> list[str]:
-    """By update, every model in one chart: E+, the contrast and the validation accuracies."""
+    """By update, every model in one chart: loss, E+, the contrast, what validations measured."""
     known = dict.fromkeys(key for lines in logs.values() for line in lines for key in line)
-    names = [n for n in known if n in ("loss", "right", "contrast") or n.startswith("accuracy/")]
     labels = {"right": "error of right pairs (E+)", "contrast": "contrast", "loss": "loss"}
+    labels |= {"reconstruction": "reconstruction of held-out images"}
+    names = [n for n in known if n in labels or n.startswith("accuracy/")]
     drawn = []
     for name in names:
         title = labels.get(name, name.removeprefix("accuracy/"))
@@ -266,6 +302,7 @@ def training_curves(logs: dict[str, list[dict[str, float]]]) -> list[str]:
                     label = model[-LONGEST:]
                     axes.plot(*zip(*points, strict=True), lw=1.2, label=label, **style)
             axes.set_xlabel("update")
+            axes.ticklabel_format(axis="y", useOffset=False)
             axes.set_title(title, fontsize=9)
             axes.legend(frameon=False, fontsize=6)
         drawn.append(out[0])

@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffitm import images, storage
 from diffitm.analysis import Denoising
+from diffitm.metrics.figures import SECONDARY
 from diffitm.report import charts
 from diffitm.report.published import LABEL
 from diffitm.report.table import NOTE, Line, Table
@@ -23,9 +24,8 @@ from diffitm.results import Comparison, Evaluation
 
 SHOWN_FAILURES = 200
 MOST_BARS = 30  # groups in one chart; a table holds all
-THUMBNAIL, SAMPLE = 160, 256  # pixels
-# Metrics that the overview chart leaves to the tables.
-SECONDARY = ("R@5", "macro", "var.", "R@1 as ")
+THUMBNAIL, SAMPLE, WIDEST = 160, 256, 1024  # pixels
+TABLES = ("tests", "speed", "denoising", "reconstruction")
 Cells = dict[str, Any]
 Samples = dict[str, dict[str, list[bytes]]]  # model -> prompt -> PNGs, one a seed
 
@@ -38,12 +38,11 @@ def write_report(
     out: str,
     samples: Samples | None = None,
     logs: dict[str, list[dict[str, float]]] | None = None,
+    pictures: dict[str, bytes] | None = None,
 ) -> str:
     """Write OUT/report.html and return its path. `root` is the data root of the images, `samples` are
-    generated images and `logs` the lines of a training's log, by model."""
-    environment = Environment(
-        loader=PackageLoader("diffitm", "report"), autoescape=True, undefined=StrictUndefined
-    )
+    generated images, `logs` the lines of a training's log and `pictures` PNGs of reconstructions, by
+    model."""
     overview = [
         line
         for line in table.lines
@@ -64,6 +63,8 @@ def write_report(
         "denoising": _denoising(evaluation.denoising),
         "samples": _sample_grid(samples or {}),
         "training": charts.training_curves(logs) if logs else [],
+        "reconstruction": _reconstruction(logs or {}),
+        "pictures": [(n, _embedded(data, WIDEST)) for n, data in (pictures or {}).items()],
         "variance": _variance(table),
         "speed": _speed(evaluation),
         "failures": evaluation.failures,
@@ -71,8 +72,16 @@ def write_report(
         "provenance": json.dumps(provenance, indent=2),
     } | _cases(evaluation, root)
     parts["sections"] = _sections(parts)
+    return write_page("template.html.jinja", parts, out)
+
+
+def write_page(template: str, parts: dict[str, Any], out: str) -> str:
+    """Render OUT/report.html and return its path."""
+    environment = Environment(
+        loader=PackageLoader("diffitm", "report"), autoescape=True, undefined=StrictUndefined
+    )
     path = storage.join(out, "report.html")
-    storage.write_text(path, environment.get_template("template.html.jinja").render(parts))
+    storage.write_text(path, environment.get_template(template).render(parts))
     return path
 
 
@@ -87,6 +96,7 @@ def _sections(parts: dict[str, Any]) -> list[tuple[str, str]]:
         "denoising": ("denoising", "Denoising error"),
         "samples": ("images", "Generated images"),
         "training": ("training", "Training"),
+        "reconstruction": ("reconstruction", "Reconstruction"),
         "variance": ("variance", "Variance"),
         "speed": ("speed", "Cost"),
         "cases": ("examples", "Examples"),
@@ -94,7 +104,7 @@ def _sections(parts: dict[str, Any]) -> list[tuple[str, str]]:
     shown = [
         place
         for key, place in known.items()
-        if (parts[key]["rows"] if key in ("tests", "speed", "denoising") else parts[key])
+        if (parts[key]["rows"] if key in TABLES else parts[key])
     ]
     return [
         ("comparison", "Comparison"),
@@ -163,6 +173,23 @@ def _denoising(lines: Sequence[Denoising]) -> Cells:
     return {"head": head, "texts": 2, "rows": rows}
 
 
+def _reconstruction(logs: dict[str, list[dict[str, float]]]) -> Cells:
+    """What diva.py measured of held-out images: at first, at the end, and without CLIP's tokens."""
+    rows = []
+    for model, lines in logs.items():
+        errors = [line["reconstruction"] for line in lines if "reconstruction" in line]
+        blind = [
+            v for line in lines if (v := line.get("reconstruction_without_tokens")) is not None
+        ]
+        if errors:
+            values = [model, errors[0], errors[-1], blind[0] if blind else None]
+            texts = [model, *("" if v is None else f"{v:.4f}" for v in values[1:])]
+            pairs = zip(texts, values, strict=True)
+            rows.append({"kind": "group", "cells": [{"text": t, "value": v} for t, v in pairs]})
+    head = ["model", "before training", "after training", "without tokens"]
+    return {"head": head, "texts": 1, "rows": rows}
+
+
 def _sample_grid(samples: Samples) -> list[tuple[str, list[tuple[str, list[str]]]]]:
     """Prompt -> model -> images as data URIs."""
     prompts = dict.fromkeys(prompt for found in samples.values() for prompt in found)
@@ -179,12 +206,12 @@ def _sample_grid(samples: Samples) -> list[tuple[str, list[tuple[str, list[str]]
     ]
 
 
-def _embedded(data: bytes) -> str:
+def _embedded(data: bytes, most: int = SAMPLE) -> str:
     """A PNG as a data URI, no larger than it is shown."""
     image = Image.open(io.BytesIO(data))
-    if max(image.size) <= SAMPLE:
+    if max(image.size) <= most:
         return "data:image/png;base64," + base64.b64encode(data).decode()
-    image.thumbnail((SAMPLE, SAMPLE))
+    image.thumbnail((most, most))
     return _jpeg(image)
 
 
@@ -213,7 +240,7 @@ def _groups(table: Table) -> list[tuple[str, str, Cells]]:
 
 
 def _bias(table: Table) -> str:
-    lines = [line for line in table.lines if not line.is_share]
+    lines = [line for line in table.lines if line.unit == "effect size"]
     shown = [n for n in table.columns if any(line.cells[n] is not None for line in lines)]
     return charts.effects(lines, shown, "Effect sizes of social bias") if lines else ""
 

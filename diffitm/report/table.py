@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffitm.metrics.figures import Unit
 from diffitm.report.published import LABEL, TIMESTEPS, published
 from diffitm.results import Evaluation, Row
 from diffitm.tasks.mmbias import PUBLISHED_EFFECT
 
 NAIVE, NORMALISED = "diffusion naive", "diffusion normalised"
+OF_CLIP = ("cosine", "probe")
 NOTE = (
     "= : one image against several texts, where normalising changes no decision. "
     "Ties count their expected value."
@@ -27,8 +29,13 @@ class Line:
     cells: dict[str, Row | None]
 
     @property
+    def unit(self) -> Unit:
+        """That of every cell."""
+        return next((row.unit for row in self.cells.values() if row is not None), "share")
+
+    @property
     def is_share(self) -> bool:
-        return all(row is None or row.unit == "share" for row in self.cells.values())
+        return self.unit == "share"
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,15 @@ class Table:
     def texts(self, line: Line) -> list[str]:
         """A line's cells as text."""
         label = line.task if line.group == "all" else f"{line.task}: {group_label(line.group)}"
-        chance = "" if line.chance is None else number(line.chance, line.is_share)
+        chance = "" if line.chance is None else number(line.chance, line.unit)
         cells = []
         for before, name in zip(["", *self.columns], self.columns, strict=False):
             row, naive = line.cells[name], line.cells.get(before)
             same = row is None and name.endswith("normalised") and naive is not None
             cells.append("=" if same else cell(row, line.n))
         more = [published(line.task, line.metric, line.group)] if self.published else []
-        return [label, line.metric, str(line.n), *cells, chance, *more]
+        count = "" if line.unit == "number" and not line.n else str(line.n)
+        return [label, line.metric, count, *cells, chance, *more]
 
 
 def make_table(
@@ -79,18 +87,22 @@ def make_table(
         first = next(iter(rows.values()))
         if group != "all" and first.n == whole.get((task, metric)):
             continue  # a breakdown into one group says nothing new
-        cells = {title: rows.get((model, score)) for title, model, score in titles}
+        known = {
+            (m, "cosine" if score in OF_CLIP else score): row for (m, score), row in rows.items()
+        }
+        cells = {title: known.get((model, score)) for title, model, score in titles}
         lines.append(Line(task, group, metric, first.n, first.chance, cells))
-    steps = {row.timesteps for row in evaluation.rows if row.score != "cosine"}
-    protocols = {row.protocol for row in evaluation.rows if row.score != "cosine"}
+    diffusion = [row for row in evaluation.rows if row.score not in OF_CLIP]
+    steps = {row.timesteps for row in diffusion}
+    protocols = {row.protocol for row in diffusion}
     comparable = steps == {TIMESTEPS} and protocols == {"diffusionitm"}
     return Table([title for title, _, _ in titles], lines, real_data and comparable)
 
 
 def columns(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """(title, model, score) of every column: two a diffusion model, one a CLIP."""
-    models = list(dict.fromkeys(row.model for row in evaluation.rows if row.score != "cosine"))
-    clips = list(dict.fromkeys(row.model for row in evaluation.rows if row.score == "cosine"))
+    models = list(dict.fromkeys(row.model for row in evaluation.rows if row.score not in OF_CLIP))
+    clips = list(dict.fromkeys(row.model for row in evaluation.rows if row.score in OF_CLIP))
     out = []
     for model in models:
         name = "" if len(models) == 1 else f"{model}: "
@@ -109,9 +121,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def number(value: float, share: bool = True) -> str:
-    """A share in percent, an effect size with its sign."""
-    return percent(value) if share else f"{value:+.2f}"
+def number(value: float, unit: Unit = "share") -> str:
+    """A share in percent, an effect size with its sign, a number as it is."""
+    if unit == "number":
+        return f"{value:.4g}"
+    return percent(value) if unit == "share" else f"{value:+.2f}"
 
 
 def cell(row: Row | None, n: int) -> str:
@@ -121,10 +135,9 @@ def cell(row: Row | None, n: int) -> str:
     """
     if row is None or row.value is None:
         return "-"
-    share = row.unit == "share"
-    text = number(row.value, share)
+    text = number(row.value, row.unit)
     if row.low is not None and row.high is not None:
-        text += f" [{number(row.low, share)}, {number(row.high, share)}]"
+        text += f" [{number(row.low, row.unit)}, {number(row.high, row.unit)}]"
     if row.p is not None:
         text += f" {p_text(row.p)}"
     return text + (f" (n={row.n})" if row.n != n else "")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from diffitm.check import State
-from diffitm.report.table import NOTE, Table, group_label, p_text
+from diffitm.report.table import NOTE, OF_CLIP, Table, group_label, p_text
 from diffitm.results import Comparison, Evaluation
+from diffitm.summary import Summary
 
 WIDTH = 160
+SUMMARY = (
+    *("model", "pairs", "forwards", "time", "forwards/s", "of an actor", "in U-Net", "waiting"),
+    *("retries", "failures", "GPU memory", "batch"),
+)
 MOST_GROUPS = 12  # a task with more is broken down in the report alone
 
 
@@ -22,7 +28,7 @@ def print_results(evaluation: Evaluation, table: Table) -> None:
     if not evaluation.rows:
         console.print("no example could be scored; see failures.json")
         return
-    used = {(r.protocol, r.timesteps) for r in evaluation.rows if r.score != "cosine"}
+    used = {(r.protocol, r.timesteps) for r in evaluation.rows if r.score not in OF_CLIP}
     same = [f"; {protocol}, {steps} timesteps" for protocol, steps in used if len(used) == 1]
     title = "".join(["Accuracy in % [95% interval]", *same])
     shown = RichTable(title=title, box=box.SIMPLE_HEAD, title_justify="left")
@@ -52,8 +58,8 @@ def _print_tests(console: Console, comparisons: list[Comparison]) -> None:
     if not comparisons:
         return
     shown = RichTable(
-        title="Paired tests, in points (p two-sided, not corrected for their number; all of them in "
-        "the report)",
+        title="Paired tests, first less second, in points (p two-sided, not corrected for their "
+        "number; all of them in the report)",
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )
@@ -72,6 +78,36 @@ def comparison_texts(test: Comparison) -> list[str]:
     points = f"{100 * test.difference:+.1f} [{100 * test.low:+.1f}, {100 * test.high:+.1f}]"
     p = f"{p_text(test.p)}, {test.test}"
     return [test.task, test.metric, first, second, points, p, str(test.n)]
+
+
+def print_summary(lines: Sequence[Summary]) -> None:
+    """Print what each model's scoring did and cost; the last line is the total."""
+    console = Console(width=WIDTH, highlight=False, markup=False)
+    if not lines[-1].pairs:
+        console.print("summary: nothing needed scoring")
+        return
+    shown = RichTable(title="This run's scoring", box=box.SIMPLE_HEAD, title_justify="left")
+    for i, name in enumerate(SUMMARY):
+        shown.add_column(name, justify="right" if i else "left")
+    for line in lines if len(lines) > 2 else lines[:1]:  # one model is the total
+        shown.add_row(*_summary_texts(line))
+    console.print(shown)
+
+
+def _summary_texts(line: Summary) -> list[str]:
+    rates = (line.forwards_per_second, line.forwards_per_second_of_an_actor)
+    shares = (line.unet_share, line.waiting_share)
+    gigabytes = f"{line.gpu_memory_bytes / 1e9:.1f} GB" if line.gpu_memory_bytes else "-"
+    return [
+        line.model,
+        *(f"{count:,}" for count in (line.pairs, line.forwards)),
+        f"{line.seconds:,.0f} s",
+        *("-" if rate is None else f"{rate:,.1f}" for rate in rates),
+        *("-" if share is None else f"{share:.0%}" for share in shares),
+        *(f"{count:,}" for count in (line.retries, line.failures)),
+        gigabytes,
+        str(line.batch_size or "-"),
+    ]
 
 
 def print_state(state: State) -> None:
