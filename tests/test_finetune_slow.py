@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -19,57 +15,18 @@ from diffitm.models.lora import merge_lora, read_lora
 from diffitm.models.stable_diffusion import StableDiffusion
 from tests import pipeline
 from tests.pipeline import ROOT, kill
+from tests.training import losses, norm, wait_for
 
 pytestmark = pytest.mark.slow
 SHAPES = ROOT / "diffitm" / "shapes" / "weights" / "diffusion"
 SMALL = (
-    *("--model", "shapes", "--data", "shapes", "--scenes", 30, "--steps", 50, "--batch-size", 4),
-    *("--effective-batch", 8, "--log-every", 1, "--checkpoint-every", 10, "--lr", "1e-3"),
+    *("--model", "shapes", "--data", "shapes", "--scenes", 30, "--steps", 50, "--batch-size", 2),
+    *("--effective-batch", 4, "--log-every", 1, "--checkpoint-every", 10, "--lr", "1e-3"),
     *("--validate-every", 25, "--validation-examples", 10, "--validation-timesteps", 2),
 )
 
 run = functools.partial(pipeline.run, script="finetune")
 start = functools.partial(pipeline.start, script="finetune")
-
-
-def wait_for(out: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until there is a checkpoint."""
-    end = time.monotonic() + 300
-    while not list(out.glob("train/*/checkpoint_*")):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.2)
-
-
-def parents() -> dict[int, int]:
-    """Process -> its parent."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            found[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    return found
-
-
-def training_worker(driver: int) -> int:
-    """The process of Ray Train's worker below the driver."""
-    known = parents()
-    for process in known:
-        above, name = process, ""
-        while above in known and above != driver:
-            above = known[above]
-        try:
-            name = Path(f"/proc/{process}/cmdline").read_text()
-        except OSError:
-            continue
-        if above == driver and "RayTrainWorker" in name:
-            return process
-    raise AssertionError("no training worker was found")
-
-
-def losses(out: Path) -> list[float]:
-    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def assert_same(out: Path, undisturbed: Path) -> None:
@@ -80,9 +37,7 @@ def assert_same(out: Path, undisturbed: Path) -> None:
         for folder in (out, undisturbed)
     )
     assert found.keys() == expected.keys()
-    wrong = sum(float((found[k] - expected[k]).norm() ** 2) for k in expected) ** 0.5
-    norm = sum(float(v.norm() ** 2) for v in expected.values()) ** 0.5
-    assert wrong < 1e-4 * norm
+    assert norm({k: found[k] - expected[k] for k in expected}) < 1e-4 * norm(expected)
 
 
 @pytest.fixture(scope="module")
@@ -154,16 +109,6 @@ def test_preempted_node(undisturbed: Path, tmp_path: Path) -> None:
     assert_same(out, undisturbed)
 
 
-def test_killed_worker(undisturbed: Path, tmp_path: Path) -> None:
-    """Ray Train replaces it; it goes on from the checkpoint."""
-    out = tmp_path / "out"
-    process = start(*SMALL, "--out", out, log=tmp_path / "log")
-    wait_for(out, process)
-    os.kill(training_worker(process.pid), signal.SIGKILL)
-    assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
-    assert_same(out, undisturbed)
-
-
 def test_killed_driver(undisturbed: Path, tmp_path: Path) -> None:
     """The same command goes on."""
     out = tmp_path / "out"
@@ -189,17 +134,19 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cached", [[], ["--cache-latents"]])
 def test_unreadable_images_cost_their_own_examples(tmp_path: Path, cached: list[str]) -> None:
     out = tmp_path / "out"
-    options = (*SMALL, "--out", out, "--validate-every", 0, "--steps", 12, *cached)
+    options = (*SMALL, "--out", out, "--validate-every", 0, "--steps", 16, *cached)
     from diffitm.shapes.training import VERSION, write_training
 
     drawn = tmp_path / "work" / f"shapes-training-30-v{VERSION}"
     write_training(str(drawn), 30)
     for number in (3, 11):
         (drawn / "coco" / "train" / f"{number}.jpg").write_bytes(b"no image")
-    done = run(*options)
-    assert "images could not be read" in done.stderr
+    done = run(*options, code=3)
+    assert "could not be read; they are listed in" in done.stderr
+    again = run(*options, code=3)
+    assert "holds this run already" in again.stderr
     assert len(json.loads((out / "failures.json").read_text())) >= 1
-    assert len(losses(out)) == 12
+    assert len(losses(out)) == 16
 
 
 def test_averaged_weights_are_the_result(tmp_path: Path) -> None:

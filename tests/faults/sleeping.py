@@ -1,0 +1,108 @@
+"""A model that is a fixed sleep a pair, and what its actors write down of their time.
+
+It imports no torch, so that 64 actors fit on a small machine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffitm.schema import Example, Work
+
+
+class Block(NamedTuple):
+    """Some pairs that an actor scored between two times, in seconds since the epoch."""
+
+    start: float
+    end: float
+    pairs: int
+
+
+class Actor(NamedTuple):
+    """When an actor had its model, and the blocks it did."""
+
+    up: float
+    blocks: list[Block]
+
+
+@dataclass(frozen=True)
+class SleepSpec:
+    """Actors write to files below `trace`; a pair takes `seconds` and has errors of `timesteps`."""
+
+    trace: str
+    seconds: float = 0.05
+    timesteps: int = 0
+
+    @property
+    def cost(self) -> int:
+        return max(1, self.timesteps)
+
+    def store_config(self) -> dict[str, Any]:
+        kind = "diffusion" if self.timesteps else "clip"
+        return {"kind": kind, "seconds": self.seconds, "timesteps": self.timesteps}
+
+    def build(self, device: str) -> Sleeper:
+        return Sleeper(self)
+
+
+class Sleeper:
+    """Sleeps for every pair; its score is a function of the pair."""
+
+    def __init__(self, spec: SleepSpec) -> None:
+        self.spec, self.cost = spec, spec.cost
+        self.file = Path(spec.trace, f"{os.getpid()}-{time.time_ns()}")
+        self.file.write_text(f"{time.time()}\n")
+
+    def measure_rate(self) -> float:
+        return self.cost / self.spec.seconds if self.spec.seconds else 0.0
+
+    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+        start = time.time()
+        lines = [self._one(row, text) for row in rows for text in row.texts]
+        with self.file.open("a") as file:
+            file.write(f"{start} {time.time()} {len(lines)}\n")
+        return lines
+
+    def _one(self, row: Work, text: str) -> dict[str, Any]:
+        time.sleep(self.spec.seconds)
+        line = {"row": row.row, "image": row.image, "text": text, "failure": None}
+        value = similarity(row.image, text)
+        if not self.spec.timesteps:
+            return {**line, "similarity": value}
+        values = np.full(self.spec.timesteps, value, np.float32)
+        return {
+            **line,
+            "timesteps": np.arange(len(values)),
+            "l2": values,
+            "l1": values,
+            "huber": values,
+        }
+
+
+def similarity(image: str, text: str) -> float:
+    """The score of a pair, a small whole number."""
+    return float(sum(map(ord, image + text)))
+
+
+def examples(pairs: int, texts_each: int = 5) -> Iterator[Example]:
+    """One image with so many captions each."""
+    for number in range(pairs // texts_each):
+        texts = tuple(f"caption {k} of image {number}" for k in range(texts_each))
+        yield Example(f"{number}", (f"images/{number:07d}.jpg",), texts, "text")
+
+
+def read_trace(folder: Path) -> list[Actor]:
+    """What each actor did, in order."""
+    actors = []
+    for path in folder.iterdir():
+        up, *lines = path.read_text().splitlines()
+        parts = [line.split() for line in lines]
+        actors.append(Actor(float(up), [Block(float(s), float(e), int(n)) for s, e, n in parts]))
+    return actors

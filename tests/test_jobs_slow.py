@@ -1,0 +1,121 @@
+"""`ray job submit` with runtime_env.yaml, on a cluster of its own on loopback."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from ray.job_submission import JobDetails, JobSubmissionClient
+
+from tests import pipeline
+
+pytestmark = pytest.mark.slow
+
+BIN = Path(sys.executable).parent
+SMALL = ("--model", "shapes", "--data", "shapes", "--scenes", "10", "--timesteps", "2")
+# What driver and worker import, and what the upload left out.
+WHERE = """
+import os, ray, diffitm
+ray.init()
+worker = ray.remote(lambda: __import__("diffitm").__file__).remote()
+print("DRIVER", diffitm.__file__)
+print("WORKER", ray.get(worker))
+print("FOUND", [name for name in ("tests", "docs", "pipelines") if os.path.exists(name)])
+"""
+
+
+class Cluster(NamedTuple):
+    address: str
+    env: dict[str, str]
+    client: JobSubmissionClient
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head as `ray start` gives it, beside any other Ray of the machine; ends with its process."""
+    folder = tempfile.mkdtemp(prefix="ray")  # short, because sockets lie below it
+    token = secrets.token_hex(32)
+    env = pipeline.environment(
+        PATH=f"{BIN}:/usr/bin:/bin", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token
+    )
+    gcs, dashboard, agent = free_ports(3)
+    start = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
+    start += ["--port", str(gcs), "--dashboard-host", "127.0.0.1", "--num-cpus", "3"]
+    start += ["--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent)]
+    start += ["--temp-dir", folder, "--disable-usage-stats"]
+    with open(Path(folder) / "start.log", "w+") as log:
+        head = subprocess.Popen(start, stdout=log, stderr=log, env=env)
+        address = f"http://127.0.0.1:{dashboard}"
+        try:
+            client = wait_for(address, token, head, Path(log.name))
+            yield Cluster(address, env, client)
+        finally:
+            head.terminate()
+            head.wait(60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(
+    address: str, token: str, head: subprocess.Popen[bytes], log: Path
+) -> JobSubmissionClient:
+    """The client, once the head answers and an agent can take jobs."""
+    deadline = time.monotonic() + 180
+    while True:
+        assert head.poll() is None, log.read_text()
+        try:
+            client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
+            client.list_jobs()
+            return client
+        except (ConnectionError, RuntimeError):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(1)
+
+
+def submit(cluster: Cluster, name: str, *entrypoint: str) -> tuple[int, JobDetails, str]:
+    """As the docs say; the command's exit code, the job's details and its log."""
+    command = [str(BIN / "ray"), "job", "submit", "--address", cluster.address]
+    command += ["--submission-id", name, "--runtime-env", "runtime_env.yaml"]
+    command += ["--working-dir", ".", "--", *entrypoint]
+    done = subprocess.run(
+        command, cwd=pipeline.ROOT, env=cluster.env, capture_output=True, text=True, timeout=400
+    )
+    return done.returncode, cluster.client.get_job_info(name), cluster.client.get_job_logs(name)
+
+
+def test_exit_codes_and_results(cluster: Cluster, tmp_path: Path) -> None:
+    """0 for a finished run; bad input is 2 in the job's details, where the command has 1."""
+    run = ("python", "pipelines/gdbench.py", *SMALL, "--out", str(tmp_path / "out"), "--tasks")
+    code, details, log = submit(cluster, "good", *run, "winoground")
+    assert (code, details.driver_exit_code) == (0, 0), log
+    assert {row["task"] for row in pipeline.rows(tmp_path / "out")} == {"winoground"}
+    assert details.runtime_env["env_vars"]["PYTHONUNBUFFERED"] == "1"
+    code, details, log = submit(cluster, "bad", *run, "winogrund")
+    assert (code, details.driver_exit_code) == (1, 2), log
+    assert "winogrund" in log
+
+
+def test_driver_and_workers_run_the_uploaded_checkout(cluster: Cluster) -> None:
+    """Not the nodes' installed package; what runtime_env.yaml excludes stays behind."""
+    code, _, log = submit(cluster, "where", "python", "-c", WHERE)
+    assert code == 0, log
+    lines = dict(line.split(" ", 1) for line in log.splitlines() if line[:6].isupper())
+    uploaded = "/runtime_resources/working_dir_files/"
+    assert uploaded in lines["DRIVER"] and uploaded in lines["WORKER"], log
+    assert lines["FOUND"] == "['pipelines']"
