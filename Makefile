@@ -1,19 +1,24 @@
-# make demo: the embedded example; make test, make test-slow: the tests. Each installs what it needs.
+# make demo, make sweep-demo: the embedded examples; make test, make test-slow: the tests. Each installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo sweep-demo test test-slow lint clean
 
 demo: $(READY)
 	$(BIN)/python pipelines/gdbench.py --model shapes --clip shapes --data shapes --out out/demo
+
+sweep-demo: $(READY)
+	$(BIN)/python pipelines/sweep.py timesteps --config pipelines/sweeps/timesteps.yaml out=out/sweeps/timesteps
+	$(BIN)/python pipelines/sweep.py lambda --config pipelines/sweeps/lambda.yaml out=out/sweeps/lambda
+	$(BIN)/python pipelines/sweep.py recap-density --config pipelines/sweeps/recap-density.yaml out=out/sweeps/recap-density
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --durations=20
 
 lint: $(READY)
 	$(BIN)/ruff check .
