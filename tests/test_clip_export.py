@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load, save_file
 from timm.models import VisionTransformer
@@ -29,8 +32,13 @@ from transformers import (
 
 from diffitm import storage
 from diffitm.errors import InputError
-from diffitm.models.clip import ClipSource, load_clip, resolve_clip
-from diffitm.models.export import stock_name, write_open_clip, write_transformers
+from diffitm.models.clip import ClipSource, _preprocessing, load_clip, resolve_clip
+from diffitm.models.export import (
+    stock_name,
+    stock_preprocessing,
+    write_open_clip,
+    write_transformers,
+)
 from diffitm.models.load import SHAPES, content_digest
 from tests import tiny_clip
 
@@ -159,6 +167,34 @@ def test_every_published_tag_has_a_stock_name() -> None:
         source = resolve_clip(f"{model}:{tag}")
         config = open_clip.get_model_config(stock_name(source))
         assert bool(config.get("quick_gelu")) >= source.quick_gelu
+
+
+def test_a_weights_file_is_preprocessed_as_what_is_published(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """SigLIP's own constants; a warning where the published weights have several."""
+    siglip = ClipSource("x", "ViT-SO400M-14-SigLIP", "x.pt", "")
+    half = (0.5, 0.5, 0.5)
+    given = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "squash"}
+    assert _preprocessing(siglip) == {f"image_{key}": value for key, value in given.items()}
+    assert _preprocessing(replace(siglip, pretrained="webli")) == {}
+    assert caplog.text == ""
+    found = _preprocessing(ClipSource("mine.pt", "ViT-L-14", "mine.pt", ""))
+    assert found.keys() == {"image_interpolation", "image_resize_mode"}
+    assert "--clip mine.pt: mean differs among the published weights of ViT-L-14" in caplog.text
+
+
+def test_weights_alone_need_their_preprocessing(tmp_path: Path, named: dict[str, Any]) -> None:
+    model = tiny_clip.build(named["tiny-clip"], **tiny_clip.HALF)
+    file, image = weights_of(named["tiny-clip"], tmp_path), picture(50, 40)
+    wanted = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), False)
+    arguments = stock_preprocessing(model)
+    assert arguments["image_resize_mode"] == "squash" and arguments["image_mean"] == (0.5,) * 3
+    make = partial(open_clip.create_model_from_pretrained, "tiny-clip", str(file))
+    assert torch.equal(make(**arguments)[1](image), wanted(image))
+    assert not torch.equal(make()[1](image), wanted(image))
+    plain = tiny_clip.build(named["tiny-clip"])
+    assert stock_preprocessing(plain) == {}
 
 
 def test_a_tokenizer_from_elsewhere_is_written(tmp_path: Path, named: dict[str, Any]) -> None:

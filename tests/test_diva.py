@@ -22,12 +22,12 @@ from diffitm.models.denoiser import Denoiser
 from diffitm.models.load import load_denoiser, resolve
 from diffitm.models.visual import find_tower, image_side, patch_features, patch_grid, visual_tokens
 from diffitm.training.diva import Diva, load_tower
-from diffitm.training.diva_options import Config, find_problems
+from diffitm.training.diva_options import Config, find_problems, micro_batch
 from diffitm.training.pictures import row_of_pictures, write_pictures
 from diffitm.training.recap import parse_recap
-from diffitm.training.result import open_run
+from diffitm.training.result import open_run, refusable
 from diffitm.training.tune import Posterior
-from tests import tiny_clip
+from tests import tiny, tiny_clip
 from tests.tiny import write_dit, write_sd, write_sdxl
 
 RECAPS = ("class-only", "random:0.5", "random:0.5:replaced", "pool:3", "all")
@@ -186,8 +186,9 @@ def test_checkpointing_changes_no_gradient(folder: Path) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
 @pytest.mark.parametrize("kind", ["vit", "siglip"])
-def test_a_checkpoint_for_another_image_size(tmp_path: Path, kind: str) -> None:
+def test_a_checkpoint_for_another_image_size(tmp_path: Path, kind: str, ending: str) -> None:
     """open_clip would stretch the positions of its own ViT without a word."""
     config = tiny_clip.vit_config() if kind == "vit" else tiny_clip.siglip_config()
     written = tiny_clip.write(tmp_path / "clip", config)
@@ -199,6 +200,9 @@ def test_a_checkpoint_for_another_image_size(tmp_path: Path, kind: str) -> None:
     fewer = 3 * 3 + (kind == "vit")  # patches, and a class token
     weights[name] = weights[name].narrow(axis, 0, fewer).clone()
     save_file(weights, file)
+    if ending == ".bin":
+        file.unlink()
+        torch.save(weights, written / "open_clip_pytorch_model.bin")
     with pytest.raises(InputError, match=r"(?s)they are for another image size|size mismatch"):
         load_clip(resolve_clip(str(written)))
 
@@ -254,6 +258,30 @@ def test_a_checkpoint_of_another_width(tmp_path: Path) -> None:
         load_clip(resolve_clip(str(written)))
 
 
+def test_images_that_are_no_squares(tmp_path: Path) -> None:
+    """open_clip takes a side, or a list of two from JSON."""
+    config = tiny_clip.vit_config()
+    for sides in ([32, 32], [32, 40]):
+        config["vision_cfg"]["image_size"] = sides
+        folder = tiny_clip.write(tmp_path / str(sides[1]), config)
+        tower = find_tower(load_clip(resolve_clip(str(folder))).model, "x")
+        if sides == [32, 32]:
+            assert image_side(tower) == 32
+            continue
+        with pytest.raises(InputError, match="images of 32 x 40 pixels, not squares"):
+            image_side(tower)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_network_for_other_texts(tmp_path: Path, kind: str) -> None:
+    folder = TEACHERS[kind](tmp_path)
+    width = 40 if kind == "sd" else 48
+    more = {} if kind == "sd" else tiny.SDXL_ADDED
+    tiny.unet(cross_attention_dim=width, **more).save_pretrained(folder / "unet")
+    with pytest.raises(InputError, match=rf"its U-Net takes {width}: parts of two models"):
+        load_denoiser(resolve(str(folder)))
+
+
 def test_pictures(teacher: Denoiser, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -280,7 +308,7 @@ GIVEN = Config(clip="shapes", teacher="shapes", data="shapes")
         ({"crop_scale": 0.0}, "--crop-scale 0"),
         ({"crop_scale": 1.5}, "--crop-scale 1.5"),
         ({"cache_latents": True}, "add --crop-scale 1"),
-        ({"effective_batch": 24}, "must be a multiple of --batch-size x --workers = 16"),
+        ({"workers": 5}, "--effective-batch 32: must be a multiple of --workers = 5"),
         ({"steps": 10, "epochs": 3.0}, "--epochs 3: --steps 10 decides"),
         ({"held_out": -1}, "--held-out -1"),
         ({"lr": 0.0}, "--lr 0"),
@@ -292,6 +320,44 @@ def test_problems(changed: dict[str, Any], problem: str) -> None:
     assert problem in found
 
 
+@pytest.mark.parametrize(
+    ("workers", "effective", "most", "size"),
+    [(1, 32, 16, 16), (8, 32, 16, 4), (2, 40, 16, 10), (1, 7, 3, 1)],
+)
+def test_micro_batches(workers: int, effective: int, most: int, size: int) -> None:
+    """Any number of workers that divides the update will do."""
+    config = replace(GIVEN, workers=workers, effective_batch=effective, batch_size=most)
+    assert find_problems(config) == []
+    assert micro_batch(config) == size
+
+
+OPENAI, META = ("openai", "tokens"), ("metaclip_fullcc", "mean")
+WEBLI, DFN = ("webli", "mean"), ("dfn5b", "mean")
+PUBLISHED = {  # of the paper and its code: model, (weights, how the text is added), recap
+    "openai-224": ("ViT-L-14-quickgelu", OPENAI, "random:0.3:replaced"),
+    "openai-336": ("ViT-L-14-336-quickgelu", OPENAI, "random:0.132:replaced"),
+    "metaclip-l": ("ViT-L-14-quickgelu", META, "all"),
+    "metaclip-h": ("ViT-H-14-quickgelu", META, "all"),
+    "siglip-224": ("ViT-SO400M-14-SigLIP", WEBLI, "pool:6"),
+    "siglip-384": ("ViT-SO400M-14-SigLIP-384", WEBLI, "pool:10"),
+    "dfn-224": ("ViT-H-14-quickgelu", DFN, "all"),
+    "dfn-378": ("ViT-H-14-378-quickgelu", DFN, "random:0.5:replaced"),
+}
+
+
+def test_presets_hold_what_was_published() -> None:
+    assert Config.PRESETS.keys() == {"shapes", *PUBLISHED}
+    for name, (model, (tag, add), recap) in PUBLISHED.items():
+        config = parse(Config, ["--preset", name, "--data", "x"])
+        assert (config.clip, config.add_prompt, config.recap) == (f"{model}:{tag}", add, recap)
+        assert config.teacher == "stabilityai/stable-diffusion-2-1-base"
+        assert (config.prompt, config.crop_scale) == ("a photo of a .", 0.9)
+        assert (config.optimizer, config.lr, config.lr_schedule) == ("sgd", 1e-4, "cosine")
+        assert (config.steps, config.warmup_steps, config.clip_norm) == (4600, 23, 1.0)
+        assert (config.effective_batch, config.batch_size) == (640, 16)
+        assert (config.repeats, config.repeats_reduce) == (2, "published")
+
+
 def test_presets_are_plain_parameters() -> None:
     """Each a set of options that the command line can give, too."""
     for name, values in Config.PRESETS.items():
@@ -301,6 +367,27 @@ def test_presets_are_plain_parameters() -> None:
         assert find_problems(config) == []
         model, _, tag = config.clip.partition(":")
         assert name == "shapes" or tag in open_clip.list_pretrained_tags_by_model(model), name
+
+
+def test_a_refused_run_leaves_its_folder_to_others(tmp_path: Path) -> None:
+    """But not once it has a checkpoint."""
+    out = str(tmp_path)
+
+    def refused(settings: dict[str, Any]) -> None:
+        open_run(out, settings)
+        with refusable(out):
+            raise InputError("the recap does not fit")
+
+    for recap in ("a", "b"):
+        with pytest.raises(InputError, match="the recap does not fit"):
+            refused({"pipeline": "diva.py", "recap": recap})
+    state = tmp_path / "train" / "name" / "checkpoint_1" / "state.pt"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    with pytest.raises(InputError, match="the recap does not fit"):
+        refused({"pipeline": "diva.py", "recap": "b"})
+    with pytest.raises(InputError, match=r"other settings \(recap was 'b' and is 'c'\)"):
+        refused({"pipeline": "diva.py", "recap": "c"})
 
 
 def test_a_folder_of_another_pipeline(tmp_path: Path) -> None:

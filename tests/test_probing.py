@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffitm.distributed.probing import Probe, add_probes, measure
+from diffitm.distributed.probing import Probe, add_probes, find_probes, measure
 from diffitm.models.clip import resolve_clip
 from diffitm.probes.segmentation import SegmentationResult
 from diffitm.report.html import write_report
@@ -50,6 +50,21 @@ def evaluation(out: Path) -> Evaluation:
     files = {"CLIP a": [write(out, "a.json", "a", 4)], "CLIP b": [write(out, "b.json", "b", 9)]}
     add_probes(found, str(out), files)
     return found
+
+
+@pytest.mark.parametrize("place", ["{folder}/myeval.py:run", "myeval:run"])
+def test_a_changed_function_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Whether it is given as a file or as a module."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file, states = tmp_path / "myeval.py", []
+    for value in (1, 2):
+        file.write_text(f"def run(name, folder):\n    return {{'x': {value}}}\n")
+        hook = place.format(folder=tmp_path)
+        (found,) = find_probes(None, 10, [], "", hook, str(tmp_path))
+        states.append(found.state)
+    assert None not in states and len(set(states)) == 2
 
 
 def test_rows_and_paired_tests(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from diffitm.errors import InputError
 from diffitm.training.pool import Paths, in_folder, in_parquet, in_shard, split
 from diffitm.training.rows import Row
 from diffitm.training.views import Views, Whole, random_box
+from diffitm.training.webdataset import read_shards
 from tests.tiny import write_image
 
 
@@ -141,6 +142,17 @@ def test_images_of_a_shard(tmp_path: Path) -> None:
     assert image.size == (30, 20)
     with pytest.raises(ValueError, match="not an image"):
         images.load(str(tmp_path), found[1])
+
+
+def test_captions_that_are_no_text_cost_images_nothing(tmp_path: Path) -> None:
+    """Rows with captions name the member instead."""
+    shard = tmp_path / "0.tar"
+    members = {"0.png": png(0), "0.txt": "caf\u00e9".encode("latin-1"), "1.png": png(1)}
+    write_shard(shard, members)
+    found, failure = in_shard(str(shard))
+    assert (len(found), failure) == (2, None)
+    with pytest.raises(InputError, match=r"0\.tar: 0\.txt is not UTF-8: .* at byte 3"):
+        read_shards(str(shard))
 
 
 def test_a_shard_that_breaks_off_gives_what_comes_before(tmp_path: Path) -> None:

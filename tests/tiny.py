@@ -38,6 +38,13 @@ POOLED = 24
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
+SDXL_ADDED = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + POOLED,
+}
+
+
 def unet(**other: Any) -> UNet2DConditionModel:
     """A U-Net for latents [4, 8, 8] with one attention block on each level."""
     options: dict[str, Any] = dict(
@@ -119,9 +126,7 @@ def write_sdxl(folder: Path, seed: int = 0, zeros: bool = True) -> Path:
             tokenizer_2=tokenizers[1],
             unet=unet(
                 cross_attention_dim=2 * WIDTH,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=6 * 8 + POOLED,
+                **SDXL_ADDED,
             ),
             scheduler=EulerDiscreteScheduler(**BETAS),
             force_zeros_for_empty_prompt=zeros,

@@ -15,16 +15,21 @@ from safetensors.torch import load_file, save
 from transformers.utils.logging import disable_progress_bar
 
 from diffitm import storage
-from diffitm.distributed.fit import Workers, fit, settings_of
+from diffitm.distributed.fit import Workers, fit, settings_of, share
 from diffitm.distributed.monitor import Line
 from diffitm.errors import InputError
 from diffitm.models.clip import ClipSource, load_clip, resolve_clip
-from diffitm.models.export import stock_name, write_open_clip, write_transformers
+from diffitm.models.export import (
+    stock_name,
+    stock_preprocessing,
+    write_open_clip,
+    write_transformers,
+)
 from diffitm.models.load import Source, resolve
 from diffitm.provenance import fingerprint, record
 from diffitm.tasks.find import find_task
 from diffitm.training.diva import PROJECTION, load_tower
-from diffitm.training.diva_options import Config, find_problems
+from diffitm.training.diva_options import Config, find_problems, micro_batch
 from diffitm.training.job import DivaJob, Validation
 from diffitm.training.pool import Paths, in_folder, in_parquet, in_shard, split
 from diffitm.training.recap import parse_recap
@@ -33,6 +38,7 @@ from diffitm.training.result import (
     WEIGHTS,
     check_complete,
     open_run,
+    refusable,
     write_log,
     write_note,
 )
@@ -60,20 +66,25 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
         log.info("%s holds this run already; give another --out to train again", out)
         check_complete(out)
         return
-    if config.cache_latents:
-        job = cached(job, out)
     curves = Curves(config.track, storage.public(out), known.key, settings, listen)
     workers = Workers(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, config.retries
     )
     name = fingerprint(settings)[:12]
-    result, unread = fit(LOOP, job, workers, name, curves, out, _describe)
+    with refusable(out):
+        if config.cache_latents:
+            from diffitm.distributed import session
+
+            cpus, gpus = share(workers)
+            session.ask(cpus, gpus, _try, job, "cuda" if gpus else "cpu")
+            job = cached(job, out)
+        result, unread = fit(LOOP, job, workers, name, curves, out, _describe)
     lost |= unread
     with result.checkpoint.as_directory() as folder:
-        reason = _write_clip(Path(folder), job.tower, out)
+        reason, preprocessing = _write_clip(Path(folder), job.tower, out)
         progress = write_log(Path(folder), record(asdict(config)), lost, out)
     write_note(out, settings, replace(known, done=True))
-    _tell(config, job.tower, out, reason, progress["history"])
+    _tell(config, job.tower, out, reason, preprocessing, progress["history"])
     check_complete(out)
 
 
@@ -204,6 +215,7 @@ def _job(
         raise InputError(
             f"--projection-steps {config.projection_steps}: leaves CLIP none of the {steps} updates"
         )
+    size = micro_batch(config)
     on_gpu = gpus > 0 if config.gpus_per_worker is None else config.gpus_per_worker > 0
     return DivaJob(
         source=teacher,
@@ -212,8 +224,8 @@ def _job(
         rows=Paths(trained),
         kept=range(len(trained)),
         root=root,
-        size=config.batch_size,
-        micro=config.effective_batch // config.batch_size,
+        size=size,
+        micro=config.effective_batch // size,
         steps=steps,
         optimizer=config.optimizer,
         rate=config.lr,
@@ -241,6 +253,13 @@ def _job(
     )
 
 
+def _try(job: DivaJob, device: str) -> None:
+    """On a worker: whether CLIP, teacher, recap and text fit, before hours go into latents."""
+    from diffitm.distributed.feedback import build
+
+    build(job, device)
+
+
 def cached(job: DivaJob, out: str) -> DivaJob:
     """The job with its images encoded for the teacher beforehand."""
     from diffitm.distributed import session
@@ -252,9 +271,11 @@ def cached(job: DivaJob, out: str) -> DivaJob:
     return replace(job, latents=encode(out, "image", images, encoder, pool))
 
 
-def _write_clip(checkpoint: Path, source: ClipSource, out: str) -> str | None:
+def _write_clip(
+    checkpoint: Path, source: ClipSource, out: str
+) -> tuple[str | None, dict[str, Any]]:
     """The tuned CLIP for open_clip and transformers, the projection, the picture. Why transformers
-    has no form for it, if so."""
+    has no form for it, if so; what open_clip needs beside its name."""
     disable_progress_bar()  # of transformers, for a file of a second
     weights = load_file(checkpoint / WEIGHTS)
     clip = load_clip(source).model
@@ -266,25 +287,31 @@ def _write_clip(checkpoint: Path, source: ClipSource, out: str) -> str | None:
     picture = checkpoint / PICTURES
     if picture.exists():
         storage.write_bytes(storage.join(out, PICTURES), picture.read_bytes())
-    return reason
+    return reason, stock_preprocessing(clip)
 
 
 def _tell(
-    config: Config, clip: ClipSource, out: str, reason: str | None, history: list[Line]
+    config: Config,
+    clip: ClipSource,
+    out: str,
+    reason: str | None,
+    preprocessing: dict[str, Any],
+    history: list[Line],
 ) -> None:
     """What came out, and the command that compares it."""
     errors = [line["reconstruction"] for line in history if "reconstruction" in line]
+    blind = [e for line in history if (e := line.get("reconstruction_without_tokens")) is not None]
     if errors:
-        blind = next(v for line in history if (v := line.get("reconstruction_without_tokens")))
-        text = (
-            "reconstruction error of held-out images: %.4f at first, %.4f now; %.4f without tokens"
-        )
-        log.info(text, errors[0], errors[-1], blind)
+        text = "reconstruction error of held-out images: %.4f at first, %.4f now%s"
+        without = f"; {blind[0]:.4f} without tokens" if blind else ""
+        log.info(text, errors[0], errors[-1], without)
     if reason is not None:
         log.info("no folder for transformers: %s", reason)
     print(f"clip {storage.public(out)}")
     if name := stock_name(clip):
-        log.info("open_clip loads the weights as %s, pretrained=open_clip_model.safetensors", name)
+        given = "".join(f", {key}={value!r}" for key, value in preprocessing.items())
+        text = "open_clip loads the weights as %s, pretrained='open_clip_model.safetensors'%s"
+        log.info(text, name, given)
     if "://" not in out:
         data = "shapes" if config.data == "shapes" else "DATA"
         command = ["--clip", out, config.clip, "--data", data]

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffitm import images
 from diffitm.distributed.loading import Loader
 from diffitm.distributed.updates import Run, work
-from diffitm.models.clip import ClipScorer, load_clip
+from diffitm.models.clip import ClipScorer, LoadedClip, load_clip
 from diffitm.models.load import load_denoiser
 from diffitm.scoring import scaled
 from diffitm.training.cached import Cache
@@ -29,6 +29,24 @@ DRAWS = 4  # of timestep, noise and patches, of each held-out image
 SHOWN = 6  # images of the picture
 
 
+def build(job: DivaJob, device: torch.device | str) -> tuple[LoadedClip, Diva]:
+    """CLIP, and what trains its tower. Raises InputError if the parts cannot be loaded or do not fit."""
+    parts = load_clip(job.tower, device)
+    teacher = load_denoiser(job.source, job.dtype, str(device), job.variant)
+    return parts, Diva(
+        parts.model,
+        job.tower.name,
+        teacher,
+        job.recap,
+        job.prompt,
+        job.add,
+        job.repeats,
+        job.reduce,
+        job.seed,
+        job.checkpointing,
+    )
+
+
 class DivaRun(Run):
     """A Diva; its validation measures reconstruction and matching, and chooses nothing."""
 
@@ -37,23 +55,10 @@ class DivaRun(Run):
 
     def __init__(self, job: DivaJob, monitor: Any) -> None:
         super().__init__(job, monitor)
-        self.parts = load_clip(job.tower, self.device)
-        teacher = load_denoiser(job.source, job.dtype, str(self.device), job.variant)
-        self.diva = Diva(
-            self.parts.model,
-            job.tower.name,
-            teacher,
-            job.recap,
-            job.prompt,
-            job.add,
-            job.repeats,
-            job.reduce,
-            job.seed,
-            job.checkpointing,
-        )
+        self.parts, self.diva = build(job, self.device)
         self.cache = Cache(job.latents) if job.latents else None
         cached = self.cache is not None
-        view = Views(teacher.resolution, self.diva.side, job.crop, both=not cached)
+        view = Views(self.diva.teacher.resolution, self.diva.side, job.crop, both=not cached)
         tower, projection = self.diva.parts()
         rates = [(tower, job.rate), (projection, job.projection_rate)]
         self.begin(self.diva.parameters, Loader(job, self.rank, self.world, view), rates)

@@ -18,7 +18,7 @@ from diffitm.provenance import fingerprint, record
 from diffitm.training.job import Job, Validation
 from diffitm.training.objectives import Objective
 from diffitm.training.options import Config, find_problems
-from diffitm.training.result import check_complete, open_run, write_result
+from diffitm.training.result import check_complete, open_run, refusable, write_result
 from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, told, usable
 from diffitm.training.track import Curves
 from diffitm.training.webdataset import is_webdataset, read_shards
@@ -42,14 +42,15 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
         log.info("%s holds this run already; give another --out to train again", out)
         check_complete(out)
         return
-    if config.cache_latents:
-        job = cached(job, out)
     curves = Curves(config.track, storage.public(out), known.key, settings, listen)
     workers = Workers(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, config.retries
     )
     name = fingerprint(settings)[:12]
-    result, lost_images = fit(LOOP, job, workers, name, curves, out, _describe)
+    with refusable(out):
+        if config.cache_latents:
+            job = cached(job, out)
+        result, lost_images = fit(LOOP, job, workers, name, curves, out, _describe)
     with result.checkpoint.as_directory() as folder:
         provenance = record(asdict(config))
         ended = write_result(Path(folder), job.rank, settings, known, provenance, lost_images, out)

@@ -15,6 +15,7 @@ from diffitm import storage
 from diffitm.distributed.monitor import Line, Monitor
 from diffitm.errors import InputError
 from diffitm.training.job import Training
+from diffitm.training.result import CHECKPOINTS
 from diffitm.training.track import Curves
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ log = logging.getLogger("diffitm")
 KEPT = 2  # checkpoints
 NOT_SETTINGS = {  # the weights do not depend on these options
     *("out", "workers", "cpus_per_worker", "gpus_per_worker", "retries", "ray", "preset"),
-    *("cache_latents", "track"),
+    *("cache_latents", "track", "gradient_checkpointing"),
+    *("checkpoint_every", "log_every", "measure_every"),
 }
 
 
@@ -68,7 +70,7 @@ def fit(
 
     cpus, gpus = share(workers)
     monitor = session.start_here(Monitor)
-    found, folder = storage.filesystem(storage.join(out, "train"))
+    found, folder = storage.filesystem(storage.join(out, CHECKPOINTS))
     found.create_dir(folder, recursive=True)
     trainer = TorchTrainer(
         _loop,

@@ -90,7 +90,9 @@ def find_probes(
         from diffitm.probes.mllm import find_hook
 
         find_hook(mllm)
-        file = Path(mllm.rpartition(":")[0]).expanduser()
+        place = mllm.rpartition(":")[0]
+        spec = None if place.endswith(".py") else importlib.util.find_spec(place)
+        file = Path((spec and spec.origin) or place).expanduser()
         digest = content_digest([file]) if file.is_file() else None
         found.append(Probe("mllm", mllm, state=digest))
     return found
@@ -101,20 +103,14 @@ def probe(probes: Sequence[Probe], clip: ClipSource, out: str, pool: Pool) -> li
 
     Raises InputError for what a probe finds wrong; results before that are kept.
     """
-    import ray
+    from diffitm.distributed import session
 
     files = []
     for wanted in probes:
         file = storage.join(out, wanted.file(clip))
         if not storage.exists(file):
             log.info("%s: %s", clip.name, wanted.task)
-            run = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=1)(measure)
-            try:
-                found = ray.get(run.remote(wanted, clip, pool.device))
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, InputError):
-                    raise error.cause from None
-                raise
+            found = session.ask(pool.cpus, pool.gpus, measure, wanted, clip, pool.device)
             storage.write_text(file, json.dumps(found, indent=1))
         files.append(wanted.file(clip))
     return files

@@ -8,8 +8,9 @@ import signal
 import socket
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -28,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from diffitm.errors import InputError
 
 log = logging.getLogger("diffitm")
+T = TypeVar("T")
 # Readers, the writer and Ray Data's checkpoint filter need processors beside the scoring actors.
 SPARE_CPUS = 2
 # Where an object store is and how it is spoken to. Keys are no part of it: Ray shows its job's settings
@@ -210,3 +212,14 @@ def resources() -> dict[str, float]:
 def gpus() -> float:
     """GPUs of the cluster."""
     return float(ray.cluster_resources().get("GPU", 0))
+
+
+def ask(cpus: float, gpus: float, function: Callable[..., T], *given: Any) -> T:
+    """What a function returns as a task of Ray with its own process. Raises its InputError."""
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(function)
+    try:
+        return ray.get(task.remote(*given))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise

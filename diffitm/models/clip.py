@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from diffitm.models.copies import on_disk
 from diffitm.models.load import SHAPES, content_digest, from_hub
 from diffitm.scoring import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
 
+log = logging.getLogger("diffitm")
 # What open_clip lets through for a name, a config or a file that it cannot use.
 WEIGHTS = (".safetensors", ".bin", ".pth")
 LOCAL = "local-dir:"
@@ -172,6 +174,7 @@ def load_clip(source: ClipSource, device: torch.device | str = "cpu") -> LoadedC
             pretrained=pretrained,
             device=torch.device(device),
             force_quick_gelu=source.quick_gelu,
+            **_preprocessing(source),
         )
         _check_size(source.name, model, pretrained, loaded.visual)
         return LoadedClip(loaded.eval(), preprocess, open_clip.get_tokenizer(model))
@@ -179,22 +182,49 @@ def load_clip(source: ClipSource, device: torch.device | str = "cpu") -> LoadedC
         raise InputError(f"--clip {source.name!r} cannot be loaded: {error}") from error
 
 
+def _preprocessing(source: ClipSource) -> dict[str, Any]:
+    """open_clip's arguments for a weights file, which says nothing of its images: what all published
+    weights of the architecture have in common. Warns where they have not."""
+    tags = open_clip.list_pretrained_tags_by_model(source.model)
+    if source.pretrained is None or source.pretrained in tags:
+        return {}
+    known = [open_clip.get_pretrained_cfg(source.model, tag) for tag in tags]
+    found = {}
+    for key in ("mean", "std", "interpolation", "resize_mode"):
+        values = {cfg[key] for cfg in known}
+        if len(values) == 1:
+            found[f"image_{key}"] = values.pop()
+        elif values:
+            text = "--clip %s: %s differs among the published weights of %s; open_clip's default is used"
+            log.warning(text, source.name, key, source.model)
+    return found
+
+
 def _check_size(name: str, model: str, file: str | None, tower: Any) -> None:
     """open_clip stretches the positions of weights for another image size, and says nothing."""
     if model.startswith(LOCAL):
         file = open_clip.factory._find_checkpoint_in_dir(Path(model.removeprefix(LOCAL)))
-    if file is None or not str(file).endswith(".safetensors"):
+    if file is None or not Path(file).is_file():
         return
-    with safe_open(file, "pt") as weights:
-        if f"visual.{POSITIONS}" not in weights.keys():  # noqa: SIM118, it is no dictionary
-            return
-        there = weights.get_slice(f"visual.{POSITIONS}").get_shape()
-    wanted = list(tower.get_parameter(POSITIONS).shape)
+    there, wanted = _positions(str(file)), getattr(tower, POSITIONS, None)
+    if there is None or wanted is None:
+        return
+    wanted = list(wanted.shape)
     if there != wanted:
         raise InputError(
             f"--clip {name!r}: its weights have positions of {there}, its config, for images of "
             f"{tower.image_size} pixels, has {wanted}: they are for another image size"
         )
+
+
+def _positions(file: str) -> list[int] | None:
+    """Shape of the image tower's positions in a weights file, if they are there by this name."""
+    key = f"visual.{POSITIONS}"
+    if file.endswith(".safetensors"):
+        with safe_open(file, "pt") as weights:
+            return weights.get_slice(key).get_shape() if key in set(weights.keys()) else None
+    found = open_clip.factory.load_state_dict(file, weights_only=True).get(key)
+    return None if found is None else list(found.shape)
 
 
 class ClipScorer:

@@ -8,10 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import open_clip
+from open_clip.transform import PreprocessCfg
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
@@ -29,7 +31,7 @@ def write_open_clip(model: Any, source: ClipSource, out: str) -> None:
     `open_clip.create_model_and_transforms("local-dir:OUT")` and `--clip OUT` load all of it: weights,
     QuickGELU, preprocessing. `create_model_and_transforms(NAME, pretrained=FILE)` loads the weights
     (NAME: see stock_name). A name alone means OpenAI's mean and std and bicubic resizing of the
-    shorter side, so SigLIP and DFN at 378 pixels also need its `image_...` arguments.
+    shorter side, so SigLIP and DFN also need the arguments of stock_preprocessing.
     """
     config = open_clip.get_model_config(on_machine(source)[0])
     config["quick_gelu"] = bool(config.get("quick_gelu")) or source.quick_gelu
@@ -51,6 +53,13 @@ def stock_name(source: ClipSource) -> str | None:
         return None
     known = open_clip.get_model_config(source.model).get("quick_gelu", False)
     return source.model if known or not source.quick_gelu else f"{source.model}-quickgelu"
+
+
+def stock_preprocessing(model: Any) -> dict[str, Any]:
+    """Arguments of open_clip for the preprocessing of a model, where it is not that of a name alone."""
+    used, alone = model.visual.preprocess_cfg, asdict(PreprocessCfg())
+    found = {key: used[key] for key in _PREPROCESS[:4] if used[key] != alone[key]}
+    return {f"image_{key}": tuple(v) if isinstance(v, list) else v for key, v in found.items()}
 
 
 def write_transformers(model: Any, source: ClipSource, out: str) -> str | None:

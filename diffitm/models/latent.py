@@ -73,6 +73,13 @@ class Folder:
         return DDPMScheduler.from_config(config)
 
 
+def check_width(unet: Any, width: int) -> None:
+    """Raises OSError if texts of this width are not what the U-Net attends to."""
+    found = unet.config.cross_attention_dim
+    if set(found if isinstance(found, list | tuple) else [found]) != {width}:
+        raise OSError(f"its texts are {width} wide, its U-Net takes {found}: parts of two models")
+
+
 class LatentDiffusion(Denoiser):
     """A network (`network`) on the latents of a VAE; the prediction is what the scheduler's config
     says."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.latent import Folder, LatentDiffusion, sample, tokenize
+from diffitm.models.latent import Folder, LatentDiffusion, check_width, sample, tokenize
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -45,6 +45,7 @@ class StableDiffusionXL(LatentDiffusion):
             parts.text_encoder(CLIPTextModelWithProjection, "text_encoder_2"),
         ]
         self.unet = parts.model(UNet2DConditionModel, "unet")
+        check_width(self.unet, sum(e.config.hidden_size for e in self.text_encoders))
         vae = parts.model(AutoencoderKL, "vae", torch.float32)
         super().__init__(parts, self.unet, vae if vae.config.force_upcast else vae.to(dtype))
         side = float(self.resolution)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.latent import Folder, LatentDiffusion, sample, tokenize
+from diffitm.models.latent import Folder, LatentDiffusion, check_width, sample, tokenize
 
 
 class StableDiffusion(LatentDiffusion):
@@ -33,6 +33,7 @@ class StableDiffusion(LatentDiffusion):
         self.tokenizer = parts.tokenizer("tokenizer")
         self.text_encoder = parts.text_encoder(CLIPTextModel, "text_encoder")
         self.unet = parts.model(UNet2DConditionModel, "unet")
+        check_width(self.unet, self.text_encoder.config.hidden_size)
         super().__init__(parts, self.unet, parts.model(AutoencoderKL, "vae"))
 
     @torch.inference_mode()

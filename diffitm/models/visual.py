@@ -37,9 +37,14 @@ def patch_grid(tower: Any) -> tuple[int, int]:
 
 
 def image_side(tower: Any) -> int:
-    """Side in pixels of the square image that the tower takes."""
-    side = tower.image_size
-    return int(side[0] if isinstance(side, tuple) else side)
+    """Side in pixels of the square image that the tower takes. Raises InputError for another shape."""
+    sides = tower.image_size
+    sides = tuple(sides) if isinstance(sides, tuple | list) else (sides,)
+    if len(set(sides)) != 1:
+        raise InputError(
+            f"--clip: takes images of {' x '.join(map(str, sides))} pixels, not squares"
+        )
+    return int(sides[0])
 
 
 def visual_tokens(tower: Any, pixels: Tensor) -> Tensor:

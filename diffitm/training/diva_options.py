@@ -86,7 +86,9 @@ class Config(Shared):
     held_out: int = option(
         64, "images that the reconstruction error is measured on, not trained on"
     )
-    batch_size: int = option(16, "images of a micro-batch")
+    batch_size: int = option(
+        16, "images of a micro-batch, at most; the largest number that divides a worker's share"
+    )
     optimizer: Literal["sgd", "adamw"] = option("sgd", "SGD with momentum 0.9, or AdamW")
     lr: float = option(1e-4, "learning rate")
     projection_lr: float | None = option(None, "that of the projection (default: --lr)")
@@ -110,6 +112,12 @@ class Config(Shared):
     )
     validation_tasks: list[str] = option(["mmvp_vlm"], "tasks of it")
     validation_examples: int = option(300, "examples of each, evenly spread")
+
+
+def micro_batch(config: Config) -> int:
+    """Images of a micro-batch: as many as --batch-size allows and a worker's share is a multiple of."""
+    share = config.effective_batch // config.workers
+    return next(n for n in range(min(config.batch_size, share), 0, -1) if share % n == 0)
 
 
 def find_problems(config: Config) -> list[str]:
@@ -139,4 +147,4 @@ def find_problems(config: Config) -> list[str]:
         found.append(
             f"--epochs {config.epochs:g}: --steps {config.steps} decides; add --steps none for epochs"
         )
-    return found + shared_problems(config)
+    return found + shared_problems(config, config.workers, "--workers")

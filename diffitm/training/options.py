@@ -96,4 +96,5 @@ def find_problems(config: Config) -> list[str]:
     found += outside(config, least)
     if config.ema is not None and not 0 < config.ema < 1:
         found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
-    return found + shared_problems(config)
+    share = config.batch_size * config.workers
+    return found + shared_problems(config, share, "--batch-size x --workers")

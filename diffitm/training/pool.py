@@ -87,9 +87,8 @@ def in_shard(shard: str) -> tuple[list[str], str | None]:
     """
     found: list[str] = []
     try:
-        for _, ending, value in members(shard):
-            if ending == "image":
-                found.append(value)
+        for _, _, value in members(shard, texts=False):
+            found.append(value)
     except InputError as error:
         if isinstance(error.__cause__, OSError):
             raise

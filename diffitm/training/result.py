@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ WEIGHTS, AVERAGED, BEST, STATE, HISTORY = (
 )
 PICTURES = "pictures.png"
 NOTE, FAILURES = "training.json", "failures.json"
+CHECKPOINTS = "train"  # Ray Train's folder
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,17 @@ def open_run(out: str, settings: dict[str, Any]) -> Known:
         told = ", ".join(f"{k} was {old.get(k)!r} and is {settings[k]!r}" for k in differ)
         raise InputError(f"{out} holds a run with other settings ({told}): give another --out")
     return Known(bool(known["done"]), known["key"])
+
+
+@contextmanager
+def refusable(out: str) -> Iterator[None]:
+    """A run that bad input ends before its first checkpoint leaves OUT to one of other settings."""
+    try:
+        yield
+    except InputError:
+        if not storage.files(storage.join(out, CHECKPOINTS), f"/{STATE}", recursive=True):
+            storage.delete(storage.join(out, NOTE))
+        raise
 
 
 def write_note(out: str, settings: dict[str, Any], known: Known, **more: Any) -> None:

@@ -36,8 +36,9 @@ class Shared:
     )
 
 
-def shared_problems(config: Any) -> list[str]:
-    """What is wrong with them, and with options of one name whose defaults differ."""
+def shared_problems(config: Any, share: int, parts: str) -> list[str]:
+    """What is wrong with them, and with options of one name whose defaults differ. The examples of an
+    update must be a multiple of `share`, which is that of the options in `parts`."""
     least: dict[str, float] = {
         **dict.fromkeys(("batch_size", "effective_batch", "workers", "scenes", "steps"), 1),
         **dict.fromkeys(("checkpoint_every", "log_every"), 1),
@@ -47,10 +48,8 @@ def shared_problems(config: Any) -> list[str]:
     for name in ("lr", "clip_norm", "epochs"):
         if not getattr(config, name) > 0:
             found.append(f"--{name.replace('_', '-')} {getattr(config, name):g}: must be above 0")
-    share = config.batch_size * config.workers
     if share > 0 and config.effective_batch % share:
         found.append(
-            f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size x "
-            f"--workers = {share}"
+            f"--effective-batch {config.effective_batch}: must be a multiple of {parts} = {share}"
         )
     return found + track_problems(config.track)

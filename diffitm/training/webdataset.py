@@ -67,13 +67,14 @@ def read_shards(uri: str) -> list[Row]:
     return [_row(shard, key, samples) for shard, key in samples]
 
 
-def members(shard: str) -> Iterator[tuple[str, str, str]]:
-    """(key, ending, reference of an image or content) of a shard's members.
+def members(shard: str, texts: bool = True) -> Iterator[tuple[str, str, str]]:
+    """(key, ending, reference of an image or content) of a shard's members; without `texts` images alone.
 
-    Raises InputError, after what comes before, where the shard cannot be read.
+    Raises InputError, after what comes before, where the shard cannot be read, or a text is not UTF-8.
     """
     found, path = storage.filesystem(shard)
     name = storage.bare(shard).rpartition("/")[2]
+    wanted = (*IMAGES, "txt", "json") if texts else IMAGES
     try:
         with (
             found.open_input_stream(path, compression=None, buffer_size=2**20) as stream,
@@ -83,23 +84,31 @@ def members(shard: str) -> Iterator[tuple[str, str, str]]:
                 folder, _, last = member.name.removeprefix("./").rpartition("/")
                 stem, _, ending = last.partition(".")
                 ending = ending.lower()
-                if not member.isreg() or ending not in (*IMAGES, "txt", "json"):
+                if not member.isreg() or ending not in wanted:
                     continue
                 key = f"{folder}/{stem}" if folder else stem
                 if ending in IMAGES:
                     yield key, "image", member_of(name, member.offset_data, member.size)
                 else:
                     data = archive.extractfile(member)
-                    yield key, ending, data.read().decode() if data else ""
+                    yield key, ending, _decoded(data.read() if data else b"", shard, member.name)
             end = archive.offset
         # tarfile takes a broken header for the end, which is a block of zeros.
         if storage.read_range(shard, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"it breaks off at byte {end:,}")
-    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+    except (tarfile.TarError, OSError) as error:
         where = storage.public(shard)
         if isinstance(error, OSError):
             raise InputError(f"{where}: cannot be read: {error}") from error
         raise InputError(f"{where}: is no whole, uncompressed tar: {error}") from error
+
+
+def _decoded(content: bytes, shard: str, member: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        where = f"{storage.public(shard)}: {member}"
+        raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start:,}") from error
 
 
 def _row(shard: str, key: str, samples: dict[tuple[str, str], Sample]) -> Row:
