@@ -74,7 +74,10 @@ def launcher_problems(config: dict[str, Any]) -> list[str]:
             "falls back": f"v2=0 RAY_AUTOSCALER_UTILIZATION_SCORER={SCORER} ray start" in start,
         }
     else:
+        disks = [d["initializeParams"].get("diskType", "") for c in confs for d in c["disks"]]
+        zone = config["provider"]["availability_zone"]
         checks["own network"] = all(c.get("networkInterfaces") for c in confs)
+        checks["disks for G2"] = set(disks) == {f"zones/{zone}/diskTypes/pd-balanced"}
     return [name for name, holds in checks.items() if not holds]
 
 
@@ -117,7 +120,8 @@ def test_networks_and_spot_of_gcp_are_looked_at() -> None:
     config = load("clusters/gcp.yaml")
     del config["available_node_types"]["head"]["node_config"]["networkInterfaces"]
     del config["available_node_types"]["gpu_spot"]["node_config"]["scheduling"]["provisioningModel"]
-    assert launcher_problems(config) == ["on demand", "own network"]
+    config["provider"]["availability_zone"] = "us-central1-b"
+    assert launcher_problems(config) == ["on demand", "own network", "disks for G2"]
 
 
 def test_ray_refuses_a_misspelt_field() -> None:

@@ -125,6 +125,31 @@ def cut_in_two(bucket: Objects, out: Path) -> None:
     storage.write_bytes(storage.join(where, pending), content)
 
 
+def test_sweeps(bucket: Objects, tmp_path: Path) -> None:
+    """Over scores, then over trainings that Optuna proposes: results in the bucket, and keys of the
+    environment neither there nor in Ray's logs, where Tune would have them written."""
+    model, search = f"model={bucket.uri('models/diffusion')}", ("search=optuna", "samples=1")
+    scores = ("timesteps", model, f"data={bucket.uri('world')}", "tasks=clevr", "timesteps=4",
+              "number=1,4", "actors=1", f"out={bucket.uri('sweep')}")  # fmt: skip
+    training = ("lambda", model, f"data={bucket.uri(f'train/{ROWS}')}", f"images={bucket.uri('train')}",
+                f"validation_data={bucket.uri('train')}", "steps=2", "batch_size=2", "effective_batch=4",
+                "validate_every=2", "validation_examples=4", *search, "lr=uniform(1e-5,1e-4)",
+                "lambda=1", f"out={bucket.whole_uri('tried')}")  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="objects") as ray:
+        for words in (scores, training):
+            told = pipeline.run(*words, script="sweep", RAY_TMPDIR=ray)
+            assert bucket.secret not in told.stdout + told.stderr
+        assert list(Path(ray).rglob("runtime_env_agent.log")), "Ray's logs are looked into"
+        assert holding(bucket.secret, Path(ray)) == []
+    for name, rows in (("sweep", 4), ("tried", 1)):
+        out = bucket.folder / name
+        assert parquet.read_table(out / "table.parquet").num_rows == rows
+        assert "<svg" in (out / "report.html").read_text()
+        assert holding(bucket.secret, out) == []
+    (trial,) = (bucket.folder / "tried" / "trials").glob("*/pytorch_lora_weights.safetensors")
+    assert trial.stat().st_size > 0
+
+
 @pytest.fixture(scope="module")
 def tuned(bucket: Objects, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The local path of a LoRA tuned with all in the bucket; the run was killed and went on."""

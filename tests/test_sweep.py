@@ -14,7 +14,7 @@ import yaml
 
 from diffitm.config import option
 from diffitm.distributed.search import stopper
-from diffitm.distributed.sweep import KINDS, run
+from diffitm.distributed.sweep import KINDS, _placed, _scores_checked, _training_checked, run
 from diffitm.errors import InputError
 from diffitm.schema import Example
 from diffitm.sweep.options import Kind, read_sweep
@@ -53,6 +53,45 @@ def test_words_and_file_make_axes_and_fixed_values(tmp_path: Path) -> None:
     assert sweep.fixed == {"tasks": ["clevr"], "cache": True}
     assert (sweep.config.samples, sweep.config.out) == (3, "o")
     assert len(list(grid(sweep.axes))) == 8
+
+
+def test_switches_are_swept_too() -> None:
+    assert Axis("cache", (True, False)) in read_sweep(KIND, ["plain", "cache=true,false"]).axes
+
+
+def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial runs in a folder of its own. Ids of the Hub and names stay."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd").mkdir()
+    (tmp_path / "mine.pt").touch()
+    words = ["teacher=sd,org/sd", "clip=ViT-L-14:mine.pt", "data=DIR/*.tar", "recap=all"]
+    sweep = _placed(read_sweep(KINDS, ["recap-density", *words, "validation_data=s3://b/x"]))
+    assert sweep.axes == (Axis("teacher", (f"{tmp_path}/sd", "org/sd")),)
+    assert sweep.fixed == {
+        "clip": f"ViT-L-14:{tmp_path}/mine.pt",
+        "data": f"{tmp_path}/DIR/*.tar",
+        "validation_data": "s3://b/x",
+        "recap": "all",
+    }
+    named = _placed(read_sweep(KINDS, ["lambda", "model=shapes", "data=shapes"]))
+    assert named.fixed == {"model": "shapes", "data": "shapes"}
+
+
+def test_tasks_without_right_answers_are_not_scored() -> None:
+    sweep = _scores_checked(read_sweep(KINDS, ["timesteps", "model=shapes"]))
+    assert "winoground" in sweep.fixed["tasks"]
+    assert not {"mmbias", "flickr30k_variance", "all"} & set(sweep.fixed["tasks"])
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_demo_sweeps_can_be_read(kind: str, tmp_path: Path) -> None:
+    """What `make sweep-demo` runs."""
+    file = Path(__file__).parents[1] / "pipelines" / "sweeps" / f"{kind}.yaml"
+    sweep = _placed(read_sweep(KINDS, [kind, "--config", str(file), f"out={tmp_path}"]))
+    checked = (
+        _scores_checked(sweep) if kind == "timesteps" else _training_checked(sweep, str(tmp_path))
+    )
+    assert len(list(grid(checked.axes))) >= 4
 
 
 def test_a_single_value_fixes_a_default_axis() -> None:
@@ -104,6 +143,8 @@ def test_settings_drawn_are_distinct_and_the_same_again() -> None:
     assert {setting["n"] for setting in drawn} == {1, 2}
     assert 10 < sum(setting["lr"] < 1e-3 for setting in drawn) < 30
     assert all(1e-5 <= setting["lr"] <= 1e-1 for setting in drawn)
+    few = draw([Axis("n", (), "randint", 1, 4)], 8, seed=0)
+    assert sorted(setting["n"] for setting in few) == [1, 2, 3, 4]
 
 
 def test_the_real_kinds_take_the_options_of_their_pipelines() -> None:
@@ -142,7 +183,7 @@ def _table(errors: np.ndarray, seed: int = 0) -> Errors:
     starts = np.arange(len(chosen))
     contrasts = Contrasts(chosen[:, 1] - chosen[:, 0], starts, folds, clusters[chooses])
     values = errors.reshape(-1, errors.shape[-1]).astype(np.float32)
-    return Errors(Choice(), examples, values, contrasts, chooses, clusters, 0)
+    return Errors(Choice(), examples, values, contrasts, chooses, clusters, {})
 
 
 def _errors(n: int, useful: list[int], steps: int, seed: int = 0) -> np.ndarray:
@@ -264,6 +305,15 @@ def test_trainings_of_several_lengths_are_not_stopped_by_rank(tmp_path: Path) ->
         (["lambda", "model=shapes", "lamda=1"], "unknown key 'lamda'; did you mean 'lambda'?"),
         (["timesteps", "model=shapes", "clip=shapes"], "clip: a sweep has no use for it"),
         (["timesteps"], "give model=, such as model=shapes"),
+        (
+            ["timesteps", "model=shapes", "seed=0,1"],
+            "seed: give one value; scores are stored for one",
+        ),
+        (["timesteps", "model=shapes", "data=a,b"], "data: give one value"),
+        (["timesteps", "model=shapes", "tasks=mmbias"], "tasks: mmbias has no right and wrong"),
+        (["timesteps", "model=shapes", "store=/no/run"], "store: /no/run holds no scores"),
+        (["lambda", "model=s3://KEY:SECRET@b/a,shapes", "data=shapes"], "model: holds keys"),
+        (["recap-density", "teacher=s3://KEY:SECRET@b/a"], "teacher: holds keys"),
         (["timesteps", "model=shapes", "range=0-5"], "range: none of the 49 of diffusionitm lies"),
         (["timesteps", "model=shapes", "number=0,5"], "number: 0 must be at least 1"),
         (
@@ -293,6 +343,12 @@ def _row(number: int, accuracy: float | None, steps: int, **more: object) -> Row
     timesteps, weights = list(range(steps)), [1 / steps] * steps
     return Row({"number": number}, state, accuracy=accuracy, timesteps=timesteps,
                weights=weights, **more)  # fmt: skip
+
+
+def test_a_training_that_was_stopped_is_not_the_best() -> None:
+    """At its end the other one may have fallen below it."""
+    rows = [Row({"lr": 1}, "stopped early", accuracy=0.58), Row({"lr": 2}, "done", accuracy=0.5)]
+    assert [row.setting["lr"] for row in ranked(rows, [Axis("lr", (1, 2))])] == [2, 1]
 
 
 def test_the_best_comes_first_and_the_cheaper_of_equals() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from diffitm.config import parse
+from diffitm.shapes.layouts import write_world
+from diffitm.shapes.training import write_training
 from diffitm.training.diva_options import Config as DivaConfig
 from diffitm.training.options import Config as FinetuneConfig
 from tests import pipeline
@@ -50,7 +53,9 @@ def test_a_sweep_over_timesteps_reads_what_is_stored(scored: Path, tmp_path: Pat
     """Other settings on the same store need no forward, and the same ones give the same table."""
     other = tmp_path / "other"
     done = run(*SCORES, "range=0-1000,0-500", f"store={scored}", f"out={other}")
-    assert "0 U-Net forwards were needed" in done.stderr
+    assert " 0 U-Net forwards were needed" in done.stderr
+    kept = json.loads((scored / "summary.json").read_text())["total"]
+    assert kept["forwards"] == 8 * len(pipeline.scores(scored))  # not overwritten by the reader's
     known = {(row["number"], row["weighting"]): row["measured"] for row in table(scored)}
     found = {
         (row["number"], row["weighting"]): row["measured"]
@@ -62,6 +67,31 @@ def test_a_sweep_over_timesteps_reads_what_is_stored(scored: Path, tmp_path: Pat
     report = (other / "report.html").read_text()
     assert report.count("<svg") == 3  # mean, clevr, winoground
     assert "timestep_list" in report
+
+
+def test_a_mended_image_counts_again(tmp_path: Path) -> None:
+    """One that cannot be read costs its examples: exit 3, and they are listed. Mended, the same command
+    scores them, and no setting keeps the figures of before."""
+    world, out = tmp_path / "world", tmp_path / "out"
+    write_world(str(world), 10)
+    words = ("timesteps", "model=shapes", f"data={world}", "tasks=clevr", "timesteps=2", "number=1,2",
+             "weighting=uniform", "actors=1", f"out={out}")  # fmt: skip
+    images = [p for p in sorted(world.rglob("clevr/**/*")) if p.suffix in (".png", ".jpg")][:3]
+    contents = [image.read_bytes() for image in images]
+    for image in images:
+        image.write_bytes(b"broken")
+    done = run(*words, code=3)
+    lost = json.loads((out / "failures.json").read_text())["failures"]
+    assert lost and all(line["task"] == "clevr" for line in lost)
+    assert f"{len(lost)} examples have no score; they are listed in" in done.stderr
+    counted = [json.loads(row["tasks"])["clevr"]["n"] for row in table(out)]
+    for image, content in zip(images, contents, strict=True):
+        image.write_bytes(content)
+    run(*words)
+    assert json.loads((out / "failures.json").read_text()) == {"failures": []}
+    again = [json.loads(row["tasks"])["clevr"]["n"] for row in table(out)]
+    assert len(counted) == len(again) == 2
+    assert sum(again) > sum(counted)
 
 
 def test_gdbench_takes_the_best_setting(scored: Path, tmp_path: Path) -> None:
@@ -111,9 +141,12 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_training_that_is_stopped_gives_its_share_back(tmp_path: Path) -> None:
-    """The second one's accuracy falls at once; ASHA ends it, and Ray Train frees its workers."""
+    """The second one's accuracy falls at once; ASHA ends it, and Ray Train frees its workers. The data
+    are given by a relative path."""
     out = tmp_path / "out"
-    words = ("lambda", "model=shapes", "data=shapes", "scenes=60", "steps=12", "effective_batch=16",
+    write_training(str(tmp_path / "data"), 60)
+    data = os.path.relpath(tmp_path / "data", pipeline.ROOT)
+    words = ("lambda", "model=shapes", f"data={data}", "steps=12", "effective_batch=16",
              "validate_every=4", "validation_examples=50", "lr=1e-4,1e-1", "lambda=0.5",
              "parallel=1", f"out={out}")  # fmt: skip
     done = subprocess.run(

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -188,7 +189,7 @@ def run(config: Config) -> None:
         {f"CLIP {c.name}": [p.file(c) for p in probes] for c in clips} if probes else {},
     )
     _write_run(out, examples, stores, provenance, root, drawn, beside)
-    score_all(ready)
+    score_all([ready], out)
     for clip in clips:
         probe(probes, clip, out, ready.pool)
     for name, folder in beside.samples.items():
@@ -226,16 +227,16 @@ def prepare(config: Config) -> Prepared:
     return Prepared(out, root, examples, specs, stores, pool)
 
 
-def score_all(*prepared: Prepared) -> int:
-    """Score the pairs that the stores lack and tell what that took; how many forwards. All write to the
-    same folder."""
+def score_all(prepared: Sequence[Prepared], out: str) -> int:
+    """Score the pairs that the stores lack and tell what that took, also in OUT/summary.json; how many
+    forwards."""
     done = [
         _score(spec, store, list(ready.examples.values()), ready.out, ready.pool)
         for ready in prepared
         for spec, store in zip(ready.specs, ready.stores, strict=True)
     ]
     names = titles([store for ready in prepared for store in ready.stores])
-    print_summary(write_summary(names, done, prepared[0].out))
+    print_summary(write_summary(names, done, out))
     return sum(part.forwards for part in done)
 
 

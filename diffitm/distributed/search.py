@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ray import tune
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -31,9 +33,16 @@ NOT_SCORES = {"actors", "max_actors", "cpus_per_actor", "gpus_per_actor", "batch
 
 
 def run_trials(
-    sweep: Sweep, trainable: Any, cpus: float, parallel: int, stopper: Any, out: str
+    sweep: Sweep,
+    trainable: Any,
+    cpus: float,
+    parallel: int,
+    stopper: Any,
+    out: str,
+    state: Sequence[Any] = (),
 ) -> list[Row]:
     """Run all settings that are not done; a sweep that was interrupted goes on. A row a setting.
+    `state` is what the trials read beside their settings: with another one all are run again.
 
     Trials without processors stay on the head node, which outlives the others. Another `parallel`
     begins Tune's bookkeeping anew; trainings that are complete are found by their OUT.
@@ -43,9 +52,11 @@ def run_trials(
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     # Its handler of SIGINT would go on to the table of a sweep that is cut off.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # Tune would hand keys to the trials as an option of Ray, which Ray's logs show in clear.
+    ENV_VARS_TO_PROPAGATE.difference_update({n for n in ENV_VARS_TO_PROPAGATE if "AWS" in n})
     found, folder = storage.filesystem(storage.join(out, "tune"))
     found.create_dir(folder, recursive=True)
-    name = fingerprint([*identity(sweep).values(), config.parallel])[:12]
+    name = fingerprint([*identity(sweep).values(), config.parallel, *state])[:12]
     trainable = tune.with_resources(trainable, {"CPU": cpus} if cpus else HEAD)
     settings = [] if optuna else _settings(sweep)
     where, total = f"{folder}/{name}", config.samples if optuna else len(settings)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from diffitm import storage
+from diffitm import registry, storage
 from diffitm.config import make
 from diffitm.distributed import gdbench
 from diffitm.distributed.fit import Workers
@@ -20,7 +23,15 @@ from diffitm.report.sweep import write_report
 from diffitm.results import error_of
 from diffitm.scorers import DiffusionSpec
 from diffitm.sweep.options import Kind, Sweep
-from diffitm.sweep.result import Row, open_sweep, print_table, ranked, write_best, write_table
+from diffitm.sweep.result import (
+    Row,
+    open_sweep,
+    print_table,
+    public,
+    ranked,
+    write_best,
+    write_table,
+)
 from diffitm.sweep.space import Axis, describe, grid
 from diffitm.sweep.timesteps import parse_range, read_errors
 from diffitm.tasks.find import find_task
@@ -31,6 +42,7 @@ STORED = 50  # timesteps of a sweep over scores, unless told
 SCENES, SEED = 100, 201  # of the drawn tasks that a sweep over recaps is validated on
 OF_SCORE = ("model", "lora", "protocol", "error", "number", "range", "weighting")
 # Encoded beforehand for all trials alike, so these must be the same in all.
+PATHS, MODELS = ("data", "images", "validation_data"), ("model", "teacher", "clip")
 OF_LENGTH = ("steps", "epochs", "effective_batch", "validate_every", "max_images", "data")
 OF_CACHE = ("model", "teacher", "variant", "dtype", "resize", "data", "seed", "max_images")
 UNUSED = (
@@ -75,17 +87,46 @@ def run(sweep: Sweep) -> None:
     Raises InputError for bad input, Incomplete if some settings failed.
     """
     out = storage.absolute(sweep.config.out)
-    if storage.public(out) != out:
-        raise InputError("out: holds keys, which Ray Tune would write down; set AWS_ACCESS_KEY_ID")
+    _refuse_keys(sweep)
     scores = sweep.kind.name == "timesteps"
     unused = [name for name in UNUSED if scores and name in sweep.fixed]
     if unused:
         raise InputError(f"{', '.join(unused)}: a sweep has no use for it; leave it out")
-    sweep = _scores_checked(sweep) if scores else _training_checked(sweep, out)
-    rows, title = _try_scores(sweep, out) if scores else _try_trainings(sweep, out)
+    sweep = _scores_checked(sweep) if scores else _training_checked(_placed(sweep), out)
+    rows, title, lost = _try_scores(sweep, out) if scores else _try_trainings(sweep, out)
     told = {**asdict(sweep.config), "sweep": sweep.kind.name, "options": sweep.fixed}
     told["axes"] = [str(axis) for axis in sweep.axes]
     _leave(sweep, ranked(rows, sweep.axes), out, title, record(told))
+    if lost:
+        raise Incomplete(lost)
+
+
+def _refuse_keys(sweep: Sweep) -> None:
+    """Raises InputError for a URI with keys: Ray Tune writes settings down as they are."""
+    given = {"out": sweep.config.out, "store": sweep.config.store, **sweep.fixed}
+    for name, value in [*given.items(), *((axis.name, axis.values) for axis in sweep.axes)]:
+        value = list(value) if isinstance(value, tuple) else value
+        if public(value) != value:
+            raise InputError(
+                f"{name}: holds keys, which Ray Tune would write down; set AWS_ACCESS_KEY_ID"
+            )
+
+
+def _placed(sweep: Sweep) -> Sweep:
+    """The sweep with absolute paths: a trial runs in a folder of its own."""
+
+    def place(name: str, value: Any) -> Any:
+        if name not in (*PATHS, *MODELS) or not isinstance(value, str) or value == "shapes":
+            return value
+        clip, mark, file = value.partition(":")
+        if mark and Path(file).expanduser().is_file():  # NAME:FILE
+            return f"{clip}:{storage.absolute(file)}"
+        known = name in PATHS or Path(value).expanduser().exists()  # else it is a Hub id
+        return storage.absolute(value) if known else value
+
+    fixed = {name: place(name, value) for name, value in sweep.fixed.items()}
+    axes = [replace(a, values=tuple(place(a.name, v) for v in a.values)) for a in sweep.axes]
+    return replace(sweep, fixed=fixed, axes=tuple(axes))
 
 
 def _training_checked(sweep: Sweep, out: str) -> Sweep:
@@ -133,8 +174,9 @@ def _trial(sweep: Sweep, setting: dict[str, Any], out: str) -> Any:
     return trial_config(sweep.kind.name, sweep.fixed, setting, storage.join(out, "trials"))
 
 
-def _try_trainings(sweep: Sweep, out: str) -> tuple[list[Row], str]:
-    """Train with every setting; what they share is made ready once."""
+def _try_trainings(sweep: Sweep, out: str) -> tuple[list[Row], str, str]:
+    """Train with every setting; what they share is made ready once. The rows, what their accuracy is
+    of, and what input could not be used."""
     from diffitm.distributed import diva, finetune, session
     from diffitm.distributed.fit import share
     from diffitm.distributed.search import identity, run_trials, stopper
@@ -170,7 +212,10 @@ def _try_trainings(sweep: Sweep, out: str) -> tuple[list[Row], str]:
     asha = stopper(sweep, job.steps, job.validation.every)
     rows = run_trials(sweep, trainable, 0, parallel, asha, out)
     count = f"{job.validation.examples} examples at most of {', '.join(job.validation.tasks)}"
-    return rows, f"accuracy in % on validation data ({count}), which also chose the best setting"
+    unread = [row for row in rows if row.unread]
+    lost = f"{len(unread)} trainings: {unread[0].unread}" if unread else ""
+    title = f"accuracy in % on validation data ({count}), which also chose the best setting"
+    return rows, title, lost
 
 
 def fitting(cpus: float, gpus: float, workers: int) -> int:
@@ -190,6 +235,14 @@ def _scores_checked(sweep: Sweep) -> Sweep:
     swept = {axis.name: axis for axis in sweep.axes}
     if "model" not in {*fixed, *swept}:
         raise InputError("give model=, such as model=shapes")
+    if other := sorted(set(swept) - set(OF_SCORE)):
+        raise InputError(
+            f"{other[0]}: give one value; scores are stored for one, and {', '.join(OF_SCORE)} are swept"
+        )
+    fixed["tasks"] = _graded(fixed.get("tasks", ["all"]))
+    store = sweep.config.store
+    if store and not storage.exists(storage.join(storage.absolute(store), "scores")):
+        raise InputError(f"store: {store} holds no scores; give the OUT of a gdbench.py run")
     fixed = {name: value for name, value in fixed.items() if name not in swept}
     numbers = [*_values(sweep, fixed, "number")]
     if len(fixed["timesteps"]) != 1:
@@ -205,14 +258,23 @@ def _scores_checked(sweep: Sweep) -> Sweep:
     return replace(sweep, fixed=fixed)
 
 
+def _graded(tasks: list[str]) -> list[str]:
+    """The tasks that tell a better setting from a worse one. Raises InputError for one that cannot."""
+    every = [name for name in registry.TASKS if find_task(name).graded]
+    for name in tasks:
+        if name != "all" and not find_task(name).graded:
+            raise InputError(f"tasks: {name} has no right and wrong answers to choose a setting by")
+    return list(itertools.chain.from_iterable(every if name == "all" else [name] for name in tasks))
+
+
 def _values(sweep: Sweep, fixed: dict[str, Any], name: str) -> tuple[Any, ...]:
     """All values of an option, whether swept or not."""
     axes = {axis.name: axis for axis in sweep.axes}
     return axes[name].extremes if name in axes else (fixed[name],)
 
 
-def _try_scores(sweep: Sweep, out: str) -> tuple[list[Row], str]:
-    """Score what the store lacks, then try every setting on the stored errors."""
+def _try_scores(sweep: Sweep, out: str) -> tuple[list[Row], str, str]:
+    """Score what the store lacks, then try every setting on the stored errors. See _try_trainings."""
     from ray import tune
 
     from diffitm.distributed.search import identity, run_trials
@@ -221,7 +283,7 @@ def _try_scores(sweep: Sweep, out: str) -> tuple[list[Row], str]:
     protocols = _values(sweep, sweep.fixed, "protocol")
     prepared = [gdbench.prepare(_gdbench(sweep, protocol, out)) for protocol in protocols]
     open_sweep(out, identity(sweep))
-    forwards = gdbench.score_all(*prepared)
+    forwards = gdbench.score_all(prepared, out)
     tables: dict[Key, Table] = {}
     for protocol, ready in zip(protocols, prepared, strict=True):
         for spec, store in zip(ready.specs, ready.stores, strict=True):
@@ -235,16 +297,25 @@ def _try_scores(sweep: Sweep, out: str) -> tuple[list[Row], str]:
                     for name, uri in ready.files.items()
                 ]
                 tables[key] = (list(spec.timesteps), [table for table in read if table])
-                if not tables[key][1]:
-                    raise InputError("tasks: none of them has right and wrong answers")
     log.info("%s U-Net forwards were needed; all settings read the stored errors", f"{forwards:,}")
     trainable = tune.with_parameters(score_trial, fixed=sweep.fixed, tables=tables)
     parallel = sweep.config.parallel or fitting(1.0, 0.0, 1)
-    rows = run_trials(sweep, trainable, 1.0, parallel, None, out)
-    lost = sum(table.failures for _, found in tables.values() for table in found)
-    left = f"; {lost} examples without a score are left out" if lost else ""
+    state = [[*key, steps, [t.identity for t in found]] for key, (steps, found) in tables.items()]
+    rows = run_trials(sweep, trainable, 1.0, parallel, None, out, state)
+    failures = [
+        {"model": key[0], "lora": key[1], "protocol": key[2], "task": table.task.name, "example": example,
+         "failure": reason}
+        for key, (_, found) in tables.items() if key[3] == next(iter(tables))[3]
+        for table in found for example, reason in table.failures.items()
+    ]  # fmt: skip
+    where = storage.join(out, "failures.json")
+    storage.write_text(where, json.dumps({"failures": failures}, indent=2))
+    left = f"; {len(failures)} examples without a score are left out" if failures else ""
+    lost = (
+        f"{len(failures):,} examples have no score; they are listed in {where}" if failures else ""
+    )
     text = "accuracy in %, mean of the tasks: of the half of the examples that chooses, measured on the other"
-    return rows, f"{text}; {forwards:,} U-Net forwards were done for it{left}"
+    return rows, f"{text}; {forwards:,} U-Net forwards were done for it{left}", lost
 
 
 def _gdbench(sweep: Sweep, protocol: str, out: str) -> gdbench.Config:

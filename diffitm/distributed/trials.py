@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -76,12 +75,16 @@ def train_trial(
     OUT of its own."""
     config = trial_config(kind, fixed, given["setting"], folder)
     if own:
-        config = replace(config, out=f"{config.out}-{tune.get_context().get_trial_id()}")
+        trial = f"{storage.name(config.out)}-{tune.get_context().get_trial_id()}"
+        config = replace(config, out=storage.join(folder, trial))
     told = Told(kind == "lambda", config.steps or steps)
-    with contextlib.suppress(Incomplete):  # unreadable images; they are in its failures.json
+    unread = None
+    try:
         (finetune.run if kind == "lambda" else diva.run)(config, told)
+    except Incomplete as error:
+        unread = str(error)
     lines = [json.loads(s) for s in storage.read_text(storage.join(config.out, LOG)).splitlines()]
     whole = Told(told.best, told.end)
     for line in lines:
         whole.add(line)
-    tune.report(whole.metrics(finished=True, folder=config.out))
+    tune.report(whole.metrics(finished=True, folder=config.out, unread=unread))

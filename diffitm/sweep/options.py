@@ -135,7 +135,8 @@ def _listed(value: str, kind: Any) -> Any:
     parts = re.split(r",(?![^()]*\))", value)
     if get_origin(kind) is list:
         return [part for part in parts if part]
-    return parts if len(parts) > 1 else _scalar(value, kind)
+    values = [_scalar(part, kind) for part in parts]
+    return values if len(values) > 1 else values[0]
 
 
 def _scalar(value: str, kind: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -31,12 +31,13 @@ class Row:
     weights that are kept at their best, at update `at_step`) or the last one; of a score that of the
     half of the examples that chooses, with `measured` of the other half. `base` is the accuracy before
     training, `curve` (update, accuracy) of every validation, `tasks` the values of each task,
-    `timesteps` and `weights` those of a score. `state` is done, stopped early or failed.
+    `timesteps` and `weights` those of a score. `state` is done, stopped early or failed, `unread` what
+    of a training's images could not be used.
     """
 
     MEASURED: ClassVar[tuple[str, ...]] = (
         *("accuracy", "measured", "base", "step", "at_step", "curve"),
-        *("tasks", "timesteps", "weights", "folder"),
+        *("tasks", "timesteps", "weights", "folder", "unread"),
     )
     setting: dict[str, Any]
     state: str
@@ -51,13 +52,15 @@ class Row:
     tasks: dict[str, dict[str, float]] | None = None
     timesteps: list[int] | None = None
     weights: list[float] | None = None
-    folder: str | None = field(default=None)
+    folder: str | None = None
+    unread: str | None = None
 
     @property
-    def rank(self) -> tuple[float, int]:
-        """The best first: by accuracy, of equals the one with fewer timesteps."""
+    def rank(self) -> tuple[bool, float, int]:
+        """The best first: what is done, which alone can be the best, by accuracy, of equals the one
+        with fewer timesteps."""
         accuracy = -1.0 if self.accuracy is None else self.accuracy
-        return -accuracy, len(self.timesteps or ())
+        return self.state != "done", -accuracy, len(self.timesteps or ())
 
 
 def open_sweep(out: str, settings: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 from diffitm.config import convert
 from diffitm.errors import InputError
 
+TRIES = 1000  # draws for a setting that is not there yet: whole numbers can run out
 RANGES = ("uniform", "loguniform", "randint")
 RANGE = re.compile(r"(\w+)\(\s*([^,()]+?)\s*,\s*([^,()]+?)\s*\)")
 
@@ -99,9 +100,11 @@ def draw(axes: Sequence[Axis], samples: int, seed: int) -> list[dict[str, Any]]:
         every = list(grid(axes))
         return rng.sample(every, min(samples, len(every)))
     found: dict[str, dict[str, Any]] = {}
-    while len(found) < samples:
+    for _ in range(TRIES * samples):
         setting = {axis.name: _drawn(axis, rng) for axis in axes}
         found[str(setting)] = setting
+        if len(found) == samples:
+            break
     return list(found.values())
 
 

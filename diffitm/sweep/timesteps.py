@@ -32,7 +32,8 @@ FEW = 30  # examples
 @dataclass(frozen=True)
 class Errors:
     """A task's examples with the errors of its main score, less the unconditional one where images
-    are compared: float32 [P, N], an example's pairs in a row. `chooses` [n] tells the half."""
+    are compared: float32 [P, N], an example's pairs in a row. `chooses` [n] tells the half, `failures`
+    why examples have no errors (id -> reason)."""
 
     task: Task
     examples: list[Example]
@@ -40,7 +41,12 @@ class Errors:
     contrasts: Contrasts
     chooses: np.ndarray
     clusters: np.ndarray
-    failures: int
+    failures: dict[str, str]
+
+    @property
+    def identity(self) -> list[Any]:
+        """What changes when the errors do."""
+        return [self.task.name, hashlib.sha256(self.values.tobytes()).hexdigest(), self.failures]
 
     def credits(self, weights: np.ndarray) -> np.ndarray:
         """Each example's credit [n], the mean over the task's main metrics; weights [N] sum to 1."""
@@ -68,13 +74,15 @@ def read_errors(task: Task, uri: str, store: Store, error: str) -> Errors | None
     if not task.graded:
         return None
     kept: list[Scored] = []
-    failures = 0
+    failures: dict[str, str] = {}
     for item in read_scored(uri, store, error):
-        usable = item.failure is None and not right_pairs(item).all()
-        if usable and np.isfinite(_main(item)).all():
+        reason = item.failure
+        if reason is None and not np.isfinite(_main(item)).all():
+            reason = "an error is not finite"
+        if reason is not None:
+            failures[item.example.id] = reason
+        elif not right_pairs(item).all():
             kept.append(item)
-        else:
-            failures += 1
     halves = [half_of(item.example.cluster) for item in kept]
     chooses = np.array([half for half, _ in halves], bool)
     if min(chooses.sum(), (~chooses).sum()) < 2:
