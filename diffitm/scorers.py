@@ -79,13 +79,15 @@ class ClipSpec:
 
     def store_config(self) -> dict[str, Any]:
         """Everything that a score depends on."""
-        weights = self.source.digest
+        from diffitm.models.clip import preprocessing
+
+        own = preprocessing(self.source)
         return {
             "kind": "clip",
             "version": SCORE_VERSION,
-            "weights": weights,
+            "weights": self.source.digest,
             "root": title(self.root),
-        }
+        } | ({"preprocessing": own} if own else {})
 
     def build(self, device: str) -> Scorer:
         """Load the model on this machine."""

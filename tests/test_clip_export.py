@@ -32,7 +32,7 @@ from transformers import (
 
 from diffitm import storage
 from diffitm.errors import InputError
-from diffitm.models.clip import ClipSource, _preprocessing, load_clip, resolve_clip
+from diffitm.models.clip import ClipSource, load_clip, preprocessing, resolve_clip
 from diffitm.models.export import (
     stock_name,
     stock_preprocessing,
@@ -174,12 +174,12 @@ def test_a_weights_file_is_preprocessed_as_what_is_published(
 ) -> None:
     """SigLIP's own constants; a warning where the published weights have several."""
     siglip = ClipSource("x", "ViT-SO400M-14-SigLIP", "x.pt", "")
-    half = (0.5, 0.5, 0.5)
+    half = [0.5, 0.5, 0.5]
     given = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "squash"}
-    assert _preprocessing(siglip) == {f"image_{key}": value for key, value in given.items()}
-    assert _preprocessing(replace(siglip, pretrained="webli")) == {}
+    assert preprocessing(siglip) == {f"image_{key}": value for key, value in given.items()}
+    assert preprocessing(replace(siglip, pretrained="webli")) == {}
     assert caplog.text == ""
-    found = _preprocessing(ClipSource("mine.pt", "ViT-L-14", "mine.pt", ""))
+    found = preprocessing(ClipSource("mine.pt", "ViT-L-14", "mine.pt", ""))
     assert found.keys() == {"image_interpolation", "image_resize_mode"}
     assert "--clip mine.pt: mean differs among the published weights of ViT-L-14" in caplog.text
 

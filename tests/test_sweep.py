@@ -14,7 +14,14 @@ import yaml
 
 from diffitm.config import option
 from diffitm.distributed.search import stopper
-from diffitm.distributed.sweep import KINDS, _placed, _scores_checked, _training_checked, run
+from diffitm.distributed.sweep import (
+    KINDS,
+    _gdbench,
+    _placed,
+    _scores_checked,
+    _training_checked,
+    run,
+)
 from diffitm.errors import InputError
 from diffitm.schema import Example
 from diffitm.sweep.options import Kind, read_sweep
@@ -65,12 +72,14 @@ def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "sd").mkdir()
     (tmp_path / "mine.pt").touch()
     words = ["teacher=sd,org/sd", "clip=ViT-L-14:mine.pt", "data=DIR/*.tar", "recap=all"]
-    sweep = _placed(read_sweep(KINDS, ["recap-density", *words, "validation_data=s3://b/x"]))
+    words += ["validation_tasks=mmvp_vlm,my/task.py:Mine", "validation_data=file:///b/x"]
+    sweep = _placed(read_sweep(KINDS, ["recap-density", *words]))
     assert sweep.axes == (Axis("teacher", (f"{tmp_path}/sd", "org/sd")),)
     assert sweep.fixed == {
         "clip": f"ViT-L-14:{tmp_path}/mine.pt",
         "data": f"{tmp_path}/DIR/*.tar",
-        "validation_data": "s3://b/x",
+        "validation_data": "file:///b/x",
+        "validation_tasks": ["mmvp_vlm", f"{tmp_path}/my/task.py:Mine"],
         "recap": "all",
     }
     named = _placed(read_sweep(KINDS, ["lambda", "model=shapes", "data=shapes"]))
@@ -79,8 +88,8 @@ def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_tasks_without_right_answers_are_not_scored() -> None:
     sweep = _scores_checked(read_sweep(KINDS, ["timesteps", "model=shapes"]))
-    assert "winoground" in sweep.fixed["tasks"]
-    assert not {"mmbias", "flickr30k_variance", "all"} & set(sweep.fixed["tasks"])
+    tasks = _gdbench(sweep, "diffusionitm", "out").tasks
+    assert "winoground" in tasks and not {"mmbias", "flickr30k_variance", "all"} & set(tasks)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -160,7 +160,7 @@ def test_rows_of_webdataset_shards(tmp_path: Path) -> None:
         ({"a.json": b'{"negative_captions": "x"}'}, "expects a list of texts in negative_captions"),
         ({"a.json": b'{"negative_images": ["b"]}'}, "names b, which is no sample with an image"),
         ({"a.png": b"", "a.jpg": b""}, "sample a has two of image"),
-        ({"a.txt": b"\xff"}, "is no whole, uncompressed tar"),
+        ({"a.txt": b"\xff"}, "s.tar: a.txt is not UTF-8: invalid start byte at byte 0"),
         ({"a.cls": b"0"}, "the shards hold no sample"),
     ],
 )

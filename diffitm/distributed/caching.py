@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +88,18 @@ def _packed(values: dict[str, torch.Tensor]) -> list[bytes]:
     return [save({name: value[i].clone() for name, value in rows.items()}) for i in range(count)]
 
 
-def encode(out: str, kind: str, names: list[str], encoder: Encoder, pool: Pool) -> str:
+def encode(
+    out: str,
+    kind: str,
+    names: list[str],
+    encoder: Encoder,
+    pool: Pool,
+    first: Callable[[], None] | None = None,
+) -> str:
     """Encode the images or texts (`kind`) that are not encoded yet; the folder of all of them.
 
-    It lies below work/ beside `out`, so that runs beside each other share it.
+    It lies below work/ beside `out`, so that runs beside each other share it. `first` is called where
+    nothing is encoded yet.
     """
     settings: dict[str, Any] = {
         "version": VERSION,
@@ -106,6 +114,8 @@ def encode(out: str, kind: str, names: list[str], encoder: Encoder, pool: Pool) 
         settings |= {"root": root, "resize": encoder.resize, "files": stamp}
     what = "latents" if kind == "image" else "texts"
     folder = join(work_folder(out, f"cache-{what}", settings), "encoded")
+    if first is not None and not storage.exists(folder):
+        first()
     return run_groups(
         f"caching {what}", folder, names, [[] for _ in names], AT_ONCE[kind], CACHED, EncodeActor,
         (kind, encoder), pool, 4, ROWS_TOGETHER,

@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save
 from transformers.utils.logging import disable_progress_bar
 
 from diffitm import storage
-from diffitm.distributed.fit import Workers, fit, settings_of, share
+from diffitm.distributed.fit import Workers, fit, settings_of
 from diffitm.distributed.monitor import Line
 from diffitm.errors import InputError
 from diffitm.models.clip import ClipSource, load_clip, resolve_clip
@@ -48,6 +49,7 @@ from diffitm.training.webdataset import is_webdataset, shards
 log = logging.getLogger("diffitm")
 Lost = dict[str, int]
 LOOP = "diffitm.distributed.feedback"
+LISTING = 2  # grows when the same shards would be listed otherwise
 LISTED = pa.schema(
     [("shard", pa.string()), ("found", pa.list_(pa.string())), ("failure", pa.string())]
 )
@@ -73,10 +75,6 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
     name = fingerprint(settings)[:12]
     with refusable(out):
         if config.cache_latents:
-            from diffitm.distributed import session
-
-            cpus, gpus = share(workers)
-            session.ask(cpus, gpus, _try, job, "cuda" if gpus else "cpu")
             job = cached(job, out)
         result, unread = fit(LOOP, job, workers, name, curves, out, _describe)
     lost |= unread
@@ -150,7 +148,11 @@ def _in_shards(names: list[str], out: str) -> tuple[list[str], Lost]:
     each other. Raises InputError if they hold no image."""
     from diffitm.distributed.groups import work_folder
 
-    state = {"shards": [storage.title(name) for name in names], "files": storage.versions(names)}
+    state = {
+        "version": LISTING,
+        "shards": [storage.title(name) for name in names],
+        "files": storage.versions(names),
+    }
     file = storage.join(work_folder(out, "listing", state), "listing.parquet")
     if not storage.exists(file):
         sink = pa.BufferOutputStream()
@@ -268,7 +270,8 @@ def cached(job: DivaJob, out: str) -> DivaJob:
     pool = session.choose_pool(None, None, None, None)
     encoder = Encoder(job.source, job.variant, job.dtype, job.root, "squash")
     images = sorted(row.image for row in job.rows)
-    return replace(job, latents=encode(out, "image", images, encoder, pool))
+    first = partial(session.ask, pool.cpus, pool.gpus, _try, job, pool.device)
+    return replace(job, latents=encode(out, "image", images, encoder, pool, first))
 
 
 def _write_clip(

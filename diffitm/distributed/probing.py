@@ -46,7 +46,9 @@ class Probe:
 
     def file(self, clip: ClipSource) -> str:
         """Below OUT, by everything that the result depends on."""
-        settings = {**asdict(self), "clip": clip.digest, "version": VERSION}
+        from diffitm.models.clip import preprocessing
+
+        settings = {**asdict(self), "clip": clip.digest, "version": VERSION, **preprocessing(clip)}
         return f"{FOLDER}/{self.kind}-{fingerprint(settings)[:12]}.json"
 
 

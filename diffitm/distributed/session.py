@@ -216,7 +216,9 @@ def gpus() -> float:
 
 def ask(cpus: float, gpus: float, function: Callable[..., T], *given: Any) -> T:
     """What a function returns as a task of Ray with its own process. Raises its InputError."""
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(function)
+    # Not in the share of a trial of Ray Tune that asks.
+    options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
+    task = ray.remote(max_retries=1, **options)(function)
     try:
         return ray.get(task.remote(*given))
     except ray.exceptions.RayTaskError as error:

@@ -42,7 +42,10 @@ STORED = 50  # timesteps of a sweep over scores, unless told
 SCENES, SEED = 100, 201  # of the drawn tasks that a sweep over recaps is validated on
 OF_SCORE = ("model", "lora", "protocol", "error", "number", "range", "weighting")
 # Encoded beforehand for all trials alike, so these must be the same in all.
-PATHS, MODELS = ("data", "images", "validation_data"), ("model", "teacher", "clip")
+PATHS, MODELS = (
+    ("data", "images", "validation_data"),
+    ("model", "teacher", "clip", "validation_tasks"),
+)
 OF_LENGTH = ("steps", "epochs", "effective_batch", "validate_every", "max_images", "data")
 OF_CACHE = ("model", "teacher", "variant", "dtype", "resize", "data", "seed", "max_images")
 UNUSED = (
@@ -116,11 +119,17 @@ def _placed(sweep: Sweep) -> Sweep:
     """The sweep with absolute paths: a trial runs in a folder of its own."""
 
     def place(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [place(name, item) for item in value]
         if name not in (*PATHS, *MODELS) or not isinstance(value, str) or value == "shapes":
             return value
-        clip, mark, file = value.partition(":")
-        if mark and Path(file).expanduser().is_file():  # NAME:FILE
-            return f"{clip}:{storage.absolute(file)}"
+        first, mark, last = value.partition(":")
+        if "://" in value:
+            return value
+        if name == "clip" and mark and Path(last).expanduser().is_file():  # NAME:FILE
+            return f"{first}:{storage.absolute(last)}"
+        if name == "validation_tasks":  # FILE.py:CLASS
+            return f"{storage.absolute(first)}:{last}" if first.endswith(".py") else value
         known = name in PATHS or Path(value).expanduser().exists()  # else it is a Hub id
         return storage.absolute(value) if known else value
 
@@ -239,7 +248,7 @@ def _scores_checked(sweep: Sweep) -> Sweep:
         raise InputError(
             f"{other[0]}: give one value; scores are stored for one, and {', '.join(OF_SCORE)} are swept"
         )
-    fixed["tasks"] = _graded(fixed.get("tasks", ["all"]))
+    _graded(fixed.get("tasks", ["all"]))
     store = sweep.config.store
     if store and not storage.exists(storage.join(storage.absolute(store), "scores")):
         raise InputError(f"store: {store} holds no scores; give the OUT of a gdbench.py run")
@@ -322,6 +331,7 @@ def _gdbench(sweep: Sweep, protocol: str, out: str) -> gdbench.Config:
     """What the stored errors are of, under a protocol."""
     values = {k: v for k, v in sweep.fixed.items() if k not in OF_SCORE}
     values |= {
+        "tasks": _graded(values.get("tasks", ["all"])),
         "model": list(_values(sweep, sweep.fixed, "model")),
         "lora": list(_values(sweep, sweep.fixed, "lora")),
         "protocol": protocol,
@@ -336,9 +346,9 @@ def _leave(
 ) -> None:
     """Table, best setting and report. Raises InputError if no setting has a result."""
     failed = [row for row in rows if row.failure]
-    good = [row for row in rows if row.accuracy is not None]
+    good = [row for row in rows if row.state == "done"]
     if not good:
-        raise InputError(f"no setting came to a result: {failed[0].failure if failed else ''}")
+        raise InputError(f"no setting came to its end: {failed[0].failure if failed else ''}")
     table = write_table(rows, sweep.axes, out)
     best, text = write_best("best.yaml", *_best(sweep, good[0]), out)
     kind = sweep.kind.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import re
@@ -174,7 +175,7 @@ def load_clip(source: ClipSource, device: torch.device | str = "cpu") -> LoadedC
             pretrained=pretrained,
             device=torch.device(device),
             force_quick_gelu=source.quick_gelu,
-            **_preprocessing(source),
+            **preprocessing(source),
         )
         _check_size(source.name, model, pretrained, loaded.visual)
         return LoadedClip(loaded.eval(), preprocess, open_clip.get_tokenizer(model))
@@ -182,18 +183,20 @@ def load_clip(source: ClipSource, device: torch.device | str = "cpu") -> LoadedC
         raise InputError(f"--clip {source.name!r} cannot be loaded: {error}") from error
 
 
-def _preprocessing(source: ClipSource) -> dict[str, Any]:
+@functools.cache
+def preprocessing(source: ClipSource) -> dict[str, Any]:
     """open_clip's arguments for a weights file, which says nothing of its images: what all published
     weights of the architecture have in common. Warns where they have not."""
     tags = open_clip.list_pretrained_tags_by_model(source.model)
     if source.pretrained is None or source.pretrained in tags:
         return {}
     known = [open_clip.get_pretrained_cfg(source.model, tag) for tag in tags]
-    found = {}
+    found: dict[str, Any] = {}
     for key in ("mean", "std", "interpolation", "resize_mode"):
         values = {cfg[key] for cfg in known}
         if len(values) == 1:
-            found[f"image_{key}"] = values.pop()
+            (value,) = values
+            found[f"image_{key}"] = list(value) if isinstance(value, tuple) else value
         elif values:
             text = "--clip %s: %s differs among the published weights of %s; open_clip's default is used"
             log.warning(text, source.name, key, source.model)
@@ -220,6 +223,8 @@ def _check_size(name: str, model: str, file: str | None, tower: Any) -> None:
 def _positions(file: str) -> list[int] | None:
     """Shape of the image tower's positions in a weights file, if they are there by this name."""
     key = f"visual.{POSITIONS}"
+    if file.endswith((".npz", ".npy")):  # big_vision's, for towers of timm
+        return None
     if file.endswith(".safetensors"):
         with safe_open(file, "pt") as weights:
             return weights.get_slice(key).get_shape() if key in set(weights.keys()) else None

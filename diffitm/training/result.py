@@ -54,8 +54,8 @@ def open_run(out: str, settings: dict[str, Any]) -> Known:
     if old.get("pipeline") != settings.get("pipeline"):
         raise InputError(f"{out} holds a run of {old.get('pipeline')}: give another --out")
     if old != settings:
-        differ = [k for k in settings if old.get(k) != settings[k]]
-        told = ", ".join(f"{k} was {old.get(k)!r} and is {settings[k]!r}" for k in differ)
+        differ = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+        told = ", ".join(f"{k} was {old.get(k)!r} and is {settings.get(k)!r}" for k in differ)
         raise InputError(f"{out} holds a run with other settings ({told}): give another --out")
     return Known(bool(known["done"]), known["key"])
 
