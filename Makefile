@@ -1,10 +1,10 @@
-# make demo, make sweep-demo: the embedded examples; make test, make test-slow: the tests. Each installs what it needs.
+# make demo, make sweep-demo: the embedded examples; make test, make test-slow, make test-long: the tests. Each installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
 
-.PHONY: demo sweep-demo test test-slow lint clean
+.PHONY: demo sweep-demo test test-slow test-long lint clean
 
 demo: $(READY)
 	$(BIN)/python pipelines/gdbench.py --model shapes --clip shapes --data shapes --out out/demo
@@ -18,7 +18,10 @@ test: lint
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow --durations=20
+	$(BIN)/python -m pytest -q -m "slow and not long" --durations=20
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -q -m long
 
 lint: $(READY)
 	$(BIN)/ruff check .

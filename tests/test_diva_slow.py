@@ -22,7 +22,7 @@ from diffitm.shapes.training import write_training
 from diffitm.training.result import WEIGHTS
 from tests import pipeline
 from tests.pipeline import kill
-from tests.training import losses, norm, training_worker, wait_for
+from tests.training import checkpoints, losses, norm, training_worker, wait_for
 
 pytestmark = pytest.mark.slow
 SMALL = (
@@ -113,39 +113,28 @@ def test_two_workers(undisturbed: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "out", undisturbed)
 
 
-def test_killed_worker(undisturbed: Path, tmp_path: Path) -> None:
-    """Ray Train replaces it; it goes on from the checkpoint."""
-    out = tmp_path / "out"
-    process = start(*SMALL, "--out", out, log=tmp_path / "log")
+def test_killed_worker_killed_driver_and_interrupt(undisturbed: Path, tmp_path: Path) -> None:
+    """Ray Train replaces a worker, which goes on from the checkpoint; the same command goes on after a
+    SIGKILL; Ctrl-C says that nothing is lost and exits with a code of its own. In the end the same."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    often = (*SMALL, "--checkpoint-every", 5)
+    process = start(*often, "--out", out, log=log)
     wait_for(out, process)
     os.kill(training_worker(process.pid), signal.SIGKILL)
-    assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
-    assert_same(out, undisturbed)
-
-
-def test_killed_driver(undisturbed: Path, tmp_path: Path) -> None:
-    """The same command goes on."""
-    out = tmp_path / "out"
-    process = start(*SMALL, "--out", out, log=tmp_path / "log")
-    wait_for(out, process)
+    wait_for(out, process, checkpoints(out))
     kill(process)
     assert not (out / "open_clip_model.safetensors").exists()
-    run(*SMALL, "--out", out)
+    process = start(*often, "--out", out, log=log)
+    wait_for(out, process, checkpoints(out))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130, log.read_text()
+    assert "interrupted; the same command goes on where it stopped" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    run(*often, "--out", out)
     assert_same(out, undisturbed)
 
 
-def test_interrupted_run(tmp_path: Path) -> None:
-    """Ctrl-C says that nothing is lost and exits with a code of its own."""
-    out = tmp_path / "out"
-    process = start(*SMALL, "--steps", 2000, "--out", out, log=tmp_path / "log")
-    wait_for(out, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 130, (tmp_path / "log").read_text()
-    told = (tmp_path / "log").read_text()
-    assert "interrupted; the same command goes on where it stopped" in told
-    assert "Traceback" not in told
-
-
+@pytest.mark.long
 def test_cached_latents(tmp_path: Path) -> None:
     """Encoded beforehand: the same training."""
     for name, cached in (("images", []), ("cached", ["--cache-latents"])):

@@ -15,7 +15,7 @@ from diffitm.models.lora import merge_lora, read_lora
 from diffitm.models.stable_diffusion import StableDiffusion
 from tests import pipeline
 from tests.pipeline import ROOT, kill
-from tests.training import losses, norm, wait_for
+from tests.training import checkpoints, losses, norm, wait_for
 
 pytestmark = pytest.mark.slow
 SHAPES = ROOT / "diffitm" / "shapes" / "weights" / "diffusion"
@@ -73,16 +73,12 @@ def test_repeat_and_changed_settings(undisturbed: Path) -> None:
     assert "lr was 0.001 and is 0.002" in refused.stderr
 
 
-def test_two_workers(undisturbed: Path, tmp_path: Path) -> None:
-    """The same micro-batches, shared out."""
-    run(*SMALL, "--out", tmp_path / "out", "--workers", 2, "--cpus-per-worker", 0.5)
-    assert_same(tmp_path / "out", undisturbed)
-
-
-def test_cached_latents(undisturbed: Path, tmp_path: Path) -> None:
-    """Encoded beforehand, once: the same training; another objective does not encode again."""
+def test_two_workers_and_cached_latents(undisturbed: Path, tmp_path: Path) -> None:
+    """The same micro-batches, shared out, of images encoded beforehand: the same training. Another
+    objective does not encode again."""
     out = tmp_path / "out"
-    done = run(*SMALL, "--out", out, "--cache-latents")
+    more = ("--cache-latents", "--workers", 2, "--cpus-per-worker", 0.5)
+    done = run(*SMALL, "--out", out, *more)
     assert "caching latents: 60 to do" in done.stderr
     assert_same(out, undisturbed)
     options = (*SMALL, "--cache-latents", "--objective", "soft-neg", "--steps", 2)
@@ -90,33 +86,27 @@ def test_cached_latents(undisturbed: Path, tmp_path: Path) -> None:
     assert "caching latents: all 60 are done already" in again.stderr
 
 
-def test_preempted_node(undisturbed: Path, tmp_path: Path) -> None:
-    """The node of the worker and of its loaders goes away without a word; another takes over."""
+def test_killed_driver_and_preempted_node(undisturbed: Path, tmp_path: Path) -> None:
+    """The same command goes on after a SIGKILL; then the node of the worker and of its loaders goes away
+    without a word, and another takes over."""
+    out, often = tmp_path / "out", (*SMALL, "--checkpoint-every", 5)
+    process = start(*often, "--out", out, log=tmp_path / "killed")
+    wait_for(out, process)
+    kill(process)
+    assert not (out / "pytorch_lora_weights.safetensors").exists()
+    known = checkpoints(out)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    process = None
     try:
-        node, out = cluster.add_node(num_cpus=3), tmp_path / "out"
-        options = (*SMALL, "--out", out, "--ray", cluster.address)
-        process = start(*options, log=tmp_path / "log")
-        wait_for(out, process)
+        node = cluster.add_node(num_cpus=3)
+        process = start(*often, "--out", out, "--ray", cluster.address, log=tmp_path / "log")
+        wait_for(out, process, known)
         cluster.add_node(num_cpus=3)
         cluster.remove_node(node, allow_graceful=False)
         assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
     finally:
-        if process is not None and process.poll() is None:
+        if process.poll() is None:
             process.kill()
         cluster.shutdown()
-    assert_same(out, undisturbed)
-
-
-def test_killed_driver(undisturbed: Path, tmp_path: Path) -> None:
-    """The same command goes on."""
-    out = tmp_path / "out"
-    process = start(*SMALL, "--out", out, log=tmp_path / "log")
-    wait_for(out, process)
-    kill(process)
-    assert not (out / "pytorch_lora_weights.safetensors").exists()
-    run(*SMALL, "--out", out)
     assert_same(out, undisturbed)
 
 
@@ -132,9 +122,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_unreadable_images_cost_their_own_examples(tmp_path: Path) -> None:
-    """With cached latents; test_diva_slow.py has broken images that are read in training."""
+    """With cached latents; test_diva_slow.py has broken images that are read in training. Averaged
+    weights are the result: they lag behind those that are trained."""
     out = tmp_path / "out"
     options = (*SMALL, "--out", out, "--validate-every", 0, "--steps", 16, "--cache-latents")
+    options += ("--ema", 0.9)
     from diffitm.shapes.training import VERSION, write_training
 
     drawn = tmp_path / "work" / f"shapes-training-30-v{VERSION}"
@@ -147,17 +139,9 @@ def test_unreadable_images_cost_their_own_examples(tmp_path: Path) -> None:
     assert "holds this run already" in again.stderr
     assert len(json.loads((out / "failures.json").read_text())) >= 1
     assert len(losses(out)) == 16
-
-
-def test_averaged_weights_are_the_result(tmp_path: Path) -> None:
-    """They lag behind those that are trained, and a stopped run has them in its checkpoint."""
-    out = tmp_path / "out"
-    options = (*SMALL, "--steps", 20, "--validate-every", 0, "--ema", 0.9)
-    run(*options, "--out", out)
-    checkpoint = sorted(out.glob("train/*/checkpoint_*/weights.safetensors"))[-1]
     names = ("pytorch_lora_weights.safetensors", "last/pytorch_lora_weights.safetensors")
     found, last = (load_file(out / name) for name in names)
-    present = load_file(checkpoint)
+    present = load_file(sorted(out.glob("train/*/checkpoint_*/weights.safetensors"))[-1])
     sizes = [sum(float(v.norm()) for k, v in w.items() if "lora_B" in k) for w in (found, present)]
     assert 0 < sizes[0] < sizes[1]
     assert all(torch.equal(found[key], last[key]) for key in found)

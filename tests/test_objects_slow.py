@@ -241,20 +241,27 @@ def test_a_cluster_that_knows_keys_alone(bucket: Objects, monkeypatch: pytest.Mo
     assert bucket.secret not in done.stdout + done.stderr + report
 
 
-def test_lists_and_negatives(bucket: Objects, tmp_path: Path) -> None:
+MADE = {
+    "candidates": ("lists/top.json", "lists/top_text.json"),
+    "negatives": ("mined/rows.tsv",),
+}
+
+
+@pytest.mark.parametrize(
+    "script", ["negatives", pytest.param("candidates", marks=pytest.mark.long)]
+)
+def test_lists_and_negatives(bucket: Objects, tmp_path: Path, script: str) -> None:
     """Captions, images, lists and their work in the bucket; the same files as on disk."""
     pipeline.captioned_world(tmp_path, 20, "1007.jpg")
-    bucket.upload(tmp_path, "captioned")
-    for base in (f"{tmp_path}", bucket.uri("captioned")):
-        shared = ("--clip", "shapes", "--actors", 1, "--captions", f"{base}/captions.json")
-        shared += ("--images", f"{base}/flickr30k/images", "--out")
-        for script, options in {  # an image is unreadable
-            "candidates": (f"{base}/lists/top.json", "--top-k", 5),
-            "negatives": (f"{base}/mined/rows.tsv", "--kinds", "rules", "images"),
-        }.items():
-            pipeline.run(*shared, *options, script=script, code=3)
-    made = bucket.folder / "captioned"
-    for name in ("lists/top.json", "lists/top_text.json", "mined/rows.tsv"):
+    bucket.upload(tmp_path, script)
+    more = ("--top-k", 5) if script == "candidates" else ("--kinds", "rules", "images")
+    for base in (f"{tmp_path}", bucket.uri(script)):
+        places = ("--captions", f"{base}/captions.json", "--images", f"{base}/flickr30k/images")
+        options = (*places, "--out", f"{base}/{MADE[script][0]}", *more)
+        # an image is unreadable
+        pipeline.run("--clip", "shapes", "--actors", 1, *options, script=script, code=3)
+    made = bucket.folder / script
+    for name in MADE[script]:
         assert (made / name).read_bytes() == (tmp_path / name).read_bytes()
     assert holding(bucket.secret, made) == []
     refused = pipeline.run("pets", "--data", bucket.uri("fetched"), script="prepare", code=2)

@@ -135,6 +135,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.long
 def test_a_kill_costs_an_actor_one_block(tmp_path: Path) -> None:
     """Of what was finished before a SIGKILL, at most a block an actor is computed again."""
     out, trace = tmp_path / "out", tmp_path / "trace"
@@ -173,6 +174,7 @@ def test_repeat_scores_nothing_and_settings_do_not_mix(undisturbed: Path) -> Non
     assert "18 pairs of 6 images" in more.stderr  # the other three of six examples
 
 
+@pytest.mark.long
 def test_other_tasks_in_between(tmp_path: Path) -> None:
     """A run killed, another set of tasks run to its end, then the first again: no pair twice."""
     out, log = tmp_path / "out", tmp_path / "log"

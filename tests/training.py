@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor
 
 
-def wait_for(out: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until there is a checkpoint."""
+def checkpoints(out: Path) -> set[Path]:
+    return set(out.glob("train/*/checkpoint_*"))
+
+
+def wait_for(out: Path, process: subprocess.Popen[bytes], known: Collection[Path] = ()) -> None:
+    """Until there is a checkpoint that is not known."""
     end = time.monotonic() + 300
-    while not list(out.glob("train/*/checkpoint_*")):
+    while not checkpoints(out) - set(known):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.2)
 
