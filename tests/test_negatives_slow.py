@@ -101,6 +101,7 @@ def test_near_images(made: Path) -> None:
         assert list(row.negative_images) == [names[i] for i in others[:NEAR]]
 
 
+@pytest.mark.long
 def test_killed_while_the_model_answers(data: Path, made: Path, tmp_path: Path) -> None:
     """What was answered stays as it is, the rest follows, and the result is the same."""
     out, log = tmp_path / "new" / "negatives.tsv", tmp_path / "log"
