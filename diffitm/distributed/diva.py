@@ -68,7 +68,6 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
         log.info("%s holds this run already; give another --out to train again", out)
         check_complete(out)
         return
-    curves = Curves(config.track, storage.public(out), known.key, settings, listen)
     workers = Workers(
         config.workers, config.cpus_per_worker, config.gpus_per_worker, config.retries
     )
@@ -76,6 +75,7 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
     with refusable(out):
         if config.cache_latents:
             job = cached(job, out)
+        curves = Curves(config.track, storage.public(out), known.key, settings, listen)
         result, unread = fit(LOOP, job, workers, name, curves, out, _describe)
     lost |= unread
     with result.checkpoint.as_directory() as folder:
