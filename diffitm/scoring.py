@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffitm import images
+from diffitm import images, storage
+from diffitm.errors import InputError, Unavailable
 from diffitm.matching.batch import Batch
 from diffitm.matching.cache import TextCache
 from diffitm.matching.errors import pair_errors
 from diffitm.matching.plan import Plan
 from diffitm.models.denoiser import Denoiser, select
+from diffitm.outside import is_outside, patiently
 from diffitm.schema import Work
 
 TEXT_CACHE_BYTES = 512 * 2**20
@@ -138,29 +141,55 @@ def scaled(pixels: np.ndarray) -> Tensor:
 
 
 class Loaded(NamedTuple):
-    """A prepared image or why there is none."""
+    """A prepared image or why there is none; `outside`: the network or a server is to blame."""
 
     value: Any
     digest: str | None
     failure: str | None
+    outside: bool = False
 
 
 def load_images(
     rows: Sequence[Work], root: str, prepare: Callable[[Any], Any], threads: int = 4
 ) -> list[Loaded]:
-    """Read, decode and prepare the rows' images in a few threads."""
+    """Read, decode and prepare the rows' images in a few threads.
+
+    Raises Unavailable where the network or a server keeps all of them from being read.
+    """
+    away = False  # once an image was waited for in vain, the others are asked for once
 
     def one(row: Work) -> Loaded:
+        nonlocal away
+        read = functools.partial(images.load, root, row.image)
         try:
-            image, digest = images.load(root, row.image)
+            image, digest = read() if away else patiently(read)
             return Loaded(prepare(image), digest, None)
         except Exception as error:  # whatever a decoder raises is that image's failure
-            return Loaded(None, None, _reason(error))
+            outside = is_outside(error)
+            away = away or outside
+            return Loaded(None, None, _reason(error), outside)
 
     if len(rows) == 1:
-        return [one(rows[0])]
-    with ThreadPoolExecutor(min(threads, len(rows))) as pool:
-        return list(pool.map(one, rows))
+        loaded = [one(rows[0])]
+    else:
+        with ThreadPoolExecutor(min(threads, len(rows))) as pool:
+            loaded = list(pool.map(one, rows))
+    if rows and not any(item.failure is None for item in loaded):
+        _check_reachable(root, rows, loaded)
+    return loaded
+
+
+def _check_reachable(root: str, rows: Sequence[Work], loaded: Sequence[Loaded]) -> None:
+    """Raises Unavailable where no image could be read for a reason that is not their own."""
+    text = f"none of {len(rows)} images could be read, such as {rows[0].image}: {loaded[0].failure}"
+    if all(item.outside for item in loaded) and len(loaded) > 1:
+        raise Unavailable(text)
+    try:
+        gone = not storage.exists(root)
+    except InputError as error:
+        raise Unavailable(f"{text}; {error}") from error
+    if gone:
+        raise Unavailable(f"{text}; there is no folder {storage.title(root)} here")
 
 
 def _reason(error: Exception) -> str:

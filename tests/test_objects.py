@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,9 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import save_file
 
-from diffitm import images, storage
+from diffitm import images, outside, storage
 from diffitm.config import parse
-from diffitm.errors import InputError
+from diffitm.errors import InputError, Unavailable
 from diffitm.models.clip import load_clip, resolve_clip
 from diffitm.models.copies import cache_folder, on_disk
 from diffitm.models.load import SHAPES, content_digest, load_denoiser, lora_digest, resolve
@@ -28,6 +29,7 @@ from diffitm.provenance import redact
 from diffitm.resume import mend
 from diffitm.schema import Work
 from diffitm.scorers import ClipSpec
+from diffitm.scoring import load_images
 from diffitm.training.options import Config as FinetuneConfig
 from diffitm.training.pool import in_parquet
 from tests.loopback import picture
@@ -171,6 +173,55 @@ def test_images_cost_two_requests(bucket: Objects, form: str) -> None:
         images.load(root, f"{i}.jpg")
     assert sum(bucket.server.asked.values()) == 10
     assert storage._open.cache_info().misses == opened
+
+
+def refuse(bucket: Objects, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the server cannot be reached, or it takes the keys no more."""
+    if how == "away":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    else:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    storage._open.cache_clear()
+
+
+@pytest.mark.parametrize("how", ["away", "keys ran out"])
+def test_images_of_a_store_that_answers_no_more(
+    bucket: Objects, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Are not written off: the block is refused. One image that is missing is its own failure."""
+    monkeypatch.setattr(outside, "DELAYS", (0.01,))
+    root = bucket.upload(write_pictures(tmp := Path(os.environ["DIFFITM_CACHE"]), 3), "stays")
+    rows = [Work(i, f"{i}.jpg", [""]) for i in range(4)]
+    loaded = load_images(rows, root, lambda image: image.size)
+    assert [item.failure for item in loaded] == [None, None, None, "there is no such file"]
+    assert load_images(rows[3:], root, lambda image: image)[0].failure == "there is no such file"
+    refuse(bucket, how, monkeypatch)
+    with pytest.raises(Unavailable, match=r"none of 4 images could be read, such as 0\.jpg: .*AWS"):
+        load_images(rows, root, lambda image: image)
+    with pytest.raises(Unavailable, match="none of 1 images"):
+        load_images(rows[:1], root, lambda image: image)
+    storage._open.cache_clear()
+    shutil.rmtree(tmp)
+
+
+def test_images_of_a_folder_that_is_gone(tmp_path: Path) -> None:
+    """A mount that went away; broken files are their own failures."""
+    folder = write_pictures(tmp_path / "data", 2)
+    (folder / "0.jpg").write_bytes(b"no image")
+    (folder / "1.jpg").write_bytes(picture()[:100])
+    rows = [Work(i, f"{i}.jpg", [""]) for i in range(2)]
+    failures = [item.failure or "" for item in load_images(rows, str(folder), lambda image: image)]
+    assert all(failure.startswith("unreadable image") for failure in failures)
+    shutil.rmtree(folder)
+    with pytest.raises(Unavailable, match=r"0\.jpg: there is no such file; there is no folder"):
+        load_images(rows, str(folder), lambda image: image)
+
+
+def write_pictures(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"{i}.jpg").write_bytes(picture())
+    return folder
 
 
 def test_what_cannot_be_reached(bucket: Objects, monkeypatch: pytest.MonkeyPatch) -> None:

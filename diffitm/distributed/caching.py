@@ -14,7 +14,6 @@ from safetensors.torch import save
 from diffitm import scoring, storage
 from diffitm.distributed.groups import run_groups, work_folder
 from diffitm.distributed.session import Pool
-from diffitm.errors import InputError
 from diffitm.models.load import Source, load_denoiser
 from diffitm.provenance import fingerprint
 from diffitm.scoring import to_input
@@ -42,15 +41,9 @@ class EncodeActor:
 
     def __init__(self, kind: str, encoder: Encoder, device: str, counter: Any) -> None:
         self.kind, self.encoder, self.counter = kind, encoder, counter
-        self.failure: InputError | None = None
-        try:
-            self.denoiser = load_denoiser(encoder.source, encoder.dtype, device, encoder.variant)
-        except InputError as error:  # Ray would try a constructor again; a call fails at once
-            self.failure = error
+        self.denoiser = load_denoiser(encoder.source, encoder.dtype, device, encoder.variant)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        if self.failure is not None:
-            raise self.failure
         lines = []
         for group in table.to_pylist():
             names = group["names"]

@@ -51,15 +51,9 @@ class EmbedActor:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
         self.kind, self.root, self.counter = kind, root, counter
-        self.failure: InputError | None = None
-        try:
-            self.clip = ClipScorer(source, root, device)
-        except InputError as error:  # Ray would try a constructor again; a call fails at once
-            self.failure = error
+        self.clip = ClipScorer(source, root, device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        if self.failure is not None:
-            raise self.failure
         return pa.concat_tables(self._group(**line) for line in table.to_pylist())
 
     def _group(self, row: int, start: int, names: list[str], truth: list[list[int]]) -> pa.Table:

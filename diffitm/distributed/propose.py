@@ -116,18 +116,12 @@ class AnswerActor:
         from diffitm.models.language import LanguageModel
 
         self.template, self.batch_size, self.counter = question.template, batch_size, counter
-        self.failure: InputError | None = None
-        try:
-            self.model = LanguageModel(
-                question.source, question.dtype, device, question.temperature, question.seed,
-                question.max_new_tokens,
-            )  # fmt: skip
-        except InputError as error:  # Ray would try a constructor again; a call fails at once
-            self.failure = error
+        self.model = LanguageModel(
+            question.source, question.dtype, device, question.temperature, question.seed,
+            question.max_new_tokens,
+        )  # fmt: skip
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        if self.failure is not None:
-            raise self.failure
         lines = []
         for group in table.to_pylist():
             names: list[str] = group["names"]

@@ -12,7 +12,6 @@ import pyarrow as pa
 from diffitm.distributed.groups import run_groups
 from diffitm.distributed.session import Pool
 from diffitm.distributed.stages import whole_files
-from diffitm.errors import InputError
 from diffitm.models.load import load_denoiser
 from diffitm.provenance import fingerprint
 from diffitm.scorers import DiffusionSpec
@@ -42,15 +41,9 @@ class SampleActor:
 
     def __init__(self, spec: DiffusionSpec, how: Sampling, device: str, counter: Any) -> None:
         self.how, self.counter = how, counter
-        self.failure: InputError | None = None
-        try:
-            self.denoiser = load_denoiser(spec.source, spec.dtype, device, spec.variant, spec.lora)
-        except InputError as error:  # Ray would try a constructor again; a call fails at once
-            self.failure = error
+        self.denoiser = load_denoiser(spec.source, spec.dtype, device, spec.variant, spec.lora)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        if self.failure is not None:
-            raise self.failure
         lines = []
         for group in table.to_pylist():
             for position, prompt in enumerate(group["names"], group["start"]):

@@ -11,11 +11,12 @@ import pyarrow as pa
 import ray
 
 from diffitm import storage
+from diffitm.distributed.actors import WorkerSpec
 from diffitm.distributed.metrics import Metrics, gpu_memory
 from diffitm.distributed.progress import REPORT_EVERY, Watch, clock
 from diffitm.distributed.session import Pool, standing, start_here
-from diffitm.distributed.stages import checkpoint, read_rows, through_actors
-from diffitm.errors import InputError
+from diffitm.distributed.stages import Build, checkpoint, in_rounds, read_rows, through_actors
+from diffitm.pairs import remaining
 from diffitm.schema import SCORES
 from diffitm.schema import Work as WorkRow
 from diffitm.summary import Done
@@ -52,23 +53,16 @@ class ScoringActor:
 
     def __init__(self, spec: Spec, name: str, device: str, counter: Any) -> None:
         self.device, self.counter = device, counter
-        self.failure: InputError | None = None
-        try:
-            self.scorer = spec.build(device)
-            self.batches: list[Batch] = getattr(self.scorer, "batches", [])
-            for batch in self.batches:
-                batch.tell = lambda line: counter.add.remote(Done(smaller=(line,)))
-            rate = self.scorer.measure_rate()
-        except InputError as error:  # Ray would try a constructor again; a call fails at once
-            self.failure = error
-            return
+        self.scorer = spec.build(device)
+        self.batches: list[Batch] = getattr(self.scorer, "batches", [])
+        for batch in self.batches:
+            batch.tell = lambda line: counter.add.remote(Done(smaller=(line,)))
+        rate = self.scorer.measure_rate()
         self.metrics = Metrics(name)
         counter.add.remote(Done(actors=1, rate=rate))
         self.free = time.perf_counter()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        if self.failure is not None:
-            raise self.failure
         start = time.perf_counter()
         self.counter.add.remote(Done(begun=1))
         rows = [WorkRow(**line) for line in table.select(["row", "image", "texts"]).to_pylist()]
@@ -101,18 +95,23 @@ def score(spec: Spec, work: Work, store: Store, pool: Pool) -> Done:
 
     Raises whatever ended the run; every block written before stays and is not done again.
     """
-    start = time.monotonic()
-    found, path = storage.filesystem(work.table.uri)
-    counter = start_here(Counter)
-    table = read_rows(path, found)
-    table.context.checkpoint_config = checkpoint(work.checkpoint, "row")
-    blocks = table.repartition(target_num_rows_per_block=_block_rows(work, spec.cost, pool))
-    arguments = (spec, store.model, pool.device, counter)
-    scored = through_actors(blocks, ScoringActor, arguments, pool, "row")
-    out, folder = storage.filesystem(store.uri)
+    start, counter = time.monotonic(), start_here(Counter)
+    build = Build(ScoringActor, (spec, store.model), counter)
+    rows = _block_rows(work, spec.cost, pool)
     lines = _Lines(store.model, work.pairs_left, spec.cost, pool.min_actors)
-    with Watch(counter, lines.tell, 0.5, lambda: standing(pool)):
-        scored.write_parquet(folder, filesystem=out, try_create_dir=False)
+
+    def execute(attempts: Any) -> None:
+        found, path = storage.filesystem(work.table.uri)
+        table = read_rows(path, found)
+        table.context.checkpoint_config = checkpoint(work.checkpoint, "row")
+        blocks = table.repartition(target_num_rows_per_block=rows)
+        worker = WorkerSpec(build, SCORES, "row", pool.gpus)
+        scored = through_actors(blocks, worker, attempts, pool, rows)
+        out, folder = storage.filesystem(store.uri)
+        with Watch(counter, lines.tell, 0.5, lambda: standing(pool)):
+            scored.write_parquet(folder, filesystem=out, try_create_dir=False)
+
+    in_rounds(store.model, execute, lambda: remaining(work.table.uri, work.checkpoint)[0])
     done = ray.get(counter.read.remote())
     lines.tell_smaller(done)
     return replace(done, seconds=time.monotonic() - start)

@@ -67,6 +67,10 @@ def connect(address: str | None, dashboard: bool = False) -> None:
     context.enable_progress_bars = False
     # Version 2 starts 32 processes to list one file, and fails if a node goes away meanwhile.
     context.use_datasource_v2 = False
+    # A run may wait for a spot GPU, and a block may take, longer than any bound; Watch says so meanwhile.
+    context.execution_no_progress_timeout_s = -1
+    # Attempts decides when actors that cannot start end a run.
+    context.max_consecutive_actor_init_deaths = -1
     global _joined
     if ray.is_initialized():
         _joined |= ray.get_runtime_context().worker.mode == ray.WORKER_MODE  # a trial of a sweep

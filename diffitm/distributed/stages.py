@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +18,11 @@ from ray.data import ActorPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
 
 from diffitm import storage
-from diffitm.distributed.attempts import Attempts, Bounded
+from diffitm.distributed.actors import StageActor, WorkerSpec
+from diffitm.distributed.attempts import Attempts, Trouble
 from diffitm.distributed.progress import Watch, clock
 from diffitm.distributed.session import Pool, standing, start_here
-from diffitm.errors import InputError
+from diffitm.errors import InputError, Unavailable
 from diffitm.resume import mend
 
 log = logging.getLogger("diffitm")
@@ -47,22 +48,66 @@ def read_rows(paths: str | list[str], found: FileSystem) -> ray.data.Dataset:
     return ray.data.read_parquet(paths, filesystem=found, override_num_blocks=1)
 
 
-def through_actors(
-    blocks: ray.data.Dataset, actor: type, arguments: tuple[Any, ...], pool: Pool, column: str
-) -> ray.data.Dataset:
-    """The blocks as tables through a pool of actors; `column` has the id of a row.
+@dataclass(frozen=True)
+class Build:
+    """Makes an actor's worker: of a class, its arguments, and the counter that it reports to."""
 
-    Actors that are lost with their node start again on another, however often.
+    worker: type
+    arguments: tuple[Any, ...]
+    counter: Any
+
+    def __call__(self, device: str) -> Any:
+        return self.worker(*self.arguments, device, self.counter)
+
+
+def through_actors(
+    blocks: ray.data.Dataset, spec: WorkerSpec, attempts: Any, pool: Pool, rows: int
+) -> ray.data.Dataset:
+    """The blocks, of `rows` rows each, as tables through a pool of actors.
+
+    Actors that are lost with their node start again on another, however often. A batch is a block:
+    where actors have GPUs, Ray Data wants a number, and another one would cut or join blocks.
     """
     return blocks.map_batches(
-        Bounded,
-        fn_constructor_args=(actor, arguments, start_here(Attempts), column),
+        StageActor,
+        fn_constructor_args=(spec, attempts),
         compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-        batch_size=None,
+        batch_size=rows,
         batch_format="pyarrow",
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )
+
+
+def in_rounds(what: str, execute: Callable[[Any], None], left: Callable[[], int]) -> None:
+    """Call `execute` with a handle of Attempts until no row is `left`: a further round does what places
+    that failed left to others. Says at the end which those were, and why they failed.
+
+    Raises Unavailable if a further round gets nothing done.
+    """
+    before: int | None = None
+    while True:
+        attempts = start_here(Attempts)
+        try:
+            execute(attempts)
+        finally:
+            troubles = ray.get(attempts.read_troubles.remote())
+            for place, trouble in troubles.items():
+                log.warning("%s: %s", what, describe(place, trouble))
+        rows = left()
+        if rows == 0:
+            return
+        if before is not None and rows >= before:
+            causes = "; ".join(describe(*trouble) for trouble in troubles.items())
+            raise Unavailable(f"{what}: {rows:,} rows could not be done anywhere. {causes}")
+        log.warning("%s: %s rows were left to others; another round does them", what, f"{rows:,}")
+        before = rows
+
+
+def describe(place: str, trouble: Trouble) -> str:
+    """A line about what went wrong at a place."""
+    times = f"{trouble.times} failure{'s' * (trouble.times > 1)}"
+    return f"{times} on {place}, the last: {trouble.cause}"
 
 
 class Counter:
@@ -106,24 +151,34 @@ def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool)
         return
     if before:
         log.info("%s: going on where it stopped, %s of %s", stage.what, f"{before:,}", total)
-    found, folder = storage.filesystem(stage.out)
-    counter = start_here(Counter)
-    table = read_rows(stage.inputs, found)
-    folder_of = storage.join(storage.parent(stage.out), "checkpoint")
-    mend(folder_of)
-    table.context.checkpoint_config = checkpoint(folder_of, stage.column)
     least = min(pool.min_actors, stage.blocks)
     most = max(least, min(pool.max_actors, stage.blocks))
-    blocks = table.repartition(target_num_rows_per_block=stage.rows)
     pool = replace(pool, min_actors=least, max_actors=most)
-    made = through_actors(blocks, actor, (*arguments, pool.device, counter), pool, stage.column)
     log.info("%s: %s to do", stage.what, f"{stage.total - before:,}")
-    with Watch(counter, _lines(stage, before), standing=lambda: standing(pool)):
-        form = {"use_dictionary": False, "compression": "NONE", "row_group_size": stage.together}
-        made.write_parquet(folder, filesystem=found, try_create_dir=False, **form)
+
+    def execute(attempts: Any) -> None:
+        _execute(stage, Build(actor, arguments, start_here(Counter)), pool, attempts)
+
+    in_rounds(stage.what, execute, lambda: stage.total - len(np.unique(_positions(stage))))
     positions = _positions(stage)
-    if len(positions) != stage.total or len(np.unique(positions)) != stage.total:
+    if len(positions) != stage.total:
         raise InputError(f"{stage.out} holds {len(positions)} of {total}: delete it, run again")
+
+
+def _execute(stage: Stage, build: Build, pool: Pool, attempts: Any) -> None:
+    """Whatever of the stage is left, once through the actors."""
+    before = len(_positions(stage))
+    found, folder = storage.filesystem(stage.out)
+    table = read_rows(stage.inputs, found)
+    checkpoints = storage.join(storage.parent(stage.out), "checkpoint")
+    mend(checkpoints)
+    table.context.checkpoint_config = checkpoint(checkpoints, stage.column)
+    blocks = table.repartition(target_num_rows_per_block=stage.rows)
+    spec = WorkerSpec(build, stage.schema, stage.column, pool.gpus)
+    results = through_actors(blocks, spec, attempts, pool, stage.rows)
+    with Watch(build.counter, _lines(stage, before), standing=lambda: standing(pool)):
+        form = {"use_dictionary": False, "compression": "NONE", "row_group_size": stage.together}
+        results.write_parquet(folder, filesystem=found, try_create_dir=False, **form)
 
 
 def _lines(stage: Stage, before: int) -> Callable[[int], None]:
