@@ -12,16 +12,10 @@ from diffitm.config import make
 from diffitm.distributed import actors, gdbench
 from diffitm.errors import InputError
 from tests import pipeline
+from tests.processors import WITHOUT_CUDA
 
 GPUS = 2
 WORLD = {"model": ["shapes"], "data": "shapes", "scenes": 10, "timesteps": [2], "dtype": "fp32"}
-
-
-def processors_for_gpus() -> None:
-    """In a worker: whatever Ray gave it, the model runs on the processor."""
-    from diffitm.distributed import actors
-
-    actors.choose_device = lambda gpus: "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +25,7 @@ def gpus() -> Iterator[None]:
         num_gpus=GPUS,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={
-            "env_vars": {"PYTHONPATH": str(pipeline.ROOT)},
-            "worker_process_setup_hook": f"{__name__}.processors_for_gpus",
-        },
+        runtime_env=WITHOUT_CUDA,
     )
     yield
     ray.shutdown()

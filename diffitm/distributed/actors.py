@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 
-from diffitm.distributed.attempts import RETRIES, Place, Verdict
+from diffitm.distributed.attempts import RETRIES, SHORT, Place, Verdict
 from diffitm.errors import InputError, Unavailable
 from diffitm.outside import is_cuda_error, is_transient
 
@@ -76,10 +76,12 @@ class StageActor:
         self.ending: Exception | None = (
             None  # raised by the first block: Ray replaces a failed start
         )
-        verdict = self._ask("begin", self.start)
+        verdict = self._ask("start", self.start)
         if verdict.why is not None:
             self.ending = InputError(verdict.why)
             return
+        # Blocks wait for one that was restarted.
+        time.sleep(min(verdict.delay, SHORT) if self.restarted else verdict.delay)
         self._build()
 
     @property

@@ -10,8 +10,10 @@ import ray
 
 RETRIES = 3
 MOST = 20  # times that a thing may be begun, whatever ended it
-HERE = 2  # times that a block fails at one place before it is left to another
+HERE = 2  # failures at one place before a block is left to another
 PATIENCE = 300.0  # seconds that all actors may fail for an outside reason before the run ends
+ALONE = 120.0  # seconds that the one node which is up may fail while others are still awaited
+SHORT = 30.0  # seconds at most until a block is left: others may have nothing else to do by then
 LONGEST = 300.0  # seconds between two tries at a place that fails
 
 
@@ -44,6 +46,11 @@ def living_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
+def delay(in_a_row: int, first: float) -> float:
+    """Seconds to wait after so many failures in a row, the first of which costs `first`."""
+    return min(first * 2.0 ** (in_a_row - 1), LONGEST)
+
+
 class Attempts:
     """An actor beside the driver that is told what begins, ends and fails.
 
@@ -52,17 +59,27 @@ class Attempts:
     cannot be used: the loss of a node takes it several seconds to see, and several retries.
     """
 
-    def __init__(self, living: Callable[[], set[str]] = living_nodes) -> None:
-        self.living = living
+    def __init__(self, wanted: int = 1, living: Callable[[], set[str]] = living_nodes) -> None:
+        self.wanted, self.living = wanted, living  # `wanted`: actors of the pool
+        self.started = set[str]()  # actors
         self.begun: dict[str, list[str]] = {}  # thing -> nodes
         self.failed_at: dict[str, list[tuple[str, str]]] = {}  # thing -> places' names, and why
         self.troubles: dict[str, Trouble] = {}  # name of a place -> what went wrong there
         self.working: dict[str, str] = {}  # actor -> node, unless its last news is a failure
         self.since: float | None = None  # of the first failure since anything went well
 
+    def start(self, what: str, actor: str, place: Place) -> Verdict:
+        """An actor starts. At a place in trouble it waits, so that others get the blocks."""
+        self.started.add(actor)
+        verdict = self.begin(what, actor, place)
+        trouble = self.troubles.get(place.name)
+        if verdict.why is None and trouble and trouble.in_a_row and self._others(actor):
+            return Verdict(delay(trouble.in_a_row, 5.0))
+        return verdict
+
     def begin(self, what: str, actor: str, place: Place) -> Verdict:
         """An actor begins a thing."""
-        if self._failures(what, place) >= HERE and self._others(actor):
+        if self._is_for_others(what, actor, place):
             return Verdict(leave=True)
         nodes = self.begun.setdefault(what, [])
         nodes.append(place.node)
@@ -106,21 +123,31 @@ class Attempts:
         before = self.troubles.get(place.name, Trouble(0, 0, ""))
         trouble = Trouble(before.times + 1, before.in_a_row + 1, cause)
         self.troubles[place.name] = trouble
-        now = time.monotonic()
-        self.since = self.since or now
-        patient = transient and now - self.since < PATIENCE
-        if trouble.in_a_row > RETRIES and not patient and not self._others(actor):
+        self.since = self.since or time.monotonic()
+        if trouble.in_a_row > RETRIES and not self._is_worth_waiting(actor, transient):
             return Verdict(why=f"{what} failed {trouble.in_a_row} times on {place.name}: {cause}")
-        leave = self._failures(what, place) >= HERE and self._others(actor)
-        step = 5.0 if transient else 1.0
-        return Verdict(min(step * 2.0 ** (trouble.in_a_row - 1), LONGEST), leave)
+        seconds = delay(trouble.in_a_row, 5.0 if transient else 1.0)
+        leave = self._is_for_others(what, actor, place)
+        return Verdict(min(seconds, SHORT) if leave else seconds, leave)
 
     def read_troubles(self) -> dict[str, Trouble]:
         """What went wrong, by place."""
         return self.troubles
 
-    def _failures(self, what: str, place: Place) -> int:
-        return sum(name == place.name for name, _ in self.failed_at.get(what, []))
+    def _is_for_others(self, what: str, actor: str, place: Place) -> bool:
+        """Whether a thing that failed here is left to others, who do well: after HERE failures, or after
+        the first at a place where others failed before it."""
+        failures = sum(name == place.name for name, _ in self.failed_at.get(what, []))
+        if not failures or not self._others(actor):
+            return False
+        return max(failures, self.troubles[place.name].in_a_row) >= HERE
+
+    def _is_worth_waiting(self, actor: str, transient: bool) -> bool:
+        """Whether an actor that fails may yet do well, or another in its place."""
+        seconds = time.monotonic() - (self.since or 0.0)
+        nodes = sum(trouble.in_a_row > 0 for trouble in self.troubles.values())
+        awaited = len(self.started) < self.wanted and nodes == 1 and seconds < ALONE
+        return awaited or (transient and seconds < PATIENCE) or self._others(actor)
 
     def _well(self, actor: str, place: Place) -> None:
         """Count the actor among those that do well, unless its place is in trouble."""

@@ -111,7 +111,10 @@ def score(spec: Spec, work: Work, store: Store, pool: Pool) -> Done:
         with Watch(counter, lines.tell, 0.5, lambda: standing(pool)):
             scored.write_parquet(folder, filesystem=out, try_create_dir=False)
 
-    in_rounds(store.model, execute, lambda: remaining(work.table.uri, work.checkpoint)[0])
+    def left() -> int:
+        return remaining(work.table.uri, work.checkpoint)[0]
+
+    in_rounds(store.model, execute, left, pool.min_actors)
     done = ray.get(counter.read.remote())
     lines.tell_smaller(done)
     return replace(done, seconds=time.monotonic() - start)

@@ -188,10 +188,11 @@ def standing(pool: Pool) -> str:
     return f"{has} on {len([n for n in ray.nodes() if n['Alive']])} nodes; {wants}"
 
 
-def start_here(kind: type) -> Any:
-    """An actor on the driver's node, so that it outlives those of the workers; it takes no processor."""
+def start_here(kind: type, *arguments: Any) -> Any:
+    """An actor of the class on the driver's node, so that it outlives those of the workers; it takes no
+    processor."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=here).remote()
+    return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=here).remote(*arguments)
 
 
 def _too_many(actors: int, cpus: float, free: float) -> str:

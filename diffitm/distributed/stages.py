@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from diffitm import storage
 from diffitm.distributed.actors import StageActor, WorkerSpec
-from diffitm.distributed.attempts import Attempts, Trouble
+from diffitm.distributed.attempts import RETRIES, Attempts, Trouble
 from diffitm.distributed.progress import Watch, clock
 from diffitm.distributed.session import Pool, standing, start_here
 from diffitm.errors import InputError, Unavailable
@@ -79,29 +80,34 @@ def through_actors(
     )
 
 
-def in_rounds(what: str, execute: Callable[[Any], None], left: Callable[[], int]) -> None:
+def in_rounds(
+    what: str, execute: Callable[[Any], None], left: Callable[[], int], actors: int
+) -> None:
     """Call `execute` with a handle of Attempts until no row is `left`: a further round does what places
-    that failed left to others. Says at the end which those were, and why they failed.
+    that failed left to others. Says at the end which those were, and why they failed. `actors` are
+    those of the pool.
 
-    Raises Unavailable if a further round gets nothing done.
+    Raises Unavailable if round after round gets nothing done.
     """
-    before: int | None = None
+    attempts, idle, before = start_here(Attempts, actors), 0, left()
     while True:
-        attempts = start_here(Attempts)
         try:
             execute(attempts)
         finally:
             troubles = ray.get(attempts.read_troubles.remote())
-            for place, trouble in troubles.items():
-                log.warning("%s: %s", what, describe(place, trouble))
+            # Actors end, and give their GPUs back, when nothing refers to them; Ray Data leaves cycles.
+            gc.collect()
         rows = left()
         if rows == 0:
-            return
-        if before is not None and rows >= before:
+            break
+        idle = idle + 1 if rows == before else 0
+        if idle > RETRIES:
             causes = "; ".join(describe(*trouble) for trouble in troubles.items())
             raise Unavailable(f"{what}: {rows:,} rows could not be done anywhere. {causes}")
         log.warning("%s: %s rows were left to others; another round does them", what, f"{rows:,}")
         before = rows
+    for place, trouble in troubles.items():
+        log.warning("%s: %s; others did its rows", what, describe(place, trouble))
 
 
 def describe(place: str, trouble: Trouble) -> str:
@@ -159,7 +165,10 @@ def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool)
     def execute(attempts: Any) -> None:
         _execute(stage, Build(actor, arguments, start_here(Counter)), pool, attempts)
 
-    in_rounds(stage.what, execute, lambda: stage.total - len(np.unique(_positions(stage))))
+    def left() -> int:
+        return stage.total - len(np.unique(_positions(stage)))
+
+    in_rounds(stage.what, execute, left, least)
     positions = _positions(stage)
     if len(positions) != stage.total:
         raise InputError(f"{stage.out} holds {len(positions)} of {total}: delete it, run again")
