@@ -1,9 +1,10 @@
-"""clusters/entrypoint.sh and clusters/submit.sh, run as they stand."""
+"""The scripts of clusters/, run as they stand."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.pipeline import ROOT
 from tests.test_revision import git
@@ -112,3 +115,31 @@ def test_a_changed_checkout_and_another_cluster(launcher: Path) -> None:
     assert metadata == {"commit": git(launcher, "rev-parse", "HEAD") + "-dirty"}
     assert arguments[arguments.index("--address") + 1] == env["RAY_API_SERVER_ADDRESS"]
     assert mode == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("command", "script", "file"),
+    [
+        ("aws", ("aws-account.sh", "bucket", "192.0.2.1"), "cluster.yaml"),
+        ("gcloud", ("gcp-account.sh", "project", "bucket", "192.0.2.1"), "clusters/gcp.yaml"),
+    ],
+)
+def test_an_account(tmp_path: Path, command: str, script: tuple[str, ...], file: str) -> None:
+    """The gaps of the file are filled, and port 22 is open to the address alone. The provider's command
+    is a stand-in that notes its calls."""
+    root = Path(shutil.copytree(ROOT / "clusters", tmp_path / "root" / "clusters")).parent
+    shutil.copy(ROOT / "cluster.yaml", root)
+    (tmp_path / command).write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\necho ID-1\n')
+    (tmp_path / command).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    call = [root / "clusters" / script[0], *script[1:]]
+    subprocess.run(call, env=os.environ | {"PATH": path}, check=True, capture_output=True)
+    text = (root / "my-cluster.yaml").read_text()
+    assert "FILL-IN" in (root / file).read_text()
+    assert "FILL-IN" not in text
+    config = yaml.safe_load(text)
+    validate_config(prepare_config(config))
+    assert config["provider"]["type"] == {"aws": "aws", "gcloud": "gcp"}[command]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [c for c in calls if "22" in c and "192.0.2.1/32" in c]
+    assert not re.search(r"(?<!\d)0\.0\.0\.0", " ".join(calls))
