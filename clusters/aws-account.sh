@@ -50,5 +50,5 @@ group=$(aws ec2 describe-security-groups --filters Name=group-name,Values=diffit
 once aws ec2 authorize-security-group-ingress --group-id "$group" --protocol -1 --source-group "$group"
 once aws ec2 authorize-security-group-ingress --group-id "$group" --protocol tcp --port 22 --cidr "$address/32"
 
-sed "s|FILL-IN-REGISTRY|$registry|; s|sg-FILL-IN|$group|" cluster.yaml >my-cluster.yaml
+sed "s|FILL-IN-REGISTRY|$registry|g; s|sg-FILL-IN|$group|g" cluster.yaml >my-cluster.yaml
 echo "REGISTRY=$registry BUCKET=$bucket"

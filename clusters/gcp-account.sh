@@ -37,5 +37,5 @@ for account in diffitm-worker ray-autoscaler-sa-v1; do
         --member "$member"
 done
 
-sed "s|FILL-IN-REGISTRY|$registry|; s|FILL-IN-PROJECT|$project|" clusters/gcp.yaml >my-cluster.yaml
+sed "s|FILL-IN-REGISTRY|$registry|g; s|FILL-IN-PROJECT|$project|g" clusters/gcp.yaml >my-cluster.yaml
 echo "REGISTRY=$registry BUCKET=$bucket"

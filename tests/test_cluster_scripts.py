@@ -143,3 +143,14 @@ def test_an_account(tmp_path: Path, command: str, script: tuple[str, ...], file:
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [c for c in calls if "22" in c and "192.0.2.1/32" in c]
     assert not re.search(r"(?<!\d)0\.0\.0\.0", " ".join(calls))
+
+
+def test_the_gaps_of_the_manifest() -> None:
+    """By the command of the docs."""
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    command = re.search(r"^(sed .* clusters/kuberay\.yaml) \| kubectl", text, re.M)[1]
+    env = os.environ | {"REGISTRY": "registry.example.org/a", "BUCKET": "my-bucket"}
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if not line.lstrip().startswith("#")]
+    assert "FILL-IN" not in "\n".join(lines)
+    assert done.stdout.count("s3://my-bucket/") == 2
