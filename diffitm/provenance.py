@@ -8,13 +8,13 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import diffitm
+from diffitm.revision import revision
 
 PACKAGES = (
     "torch",
@@ -39,11 +39,9 @@ def fingerprint(value: Any) -> str:
 
 def record(config: dict[str, Any]) -> dict[str, Any]:
     """The provenance of a run with this configuration."""
-    changes = _git("status", "--porcelain", "--untracked-files=no")
     found = {
         "diffitm": diffitm.__version__,
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
+        **revision()._asdict(),
         "python": platform.python_version(),
         "machine": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -73,17 +71,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _git(*arguments: str) -> str | None:
-    """Git's answer about the checkout that this package runs from; None outside of one."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

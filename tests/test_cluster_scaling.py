@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import jsonschema
 import pytest
+from ray.autoscaler._private import node_launcher
 from ray.autoscaler._private.event_summarizer import EventSummarizer
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr as autoscaling_of,
 )
-from ray.autoscaler._private.node_launcher import BaseNodeLauncher
 from ray.autoscaler._private.node_provider_availability_tracker import (
+    NodeAvailabilityRecord,
+    NodeAvailabilitySummary,
     NodeProviderAvailabilityTracker,
 )
 from ray.autoscaler._private.resource_demand_scheduler import ResourceDemandScheduler
@@ -24,57 +27,101 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler as SecondSchedul
 from ray.autoscaler.v2.scheduler import SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
+from diffitm.distributed.fallback import spot_first
 from diffitm.distributed.session import SPARE_CPUS
-from tests.test_cluster_files import SCORER, load
+from tests.test_cluster_files import IMAGE, SCORER, load
 
 ACTOR = {"GPU": 1.0, "CPU": 0.25}
 
 
-class NoSpot(MagicMock):
-    """A provider that has no spot capacity."""
+class Market(MagicMock):
+    """A provider that has these types and no others: (machine, whether as spot)."""
+
+    stock: frozenset[tuple[str, bool]] = frozenset()
 
     def create_node_with_resources_and_labels(
         self, conf: dict[str, Any], tags: dict[str, str], count: int, *more: Any
     ) -> dict[str, Any]:
-        if "InstanceMarketOptions" in conf:
+        if (conf["InstanceType"], "InstanceMarketOptions" in conf) not in self.stock:
             raise NodeLaunchException("InsufficientInstanceCapacity", "none", None)
         return {f"node-{i}": {} for i in range(count)}
 
 
-def launches(rounds: int) -> list[dict[str, int]]:
-    """What autoscaler v1 launches for three waiting actors, round by round, without spot capacity."""
-    config = prepare_config(load("cluster.yaml"))
-    types, tracker = config["available_node_types"], NodeProviderAvailabilityTracker()
-    launcher = BaseNodeLauncher(
-        NoSpot(), MagicMock(), EventSummarizer(), tracker, None, MagicMock(), types
+def launches(
+    rounds: int, stock: set[tuple[str, bool]], minutes: float, patch: pytest.MonkeyPatch
+) -> list[str]:
+    """The type that autoscaler v1 launches for three waiting actors, round by round, so far apart."""
+    config, clock = prepare_config(load("cluster.yaml")), [1e9]
+    patch.setattr(node_launcher, "time", SimpleNamespace(time=lambda: clock[0]))
+    types = config["available_node_types"]
+    tracker = NodeProviderAvailabilityTracker(timer=lambda: clock[0])
+    market = Market(stock=frozenset(stock))
+    launcher = node_launcher.BaseNodeLauncher(
+        market, MagicMock(), EventSummarizer(), tracker, None, MagicMock(), types
     )
-    scheduler = ResourceDemandScheduler(NoSpot(), types, config["max_workers"], "head", 1.0)
-    told = []
+    scheduler = ResourceDemandScheduler(market, types, config["max_workers"], "head", 1.0)
+    launched = []
     for _ in range(rounds):
         wanted, left = scheduler.get_nodes_to_launch(
             [], {}, [ACTOR] * 3, {}, [], {}, [], tracker.summary()
         )
-        assert left == []
-        told.append({kind: count for kind, count in wanted.items() if kind != "head"})
-        for kind, count in told[-1].items():
-            launcher.launch_node(config, count, kind)
-    return told
+        wanted.pop("head", None)
+        ((kind, count),) = wanted.items()
+        assert (left, count) == ([], 3)
+        launcher.launch_node(config, count, kind)
+        launched.append(kind)
+        clock[0] += 60 * minutes
+    return launched
 
 
-def test_aws_falls_back_to_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spot first; after a refused launch on demand. Ray's own ranking would ask for spot for ever."""
+SPOT = ["gpu_spot_1", "gpu_spot_2", "gpu_spot_3"]
+BOUGHT = ["gpu_on_demand_1", "gpu_on_demand_2"]
+
+
+@pytest.mark.parametrize(
+    ("stock", "minutes", "expected"),
+    [
+        ({("g6.2xlarge", True), ("g6.2xlarge", False)}, 0.1, ["gpu_spot_1"] * 3),
+        ({("g5.2xlarge", True), ("g6.2xlarge", False)}, 0.1, [*SPOT[:2], "gpu_spot_2"]),
+        ({("g6.2xlarge", False)}, 0.1, [*SPOT, BOUGHT[0], BOUGHT[0]]),
+        # Nothing: all have their turn. After half an hour spot is asked again, though on demand is there.
+        (set(), 0.1, [*SPOT, *BOUGHT, *SPOT, *BOUGHT, SPOT[0]]),
+        ({("g6.2xlarge", False)}, 10.1, [*SPOT, SPOT[0], SPOT[1]]),
+        ({("g6.2xlarge", False)}, 8, [*SPOT, BOUGHT[0], SPOT[0]]),
+    ],
+)
+def test_aws_asks_spot_types_in_turn_then_on_demand(
+    stock: set[tuple[str, bool]],
+    minutes: float,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RAY_AUTOSCALER_UTILIZATION_SCORER", SCORER)
-    assert launches(3) == [{"gpu_spot": 3}, {"gpu_on_demand": 3}, {"gpu_on_demand": 3}]
-    monkeypatch.delenv("RAY_AUTOSCALER_UTILIZATION_SCORER")
-    assert launches(2) == [{"gpu_spot": 3}, {"gpu_spot": 3}]
+    assert launches(len(expected), stock, minutes, monkeypatch) == expected
+
+
+def test_gpu_nodes_are_for_gpu_work() -> None:
+    """A node without GPU comes first where none is asked for, refused or not."""
+    summary = NodeAvailabilitySummary({"cpu": NodeAvailabilityRecord("cpu", False, 1e9, None)})
+    nodes = {"cpu": {"CPU": 8}, "gpu_spot_1": {"CPU": 8, "GPU": 1}}
+    cpu, gpu = (
+        spot_first(node, [{"CPU": 1}], kind, node_availability_summary=summary)
+        for kind, node in nodes.items()
+    )
+    assert cpu > gpu
+
+
+def test_rays_own_ranking_asks_for_one_type_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(set(launches(5, {("g6.2xlarge", True)}, 0.1, monkeypatch))) == 1
 
 
 @pytest.mark.parametrize(
     ("demand", "expected"),
     [
         ([], {}),
-        ([ACTOR] * 4, {"gpu_spot": 4}),
-        ([ACTOR] * 9, {"gpu_spot": 6, "gpu_on_demand": 2}),
+        ([ACTOR] * 4, {"gpu_spot_1": 4}),
+        ([ACTOR] * 6, {"gpu_spot_1": 4, "gpu_spot_2": 2}),
+        ([ACTOR] * 9, {"gpu_spot_1": 4, "gpu_spot_2": 2, "gpu_on_demand_1": 2}),
     ],
 )
 def test_gcp_takes_spot_first_and_starts_from_zero(
@@ -135,6 +182,12 @@ JOB = closed(
 )  # fmt: skip
 
 
+BAKED = "/home/ray/diffitm"  # the checkout in the image
+GPU = {"karpenter.k8s.aws/instance-gpu-name", "cloud.google.com/gke-accelerator"}
+EKS = {"karpenter.sh/capacity-type", "karpenter.k8s.aws/instance-gpu-name"}
+GKE = {"cloud.google.com/gke-spot", "cloud.google.com/gke-accelerator"}
+
+
 def manifest_problems(job: dict[str, Any]) -> list[str]:
     """The names of what is wrong with the RayJob."""
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
@@ -144,6 +197,13 @@ def manifest_problems(job: dict[str, Any]) -> list[str]:
     pods = [spec["submitterPodTemplate"]["spec"], *(group["template"]["spec"] for group in groups)]
     boxes = [container for pod in pods for container in pod["containers"]]
     variables = [variable for box in boxes for variable in box.get("env", [])]
+    prefer = groups[1]["template"]["spec"]["affinity"]["nodeAffinity"]
+    terms = sorted(
+        prefer["preferredDuringSchedulingIgnoredDuringExecution"], key=lambda term: -term["weight"]
+    )
+    names = [term["preference"]["matchExpressions"] for term in terms]
+    keys = [{name["key"] for name in both} for both in names]
+    kinds = [len(name["values"]) for both in names for name in both if name["key"] in GPU]
     rights = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     checks = {
         "head without work": nodes["headgroup"]["resources"]["GPU"] == 0,
@@ -155,7 +215,15 @@ def manifest_problems(job: dict[str, Any]) -> list[str]:
         "idle": 0 < read["idle_timeout_minutes"] <= 15,
         "bucket": all(f"--{name} s3://" in spec["entrypoint"] for name in ("data", "out")),
         "asks for GPUs": "--gpus-per-actor 1 --actors" in spec["entrypoint"],
-        "image": {box["image"].rpartition("-")[2] for box in boxes} == {cluster["rayVersion"]},
+        "image": {box["image"] for box in boxes} == {IMAGE}
+        and IMAGE.endswith(f"-{cluster['rayVersion']}"),
+        "codes": spec["entrypoint"].startswith(f"sh {BAKED}/clusters/entrypoint.sh python {BAKED}/")
+        and spec["backoffLimit"] > 0,
+        "token": cluster.get("authOptions") == {"mode": "token"},
+        # Spot of several types first, the same on demand after, and nothing that has to be.
+        "several types": keys == [EKS, GKE, EKS & GPU, GKE & GPU]
+        and min(kinds) > 1
+        and len(prefer) == 1,
         "no root": all(
             pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
             for pod in pods
@@ -186,6 +254,13 @@ BROKEN: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Any]], Any
     "bucket": lambda s, h, w: s.update(entrypoint="--data s3://a --out /tmp"),
     "asks for GPUs": lambda s, h, w: s.update(entrypoint="--data s3://a --out s3://a"),
     "image": lambda s, h, w: s["rayClusterSpec"].update(rayVersion="2.59.0"),
+    "codes": lambda s, h, w: s.update(
+        entrypoint="python pipelines/gdbench.py --data s3://a --out s3://a"
+    ),
+    "token": lambda s, h, w: s["rayClusterSpec"].pop("authOptions"),
+    "several types": lambda s, h, w: w["template"]["spec"]["affinity"]["nodeAffinity"].update(
+        requiredDuringSchedulingIgnoredDuringExecution={}
+    ),
     "no root": lambda s, h, w: h["template"]["spec"]["securityContext"].update(runAsUser=0),
     "no rights": lambda s, h, w: w["template"]["spec"]["containers"][0].update(securityContext={}),
     "limits": lambda s, h, w: w["template"]["spec"]["containers"][0]["resources"].pop("requests"),

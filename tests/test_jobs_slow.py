@@ -1,7 +1,8 @@
-"""`ray job submit` with runtime_env.yaml, on a cluster of its own on loopback."""
+"""Jobs by clusters/submit.sh, on a cluster of its own on loopback that wants a token."""
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import socket
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +19,7 @@ from typing import NamedTuple
 import pytest
 from ray.job_submission import JobDetails, JobSubmissionClient
 
+from diffitm.provenance import record
 from tests import pipeline
 
 pytestmark = pytest.mark.slow
@@ -49,12 +53,13 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head as `ray start` gives it, beside any other Ray of the machine; ends with its process."""
+    """A head as the cluster files start it, with the token in the home folder, beside any other Ray of
+    the machine; ends with its process."""
     folder = tempfile.mkdtemp(prefix="ray")  # short, because sockets lie below it
-    token = secrets.token_hex(32)
-    env = pipeline.environment(
-        PATH=f"{BIN}:/usr/bin:/bin", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token
-    )
+    token, home = secrets.token_hex(32), Path(folder, "home")
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text(token)
+    env = pipeline.environment(PATH=f"{BIN}:/usr/bin:/bin", RAY_AUTH_MODE="token", HOME=str(home))
     gcs, dashboard, agent = free_ports(3)
     start = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
     start += ["--port", str(gcs), "--dashboard-host", "127.0.0.1", "--num-cpus", "3"]
@@ -90,25 +95,48 @@ def wait_for(
 
 def submit(cluster: Cluster, name: str, *entrypoint: str) -> tuple[int, JobDetails, str]:
     """As the docs say; the command's exit code, the job's details and its log."""
-    command = [str(BIN / "ray"), "job", "submit", "--address", cluster.address]
-    command += ["--submission-id", name, "--runtime-env", "runtime_env.yaml"]
-    command += ["--working-dir", ".", "--", *entrypoint]
-    done = subprocess.run(
-        command, cwd=pipeline.ROOT, env=cluster.env, capture_output=True, text=True, timeout=400
-    )
+    done = call_submit(cluster, name, *entrypoint)
     return done.returncode, cluster.client.get_job_info(name), cluster.client.get_job_logs(name)
 
 
+def call_submit(cluster: Cluster, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(pipeline.ROOT / "clusters" / "submit.sh"), *arguments],
+        env={**cluster.env, "RAY_API_SERVER_ADDRESS": cluster.address, **env},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
 def test_exit_codes_and_results(cluster: Cluster, tmp_path: Path) -> None:
-    """0 for a finished run; bad input is 2 in the job's details, where the command has 1."""
+    """0 for a finished run, whose provenance is that of this checkout, though .git stayed here; bad input
+    is 2 in the job's details, where the command has 1."""
     run = ("python", "pipelines/gdbench.py", *SMALL, "--out", str(tmp_path / "out"), "--tasks")
     code, details, log = submit(cluster, "good", *run, "winoground")
     assert (code, details.driver_exit_code) == (0, 0), log
     assert {row["task"] for row in pipeline.rows(tmp_path / "out")} == {"winoground"}
     assert details.runtime_env["env_vars"]["PYTHONUNBUFFERED"] == "1"
+    job, here = json.loads((tmp_path / "out" / "provenance.json").read_text()), record({})
+    assert here["commit"] is not None
+    assert [job[key] for key in ("commit", "dirty", "tree")] == [
+        here[key] for key in ("commit", "dirty", "tree")
+    ]
     code, details, log = submit(cluster, "bad", *run, "winogrund")
     assert (code, details.driver_exit_code) == (1, 2), log
     assert "winogrund" in log
+
+
+def test_no_job_without_the_token(cluster: Cluster) -> None:
+    """Neither without one nor with another."""
+    done = call_submit(cluster, "none", "true", RAY_AUTH_MODE="disabled")
+    assert done.returncode != 0
+    assert "Authentication required" in done.stdout + done.stderr
+    headers = {"Authorization": f"Bearer {secrets.token_hex(32)}"}
+    request = urllib.request.Request(f"{cluster.address}/api/jobs/", b"{}", headers)
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=30)
+    assert "none" not in {job.submission_id for job in cluster.client.list_jobs()}
 
 
 def test_driver_and_workers_run_the_uploaded_checkout(cluster: Cluster) -> None:
