@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from diffitm.config import parse
-from diffitm.errors import Incomplete, InputError
+from diffitm.errors import Incomplete, InputError, Unavailable
 from diffitm.provenance import redact
 
 C = TypeVar("C")
-UNEXPECTED, BAD_INPUT, INCOMPLETE, INTERRUPTED = 1, 2, 3, 130
+UNEXPECTED, BAD_INPUT, INCOMPLETE, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 75, 130
 FORMAT = "%(asctime)s %(message)s"
 
 
@@ -42,8 +42,8 @@ def main(config: type[C], run: Callable[[C], None], description: str | None) -> 
 def execute(run: Callable[[], None]) -> None:
     """Run a pipeline with its log and exit codes.
 
-    Exits 2 for bad input, 3 when the run ended but could not use some of its input, 130 when it was
-    interrupted (by SIGINT or SIGTERM), 1 after a traceback.
+    Exits 2 for bad input, 3 when the run ended but could not use some of its input, 75 when something
+    outside was away for long, 130 when it was interrupted (by SIGINT or SIGTERM), 1 after a traceback.
     """
     out: Any = _Redacted(sys.stdout)
     err: Any = _Redacted(sys.stderr)
@@ -71,13 +71,15 @@ def _run(call: Callable[[], None]) -> int:
         return _fail(BAD_INPUT, f"error: {error}")
     except Incomplete as error:
         return _fail(INCOMPLETE, f"incomplete: {error}")
+    except Unavailable as error:
+        return _fail(UNAVAILABLE, f"unavailable: {error}; the same command goes on later")
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted; the same command goes on where it stopped")
     except Exception as error:
-        cause = _known_cause(error)
-        if cause is None:
-            return _fail(UNEXPECTED, traceback.format_exc().rstrip())
-        return _fail(BAD_INPUT, f"error: {cause}")
+        if _is_full_disk(error):
+            text = "no space left in the --out folder; free some and run the same command again"
+            return _fail(BAD_INPUT, f"error: {text}")
+        return _fail(UNEXPECTED, traceback.format_exc().rstrip())
     return 0
 
 
@@ -86,12 +88,7 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
-def _known_cause(error: BaseException) -> str | None:
-    """A message for failures inside of workers that the user can mend."""
-    text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
-        return "no space left in the --out folder; free some and run the same command again"
-    mark = "diffitm.errors.InputError: "
-    if mark in text:
-        return text.split(mark, 1)[1].split("\n", 1)[0]
-    return None
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether there was no space, here or, of which the text alone comes back, in a task of Ray."""
+    number = getattr(error, "errno", None)
+    return number == errno.ENOSPC or "No space left on device" in str(error)

@@ -28,6 +28,22 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+@dataclasses.dataclass(frozen=True)
+class OnRay:
+    """Options of every pipeline that runs on Ray and writes an OUT."""
+
+    ray: str | None = option(
+        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
+    )
+    takeover: bool = option(
+        False, "write to an OUT whose last run died on another machine, without waiting for it"
+    )
+    verbose: bool = option(False, "show Ray's own log, as on clusters")
+
+
+ON_RAY = frozenset(field.name for field in dataclasses.fields(OnRay))  # no result depends on them
+
+
 def parse(config: type[C], arguments: Sequence[str] | None = None, description: str = "") -> C:
     """Build the config from --config FILE (YAML) and the options, which win over the file.
 

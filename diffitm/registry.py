@@ -31,12 +31,6 @@ TASKS = {
     "coco_neg_image": "diffitm.tasks.coco_neg:CocoNegImage",
     "mmbias": "diffitm.tasks.mmbias:MmBias",
 }
-# The pipeline class that a diffusers folder names in model_index.json -> the Denoiser that runs it.
-DENOISERS = {
-    "StableDiffusionPipeline": "diffitm.models.stable_diffusion:StableDiffusion",
-    "StableDiffusionXLPipeline": "diffitm.models.sdxl:StableDiffusionXL",
-    "DiTPipeline": "diffitm.models.dit:Dit",
-}
 
 
 def find(table: dict[str, str], name: str, what: str) -> Any:

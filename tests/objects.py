@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import os
 import re
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -38,7 +40,8 @@ class _Relay(BaseHTTPRequestHandler):
     """Passes requests on as they are, signature included.
 
     rclone can neither store nor delete the empty object 'folder/' by which pyarrow marks a folder (it
-    answers with errors, S3 does not): the client is told that this went well.
+    answers with errors, S3 does not): the client is told that this went well. It knows no conditions
+    of writes either, which are S3's: they are looked after here.
     """
 
     protocol_version = "HTTP/1.1"
@@ -56,8 +59,23 @@ class _Relay(BaseHTTPRequestHandler):
             self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
         elif self.path.endswith("/") and self.command in MARKED and not body:
             self._answer(MARKED[self.command], [], b"")
+        elif self.command == "PUT" and self.server.conditional:
+            with self.server.writing:
+                if self._is_met():
+                    self._ask(body)
+                else:
+                    text = b"<Error><Code>PreconditionFailed</Code></Error>"
+                    self._answer(412, [], text)
         else:
             self._ask(body)
+
+    def _is_met(self) -> bool:
+        """Whether what the headers say of the present object is true."""
+        path = self.server.folder / unquote(self.path.partition("?")[0]).strip("/")
+        tag = f'"{hashlib.md5(path.read_bytes()).hexdigest()}"' if path.is_file() else None
+        if self.headers.get("If-None-Match") == "*" and tag is not None:
+            return False
+        return self.headers.get("If-Match") in (None, tag)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _relay  # noqa: N815
 
@@ -94,9 +112,10 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, behind: int) -> None:
+    def __init__(self, behind: int, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Relay)
-        self.behind, self.lock = behind, threading.Lock()
+        self.behind, self.folder, self.lock = behind, folder, threading.Lock()
+        self.conditional, self.writing = True, threading.Lock()
         self.asked = Counter[tuple[str, str]]()
         self.refused_at, self.refusals = "", 0
 
@@ -182,7 +201,7 @@ def serve(folder: Path) -> Iterator[Objects]:
             [*command, "--config", "/dev/null", str(folder)], stdout=log, stderr=log,
             env={**os.environ, "RCLONE_AUTH_KEY": f'"{key},{secret}"'},
         )  # fmt: skip
-    server = _Server(port)
+    server = _Server(port, folder)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         _wait(process, port, folder / "log")

@@ -33,7 +33,7 @@ class Cluster:
         self.now = 0.0
         self.actors = 0
         self.restarted = False
-        names = ("start", "begin", "load", "end", "fail")
+        names = ("start", "begin", "load", "end", "fail", "give_up")
         self.handle = SimpleNamespace(
             **{n: SimpleNamespace(remote=getattr(self.attempts, n)) for n in names}
         )
@@ -270,6 +270,8 @@ def test_errors_of_a_block_that_end_the_run_at_once(cluster: Cluster) -> None:
     ):
         with pytest.raises(type(error), match=str(error)):
             cluster.start(builds(Failing(error)))(TABLE)
+        assert cluster.attempts.read_error() is (error if type(error) is InputError else None)
+        cluster.attempts.error = None
     assert not any(cluster.slept)
 
 

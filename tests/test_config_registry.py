@@ -13,6 +13,7 @@ from diffitm.config import option, parse
 from diffitm.errors import InputError, suggest
 from diffitm.matching.plan import PROTOCOLS
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.load import FAMILIES
 from diffitm.tasks.base import Task
 
 
@@ -175,9 +176,10 @@ def test_every_registered_task_loads(name: str) -> None:
     assert task.folder
 
 
-@pytest.mark.parametrize("name", sorted(registry.DENOISERS))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_registered_denoiser_loads(name: str) -> None:
-    assert issubclass(registry.find(registry.DENOISERS, name, "model"), Denoiser)
+    assert issubclass(registry.load(FAMILIES[name].denoiser), Denoiser)
+    assert FAMILIES[name].parts
 
 
 def test_pipeline_knows_every_protocol() -> None:

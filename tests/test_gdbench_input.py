@@ -12,6 +12,7 @@ import pytest
 from diffitm.config import parse
 from diffitm.distributed.gdbench import Config, run
 from diffitm.errors import InputError
+from diffitm.lease import held
 from diffitm.shapes.layouts import write_world
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pipelines" / "gdbench.py"
@@ -81,6 +82,16 @@ def test_model_folder(tmp_path: Path, world: Path) -> None:
 
 def test_report_only_without_a_run(tmp_path: Path) -> None:
     assert "holds no run; give the --out of one" in message("--report-only", "--out", tmp_path)
+
+
+def test_an_out_that_another_run_holds(tmp_path: Path) -> None:
+    """Nothing of it is touched. --report-only and --check need no lease."""
+    with held(str(tmp_path)):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
+        told = message("--model", "shapes", "--tasks", "clevr", "--scenes", 10, "--out", tmp_path)
+        assert f"--out {tmp_path}: another run works on it" in told
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
+        assert "holds no run" in message("--report-only", "--out", tmp_path)
 
 
 def test_exit_code_and_one_line(tmp_path: Path) -> None:

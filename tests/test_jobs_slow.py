@@ -19,8 +19,10 @@ from typing import NamedTuple
 import pytest
 from ray.job_submission import JobDetails, JobSubmissionClient
 
+from diffitm import storage
 from diffitm.provenance import record
 from tests import pipeline
+from tests.objects import Objects, reachable, serve
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +43,7 @@ class Cluster(NamedTuple):
     address: str
     env: dict[str, str]
     client: JobSubmissionClient
+    bucket: Objects
 
 
 def free_ports(count: int) -> list[int]:
@@ -65,12 +68,17 @@ def cluster() -> Iterator[Cluster]:
     start += ["--port", str(gcs), "--dashboard-host", "127.0.0.1", "--num-cpus", "3"]
     start += ["--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent)]
     start += ["--temp-dir", folder, "--disable-usage-stats"]
-    with open(Path(folder) / "start.log", "w+") as log:
+    with (
+        open(Path(folder) / "start.log", "w+") as log,
+        serve(Path(folder, "objects")) as bucket,
+        reachable(bucket),
+    ):
+        env |= bucket.environment
         head = subprocess.Popen(start, stdout=log, stderr=log, env=env)
         address = f"http://127.0.0.1:{dashboard}"
         try:
             client = wait_for(address, token, head, Path(log.name))
-            yield Cluster(address, env, client)
+            yield Cluster(address, env, client, bucket)
         finally:
             head.terminate()
             head.wait(60)
@@ -109,15 +117,18 @@ def call_submit(cluster: Cluster, *arguments: str, **env: str) -> subprocess.Com
     )
 
 
-def test_exit_codes_and_results(cluster: Cluster, tmp_path: Path) -> None:
-    """0 for a finished run, whose provenance is that of this checkout, though .git stayed here; bad input
-    is 2 in the job's details, where the command has 1."""
-    run = ("python", "pipelines/gdbench.py", *SMALL, "--out", str(tmp_path / "out"), "--tasks")
+def test_exit_codes_and_results(cluster: Cluster) -> None:
+    """0 for a finished run, with its results in the bucket, whose provenance is that of this checkout,
+    though .git stayed here; bad input is 2 in the job's details, where the command has 1."""
+    out = cluster.bucket.uri("out")
+    run = ("python", "pipelines/gdbench.py", *SMALL, "--out", out, "--tasks")
     code, details, log = submit(cluster, "good", *run, "winoground")
     assert (code, details.driver_exit_code) == (0, 0), log
-    assert {row["task"] for row in pipeline.rows(tmp_path / "out")} == {"winoground"}
+    rows = json.loads(storage.read_text(storage.join(out, "results.json")))["rows"]
+    assert {row["task"] for row in rows} == {"winoground"}
     assert details.runtime_env["env_vars"]["PYTHONUNBUFFERED"] == "1"
-    job, here = json.loads((tmp_path / "out" / "provenance.json").read_text()), record({})
+    job = json.loads(storage.read_text(storage.join(out, "provenance.json")))
+    here = record({})
     assert here["commit"] is not None
     assert [job[key] for key in ("commit", "dirty", "tree")] == [
         here[key] for key in ("commit", "dirty", "tree")
@@ -125,6 +136,18 @@ def test_exit_codes_and_results(cluster: Cluster, tmp_path: Path) -> None:
     code, details, log = submit(cluster, "bad", *run, "winogrund")
     assert (code, details.driver_exit_code) == (1, 2), log
     assert "winogrund" in log
+
+
+def test_results_that_would_stay_on_a_node_are_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """The default OUT lies in the job's package; another folder is a disk of the one node."""
+    run = ("python", "pipelines/gdbench.py", *SMALL)
+    code, details, log = submit(cluster, "package", *run)
+    assert (code, details.driver_exit_code) == (1, 2), log
+    assert "out/gdbench: lies in the package of this job" in log
+    code, details, log = submit(cluster, "disk", *run, "--out", str(tmp_path / "out"))
+    assert (code, details.driver_exit_code) == (1, 2), log
+    assert f"--out {tmp_path}/out: is a disk of this job's own node; give a URI" in log
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_job_without_the_token(cluster: Cluster) -> None:

@@ -15,6 +15,8 @@ import ray.data
 from ray.cluster_utils import Cluster
 
 from diffitm.distributed import session
+from diffitm.distributed.entrance import check_shared
+from diffitm.errors import InputError
 from tests.faults.broken import BrokenSpec
 from tests.faults.large import measure
 from tests.processors import IMPATIENT
@@ -75,3 +77,10 @@ def test_nodes_that_fail(
         (line,) = (line for line in told if nodes[name] in line)
         assert cause in line
     assert any("rows were left to others" in line for line in caplog.messages)
+
+
+def test_what_nodes_share(cluster: Cluster, tmp_path: Path) -> None:
+    """Asked of real nodes: a process's own files are not what another one finds there."""
+    check_shared([("--out", str(tmp_path / "out"))], writable=True)
+    with pytest.raises(InputError, match=r"^--data /proc/self/task: node .* does not see it"):
+        check_shared([("--data", "/proc/self/task")])

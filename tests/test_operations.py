@@ -22,7 +22,7 @@ from tests.pipeline import environment
 SCRIPT = """
 import logging, os, signal, sys, time, warnings
 from diffitm.command import execute
-from diffitm.errors import Incomplete, InputError
+from diffitm.errors import Incomplete, InputError, Unavailable
 
 def run():
     {body}
@@ -59,6 +59,11 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
         ("raise InputError('--model x: no')", 2, "error: --model x: no\n"),
         ("raise OSError(28, 'full')", 2, "error: no space left in the --out folder"),
         ("raise Incomplete('2 images')", 3, "incomplete: 2 images\n"),
+        (
+            "raise Unavailable('s3 is away')",
+            75,
+            "unavailable: s3 is away; the same command goes on",
+        ),
         (
             "raise KeyboardInterrupt",
             130,

@@ -256,18 +256,39 @@ def test_hub_commit_is_the_digest(
     assert source.family == "StableDiffusionPipeline"
 
 
-def test_unknown_family(broken: Path) -> None:
-    """The registry lists what can be run."""
-    index = broken / "model_index.json"
-    index.write_text(
-        index.read_text().replace("StableDiffusionPipeline", "StableDifusion3Pipeline")
-    )
-    source = load.resolve(str(broken))
+def rename_family(folder: Path, name: str) -> None:
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", name))
+
+
+def test_unknown_family(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be run is listed, before anything is hashed; of a Hub id, too."""
+    rename_family(broken, "StableDifusion3Pipeline")
     text = (
-        "kind of diffusion model 'StableDifusion3Pipeline'; did you mean 'StableDiffusionPipeline'"
+        "unknown kind of diffusion model 'StableDifusion3Pipeline'; did you mean "
+        "'StableDiffusionPipeline'"
     )
     with pytest.raises(InputError, match=text):
-        load.load_denoiser(source)
+        load.resolve(str(broken))
+    monkeypatch.setattr(load, "from_hub", lambda *_: broken / "model_index.json")
+    with pytest.raises(InputError, match=f"--teacher 'org/name': {text}"):
+        load.resolve("org/name", "--teacher")
+
+
+def test_a_family_of_ones_own(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line tells which class runs it and of which parts a score depends; other weights are another
+    model."""
+    rename_family(broken, "OurPipeline")
+    family = load.Family("tests.tiny:Ours", ("unet", "vae"))
+    monkeypatch.setitem(load.FAMILIES, "OurPipeline", family)
+    monkeypatch.setattr(tiny, "Ours", StableDiffusion, raising=False)
+    first = load.resolve(str(broken))
+    assert isinstance(load.load_denoiser(first), StableDiffusion)
+    (broken / "vae" / "config.json").write_text("{}")
+    assert load.resolve(str(broken)).digest != first.digest
+    shutil.rmtree(broken / "vae")
+    with pytest.raises(InputError, match="the folder lacks vae"):
+        load.resolve(str(broken))
 
 
 def test_unknown_dtype(sd_folder: Path) -> None:

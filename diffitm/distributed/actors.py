@@ -110,6 +110,14 @@ class StageActor:
                 return
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        try:
+            return self._pass_on(table)
+        except (InputError, Unavailable) as error:
+            ray.get(self.attempts.give_up.remote(error))
+            raise
+
+    def _pass_on(self, table: pa.Table) -> pa.Table:
+        """What the worker makes of a block."""
         if self.ending is not None:
             raise self.ending
         ids = table[self.spec.column][:1].to_pylist()
@@ -129,9 +137,7 @@ class StageActor:
             try:
                 rows = self.worker(table)
             except Exception as error:
-                if isinstance(error, InputError) or not (
-                    is_cuda_error(error) or is_transient(error)
-                ):
+                if not (is_cuda_error(error) or is_transient(error)):
                     raise
                 verdict = self._fail(what, error)
                 if self.ending is not None:

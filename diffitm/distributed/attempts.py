@@ -66,6 +66,7 @@ class Attempts:
         self.failed_at: dict[str, list[tuple[str, str]]] = {}  # thing -> places' names, and why
         self.troubles: dict[str, Trouble] = {}  # name of a place -> what went wrong there
         self.working: dict[str, str] = {}  # actor -> node, unless its last news is a failure
+        self.error: Exception | None = None  # that ends the run
         self.since: float | None = None  # of the first failure since anything went well
 
     def start(self, what: str, actor: str, place: Place) -> Verdict:
@@ -129,6 +130,14 @@ class Attempts:
         seconds = delay(trouble.in_a_row, 5.0 if transient else 1.0)
         leave = self._is_for_others(what, actor, place)
         return Verdict(min(seconds, SHORT) if leave else seconds, leave)
+
+    def give_up(self, error: Exception) -> None:
+        """An actor ends the run with this error, of which Ray hands on a traceback alone."""
+        self.error = self.error or error
+
+    def read_error(self) -> Exception | None:
+        """What ended the run, if it was an actor's error."""
+        return self.error
 
     def read_troubles(self) -> dict[str, Trouble]:
         """What went wrong, by place."""

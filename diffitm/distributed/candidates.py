@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffitm import candidates, storage
 from diffitm.candidates import FOUND, Captions, Side
-from diffitm.config import lacking, option, outside
+from diffitm.config import OnRay, lacking, option, outside
 from diffitm.distributed import neighbours, session
+from diffitm.distributed.entrance import entered
 from diffitm.distributed.groups import work_folder
 from diffitm.distributed.stages import whole_files
 from diffitm.errors import Incomplete, InputError
@@ -23,7 +24,7 @@ VERSION = 1  # grows when the same settings would give other embeddings or lists
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnRay):
     """Options of pipelines/candidates.py."""
 
     clip: str = option("", "the CLIP: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs")
@@ -47,7 +48,6 @@ class Config:
     max_actors: int | None = option(None, "let the pool grow to this many")
     cpus_per_actor: float | None = option(None, "processors (and threads) of an actor")
     gpus_per_actor: float | None = option(None, "GPU share of an actor (default: 1 if any)")
-    ray: str | None = option(None, "address of a Ray cluster (default: RAY_ADDRESS, else local)")
 
 
 def run(config: Config) -> None:
@@ -57,6 +57,15 @@ def run(config: Config) -> None:
     the end if images could not be read.
     """
     _check(config)
+    read = [("--images", config.images), ("--clip", config.clip)]
+    read.append(("--clip", config.clip.partition(":")[2]))
+    out = storage.absolute(config.out)
+    with entered(config, out, read, is_file=True):
+        _run(config, out)
+
+
+def _run(config: Config, out: str) -> None:
+    """See run, with OUT held."""
     from diffitm.models.clip import resolve_clip
 
     source = resolve_clip(config.clip)
@@ -64,11 +73,10 @@ def run(config: Config) -> None:
     root = storage.absolute(config.images)
     known = replace(known, images=neighbours.located(root, known.images))
     log.info("%s images, %s captions", f"{len(known.images):,}", f"{len(known.captions):,}")
-    session.connect(config.ray)
+    session.connect(config.ray, verbose=config.verbose)
     pool = session.choose_pool(
         config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
     )
-    out = storage.absolute(config.out)
     work = _work_folder(out, source, root, known, pool.device)
     pictures = neighbours.embed(work, "image", known.images, known.of_image, source, root, pool)
     texts = neighbours.embed(work, "text", known.captions, known.of_caption, source, root, pool)

@@ -14,8 +14,9 @@ import numpy as np
 
 from diffitm import pairs, registry, storage
 from diffitm.check import check
-from diffitm.config import option
+from diffitm.config import OnRay, option
 from diffitm.distributed.beside import LOG, Beside, log_of, read_curves, read_images, read_pictures
+from diffitm.distributed.entrance import entered
 from diffitm.distributed.probing import add_probes, find_probes
 from diffitm.errors import Incomplete, InputError
 from diffitm.matching.plan import plan_timesteps
@@ -69,7 +70,7 @@ class Prepared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnRay):
     """Options of pipelines/gdbench.py."""
 
     model: list[str] = option(
@@ -140,9 +141,6 @@ class Config:
     gpus_per_actor: float | None = option(
         None, "GPU share of an actor (default: 1 if there are any)"
     )
-    ray: str | None = option(
-        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
-    )
     published_bias: bool = option(
         False, "also show mmbias as the published code pools two of its pairs"
     )
@@ -165,6 +163,21 @@ def run(config: Config) -> None:
     if config.check:
         _print_check(config, out)
         return
+    _check(config)
+    with entered(config, out, _read(config)):
+        _run(config, out)
+
+
+def _read(config: Config) -> list[tuple[str, str | None]]:
+    """Options whose paths the actors read."""
+    names = {"--model": config.model, "--lora": config.lora, "--clip": config.clip}
+    found = [(option, name) for option, values in names.items() for name in values]
+    files = [("--clip", name.partition(":")[2]) for name in config.clip]
+    return [("--data", config.data), *found, *files, ("--segmentation", config.segmentation)]
+
+
+def _run(config: Config, out: str) -> None:
+    """See run, with OUT held."""
     ready = prepare(config)
     root, examples, specs, stores = ready.root, ready.examples, ready.specs, ready.stores
     clips = [spec.source for spec in specs if isinstance(spec, ClipSpec)]
@@ -211,7 +224,7 @@ def prepare(config: Config) -> Prepared:
 
     from diffitm.distributed import session
 
-    session.connect(config.ray)
+    session.connect(config.ray, verbose=config.verbose)
     pool = session.choose_pool(
         config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
     )

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffitm import candidates, storage, training
 from diffitm.candidates import FOUND
-from diffitm.config import lacking, option, outside
+from diffitm.config import OnRay, lacking, option, outside
 from diffitm.distributed import neighbours, propose, session
+from diffitm.distributed.entrance import entered
 from diffitm.distributed.groups import work_folder
 from diffitm.distributed.session import Pool
 from diffitm.distributed.stages import whole_files
@@ -36,7 +37,7 @@ PROMPT = Path(training.__file__).with_name("prompt.txt")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnRay):
     """Options of pipelines/negatives.py."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -66,7 +67,6 @@ class Config:
     max_actors: int | None = option(None, "let the pool grow to this many")
     cpus_per_actor: float | None = option(None, "processors (and threads) of an actor")
     gpus_per_actor: float | None = option(None, "GPU share of an actor (default: 1 if any)")
-    ray: str | None = option(None, "address of a Ray cluster (default: RAY_ADDRESS, else local)")
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,19 @@ def run(config: Config) -> None:
     end if images could not be read.
     """
     _check(config)
+    read = [("--images", config.images), ("--clip", config.clip), ("--llm", config.llm)]
+    read.append(("--clip", (config.clip or "").partition(":")[2]))
+    out = storage.absolute(config.out)
+    with entered(config, out, read, is_file=True):
+        _run(config, out)
+
+
+def _run(config: Config, out: str) -> None:
+    """See run, with OUT held."""
     given = _read(config)
     rows, captions = given.rows, given.captions
     log.info("%s rows, %s captions", f"{len(rows):,}", f"{len(captions):,}")
-    session.connect(config.ray)
-    out = storage.absolute(config.out)
+    session.connect(config.ray, verbose=config.verbose)
     made: dict[str, dict[str, str]] = {}
     answers: dict[str, tuple[str, str | None]] = {}
     if "rules" in config.kinds:

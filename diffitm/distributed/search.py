@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from diffitm import storage
+from diffitm.config import ON_RAY
 from diffitm.distributed.fit import NOT_SETTINGS
 from diffitm.distributed.progress import clock
 from diffitm.errors import InputError
@@ -112,7 +113,7 @@ def run_trials(
 
 def identity(sweep: Sweep) -> dict[str, Any]:
     """What the results of a sweep depend on, without keys in URIs."""
-    apart = {"out", "parallel", "ray", *NOT_SETTINGS, *NOT_SCORES}
+    apart = {"out", "parallel", *ON_RAY, *NOT_SETTINGS, *NOT_SCORES}
     searched = {k: v for k, v in asdict(sweep.config).items() if k not in apart}
     options = {k: v for k, v in sweep.fixed.items() if k not in apart}
     axes = [str(axis) for axis in sweep.axes]

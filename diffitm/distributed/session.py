@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # A killed driver's share of the cluster is kept for that many seconds, 180 by default. For so long the
 # run that goes on would have none for its writer.
@@ -38,6 +37,7 @@ PASSED_ON = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
     *("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"),
 )
+ANSWERED = 120.0  # seconds within which a node answers
 PATIENCE = 15  # seconds for a head that is starting
 _joined = False  # a cluster that was there before can grow
 
@@ -56,9 +56,16 @@ class Pool:
         return "cuda" if self.gpus else "cpu"
 
 
-def connect(address: str | None, dashboard: bool = False) -> None:
+def is_elsewhere(address: str | None) -> bool:
+    """Whether the address, or RAY_ADDRESS (a job has it), is that of a cluster; so is the Ray that this
+    process is in already."""
+    return ray.is_initialized() or (address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+
+
+def connect(address: str | None, dashboard: bool = False, verbose: bool = False) -> None:
     """Start or join Ray. `address` None means RAY_ADDRESS (a job has it), else this machine alone,
-    with a `dashboard` (on loopback, a free port) where asked for.
+    with a `dashboard` (on loopback, a free port) where asked for. Ray's own log is heard on clusters, where
+    it tells of dead actors and spent memory, and on this machine where `verbose`.
 
     A local start gives Ray a few more logical processors than there are, so that the actors cannot
     starve the readers on a small machine.
@@ -76,28 +83,38 @@ def connect(address: str | None, dashboard: bool = False) -> None:
         _joined |= ray.get_runtime_context().worker.mode == ray.WORKER_MODE  # a trial of a sweep
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    told = f"--ray {address}" if address else "RAY_ADDRESS"
-    address = address or os.environ.get("RAY_ADDRESS")
     handler = signal.getsignal(signal.SIGTERM)
-    if address and address != "local":
-        _joined = True
-        _join(address, told, quiet)
+    _joined = is_elsewhere(address)
+    heard = _joined or verbose
+    log_to: dict[str, Any] = {
+        "log_to_driver": heard,
+        "logging_level": logging.WARNING if heard else logging.ERROR,
+    }
+    if not heard:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if _joined:
+        _join(address, log_to)
     else:
-        cpus = _processors() + SPARE_CPUS
-        # Ray warns on stdout of more processes than a few times this, which every run here has.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(8 * cpus))
-        where = {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-        ray.init(address="local", num_cpus=cpus, **where, **quiet)
+        _start(dashboard, log_to)
     # Ray's own handler would end the process without a word.
     if callable(handler) and signal.getsignal(signal.SIGTERM) is not handler:
         signal.signal(signal.SIGTERM, handler)
-    for name in ("ray", "ray.data"):  # what fails reaches the caller as an exception
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ("ray", "ray.data"):  # what fails reaches the caller as an exception, too
+        logging.getLogger(name).setLevel(logging.WARNING if heard else logging.CRITICAL)
 
 
-def _join(address: str, told: str, options: dict[str, Any]) -> None:
+def _start(dashboard: bool, options: dict[str, Any]) -> None:
+    cpus = _processors() + SPARE_CPUS
+    # Ray warns on stdout of more processes than a few times this, which every run here has.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(8 * cpus))
+    where = {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+    ray.init(address="local", num_cpus=cpus, **where, **options)
+
+
+def _join(address: str | None, options: dict[str, Any]) -> None:
     """Join the cluster at the address; raises InputError where there is none, or where it refuses."""
+    told = f"--ray {address}" if address else "RAY_ADDRESS"
+    address = address or os.environ["RAY_ADDRESS"]
     try:
         _await(address)
         ray.init(address=address, runtime_env=_passed_on(), **options)
@@ -186,6 +203,37 @@ def standing(pool: Pool) -> str:
     )
     wants = f"{pool.min_actors} actors want {pool.cpus:g} and {pool.gpus:g} each"
     return f"{has} on {len([n for n in ray.nodes() if n['Alive']])} nodes; {wants}"
+
+
+def other_nodes() -> dict[str, str]:
+    """Nodes beside this process's that are up: their ids, with the addresses by which people know
+    them."""
+    if not ray.is_initialized():
+        return {}
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
+
+
+def ask_nodes(nodes: dict[str, str], function: Callable[..., T], *arguments: Any) -> dict[str, T]:
+    """What a function returns on each of these nodes, by address; those that go away meanwhile are left
+    out. It takes no processor."""
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    asked = {
+        name: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote(*arguments)
+        for node, name in nodes.items()
+    }
+    answers = {}
+    for name, reference in asked.items():
+        try:
+            answers[name] = ray.get(reference, timeout=ANSWERED)
+        except (ray.exceptions.RaySystemError, ray.exceptions.WorkerCrashedError):
+            log.warning("node %s went away", name)
+        except ray.exceptions.GetTimeoutError:
+            log.warning("node %s did not answer in %.0f s", name, ANSWERED)
+    return answers
 
 
 def start_here(kind: type, *arguments: Any) -> Any:

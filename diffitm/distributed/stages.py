@@ -93,6 +93,10 @@ def in_rounds(
     while True:
         try:
             execute(attempts)
+        except Exception as error:
+            if (cause := ray.get(attempts.read_error.remote())) is not None:
+                raise cause from error
+            raise
         finally:
             troubles = ray.get(attempts.read_troubles.remote())
             # Actors end, and give their GPUs back, when nothing refers to them; Ray Data leaves cycles.

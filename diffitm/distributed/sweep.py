@@ -15,6 +15,7 @@ from typing import Any, Literal
 from diffitm import registry, storage
 from diffitm.config import make
 from diffitm.distributed import gdbench
+from diffitm.distributed.entrance import entered
 from diffitm.distributed.fit import Workers
 from diffitm.errors import Incomplete, InputError
 from diffitm.matching.plan import plan_timesteps
@@ -96,6 +97,21 @@ def run(sweep: Sweep) -> None:
     if unused:
         raise InputError(f"{', '.join(unused)}: a sweep has no use for it; leave it out")
     sweep = _scores_checked(sweep) if scores else _training_checked(_placed(sweep), out)
+    with entered(sweep.config, out, _read(sweep)):
+        _run(sweep, out)
+
+
+def _read(sweep: Sweep) -> list[tuple[str, str | None]]:
+    """Options whose paths the workers read."""
+    names = (*PATHS, *MODELS, "lora")
+    values = [(n, v) for n in names for v in _values(sweep, {n: None, **sweep.fixed}, n)]
+    one = [(n, v) for n, value in values for v in (value if isinstance(value, list) else [value])]
+    return [*one, ("store", sweep.config.store)]
+
+
+def _run(sweep: Sweep, out: str) -> None:
+    """See run, with OUT held."""
+    scores = sweep.kind.name == "timesteps"
     rows, title, lost = _try_scores(sweep, out) if scores else _try_trainings(sweep, out)
     told = {**asdict(sweep.config), "sweep": sweep.kind.name, "options": sweep.fixed}
     told["axes"] = [str(axis) for axis in sweep.axes]
@@ -192,7 +208,7 @@ def _try_trainings(sweep: Sweep, out: str) -> tuple[list[Row], str, str]:
     from diffitm.distributed.trials import train_trial
 
     # Without it Ray Train does not see that a training was stopped, and keeps its workers' share.
-    session.connect(sweep.config.ray, dashboard=True)
+    session.connect(sweep.config.ray, dashboard=True, verbose=sweep.config.verbose)
     if sweep.fixed.get("validation_data") == _drawn_validation(out):
         from diffitm.shapes.layouts import write_world
 
@@ -337,6 +353,7 @@ def _gdbench(sweep: Sweep, protocol: str, out: str) -> gdbench.Config:
         "protocol": protocol,
         "out": storage.absolute(sweep.config.store) if sweep.config.store else out,
         "ray": sweep.config.ray,
+        "verbose": sweep.config.verbose,
     }
     return make(gdbench.Config, values)
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffitm import registry, storage
-from diffitm.errors import InputError
+from diffitm.errors import InputError, suggest
 from diffitm.models.copies import on_disk
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.lora import digest_of, lora_file, lora_unet, merge_lora, read_lora
@@ -25,22 +25,38 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """What of a folder a family's scores depend on: parts, and settings of model_index.json with what
-    they are if absent."""
+class Family:
+    """Where a family's Denoiser is, and what of a folder its scores depend on: parts, and settings of
+    model_index.json with what they are if absent."""
 
-    parts: tuple[str, ...] = ()
+    denoiser: str
+    parts: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 _UNET = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_LAYOUTS = {
-    "StableDiffusionPipeline": _Layout(_UNET),
-    "StableDiffusionXLPipeline": _Layout(
-        (*_UNET, "text_encoder_2", "tokenizer_2"), {"force_zeros_for_empty_prompt": True}
+# The pipeline class that a diffusers folder names in model_index.json -> what runs it.
+FAMILIES = {
+    "StableDiffusionPipeline": Family("diffitm.models.stable_diffusion:StableDiffusion", _UNET),
+    "StableDiffusionXLPipeline": Family(
+        "diffitm.models.sdxl:StableDiffusionXL",
+        (*_UNET, "text_encoder_2", "tokenizer_2"),
+        {"force_zeros_for_empty_prompt": True},
     ),
-    "DiTPipeline": _Layout(("transformer", "vae", "scheduler"), {"id2label": None}),
+    "DiTPipeline": Family(
+        "diffitm.models.dit:Dit", ("transformer", "vae", "scheduler"), {"id2label": None}
+    ),
 }
+
+
+def family_of(index: Mapping[str, Any], name: str, option: str) -> Family:
+    """The family that a model_index.json names. Raises InputError for one that is not known here."""
+    kind = str(index["_class_name"])
+    if kind not in FAMILIES:
+        raise InputError(
+            f"{option} {name!r}: unknown kind of diffusion model {kind!r}{suggest(kind, FAMILIES)}"
+        )
+    return FAMILIES[kind]
 
 
 @dataclass(frozen=True)
@@ -73,21 +89,22 @@ def resolve(name: str, option: str = "--model") -> Source:
                 f"{option} {name!r}: the folder has no model_index.json (diffusers layout)"
             )
         settings = _read_index(index, name, option)
-        family = str(settings["_class_name"])
-        layout = _LAYOUTS.get(family, _Layout())  # load_denoiser tells what it does not know
-        missing = [part for part in layout.parts if not (folder / part).is_dir()]
+        family = family_of(settings, name, option)
+        missing = [part for part in family.parts if not (folder / part).is_dir()]
         if missing:
             raise InputError(f"{option} {name!r}: the folder lacks {', '.join(missing)}")
         location = given if name == "shapes" or "://" in given else str(folder.absolute())
-        return Source(name, location, None, family, _digest(folder, layout, settings), option)
+        digest = _digest(folder, family, settings)
+        return Source(name, location, None, str(settings["_class_name"]), digest, option)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
         raise InputError(
             f"{option} {name!r} is neither a folder nor a Hub id such as 'org/name', nor 'shapes'"
         )
     index = from_hub(name, INDEX, option)
     commit = index.parent.name
-    family = str(_read_index(index, name, option)["_class_name"])
-    return Source(name, name, commit, family, commit, option)
+    settings = _read_index(index, name, option)
+    family_of(settings, name, option)
+    return Source(name, name, commit, str(settings["_class_name"]), commit, option)
 
 
 def load_denoiser(
@@ -104,7 +121,7 @@ def load_denoiser(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    build = registry.find(registry.DENOISERS, source.family, "kind of diffusion model")
+    build = registry.load(FAMILIES[source.family].denoiser)
     if dtype == "fp32":  # cuDNN would round convolutions to TF32
         torch.backends.cudnn.allow_tf32 = False
     folder = _on_machine(source)
@@ -134,10 +151,10 @@ def _copy(uri: str, option: str, digest: str | None = None) -> Path:
     if INDEX not in there:
         raise InputError(f"{option} {storage.title(uri)!r}: there is no {INDEX} (diffusers layout)")
     settings = _index_of(storage.read_text(storage.join(uri, INDEX)), storage.title(uri), option)
-    layout = _LAYOUTS.get(str(settings["_class_name"]), _Layout())
-    parts = tuple(f"{part}/" for part in layout.parts)
+    family = family_of(settings, storage.title(uri), option)
+    parts = tuple(f"{part}/" for part in family.parts)
     wanted = {name: state for name, state in there.items() if name.startswith((INDEX, *parts))}
-    return on_disk(uri, wanted, lambda folder: _digest(folder, layout, settings), digest)[0]
+    return on_disk(uri, wanted, lambda folder: _digest(folder, family, settings), digest)[0]
 
 
 def lora_digest(path: str) -> str:
@@ -158,13 +175,13 @@ def _index_of(text: str, name: str, option: str) -> dict[str, Any]:
     return settings
 
 
-def _digest(folder: Path, layout: _Layout, index: Mapping[str, Any]) -> str:
+def _digest(folder: Path, family: Family, index: Mapping[str, Any]) -> str:
     """sha256 over the names and contents of the parts that scoring uses, and the index's settings."""
     total = hashlib.sha256()
-    if layout.settings:
-        used = {key: index.get(key, absent) for key, absent in layout.settings.items()}
+    if family.settings:
+        used = {key: index.get(key, absent) for key, absent in family.settings.items()}
         total.update(json.dumps(used, sort_keys=True).encode())
-    files = (p for part in layout.parts for p in (folder / part).rglob("*") if p.is_file())
+    files = (p for part in family.parts for p in (folder / part).rglob("*") if p.is_file())
     for path in sorted(files):
         total.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:

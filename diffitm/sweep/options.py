@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_origin
 
 from diffitm.config import (
+    OnRay,
     convert,
     field_of,
     keys,
@@ -26,7 +27,7 @@ PAIR = re.compile(r"(?:--)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnRay):
     """Options of the search."""
 
     out: str = option("out/sweep", "folder or URI for trials, table, report and the best setting")
@@ -45,9 +46,6 @@ class Config:
     reduction: int = option(3, "ASHA lets the best 1/REDUCTION go on")
     store: str | None = option(
         None, "timesteps: OUT of a gdbench run whose stored errors are read (default: this OUT)"
-    )
-    ray: str | None = option(
-        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
     )
 
 

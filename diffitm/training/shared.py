@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffitm.config import option, outside
+from diffitm.config import OnRay, option, outside
 from diffitm.training.track import track_problems
 
 
 @dataclass(frozen=True)
-class Shared:
+class Shared(OnRay):
     """Options of an update's size, of checkpoints, workers and the log."""
 
     steps: int | None = option(None, "updates of the weights (default: those of --epochs)")
@@ -31,9 +31,6 @@ class Shared:
     cpus_per_worker: float | None = option(None, "processors of a worker (default: 1)")
     gpus_per_worker: float | None = option(None, "GPUs of a worker (default: 1 if there are any)")
     retries: int = option(3, "how often lost workers are replaced")
-    ray: str | None = option(
-        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
-    )
 
 
 def shared_problems(config: Any, share: int, parts: str) -> list[str]:
