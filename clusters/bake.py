@@ -1,4 +1,4 @@
-"""Load models of the Hub once, so that its cache in the image has all that a run reads of them.
+"""Fetch models of the Hub once, so that its cache in the image has all that a run reads of them.
 
 clusters/Dockerfile runs this: python clusters/bake.py --models ORG/NAME .. --clips NAME:TAG ..
 """
@@ -9,14 +9,14 @@ import argparse
 
 from diffitm.command import execute
 from diffitm.models.clip import load_clip, resolve_clip
-from diffitm.models.load import load_denoiser, resolve
+from diffitm.models.load import resolve
 
 
 def bake(arguments: argparse.Namespace) -> None:
     for name in arguments.models:
-        load_denoiser(resolve(name), variant=arguments.variant or None)
+        resolve(name).fetched(arguments.variant or None)
     for name in arguments.clips:
-        load_clip(resolve_clip(name))
+        load_clip(resolve_clip(name).fetched())  # which fetches tokenizers, too
 
 
 if __name__ == "__main__":

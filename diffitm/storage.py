@@ -267,6 +267,13 @@ def download(uri: str, to: str) -> None:
     fs.copy_files(path, to, source_filesystem=found, destination_filesystem=fs.LocalFileSystem())
 
 
+def upload(path: str, uri: str) -> None:
+    """Copy a local file. Raises OSError."""
+    found, to = filesystem(uri)
+    make_folder(parent(uri))
+    fs.copy_files(path, to, source_filesystem=fs.LocalFileSystem(), destination_filesystem=found)
+
+
 def delete(uri: str) -> None:
     """Delete a file."""
     found, path = filesystem(uri)

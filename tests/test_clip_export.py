@@ -33,13 +33,14 @@ from transformers import (
 from diffitm import storage
 from diffitm.errors import InputError
 from diffitm.models.clip import ClipSource, load_clip, preprocessing, resolve_clip
+from diffitm.models.copies import content_digest
 from diffitm.models.export import (
     stock_name,
     stock_preprocessing,
     write_open_clip,
     write_transformers,
 )
-from diffitm.models.load import SHAPES, content_digest
+from diffitm.models.load import SHAPES
 from tests import tiny_clip
 
 TEXTS = ["a red circle", "two blue squares above a green cross"]

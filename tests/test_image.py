@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.hub import COMMIT, serving
 from tests.pipeline import ROOT
 
-COMMIT = "c0ffee" + 34 * "0"
 HF_TOKEN = "hf_" + "x" * 20
 LOAD = """
 from diffitm.models.load import load_denoiser, resolve
-source = resolve("org/tiny")
+source = resolve("org/tiny").fetched()
 load_denoiser(source)
 print(source.digest)
 """
@@ -76,60 +73,21 @@ def test_a_broken_image_is_seen(problem: str) -> None:
     assert problem in image_problems(BROKEN[problem](text))
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The files of one repository, org/tiny, as the Hub serves them; all else is absent."""
-
-    folder: Path
-    tokens: set[str | None]
-
-    def do_GET(self) -> None:
-        self.do_HEAD()
-        if self.file is not None:
-            self.wfile.write(self.file)
-
-    def do_HEAD(self) -> None:
-        self.tokens.add(self.headers.get("Authorization"))
-        found = re.fullmatch(rf"/org/tiny/resolve/(?:main|{COMMIT})/(.+)", self.path)
-        path = self.folder / found[1] if found else None
-        self.file = path.read_bytes() if path is not None and path.is_file() else None
-        self.send_response(404 if self.file is None else 200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        if self.file is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        else:
-            self.send_header("ETag", f'"{hashlib.sha256(self.file).hexdigest()}"')
-        self.send_header("Content-Length", str(len(self.file or b"")))
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(sd_folder: Path) -> Iterator[ThreadingHTTPServer]:
-    Hub.folder, Hub.tokens = sd_folder, set()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.mark.slow
-def test_baked_weights_need_no_hub(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_baked_weights_need_no_hub(sd_folder: Path, tmp_path: Path) -> None:
     """The cache has all that a model is loaded from; the token that fetched it is not in there."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env = {**kept, "HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
-    env["PYTHONPATH"] = str(ROOT)
+    env = {**kept, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     bake = [sys.executable, "clusters/bake.py", "--models", "org/tiny", "--clips", "--variant", ""]
-    fetching = env | {"HF_TOKEN": HF_TOKEN}
-    done = subprocess.run(bake, cwd=ROOT, env=fetching, capture_output=True, text=True)
+    with serving(sd_folder) as hub:
+        env["HF_ENDPOINT"] = hub.url
+        fetching = env | {"HF_TOKEN": HF_TOKEN}
+        done = subprocess.run(bake, cwd=ROOT, env=fetching, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"Bearer {HF_TOKEN}" in Hub.tokens
+    assert f"Bearer {HF_TOKEN}" in hub.tokens
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if HF_TOKEN.encode() in path.read_bytes()]
     assert HF_TOKEN not in done.stdout + done.stderr
-    hub.shutdown()
     load = [sys.executable, "-c", LOAD]
     offline = env | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(load, cwd=tmp_path, env=offline, capture_output=True, text=True)

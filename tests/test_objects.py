@@ -22,8 +22,8 @@ from diffitm import images, outside, storage
 from diffitm.config import parse
 from diffitm.errors import InputError, Unavailable
 from diffitm.models.clip import load_clip, resolve_clip
-from diffitm.models.copies import cache_folder, on_disk
-from diffitm.models.load import SHAPES, content_digest, load_denoiser, lora_digest, resolve
+from diffitm.models.copies import cache_folder, content_digest, on_disk
+from diffitm.models.load import SHAPES, load_denoiser, lora_digest, resolve
 from diffitm.models.lora import add_lora, locate, lora_file, lora_weights, save_lora, unpinned
 from diffitm.provenance import redact
 from diffitm.resume import mend

@@ -13,6 +13,7 @@ from diffitm.distributed import neighbours, session
 from diffitm.distributed.entrance import entered
 from diffitm.distributed.groups import work_folder
 from diffitm.distributed.stages import whole_files
+from diffitm.distributed.weights import share
 from diffitm.errors import Incomplete, InputError
 from diffitm.provenance import record
 
@@ -77,6 +78,7 @@ def _run(config: Config, out: str) -> None:
     pool = session.choose_pool(
         config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
     )
+    source = share(source, storage.join(storage.parent(out), "work"))
     work = _work_folder(out, source, root, known, pool.device)
     pictures = neighbours.embed(work, "image", known.images, known.of_image, source, root, pool)
     texts = neighbours.embed(work, "text", known.captions, known.of_caption, source, root, pool)

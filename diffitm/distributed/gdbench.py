@@ -223,11 +223,15 @@ def prepare(config: Config) -> Prepared:
     examples = _write_examples(config, root, out)
 
     from diffitm.distributed import session
+    from diffitm.distributed.weights import share
 
     session.connect(config.ray, verbose=config.verbose)
     pool = session.choose_pool(
         config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
     )
+    work = storage.join(out, "work")
+    sources = [share(source, work, config.variant) for source in sources]
+    clips = [share(source, work) for source in clips]
     dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
     specs: list[Spec] = [
         _diffusion(config, source, lora, root, steps, dtype)

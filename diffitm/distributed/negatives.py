@@ -22,6 +22,7 @@ from diffitm.distributed.entrance import entered
 from diffitm.distributed.groups import work_folder
 from diffitm.distributed.session import Pool
 from diffitm.distributed.stages import whole_files
+from diffitm.distributed.weights import share
 from diffitm.errors import Incomplete, InputError
 from diffitm.provenance import fingerprint, record
 from diffitm.training import mined, negatives
@@ -102,6 +103,9 @@ def _run(config: Config, out: str) -> None:
     rows, captions = given.rows, given.captions
     log.info("%s rows, %s captions", f"{len(rows):,}", f"{len(captions):,}")
     session.connect(config.ray, verbose=config.verbose)
+    work = storage.join(storage.parent(out), "work")
+    language = share(given.language, work) if given.language else None
+    given = replace(given, language=language, clip=share(given.clip, work) if given.clip else None)
     made: dict[str, dict[str, str]] = {}
     answers: dict[str, tuple[str, str | None]] = {}
     if "rules" in config.kinds:
@@ -225,8 +229,8 @@ def _info_uri(out: str) -> str:
 
 def _told(source: LanguageSource | ClipSource) -> dict[str, Any]:
     """A model for the .info.json, without keys of URIs."""
-    fields = asdict(source).items()
-    return {k: storage.public(v) if isinstance(v, str) else v for k, v in fields}
+    fields = {k: v for k, v in asdict(source).items() if k != "weights"}
+    return {k: storage.public(v) if isinstance(v, str) else v for k, v in fields.items()}
 
 
 def _pool(config: Config, gpus: float | None) -> Pool:

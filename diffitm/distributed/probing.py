@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffitm import storage
 from diffitm.errors import InputError
-from diffitm.models.load import content_digest
+from diffitm.models.copies import content_digest
 from diffitm.provenance import fingerprint
 from diffitm.results import Comparison, Evaluation, Row
 

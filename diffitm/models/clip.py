@@ -7,7 +7,7 @@ import itertools
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -20,17 +20,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from diffitm import storage
-from diffitm.errors import InputError, suggest
+from diffitm.errors import InputError, Unavailable, suggest
 from diffitm.matching.batch import Batch
 from diffitm.matching.cache import TextCache
-from diffitm.models.copies import on_disk
-from diffitm.models.load import SHAPES, content_digest, from_hub
+from diffitm.models.copies import content_digest, on_disk
+from diffitm.models.hub import Weights, fetch, needed
+from diffitm.models.load import SHAPES, from_hub
+from diffitm.outside import is_transient, patiently
 from diffitm.scoring import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
 
 log = logging.getLogger("diffitm")
 # What open_clip lets through for a name, a config or a file that it cannot use.
 WEIGHTS = (".safetensors", ".bin", ".pth")
-LOCAL = "local-dir:"
+LOCAL, HUB = "local-dir:", "hf-hub:"
 CONFIG = "open_clip_config.json"
 POSITIONS = "positional_embedding"  # of an image tower
 # What transformers' AutoTokenizer, which open_clip asks, reads of a folder.
@@ -66,11 +68,28 @@ class ClipSource:
     pretrained: str | None
     digest: str
     quick_gelu: bool = False  # OpenAI's weights want it, and a model's name alone does not say so
+    weights: Weights | None = None  # of the Hub, once they are fetched
 
     @property
     def folder(self) -> str | None:
         """The user's folder or URI that it was found in, if so."""
         return self.model.removeprefix(LOCAL) if self.model.startswith(LOCAL) else None
+
+    def fetched(self, variant: str | None = None) -> ClipSource:
+        """The same with its weights on this machine, if it is a Hub id or a tag. See hub.fetch for errors."""
+        if self.model.startswith(HUB):
+            repo, _, commit = self.digest.removeprefix(HUB).rpartition("@")
+            weights = fetch(repo, commit, lambda names: needed(names, ("",)), "--clip")
+            return replace(self, weights=weights)
+        if self.pretrained not in open_clip.list_pretrained_tags_by_model(self.model):
+            return self
+        try:
+            config = open_clip.get_pretrained_cfg(self.model, self.pretrained)
+            file = Path(patiently(lambda: open_clip.download_pretrained(config)))
+        except (OSError, RuntimeError) as error:
+            text = f"--clip {self.name!r}: its weights cannot be fetched: {error}"
+            raise (Unavailable if is_transient(error) else InputError)(text) from error
+        return replace(self, weights=Weights(self.name, str(file.parent), (file.name,)))
 
 
 def resolve_clip(name: str) -> ClipSource:
@@ -89,8 +108,8 @@ def resolve_clip(name: str) -> ClipSource:
         place = given if _is_uri(given) else folder.absolute()
         where = "shapes" if name == "shapes" else f"{LOCAL}{place}"
         return ClipSource(name, where, None, _digest(folder, name))
-    if name.startswith("hf-hub:"):
-        config = from_hub(name.removeprefix("hf-hub:"), CONFIG, "--clip")
+    if name.startswith(HUB):
+        config = from_hub(name.removeprefix(HUB), CONFIG, "--clip")
         return ClipSource(name, name, None, f"{name}@{config.parent.name}")
     model, _, tag = name.partition(":")
     if model not in open_clip.list_models():
@@ -144,6 +163,11 @@ def _file_copy(uri: str, digest: str | None = None) -> Path:
 
 def on_machine(source: ClipSource) -> tuple[str, str | None]:
     """open_clip's name of the model on this machine, and its pretrained tag or file."""
+    if source.weights is not None:
+        folder = source.weights.on_machine()
+        if source.model.startswith(HUB):
+            return f"{LOCAL}{folder}", None
+        return source.model, str(folder / source.weights.files[0])
     if source.model == "shapes":
         return f"{LOCAL}{SHAPES / 'clip'}", None
     if source.folder is not None and _is_uri(source.folder):
@@ -189,7 +213,9 @@ def preprocessing(source: ClipSource) -> dict[str, Any]:
     weights of the architecture have in common. Warns where they have not."""
     tags = open_clip.list_pretrained_tags_by_model(source.model)
     if source.pretrained is None or source.pretrained in tags:
-        return {}
+        if source.weights is None or source.pretrained is None:
+            return {}
+        tags = [source.pretrained]  # whose file it is
     known = [open_clip.get_pretrained_cfg(source.model, tag) for tag in tags]
     found: dict[str, Any] = {}
     for key in ("mean", "std", "interpolation", "resize_mode"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,15 @@ def cache_folder() -> Path:
     """DIFFITM_CACHE, else diffitm/ in XDG_CACHE_HOME or ~/.cache. Nothing in it is ever deleted."""
     above = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("DIFFITM_CACHE") or Path(above, "diffitm")) / "models"
+
+
+def content_digest(paths: Sequence[Path]) -> str:
+    """sha256 over the contents of files."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def on_disk(

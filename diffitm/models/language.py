@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from diffitm import storage
 from diffitm.errors import InputError
-from diffitm.models.copies import on_disk
-from diffitm.models.load import DTYPES, content_digest, from_hub
+from diffitm.models.copies import content_digest, on_disk
+from diffitm.models.hub import Weights, fetch, needed
+from diffitm.models.load import DTYPES, from_hub
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 CUT_OFF, TOO_LONG = "cut off", "prompt too long for the model"
@@ -40,6 +41,14 @@ class LanguageSource:
     location: str
     revision: str | None
     digest: str
+    weights: Weights | None = None  # of the Hub, once they are fetched
+
+    def fetched(self, variant: str | None = None) -> LanguageSource:
+        """The same with its weights on this machine, if it is one of the Hub. See hub.fetch for errors."""
+        if self.revision is None:
+            return self
+        weights = fetch(self.name, self.revision, lambda names: needed(names, ("",)), "--llm")
+        return replace(self, weights=weights)
 
 
 class Answer(NamedTuple):
@@ -86,6 +95,15 @@ def _copy(uri: str, digest: str | None = None) -> Path:
     return on_disk(uri, there, _digest, digest)[0]
 
 
+def _on_machine(source: LanguageSource) -> tuple[str, str | None]:
+    """The local folder, or the Hub id and its commit, to load from."""
+    if source.weights is not None:
+        return str(source.weights.on_machine()), None
+    if "://" in source.location:
+        return str(_copy(source.location, source.digest)), None
+    return source.location, source.revision
+
+
 def _check_kind(name: str, location: str, revision: str | None) -> None:
     """Raises InputError for a model that transformers does not know as a causal language model."""
     try:
@@ -119,10 +137,8 @@ class LanguageModel:
     ) -> None:
         self.device, self.temperature, self.seed = torch.device(device), temperature, seed
         self.max_new_tokens = max_new_tokens
-        where: dict[str, Any] = {"revision": source.revision, "trust_remote_code": False}
-        location = source.location
-        if "://" in location:
-            location = str(_copy(location, source.digest))
+        location, revision = _on_machine(source)
+        where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(location, padding_side="left", **where)
             model, told = AutoModelForCausalLM.from_pretrained(

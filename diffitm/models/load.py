@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffitm import registry, storage
 from diffitm.errors import InputError, suggest
 from diffitm.models.copies import on_disk
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.hub import Weights, fetch, needed
 from diffitm.models.lora import digest_of, lora_file, lora_unet, merge_lora, read_lora
 
 SHAPES = Path(__file__).resolve().parents[1] / "shapes" / "weights"
@@ -70,6 +71,18 @@ class Source:
     family: str
     digest: str
     option: str = "--model"
+    weights: Weights | None = None  # of the Hub, once they are fetched
+
+    def fetched(self, variant: str | None = None) -> Source:
+        """The same with its weights on this machine, if it is one of the Hub. See hub.fetch for errors."""
+        if self.revision is None:
+            return self
+        parts = FAMILIES[self.family].parts
+
+        def choose(names: list[str]) -> list[str]:
+            return [INDEX, *needed(names, parts, variant)]
+
+        return replace(self, weights=fetch(self.name, self.revision, choose, self.option))
 
 
 def resolve(name: str, option: str = "--model") -> Source:
@@ -124,9 +137,9 @@ def load_denoiser(
     build = registry.load(FAMILIES[source.family].denoiser)
     if dtype == "fp32":  # cuDNN would round convolutions to TF32
         torch.backends.cudnn.allow_tf32 = False
-    folder = _on_machine(source)
+    folder, revision = _on_machine(source)
     try:
-        denoiser = build(folder, DTYPES[dtype], device, source.revision, variant)
+        denoiser = build(folder, DTYPES[dtype], device, revision, variant)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{source.option} {source.name!r} cannot be loaded: {error}") from error
     if lora is not None:
@@ -136,13 +149,15 @@ def load_denoiser(
     return denoiser
 
 
-def _on_machine(source: Source) -> str:
-    """The local folder or Hub id to load from."""
+def _on_machine(source: Source) -> tuple[str, str | None]:
+    """The local folder, or the Hub id and its commit, to load from."""
     if source.location == "shapes":
-        return str(SHAPES / "diffusion")
+        return str(SHAPES / "diffusion"), None
+    if source.weights is not None:
+        return str(source.weights.on_machine()), None
     if "://" in source.location:
-        return str(_copy(source.location, source.option, source.digest))
-    return source.location
+        return str(_copy(source.location, source.option, source.digest)), None
+    return source.location, source.revision
 
 
 def _copy(uri: str, option: str, digest: str | None = None) -> Path:
@@ -184,15 +199,6 @@ def _digest(folder: Path, family: Family, index: Mapping[str, Any]) -> str:
     files = (p for part in family.parts for p in (folder / part).rglob("*") if p.is_file())
     for path in sorted(files):
         total.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
-def content_digest(paths: Sequence[Path]) -> str:
-    """sha256 over the contents of files."""
-    total = hashlib.sha256()
-    for path in paths:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
