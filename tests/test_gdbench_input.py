@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from diffitm.config import parse
+from diffitm.distributed import session
 from diffitm.distributed.gdbench import Config, run
 from diffitm.errors import InputError
 from diffitm.lease import held
+from diffitm.models.load import load_denoiser, resolve
+from diffitm.models.lora import add_lora, lora_weights, save_lora
 from diffitm.shapes.layouts import write_world
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pipelines" / "gdbench.py"
@@ -116,3 +120,22 @@ def test_config_file(tmp_path: Path) -> None:
     file.write_text(json.dumps({"timestep": 20}))
     with pytest.raises(InputError, match="unknown key 'timestep'; did you mean 'timesteps'"):
         parse(Config, ["--config", str(file)])
+
+
+def test_models_are_looked_at_before_actors_start(
+    tmp_path: Path, world: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download that was cut off, and a LoRA of another model, each named with its file."""
+    monkeypatch.setattr(session, "connect", lambda *_, **__: None)
+    monkeypatch.setattr(session, "choose_pool", lambda *_: session.Pool(1, 1, 1.0, 0.0))
+    monkeypatch.setattr(session, "is_elsewhere", lambda _: False)
+    options = ("--data", world, "--tasks", "clevr", "--out", tmp_path / "out")
+    add_lora(unet := load_denoiser(resolve("shapes")).unet, 2, 0)
+    save_lora(lora_weights(unet), str(tmp_path / "lora"), 2)
+    told = message("--model", sd_folder, "--lora", tmp_path / "lora", *options)
+    assert told.startswith(f"--lora {tmp_path}/lora/pytorch_lora_weights.safetensors: the LoRA")
+    assert "do not fit this U-Net" in told
+    model = shutil.copytree(sd_folder, tmp_path / "model")
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert f"{weights} is no whole safetensors file" in message("--model", model, *options)

@@ -20,7 +20,7 @@ from diffitm.distributed.entrance import entered
 from diffitm.distributed.probing import add_probes, find_probes
 from diffitm.errors import Incomplete, InputError
 from diffitm.matching.plan import plan_timesteps
-from diffitm.models.load import Source, resolve
+from diffitm.models.load import Source, check_loadable, resolve
 from diffitm.models.lora import locate, lora_file, unpinned
 from diffitm.provenance import record
 from diffitm.report.html import write_report
@@ -232,6 +232,8 @@ def prepare(config: Config) -> Prepared:
     work = storage.join(out, "work")
     sources = [share(source, work, config.variant) for source in sources]
     clips = [share(source, work) for source in clips]
+    for source in sources:  # before a GPU is asked for
+        check_loadable(source, [locate(name) for name in _loras(config) if name])
     dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
     specs: list[Spec] = [
         _diffusion(config, source, lora, root, steps, dtype)

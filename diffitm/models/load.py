@@ -5,20 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from diffitm import registry, storage
 from diffitm.errors import InputError, suggest
 from diffitm.models.copies import on_disk
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.hub import Weights, fetch, needed
-from diffitm.models.lora import digest_of, lora_file, lora_unet, merge_lora, read_lora
+from diffitm.models.lora import (
+    digest_of,
+    lora_file,
+    lora_unet,
+    match_lora,
+    merge_lora,
+    read_lora,
+    unpinned,
+)
 
 SHAPES = Path(__file__).resolve().parents[1] / "shapes" / "weights"
 INDEX = "model_index.json"
@@ -147,6 +155,37 @@ def load_denoiser(
         tensors, scale = read_lora(lora)
         merge_lora(unet, tensors, scale)
     return denoiser
+
+
+def check_loadable(source: Source, loras: Sequence[str]) -> None:
+    """What can be told of a model without its weights in memory: whether their files are whole, and
+    whether LoRA files fit its U-Net.
+
+    Raises InputError that names the file.
+    """
+    folder = Path(_on_machine(source)[0])
+    for part in FAMILIES[source.family].parts:
+        for file in sorted((folder / part).glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt"):
+                    continue
+            except (OSError, SafetensorError) as error:
+                text = f"{source.option} {source.name!r}: {file} is no whole safetensors file"
+                raise InputError(f"{text}: {error}") from error
+    if loras and (folder / "unet").is_dir():
+        from diffusers import UNet2DConditionModel
+
+        try:
+            config = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
+            with torch.device("meta"):
+                unet = UNet2DConditionModel.from_config(config)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source.option} {source.name!r}: its U-Net: {error}") from error
+        for lora in loras:
+            try:
+                match_lora(unet, read_lora(lora)[0])
+            except InputError as error:
+                raise InputError(f"--lora {unpinned(lora)}: {error}") from error
 
 
 def _on_machine(source: Source) -> tuple[str, str | None]:

@@ -155,6 +155,26 @@ def merge_lora(unet: nn.Module, tensors: Mapping[str, Tensor], scale: float | No
     `scale` None means alpha / r where the file holds alpha, else 1 (the old files carry no alpha).
     Raises InputError that lists the keys which do not fit the U-Net; nothing is changed then.
     """
+    pairs, alphas = match_lora(unet, tensors)
+    modules = dict(unet.named_modules())
+    for name, pair in pairs.items():
+        weight = modules[name].weight
+        rank = len(pair["down"])
+        factor = scale if scale is not None else alphas.get(name, rank) / rank
+        delta = pair["up"].float().flatten(1) @ pair["down"].float().flatten(1)
+        merged = weight.float() + factor * delta.to(weight.device).view(weight.shape)
+        with torch.no_grad():
+            weight.copy_(merged.to(weight.dtype))
+    return 2 * len(pairs) + len(alphas)
+
+
+def match_lora(
+    unet: nn.Module, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """The tensors 'down' and 'up' of each module of the U-Net that has some, and the alphas by module.
+
+    Raises InputError that lists the keys which do not fit.
+    """
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     strange = []
@@ -181,15 +201,7 @@ def merge_lora(unet: nn.Module, tensors: Mapping[str, Tensor], scale: float | No
             f"the LoRA weights do not fit this U-Net: {len(strange)} of {len(tensors)} keys, "
             f"such as {shown}"
         )
-    for name, pair in pairs.items():
-        weight = modules[name].weight
-        rank = len(pair["down"])
-        factor = scale if scale is not None else alphas.get(name, rank) / rank
-        delta = pair["up"].float().flatten(1) @ pair["down"].float().flatten(1)
-        merged = weight.float() + factor * delta.to(weight.device).view(weight.shape)
-        with torch.no_grad():
-            weight.copy_(merged.to(weight.dtype))
-    return 2 * len(pairs) + len(alphas)
+    return pairs, alphas
 
 
 def _fits(module: nn.Module | None, pair: dict[str, Tensor]) -> bool:
