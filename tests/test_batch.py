@@ -223,11 +223,10 @@ def test_the_driver_is_told(
 def test_a_model_that_never_fits_fails_in_words(
     sd: StableDiffusion, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray would build an actor again whose constructor fails; so its first block does."""
+    """While it measures its rate, before its first block."""
     limit(monkeypatch, sd, "predict", 0)
-    actor = ScoringActor(Spec(scorer(sd, root, 8)), "SD", "cpu", Remote())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="memory is too small"):
-        actor(None)
+        ScoringActor(Spec(scorer(sd, root, 8)), "SD", "cpu", Remote())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("told", TOLD)

@@ -1,44 +1,62 @@
-"""Every pipeline with GPU shares, on a Ray whose GPUs are numbers: what Ray refuses is seen here."""
+"""Stages with GPU shares, on a Ray whose GPUs are numbers: what Ray refuses is seen here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 
-from diffitm.config import make
-from diffitm.distributed import actors, gdbench
+from diffitm.distributed import actors
+from diffitm.distributed.groups import run_groups
+from diffitm.distributed.session import choose_pool, connect
+from diffitm.distributed.stages import whole_files
 from diffitm.errors import InputError
-from tests import pipeline
 from tests.processors import WITHOUT_CUDA
 
-GPUS = 2
-WORLD = {"model": ["shapes"], "data": "shapes", "scenes": 10, "timesteps": [2], "dtype": "fp32"}
+SCHEMA = pa.schema([("row", pa.int64()), ("position", pa.int64()), ("gpus", pa.list_(pa.string()))])
 
 
-@pytest.fixture(scope="module")
+class Told:
+    """Says which GPUs it was given."""
+
+    def __init__(self, device: str, counter: Any) -> None:
+        assert device == "cpu"
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        gpus = [str(number) for number in ray.get_gpu_ids()]
+        lines = [
+            {"row": group["row"], "position": group["start"] + i, "gpus": gpus}
+            for group in table.to_pylist()
+            for i in range(len(group["names"]))
+        ]
+        return pa.Table.from_pylist(lines, SCHEMA)
+
+
+@pytest.fixture
 def gpus() -> Iterator[None]:
-    ray.init(
-        num_cpus=4,
-        num_gpus=GPUS,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env=WITHOUT_CUDA,
-    )
+    options = {"num_cpus": 4, "num_gpus": 2, "include_dashboard": False, "log_to_driver": False}
+    ray.init("local", **options, runtime_env=WITHOUT_CUDA)
+    connect(None)
     yield
     ray.shutdown()
 
 
-def test_scoring(gpus: None, tmp_path: Path) -> None:
-    """Diffusion, CLIP and generated images, an actor a GPU, in fp16 where nothing is said."""
-    out = tmp_path / "out"
-    options = {**WORLD, "clip": ["shapes"], "tasks": ["winoground"], "out": str(out)}
-    options |= {"prompts": ["a red cube"], "samples": 1, "sampling_steps": 2}
-    gdbench.run(make(gdbench.Config, options))
-    assert {row["task"] for row in pipeline.rows(out)} == {"winoground"}
-    assert not [row for row in pipeline.rows(out) if row["failures"]]
+def test_a_stage_on_gpus(gpus: None, tmp_path: Path) -> None:
+    """An actor a GPU by default; a block is one call, so that nothing is cut or joined."""
+    pool = choose_pool(None, None, None, None)
+    assert (pool.min_actors, pool.gpus, pool.device) == (2, 1.0, "cuda")
+    names = [f"name {number}" for number in range(100)]
+    folder = run_groups(
+        "telling", str(tmp_path / "made" / "rows"), names, [[] for _ in names], 4, SCHEMA, Told, (),
+        pool, 3,
+    )  # fmt: skip
+    rows = whole_files(folder, SCHEMA).to_table().to_pylist()
+    assert sorted(row["position"] for row in rows) == list(range(100))
+    assert {tuple(row["gpus"]) for row in rows} <= {("0",), ("1",)}
 
 
 def test_no_gpu_to_be_seen() -> None:

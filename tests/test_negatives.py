@@ -416,11 +416,10 @@ def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
         resolve_language_model(name)
 
 
-def test_an_actor_tells_its_failure_at_the_first_call(tmp_path: Path) -> None:
+def test_an_unreadable_model_is_told_at_its_start(tmp_path: Path) -> None:
     source = LanguageSource("x", str(tmp_path), None, "")
-    actor = AnswerActor(Question(source, TEMPLATE, "fp32", 0.0, 0, 8), 4, "cpu", None)
-    with pytest.raises(InputError, match="cannot be loaded"):
-        actor(pa.table({}))
+    with pytest.raises(InputError, match="--llm 'x' cannot be loaded"):
+        AnswerActor(Question(source, TEMPLATE, "fp32", 0.0, 0, 8), 4, "cpu", None)
 
 
 class _Counter:
