@@ -55,6 +55,8 @@ class _Relay(BaseHTTPRequestHandler):
     def _relay(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.count(self.command, self.path)
+        if self.server.away:
+            raise ConnectionResetError  # the client sees its connection end without an answer
         if self.server.busy(self.path):
             self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
         elif self.path.endswith("/") and self.command in MARKED and not body:
@@ -117,7 +119,7 @@ class _Server(ThreadingHTTPServer):
         self.behind, self.folder, self.lock = behind, folder, threading.Lock()
         self.conditional, self.writing = True, threading.Lock()
         self.asked = Counter[tuple[str, str]]()
-        self.refused_at, self.refusals = "", 0
+        self.refused_at, self.refusals, self.away = "", 0, False
 
     def count(self, method: str, path: str) -> None:
         with self.lock:
