@@ -134,7 +134,7 @@ def test_bad_images_cost_their_own_examples(tmp_path: Path) -> None:
 
 
 def test_unreadable_weights(tmp_path: Path) -> None:
-    """A cut-off weights file is a message that names the model, not a traceback."""
+    """A cut-off weights file is a message that names it, before an actor starts, not a traceback."""
     source = pipeline.ROOT / "diffitm" / "shapes" / "weights" / "diffusion"
     model = shutil.copytree(source, tmp_path / "model")
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
@@ -142,7 +142,8 @@ def test_unreadable_weights(tmp_path: Path) -> None:
     done = pipeline.run(
         "--model", model, "--data", "shapes", "--scenes", 10, "--out", tmp_path / "out", code=2
     )
-    assert f"error: --model '{model}' cannot be loaded" in done.stderr
+    assert f"error: --model '{model}': {weights} is no whole safetensors file" in done.stderr
+    assert "U-Net forwards" not in done.stderr
     assert "Traceback" not in done.stderr
 
 
