@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffitm import storage
-from diffitm.distributed.fit import Workers, fit, settings_of
+from diffitm.distributed.fit import fit, hand_over, settings_of, workers_of
 from diffitm.distributed.monitor import Line
 from diffitm.errors import InputError
 from diffitm.models.load import Source, resolve
@@ -19,7 +19,8 @@ from diffitm.training.job import Job, Validation
 from diffitm.training.objectives import Objective
 from diffitm.training.options import Config, find_problems
 from diffitm.training.result import check_complete, open_run, refusable, write_result
-from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, told, usable
+from diffitm.training.rows import drop_equal, images_of, read_rows, texts_of, told, usable
+from diffitm.training.table import RowsFile, StoredRows
 from diffitm.training.track import Curves
 from diffitm.training.webdataset import is_webdataset, read_shards
 
@@ -42,15 +43,15 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
         log.info("%s holds this run already; give another --out to train again", out)
         check_complete(out)
         return
-    workers = Workers(
-        config.workers, config.cpus_per_worker, config.gpus_per_worker, config.retries
-    )
     name = fingerprint(settings)[:12]
     with refusable(out):
         if config.cache_latents:
             job = cached(job, out)
         curves = Curves(config.track, storage.public(out), known.key, settings, listen)
-        result, lost_images = fit(LOOP, job, workers, name, curves, out, _describe)
+        decodes = job.latents is None
+        result, lost_images = fit(
+            LOOP, job, workers_of(config), name, curves, out, _describe, decodes
+        )
     with result.checkpoint.as_directory() as folder:
         provenance = record(asdict(config))
         ended = write_result(Path(folder), job.rank, settings, known, provenance, lost_images, out)
@@ -92,13 +93,10 @@ def settle(config: Config) -> tuple[Job, dict[str, Any], str | None]:
     from diffitm.distributed import session
 
     session.connect(config.ray)
-    job = _job(config, source, objective, negatives, rows, kept, root, valid, session.gpus())
+    file = hand_over(out, rows, kept)
+    job = _job(config, source, objective, negatives, file, root, valid, session.gpus())
     settings = settings_of(
-        config,
-        pipeline="finetune.py",
-        weights=source.digest,
-        rows=fingerprint([asdict(row) for row in rows]),
-        dtype=job.dtype,
+        config, pipeline="finetune.py", weights=source.digest, rows=file.digest, dtype=job.dtype
     )
     return job, settings, valid
 
@@ -133,18 +131,17 @@ def _job(
     source: Source,
     objective: Objective,
     negatives: str,
-    rows: list[Row],
-    kept: list[int],
+    rows: RowsFile,
     root: str,
     valid: str | None,
     gpus: float,
 ) -> Job:
     """The settings that travel to the workers. Raises InputError where rows are too few."""
     micro = config.effective_batch // config.batch_size
-    per_epoch = len(kept) // config.effective_batch
+    per_epoch = rows.usable // config.effective_batch
     if per_epoch == 0:
         raise InputError(
-            f"--effective-batch {config.effective_batch}: there are only {len(kept)} usable rows"
+            f"--effective-batch {config.effective_batch}: there are only {rows.usable} usable rows"
         )
     validation = None
     if config.validate_every and valid is not None:
@@ -166,7 +163,6 @@ def _job(
         dtype=config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
         objective=objective,
         rows=rows,
-        kept=kept,
         root=root,
         resize=config.resize,
         negatives=negatives,
@@ -199,10 +195,11 @@ def cached(job: Job, out: str) -> Job:
 
     pool = session.choose_pool(None, None, None, None)
     encoder = Encoder(job.source, job.variant, job.dtype, job.root, job.resize)
+    rows = StoredRows(job.rows)
     return replace(
         job,
-        latents=encode(out, "image", images_of(job.rows), encoder, pool),
-        texts=encode(out, "text", texts_of(job.rows), encoder, pool),
+        latents=encode(out, "image", images_of(rows), encoder, pool),
+        texts=encode(out, "text", texts_of(rows), encoder, pool),
     )
 
 
