@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.train.torch
-import torch
 
 from diffitm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def choose_device() -> torch.device:
@@ -18,6 +19,9 @@ def choose_device() -> torch.device:
 
     Raises InputError where Ray gave it a share of a GPU and torch sees none.
     """
+    import ray.train.torch
+    import torch
+
     device = ray.train.torch.get_device()
     if device.type == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
@@ -32,6 +36,8 @@ def choose_device() -> torch.device:
 def gradient_group(device: torch.device, seconds: int) -> Any:
     """The process group that tensors of the device are exchanged in; None is the default one, gloo,
     which all workers have for what lies in their memory."""
+    import torch
+
     if device.type != "cuda" or torch.distributed.get_world_size() == 1:
         return None
     return torch.distributed.new_group(backend="nccl", timeout=timedelta(seconds=seconds))

@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 log = logging.getLogger("diffitm")
 SETTLE = 1.0  # seconds that more than the least number of workers may take to find room
 SOON = 10.0  # seconds of waiting without a word
+Place = tuple[PlacementGroup, ray.ObjectRef]  # and what is there once it has room
 
 
 class Places:
@@ -25,26 +26,30 @@ class Places:
 
     def __init__(self, share: dict[str, float], least: int, most: int) -> None:
         self.share, self.least, self.most = share, least, most
-        self.more: list[tuple[PlacementGroup, ray.ObjectRef]] = []
+        self.taken = least
+        self.more: list[Place] = []
         self.waiting = False
 
     def take(self) -> int:
         """How many workers there is room for now, once there is for the least number."""
+        self.close()
         all_at_once = self._ask(self.least)
-        self.more += [self._ask(1) for _ in range(self.most - self.least - len(self.more))]
+        self.more = [self._ask(1) for _ in range(self.most - self.least)]
         self._await(all_at_once)
         end = time.monotonic() + SETTLE
-        while self.more and not self._are_ready(self.more) and time.monotonic() < end:
+        while self._ready() < len(self.more) and time.monotonic() < end:
             time.sleep(0.1)
-        ready = [place for place in self.more if self._are_ready([place])]
-        self.more = [place for place in self.more if place not in ready]
-        for group, _ in (all_at_once, *ready):
-            remove_placement_group(group)
-        return self.least + len(ready)
+        self.taken = self.least + self._ready()
+        remove_placement_group(all_at_once[0])
+        self.close()
+        return self.taken
 
     def has_more(self) -> bool:
-        """Whether there is room for more workers than were taken."""
-        return any(self._are_ready([place]) for place in self.more)
+        """Whether there is room for more workers than were taken. To be asked once those are there: a
+        request that waits would take what was found for them."""
+        if not self.more:
+            self.more = [self._ask(1) for _ in range(self.most - self.taken)]
+        return self._ready() > 0
 
     def close(self) -> None:
         """Ask for no more."""
@@ -58,7 +63,7 @@ class Places:
         names = (("CPU", "processors"), ("GPU", "GPUs"))
         has = " and ".join(f"{total.get(k, 0):g} {n} ({free.get(k, 0):g} free)" for k, n in names)
         nodes = sum(node["Alive"] for node in ray.nodes())
-        does = f"{self} wait for room" if self.waiting else "the workers run"
+        does = f"{self} wait for room" if self.waiting else "the workers are there"
         return f"{has} on {nodes} nodes; {does}"
 
     def __str__(self) -> str:
@@ -69,17 +74,17 @@ class Places:
         )
         return f"{self.least} workers of {takes} each"
 
-    def _ask(self, workers: int) -> tuple[PlacementGroup, ray.ObjectRef]:
+    def _ask(self, workers: int) -> Place:
         group = placement_group([self.share] * workers)
         return group, group.ready()
 
-    def _await(self, place: tuple[PlacementGroup, ray.ObjectRef]) -> None:
+    def _await(self, place: Place) -> None:
         self.waiting = True
         if not ray.wait([place[1]], timeout=SOON)[0]:
             log.info("%s wait for room: the cluster has %s", self, self.standing())
             ray.wait([place[1]])
         self.waiting = False
 
-    def _are_ready(self, places: list[tuple[PlacementGroup, ray.ObjectRef]]) -> bool:
-        refs = [ref for _, ref in places]
-        return len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) == len(refs)
+    def _ready(self) -> int:
+        refs = [ref for _, ref in self.more]
+        return len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else 0

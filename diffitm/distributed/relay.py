@@ -17,7 +17,13 @@ from ray.train import Result, TrainingFailedError
 
 from diffitm.distributed.places import Places
 from diffitm.distributed.restarts import Group, Restarts
-from diffitm.distributed.trainer import Plan, describe_end, is_own_error, run_group
+from diffitm.distributed.trainer import (
+    Plan,
+    describe_end,
+    has_no_room,
+    is_own_error,
+    run_group,
+)
 from diffitm.errors import InputError
 
 log = logging.getLogger("diffitm")
@@ -41,9 +47,11 @@ class Relay:
         return result
 
     def look(self) -> None:
-        """Let the present group end if there is room for a larger one."""
-        old = self.begun is not None and time.monotonic() - self.begun > GROW_AFTER
-        if old and self.places.has_more():
+        """Ask for more room once the present group is there, and let it end when that is found."""
+        begun = self.begun
+        if begun is None or not ray.get(self.monitor.group.remote())[0]:
+            return
+        if self.places.has_more() and time.monotonic() - begun > GROW_AFTER:
             self.monitor.grow.remote()
 
     def _run_group(self) -> Result | None:
@@ -56,14 +64,15 @@ class Relay:
             with _interruptible():
                 result = run_group(self.plan, count, self.monitor)
         except (TrainingFailedError, RayError) as error:
-            self._count(error, before)
+            if not has_no_room(error):
+                self._count(error, before)
             return None
         finally:
             self.begun = None
         _, stopped = ray.get(self.monitor.end.remote())
         if stopped is not None or result.return_value == self.plan.job.steps:
             return result
-        log.info("update %s: there is room for more than %d workers", result.return_value, count)
+        log.info("update %s: there is room for more workers than %d", result.return_value, count)
         return None
 
     def _count(self, error: Exception, before: frozenset[str]) -> None:

@@ -113,6 +113,12 @@ def describe_end(error: Exception, places: dict[int, tuple[str, str]]) -> str:
     return f"worker {rank}{where}: {_last_line(failures[rank])}"
 
 
+def has_no_room(error: Exception) -> bool:
+    """Whether the group did not start because the room for it has gone again."""
+    cause = getattr(error, "controller_failure", None)
+    return type(cause).__name__ == "WorkerGroupStartupTimeoutError"
+
+
 def is_own_error(error: Exception) -> bool:
     """Whether the loop raised it, so that its traceback tells more than the end of a process does."""
     return isinstance(error, WorkerGroupError) and not any(
