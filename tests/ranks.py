@@ -41,7 +41,7 @@ class Ranks:
         """Let so many ranks train from the last checkpoint on; the steps that each has done."""
         self.world, self.slots = world, [torch.zeros(())] * world
         self.barrier = threading.Barrier(world, timeout=120)
-        handle: Any = _Handle(self.monitor)
+        handle: Any = Handle(self.monitor)
         runs = []
         for self.local.rank in range(world):
             runs.append(kind(job, handle, 1.0))  # models cannot be loaded in several threads
@@ -98,7 +98,7 @@ class Ranks:
             self.checkpoints.append(kept)
 
 
-class _Handle:
+class Handle:
     """An actor's handle: each method has a `remote`."""
 
     def __init__(self, actor: Any) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from diffitm.config import make
 from diffitm.distributed import finetune
 from diffitm.distributed.monitor import Line
+from diffitm.distributed.places import Places
 from diffitm.errors import InputError
 from diffitm.training.options import Config
 from tests import pipeline
@@ -79,6 +82,35 @@ def test_each_worker_takes_a_gpu(flag: Path, tmp_path: Path) -> None:
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert len(free) == 3 and free[0] == 0.0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_room_for_workers(flag: Path) -> None:
+    """As many as there is room for, beside what other work holds; that there is more is seen once it is
+    free, and what waits for it goes when no more is asked for."""
+    others = placement_group([{"GPU": 1}])
+    ray.get(others.ready())
+    places = Places({"CPU": 0.5, "GPU": 1.0}, 1, GPUS)
+    assert places.take() == 1
+    assert "1 workers of 0.5 processors and 1 GPUs each have it" in places.standing()
+    worker = placement_group([{"CPU": 0.5, "GPU": 1}])
+    ray.get(worker.ready())
+    assert not places.has_more()
+    remove_placement_group(others)
+    until(places.has_more)
+    assert places.take() == 1  # the worker is still there
+    remove_placement_group(worker)
+    until(lambda: ray.available_resources().get("GPU", 0) == GPUS)
+    assert places.take() == GPUS
+    assert not places.has_more()
+    places.close()
+    until(lambda: ray.available_resources().get("GPU", 0) == GPUS)
 
 
 def test_a_gpu_that_torch_does_not_see(flag: Path, tmp_path: Path) -> None:

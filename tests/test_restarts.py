@@ -104,7 +104,7 @@ def test_what_ended_a_group() -> None:
     )
     assert not is_own_error(error)
     own = WorkerGroupError("..", {0: ValueError("a\n  bad   value")})
-    assert describe_end(own, places) == "worker 0 on node 10.0.0.1 (aaaa): bad value"
+    assert describe_end(own, places) == "worker 0 on node 10.0.0.1 (aaaa): ValueError: bad value"
     assert is_own_error(own)
     start = ControllerError(RuntimeError("no room"))
     assert describe_end(start, {}) == "RuntimeError: no room"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 
 import ray
@@ -26,33 +27,45 @@ class Places:
 
     def __init__(self, share: dict[str, float], least: int, most: int) -> None:
         self.share, self.least, self.most = share, least, most
-        self.taken = least
+        self.taken: int | None = None  # workers, None while room is looked for
         self.more: list[Place] = []
-        self.waiting = False
+        self.lock = threading.Lock()  # who asks for more is another thread
 
     def take(self) -> int:
         """How many workers there is room for now, once there is for the least number."""
-        self.close()
-        all_at_once = self._ask(self.least)
+        with self.lock:
+            self._forget()
+            self.taken = None
+            at_once = self._ask(self.least)
+        self._await(at_once)
+        # Not before: as nodes come one by one, each would be taken for a worker of its own.
         self.more = [self._ask(1) for _ in range(self.most - self.least)]
-        self._await(all_at_once)
         end = time.monotonic() + SETTLE
         while self._ready() < len(self.more) and time.monotonic() < end:
             time.sleep(0.1)
-        self.taken = self.least + self._ready()
-        remove_placement_group(all_at_once[0])
-        self.close()
+        with self.lock:
+            self.taken = self.least + self._ready()
+            remove_placement_group(at_once[0])
+            self._forget()
         return self.taken
 
     def has_more(self) -> bool:
         """Whether there is room for more workers than were taken. To be asked once those are there: a
         request that waits would take what was found for them."""
-        if not self.more:
-            self.more = [self._ask(1) for _ in range(self.most - self.taken)]
-        return self._ready() > 0
+        with self.lock:
+            if self.taken is None:
+                return False
+            if not self.more:
+                self.more = [self._ask(1) for _ in range(self.most - self.taken)]
+            return self._ready() > 0
 
     def close(self) -> None:
         """Ask for no more."""
+        with self.lock:
+            self.taken = None
+            self._forget()
+
+    def _forget(self) -> None:
         for group, _ in self.more:
             remove_placement_group(group)
         self.more = []
@@ -63,8 +76,8 @@ class Places:
         names = (("CPU", "processors"), ("GPU", "GPUs"))
         has = " and ".join(f"{total.get(k, 0):g} {n} ({free.get(k, 0):g} free)" for k, n in names)
         nodes = sum(node["Alive"] for node in ray.nodes())
-        does = f"{self} wait for room" if self.waiting else "the workers are there"
-        return f"{has} on {nodes} nodes; {does}"
+        does = "wait for room" if self.taken is None else "have it"
+        return f"{has} on {nodes} nodes; {self} {does}"
 
     def __str__(self) -> str:
         takes = " and ".join(
@@ -72,18 +85,16 @@ class Places:
             for k, n in (("CPU", "processors"), ("GPU", "GPUs"))
             if k in self.share
         )
-        return f"{self.least} workers of {takes} each"
+        return f"{self.taken or self.least} workers of {takes} each"
 
     def _ask(self, workers: int) -> Place:
         group = placement_group([self.share] * workers)
         return group, group.ready()
 
     def _await(self, place: Place) -> None:
-        self.waiting = True
         if not ray.wait([place[1]], timeout=SOON)[0]:
-            log.info("%s wait for room: the cluster has %s", self, self.standing())
+            log.info("the training waits: the cluster has %s", self.standing())
             ray.wait([place[1]])
-        self.waiting = False
 
     def _ready(self) -> int:
         refs = [ref for _, ref in self.more]

@@ -110,7 +110,9 @@ def describe_end(error: Exception, places: dict[int, tuple[str, str]]) -> str:
     gone = [rank for rank, e in failures.items() if _is_gone(e)]
     rank = min(gone or failures)
     where = f" on {places[rank][1]}" if rank in places else ""
-    return f"worker {rank}{where}: {_last_line(failures[rank])}"
+    failure = failures[rank]
+    kind = "" if _is_gone(failure) else f"{type(failure).__name__}: "
+    return f"worker {rank}{where}: {kind}{_last_line(failure)}"
 
 
 def has_no_room(error: Exception) -> bool:

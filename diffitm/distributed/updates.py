@@ -349,4 +349,10 @@ def work(kind: type[Run], settings: dict[str, Any]) -> int | None:
     failed = torch.tensor([float(run is None)])
     if context.get_world_size() > 1:
         torch.distributed.all_reduce(failed)
-    return None if run is None or failed.any() else run.train()
+    if run is None or failed.any():
+        return None
+    try:
+        return run.train()
+    except InputError as error:  # no other group would fare better
+        ray.get(monitor.stop.remote(f"{error} (on {place.name})"))
+        raise
