@@ -1,8 +1,8 @@
 """What does it cost two workers to sum up the gradients of a ViT-B? Two gloo processes on the CPU.
 
-buckets  training.exchange: gradients are views of buffers of 25 MB that are summed up in place
+buckets  training.exchange: gradients are views of buffers of 25 MB, sent while the last backward goes on
 flat     one copy of all gradients is summed up and taken apart, as it was before
-ddp      torch's DistributedDataParallel: buckets are sent while the last backward pass goes on
+ddp      torch's DistributedDataParallel, no_sync for all but the last backward
 
     python -m benchmarks.exchange [--rounds 5] [--steps 8] [--backwards 2] [--out FILE]
 
@@ -52,6 +52,8 @@ def update(way: str, net: nn.Module, gradients: Gradients | None, backwards: int
         waits: Any = contextlib.nullcontext()
         if way == "ddp" and number < backwards - 1:
             waits = net.no_sync()  # type: ignore[operator]
+        if gradients is not None and number == backwards - 1:
+            gradients.send()
         with waits:
             net(inputs).square().mean().backward()
     if gradients is not None:

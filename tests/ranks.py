@@ -93,7 +93,7 @@ class Ranks:
         """As Ray Train, deletes the local copy once the checkpoint is kept."""
         assert how["delete_local_checkpoint_after_upload"]
         if checkpoint is not None:
-            kept = self.folder / f"checkpoint_{len(self.checkpoints)}"
+            kept = self.folder / how["checkpoint_dir_name"]
             shutil.move(checkpoint.path, kept)
             self.checkpoints.append(kept)
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Set
 
 import pytest
-import torch
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -15,7 +14,6 @@ from diffitm.distributed import restarts
 from diffitm.distributed.restarts import MOST, Group, Restarts
 from diffitm.distributed.trainer import describe_end, is_own_error
 from diffitm.errors import InputError
-from diffitm.training.exchange import BUCKET, Gradients
 
 
 class Cluster:
@@ -109,53 +107,3 @@ def test_what_ended_a_group() -> None:
     start = ControllerError(RuntimeError("no room"))
     assert describe_end(start, {}) == "RuntimeError: no room"
     assert not is_own_error(start)
-
-
-def test_gradients_are_views_of_few_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward passes add up in them, an exchange sums them in place, and a part that waits is left out."""
-    module = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)])
-    first, second = (list(part.parameters()) for part in module)
-    gradients = Gradients([first, second])
-    inputs = torch.ones(1, 3)
-
-    def backward() -> None:
-        module[1](module[0](inputs)).sum().backward()
-
-    backward()
-    once = [p.grad.clone() for p in module.parameters()]  # type: ignore[union-attr]
-    backward()
-    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(module.parameters(), once, strict=True))  # type: ignore[arg-type]
-    assert len(gradients.buffers) == 2
-    gradients.zero()
-    assert not any(p.grad.any() for p in module.parameters())  # type: ignore[union-attr]
-    exchanged: list[int] = []
-
-    class Work:
-        def wait(self) -> None:
-            return
-
-    def all_reduce(tensor: torch.Tensor, **_: object) -> Work:
-        exchanged.append(tensor.numel())
-        tensor.mul_(3)
-        return Work()
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    gradients.wait(first, True)
-    backward()
-    gradients.exchange()
-    assert exchanged == [3] and first[0].grad is None
-    assert torch.equal(second[0].grad, 3 * once[2])  # type: ignore[arg-type]
-    gradients.wait(first, False)
-    gradients.zero()
-    backward()
-    gradients.exchange()
-    assert exchanged == [3, 8, 3]
-    assert torch.equal(first[0].grad, 3 * once[0])  # type: ignore[arg-type]
-
-
-def test_buckets_are_bounded() -> None:
-    """A parameter larger than one has a bucket of its own."""
-    sizes = [BUCKET // 8, BUCKET // 8, BUCKET, 10]
-    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
-    gradients = Gradients([parameters])
-    assert [len(buffer) for buffer in gradients.buffers] == [BUCKET // 4, BUCKET, 10]

@@ -56,6 +56,7 @@ class DivaRun(Run):
     def __init__(self, job: DivaJob, monitor: Any, processors: float) -> None:
         super().__init__(job, monitor, processors)
         self.parts, self.diva = build(job, self.device)
+        self.passes = job.repeats
         self.cache = Cache(job.latents) if job.latents else None
         cached = self.cache is not None
         view = Views(self.diva.teacher.resolution, self.diva.side, job.crop, both=not cached)

@@ -34,6 +34,8 @@ EXCHANGE = 24 * 3600
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 # Seconds between two looks at the workers; each takes one report, so checkpoints are no closer.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+# A node that goes with notice is as lost as one that goes without: no process to watch for notices.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # The others stay as they are: a worker that does not answer for 10 minutes is taken for dead
 # (RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S), reports wait for each other without a bound.
 

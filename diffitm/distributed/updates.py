@@ -58,10 +58,11 @@ class Run(ABC):
     """One worker's model, optimiser and place in the run.
 
     A subclass builds its model in __init__ and calls begin(); `names` are the values of the log that
-    come with each loss.
+    come with each loss, `passes` the losses of a micro-batch if none of its images drops out.
     """
 
     names: ClassVar[tuple[str, ...]]
+    passes = 1
 
     def __init__(self, job: Training, monitor: Any, processors: float) -> None:
         context = ray.train.get_context()
@@ -178,23 +179,9 @@ class Run(ABC):
         """One update of the weights; what is logged of it, None if it had to stop."""
         self.prepare()
         self.gradients.zero()
-        sums = torch.zeros(
-            len(self.names) + 1, dtype=torch.float64
-        )  # values, and of how many losses
-        for items, found, failures in batches:
-            for failure in failures:
-                self.monitor.lose.remote(failure)
-            good = [i for i in items if i.image in found and i.negative_image in found]
-            if not good:
-                continue
-            for loss, values in self.losses(good, found):
-                if not torch.isfinite(loss):
-                    where = ", ".join(f"row {i.position} ({i.image})" for i in good)
-                    text = f"step {self.progress.step + 1}: the loss of {where} is {loss.item()}"
-                    ray.get(self.monitor.stop.remote(text))
-                self.scaler.scale(loss / self.job.micro).backward()
-                told = [*(float(v) for v in values), 1.0 if torch.isfinite(loss) else torch.nan]
-                sums += torch.tensor(told, dtype=torch.float64)
+        sums = self._backward(batches)
+        if self.world > 1:
+            self.gradients.exchange(self.group)
         total, ending = self._totals(sums)
         if not torch.isfinite(total).all():
             return None
@@ -204,8 +191,6 @@ class Run(ABC):
                 ray.get(self.monitor.stop.remote(text))
             return None
         self.ending = ending
-        if self.world > 1:
-            self.gradients.exchange(self.group)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.job.clip)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
@@ -219,6 +204,36 @@ class Run(ABC):
             self.ema.step(self.parameters)
         means = (total[:-1] / total[-1]).tolist()
         return dict(zip(self.names, means, strict=True)) | {"norm": float(norm), "rate": rate}
+
+    def _backward(self, batches: list[Loaded]) -> Tensor:
+        """Add up the gradients of this worker's micro-batches; the sums of `names`, and of how many losses
+        they are, which is nan if one is not finite."""
+        sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)
+        readable = self._readable(batches)
+        for number, (good, found) in enumerate(readable, 1):
+            for passed, (loss, values) in enumerate(self.losses(good, found), 1):
+                if self.world > 1 and (number, passed) == (len(readable), self.passes):
+                    self.gradients.send(self.group)
+                if not torch.isfinite(loss):
+                    where = ", ".join(f"row {i.position} ({i.image})" for i in good)
+                    text = f"step {self.progress.step + 1}: the loss of {where} is {loss.item()}"
+                    ray.get(self.monitor.stop.remote(text))
+                self.scaler.scale(loss / self.job.micro).backward()
+                told = [*(float(v) for v in values), 1.0 if torch.isfinite(loss) else torch.nan]
+                sums += torch.tensor(told, dtype=torch.float64)
+        return sums
+
+    def _readable(self, batches: list[Loaded]) -> list[tuple[list[Item], dict[str, Any]]]:
+        """Of each micro-batch the items whose images could be read, and what was loaded of those; one
+        without any is left out. What could not be read is told."""
+        readable = []
+        for items, found, failures in batches:
+            for failure in failures:
+                self.monitor.lose.remote(failure)
+            good = [i for i in items if i.image in found and i.negative_image in found]
+            if good:
+                readable.append((good, found))
+        return readable
 
     def _totals(self, sums: Tensor) -> tuple[Tensor, bool]:
         """The sums over all workers, and whether the group is to end after this step: the first worker
@@ -281,7 +296,8 @@ class Run(ABC):
 
     def _save(self, last: bool) -> None:
         """A checkpoint, which Ray Train uploads while the loop goes on; it is one of the run's once it is
-        whole, and the group ends when all are."""
+        whole, and the group ends when all are. One that was cut off is written over by the next group,
+        as its name is that of the update."""
         line = self.progress.history[-1] if self.progress.history else {"step": 0}
         checkpoint = None
         if self.rank == 0:
@@ -290,12 +306,13 @@ class Run(ABC):
                     0.05
                 )  # until the one before is uploaded: no more than two lie on this disk
             self.progress.lost = ray.get(self.monitor.save.remote(self.progress.step))
-            self.written = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            self.written = Path(tempfile.mkdtemp(prefix="diffitm-checkpoint-"))
             self._write(self.written, last)
             checkpoint = ray.train.Checkpoint.from_directory(self.written)
         ray.train.report(
             line,
             checkpoint=checkpoint,
+            checkpoint_dir_name=f"checkpoint_{self.progress.step:08d}",
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
