@@ -7,6 +7,7 @@ All errors are reported together, each with the bad value and what would be righ
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import types
 import typing
@@ -182,7 +183,10 @@ def convert(value: Any, kind: Any) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         if value is None or value == "none":
             return None
-        kind = next(k for k in get_args(kind) if k is not type(None))
+        *others, kind = (k for k in get_args(kind) if k is not type(None))
+        for other in others:
+            with contextlib.suppress(ValueError):
+                return convert(value, other)
     if get_origin(kind) is list:
         values = value if isinstance(value, list) else [value]
         return [convert(v, get_args(kind)[0]) for v in values]

@@ -17,9 +17,12 @@ IMPATIENT = {**WITHOUT_CUDA, "worker_process_setup_hook": "tests.processors.wait
 
 def choose_processor() -> None:
     """In a worker: whatever Ray gave it, the model runs on the processor."""
-    from diffitm.distributed import actors
+    import torch
+
+    from diffitm.distributed import actors, devices
 
     actors.choose_device = lambda gpus: "cpu"
+    devices.choose_device = lambda: torch.device("cpu")
 
 
 def wait_less() -> None:

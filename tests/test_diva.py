@@ -308,7 +308,8 @@ GIVEN = Config(clip="shapes", teacher="shapes", data="shapes")
         ({"crop_scale": 0.0}, "--crop-scale 0"),
         ({"crop_scale": 1.5}, "--crop-scale 1.5"),
         ({"cache_latents": True}, "add --crop-scale 1"),
-        ({"workers": 5}, "--effective-batch 32: must be a multiple of --workers = 5"),
+        ({"workers": "4:x"}, "--workers 4:x: must be a number of processes, or MIN:MAX such as"),
+        ({"workers": 0}, "--workers 0: must be a number"),
         ({"steps": 10, "epochs": 3.0}, "--epochs 3: --steps 10 decides"),
         ({"held_out": -1}, "--held-out -1"),
         ({"lr": 0.0}, "--lr 0"),
@@ -322,10 +323,13 @@ def test_problems(changed: dict[str, Any], problem: str) -> None:
 
 @pytest.mark.parametrize(
     ("workers", "effective", "most", "size"),
-    [(1, 32, 16, 16), (8, 32, 16, 4), (2, 40, 16, 10), (1, 7, 3, 1)],
+    [
+        *((1, 32, 16, 16), (8, 32, 16, 4), (2, 40, 16, 10), (1, 7, 3, 1)),
+        *((5, 32, 16, 4), ("1:8", 32, 16, 4), (64, 32, 16, 1)),
+    ],
 )
-def test_micro_batches(workers: int, effective: int, most: int, size: int) -> None:
-    """Any number of workers that divides the update will do."""
+def test_micro_batches(workers: int | str, effective: int, most: int, size: int) -> None:
+    """Any number of workers will do; where there are enough images, each has a micro-batch."""
     config = replace(GIVEN, workers=workers, effective_batch=effective, batch_size=most)
     assert find_problems(config) == []
     assert micro_batch(config) == size

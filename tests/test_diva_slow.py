@@ -22,7 +22,14 @@ from diffitm.shapes.training import write_training
 from diffitm.training.result import WEIGHTS
 from tests import pipeline
 from tests.pipeline import kill
-from tests.training import checkpoints, losses, norm, training_worker, wait_for
+from tests.training import (
+    checkpoints,
+    losses,
+    norm,
+    training_worker,
+    wait_for,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 SMALL = (
@@ -108,19 +115,17 @@ def test_repeat_and_changed_settings(undisturbed: Path) -> None:
     assert "recap was 'random:0.3' and is 'all'" in refused.stderr
 
 
-def test_two_workers(undisturbed: Path, tmp_path: Path) -> None:
-    run(*SMALL, "--out", tmp_path / "out", "--workers", 2, "--cpus-per-worker", 0.5)
-    assert_same(tmp_path / "out", undisturbed)
-
-
 def test_killed_worker_killed_driver_and_interrupt(undisturbed: Path, tmp_path: Path) -> None:
-    """Ray Train replaces a worker, which goes on from the checkpoint; the same command goes on after a
-    SIGKILL; Ctrl-C says that nothing is lost and exits with a code of its own. In the end the same."""
+    """One of two workers is replaced, and they go on from the checkpoint; the same command with a single
+    one goes on after a SIGKILL; Ctrl-C says that nothing is lost and exits with a code of its own. In
+    the end the same."""
     out, log = tmp_path / "out", tmp_path / "log"
     often = (*SMALL, "--checkpoint-every", 5)
-    process = start(*often, "--out", out, log=log)
+    process = start(*often, "--workers", 2, "--cpus-per-worker", 0.5, "--out", out, log=log)
     wait_for(out, process)
     os.kill(training_worker(process.pid), signal.SIGKILL)
+    wait_until("goes on from its last checkpoint after worker", log, process)
+    assert "no retry" not in log.read_text()
     wait_for(out, process, checkpoints(out))
     kill(process)
     assert not (out / "open_clip_model.safetensors").exists()

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from diffitm.models.lora import merge_lora, read_lora
 from diffitm.models.stable_diffusion import StableDiffusion
 from tests import pipeline
-from tests.pipeline import ROOT, kill
-from tests.training import checkpoints, losses, norm, wait_for
+from tests.pipeline import ROOT
+from tests.training import checkpoints, losses, norm, wait_for, wait_until
 
 pytestmark = pytest.mark.slow
 SHAPES = ROOT / "diffitm" / "shapes" / "weights" / "diffusion"
@@ -86,28 +86,31 @@ def test_two_workers_and_cached_latents(undisturbed: Path, tmp_path: Path) -> No
     assert "caching latents: all 60 are done already" in again.stderr
 
 
-def test_killed_driver_and_preempted_node(undisturbed: Path, tmp_path: Path) -> None:
-    """The same command goes on after a SIGKILL; then the node of the worker and of its loaders goes away
-    without a word, and another takes over."""
-    out, often = tmp_path / "out", (*SMALL, "--checkpoint-every", 5)
-    process = start(*often, "--out", out, log=tmp_path / "killed")
-    wait_for(out, process)
-    kill(process)
-    assert not (out / "pytorch_lora_weights.safetensors").exists()
-    known = checkpoints(out)
+def test_preempted_nodes(undisturbed: Path, tmp_path: Path) -> None:
+    """Two workers on nodes of their own, one of which goes away without a word: the other's goes on
+    alone. Then that goes, too, and the run waits until a node comes. None of it is a retry."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    options = ("--workers", "1:2", "--retries", 0, "--checkpoint-every", 5, "--out", out)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
-        node = cluster.add_node(num_cpus=3)
-        process = start(*often, "--out", out, "--ray", cluster.address, log=tmp_path / "log")
-        wait_for(out, process, known)
-        cluster.add_node(num_cpus=3)
-        cluster.remove_node(node, allow_graceful=False)
-        assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        process = start(*SMALL, *options, "--ray", cluster.address, log=log)
+        wait_for(out, process)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        wait_until("goes on from its last checkpoint", log, process)
+        wait_for(out, process, checkpoints(out))
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        wait_until("wait for room", log, process)
+        cluster.add_node(num_cpus=1)
+        assert process.wait(timeout=400) == 0, log.read_text()
     finally:
         if process.poll() is None:
             process.kill()
         cluster.shutdown()
     assert_same(out, undisturbed)
+    told = log.read_text()
+    assert told.count("goes on from its last checkpoint after worker") == 2
+    assert told.count("its node is gone: no retry") == 2
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

@@ -332,6 +332,16 @@ def test_an_epoch_sees_every_row_once() -> None:
     assert a_schedule(seed=1).batches(0) != schedule.batches(0)
 
 
+def test_workers_share_the_micro_batches_of_a_step_out() -> None:
+    """Each once, whatever the number of workers; one without a micro-batch has none."""
+    whole = a_schedule(size=2, micro=4).batches(3)
+    for world in (1, 2, 3, 5):
+        shares = [a_schedule(size=2, micro=4).batches(3, rank, world) for rank in range(world)]
+        dealt = [shares[number % world][number // world] for number in range(4)]
+        assert dealt == whole
+        assert sum(map(len, shares)) == 4
+
+
 def test_kinds_of_negatives() -> None:
     """One kind a micro-batch in the published shares, or one an example."""
 
@@ -544,14 +554,17 @@ def test_objectives_without_wrong_pairs_need_no_negatives() -> None:
 
 
 def test_problems_are_told_together() -> None:
-    config = Config(lambda_=-1, lr=0, workers=3, ema=2, steps=0, objective="hardneg")
+    config = Config(
+        lambda_=-1, lr=0, workers="3:2", ema=2, steps=0, objective="hardneg", effective_batch=30
+    )
     told = "\n".join(find_problems(config))
     for part in (
         "give --model",
         "give --data",
         "--objective 'hardneg' is unknown",
         "--lr 0: must be above 0",
-        "--effective-batch 32: must be a multiple of --batch-size x --workers = 24",
+        "--effective-batch 30: must be a multiple of --batch-size 8",
+        "--workers 3:2: must be a number of processes, or MIN:MAX",
         "--ema 2: must lie between 0 and 1",
         "--steps 0: must be at least 1",
     ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import pickle
 import tarfile
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from pyarrow import parquet
 
 from diffitm import images
 from diffitm.errors import InputError
-from diffitm.training.pool import Paths, in_folder, in_parquet, in_shard, split
-from diffitm.training.rows import Row
+from diffitm.training.pool import in_folder, in_parquet, in_shard, split
 from diffitm.training.views import Views, Whole, random_box
 from diffitm.training.webdataset import read_shards
 from tests.tiny import write_image
@@ -193,13 +191,6 @@ def test_split() -> None:
     assert same == held and len(some) == 20 and set(some) < set(trained)
     assert max(int(b) - int(a) for a, b in itertools.pairwise(some)) <= 6
     assert split(paths, None, 0) == (paths, [])
-
-
-def test_paths_travel_light() -> None:
-    paths = [f"{i:05}.tar#bytes={i},{i}" for i in range(10_000)]
-    rows = pickle.loads(pickle.dumps(Paths(paths)))
-    assert len(rows) == 10_000 and rows[9_999] == Row(paths[-1], "")
-    assert len(pickle.dumps(rows)) < 40 * 10_000
 
 
 def test_split_of_too_few() -> None:

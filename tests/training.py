@@ -23,6 +23,14 @@ def wait_for(out: Path, process: subprocess.Popen[bytes], known: Collection[Path
         time.sleep(0.2)
 
 
+def wait_until(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until the log has them."""
+    end = time.monotonic() + 300
+    while words not in log.read_text():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.2)
+
+
 def parents() -> dict[int, int]:
     """Process -> its parent."""
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save
 from transformers.utils.logging import disable_progress_bar
 
 from diffitm import storage
-from diffitm.distributed.fit import Workers, fit, settings_of
+from diffitm.distributed.entrance import entered
+from diffitm.distributed.fit import fit, hand_over, settings_of, workers_of
 from diffitm.distributed.monitor import Line
 from diffitm.errors import InputError
 from diffitm.models.clip import ClipSource, load_clip, resolve_clip
@@ -26,7 +28,7 @@ from diffitm.models.export import (
     write_open_clip,
     write_transformers,
 )
-from diffitm.models.load import Source, resolve
+from diffitm.models.load import Source, check_loadable, resolve
 from diffitm.provenance import fingerprint, record
 from diffitm.tasks.find import find_task
 from diffitm.training.diva import PROJECTION, load_tower
@@ -43,12 +45,14 @@ from diffitm.training.result import (
     write_log,
     write_note,
 )
+from diffitm.training.table import RowsFile, StoredRows
 from diffitm.training.track import Curves
 from diffitm.training.webdataset import is_webdataset, shards
 
 log = logging.getLogger("diffitm")
 Lost = dict[str, int]
 LOOP = "diffitm.distributed.feedback"
+READ = ("teacher", "clip", "data", "validation_data")  # options whose paths workers read
 LISTING = 2  # grows when the same shards would be listed otherwise
 LISTED = pa.schema(
     [("shard", pa.string()), ("found", pa.list_(pa.string())), ("failure", pa.string())]
@@ -61,22 +65,31 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
     the end if images or shards could not be read.
     """
+    problems = find_problems(config)
+    if problems:
+        raise InputError("\n".join(problems))
     out = storage.absolute(config.out)
+    read = [(f"--{n.replace('_', '-')}", getattr(config, n)) for n in READ]
+    read.append(("--clip", config.clip.partition(":")[2]))
+    # A sweep, which listens, holds what its trials write to.
+    with entered(config, out, read) if listen is None else contextlib.nullcontext():
+        _run(config, out, listen)
+
+
+def _run(config: Config, out: str, listen: Callable[[Line], None] | None) -> None:
+    """See run, with OUT held."""
     job, settings, lost = settle(config)
     known = open_run(out, settings)
     if known.done:
         log.info("%s holds this run already; give another --out to train again", out)
         check_complete(out)
         return
-    workers = Workers(
-        config.workers, config.cpus_per_worker, config.gpus_per_worker, config.retries
-    )
     name = fingerprint(settings)[:12]
     with refusable(out):
         if config.cache_latents:
             job = cached(job, out)
         curves = Curves(config.track, storage.public(out), known.key, settings, listen)
-        result, unread = fit(LOOP, job, workers, name, curves, out, _describe)
+        result, unread = fit(LOOP, job, workers_of(config), name, curves, out, _describe)
     lost |= unread
     with result.checkpoint.as_directory() as folder:
         reason, preprocessing = _write_clip(Path(folder), job.tower, out)
@@ -91,23 +104,25 @@ def settle(config: Config) -> tuple[DivaJob, dict[str, Any], Lost]:
 
     Raises InputError for bad input.
     """
-    problems = find_problems(config)
-    if problems:
-        raise InputError("\n".join(problems))
     out = storage.absolute(config.out)
     teacher, clip = resolve(config.teacher, "--teacher"), resolve_clip(config.clip)
 
     from diffitm.distributed import session
+    from diffitm.distributed.weights import share
 
     root, valid = _roots(config, out)
     check = _validation(config, valid)
     given, lost = storage.absolute(config.data), Lost()
     paths = [] if is_webdataset(given) else _images(config, root)
-    session.connect(config.ray)
+    session.connect(config.ray, verbose=config.verbose)
+    work = storage.join(storage.parent(out), "work")
+    teacher, clip = share(teacher, work, config.variant), share(clip, work)
+    check_loadable(teacher, [])
     if is_webdataset(given):
         paths, lost = _in_shards(shards(given), out)
     trained, held = split(paths, config.max_images, config.held_out)
-    job = _job(config, teacher, clip, root, trained, held, check, session.gpus())
+    rows = hand_over(out, Paths(trained), range(len(trained)))
+    job = _job(config, teacher, clip, root, rows, held, check, session.gpus())
     settings = settings_of(
         config,
         pipeline="diva.py",
@@ -201,16 +216,16 @@ def _job(
     teacher: Source,
     clip: ClipSource,
     root: str,
-    trained: list[str],
+    rows: RowsFile,
     held: list[str],
     check: Validation | None,
     gpus: float,
 ) -> DivaJob:
     """The settings that travel to the workers. Raises InputError where images are too few."""
-    per_epoch = len(trained) // config.effective_batch
+    per_epoch = rows.usable // config.effective_batch
     if per_epoch == 0:
         raise InputError(
-            f"--effective-batch {config.effective_batch}: there are only {len(trained):,} images"
+            f"--effective-batch {config.effective_batch}: there are only {rows.usable:,} images"
         )
     steps = config.steps or max(1, round(config.epochs * per_epoch))
     if config.projection_steps >= steps:
@@ -223,8 +238,7 @@ def _job(
         source=teacher,
         variant=config.variant,
         dtype=config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
-        rows=Paths(trained),
-        kept=range(len(trained)),
+        rows=rows,
         root=root,
         size=size,
         micro=config.effective_batch // size,
@@ -269,7 +283,7 @@ def cached(job: DivaJob, out: str) -> DivaJob:
 
     pool = session.choose_pool(None, None, None, None)
     encoder = Encoder(job.source, job.variant, job.dtype, job.root, "squash")
-    images = sorted(row.image for row in job.rows)
+    images = sorted(row.image for row in StoredRows(job.rows))
     first = partial(session.ask, pool.cpus, pool.gpus, _try, job, pool.device)
     return replace(job, latents=encode(out, "image", images, encoder, pool, first))
 

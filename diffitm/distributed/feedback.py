@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from diffitm import images
-from diffitm.distributed.loading import Loader
 from diffitm.distributed.updates import Run, work
 from diffitm.models.clip import ClipScorer, LoadedClip, load_clip
 from diffitm.models.load import load_denoiser
@@ -20,6 +19,7 @@ from diffitm.training.cached import Cache
 from diffitm.training.diva import Diva
 from diffitm.training.draw import Item, seed_of
 from diffitm.training.job import DivaJob
+from diffitm.training.loading import Loader
 from diffitm.training.pictures import row_of_pictures, write_pictures
 from diffitm.training.result import PICTURES
 from diffitm.training.tune import Posterior
@@ -53,27 +53,22 @@ class DivaRun(Run):
     job: DivaJob
     names = ("loss",)
 
-    def __init__(self, job: DivaJob, monitor: Any) -> None:
-        super().__init__(job, monitor)
+    def __init__(self, job: DivaJob, monitor: Any, processors: float) -> None:
+        super().__init__(job, monitor, processors)
         self.parts, self.diva = build(job, self.device)
+        self.passes = job.repeats
         self.cache = Cache(job.latents) if job.latents else None
         cached = self.cache is not None
         view = Views(self.diva.teacher.resolution, self.diva.side, job.crop, both=not cached)
         tower, projection = self.diva.parts()
         rates = [(tower, job.rate), (projection, job.projection_rate)]
-        self.begin(self.diva.parameters, Loader(job, self.rank, self.world, view), rates)
+        self.begin(rates, Loader(job, self.rank, self.world, view, self.processors))
         self.held: list[tuple[int, list[np.ndarray]]] | None = None
 
     def prepare(self) -> None:
-        """See Run: the tower waits until the projection has had its steps. Without a gradient the
-        optimiser passes a parameter over."""
-        waits = self.progress.step < self.job.projection_steps
-        for parameter in self.diva.parts()[0]:
-            parameter.requires_grad_(not waits)
-            if waits:
-                parameter.grad = None
-            elif parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        """See Run: the tower waits until the projection has had its steps."""
+        tower, _ = self.diva.parts()
+        self.gradients.wait(tower, self.progress.step < self.job.projection_steps)
 
     def losses(
         self, items: list[Item], found: dict[str, Any]
@@ -179,6 +174,6 @@ class DivaRun(Run):
             write_pictures(rows, folder / PICTURES)
 
 
-def loop(settings: dict[str, Any]) -> None:
+def loop(settings: dict[str, Any]) -> int | None:
     """What Ray Train calls on each worker."""
-    work(DivaRun, settings)
+    return work(DivaRun, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 from collections.abc import Callable
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from diffitm import storage
-from diffitm.distributed.fit import Workers, fit, settings_of
+from diffitm.distributed.entrance import entered
+from diffitm.distributed.fit import fit, hand_over, settings_of, workers_of
 from diffitm.distributed.monitor import Line
 from diffitm.errors import InputError
-from diffitm.models.load import Source, resolve
+from diffitm.models.load import Source, check_loadable, resolve
 from diffitm.provenance import fingerprint, record
 from diffitm.training.job import Job, Validation
 from diffitm.training.objectives import Objective
 from diffitm.training.options import Config, find_problems
 from diffitm.training.result import check_complete, open_run, refusable, write_result
-from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, told, usable
+from diffitm.training.rows import drop_equal, images_of, read_rows, texts_of, told, usable
+from diffitm.training.table import RowsFile, StoredRows
 from diffitm.training.track import Curves
 from diffitm.training.webdataset import is_webdataset, read_shards
 
@@ -27,6 +30,7 @@ log = logging.getLogger("diffitm")
 TRAIN, VALID = "coco_neg/train_neg_clip.tsv", "coco_neg/valid_neg_clip.tsv"
 LOOP = "diffitm.distributed.tuning"
 TASKS = ("coco_neg_text", "coco_neg_image")
+READ = ("model", "data", "images", "validation_data")  # options whose paths workers read
 
 
 def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
@@ -35,22 +39,33 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
     the end if images could not be read.
     """
+    problems = find_problems(config)
+    if problems:
+        raise InputError("\n".join(problems))
     out = storage.absolute(config.out)
+    read = [(f"--{n.replace('_', '-')}", getattr(config, n)) for n in READ]
+    # A sweep, which listens, holds what its trials write to.
+    with entered(config, out, read) if listen is None else contextlib.nullcontext():
+        _run(config, out, listen)
+
+
+def _run(config: Config, out: str, listen: Callable[[Line], None] | None) -> None:
+    """See run, with OUT held."""
     job, settings, valid = settle(config)
     known = open_run(out, settings)
     if known.done:
         log.info("%s holds this run already; give another --out to train again", out)
         check_complete(out)
         return
-    workers = Workers(
-        config.workers, config.cpus_per_worker, config.gpus_per_worker, config.retries
-    )
     name = fingerprint(settings)[:12]
     with refusable(out):
         if config.cache_latents:
             job = cached(job, out)
         curves = Curves(config.track, storage.public(out), known.key, settings, listen)
-        result, lost_images = fit(LOOP, job, workers, name, curves, out, _describe)
+        decodes = job.latents is None
+        result, lost_images = fit(
+            LOOP, job, workers_of(config), name, curves, out, _describe, decodes
+        )
     with result.checkpoint.as_directory() as folder:
         provenance = record(asdict(config))
         ended = write_result(Path(folder), job.rank, settings, known, provenance, lost_images, out)
@@ -73,9 +88,6 @@ def settle(config: Config) -> tuple[Job, dict[str, Any], str | None]:
 
     Raises InputError for bad input.
     """
-    problems = find_problems(config)
-    if problems:
-        raise InputError("\n".join(problems))
     out = storage.absolute(config.out)
     source = resolve(config.model)
     rows_file, root, valid = _data(config, out)
@@ -90,15 +102,15 @@ def settle(config: Config) -> tuple[Job, dict[str, Any], str | None]:
         log.warning("%s: left out %s", rows_file, told(lost))
 
     from diffitm.distributed import session
+    from diffitm.distributed.weights import share
 
-    session.connect(config.ray)
-    job = _job(config, source, objective, negatives, rows, kept, root, valid, session.gpus())
+    session.connect(config.ray, verbose=config.verbose)
+    source = share(source, storage.join(storage.parent(out), "work"), config.variant)
+    check_loadable(source, [])
+    file = hand_over(out, rows, kept)
+    job = _job(config, source, objective, negatives, file, root, valid, session.gpus())
     settings = settings_of(
-        config,
-        pipeline="finetune.py",
-        weights=source.digest,
-        rows=fingerprint([asdict(row) for row in rows]),
-        dtype=job.dtype,
+        config, pipeline="finetune.py", weights=source.digest, rows=file.digest, dtype=job.dtype
     )
     return job, settings, valid
 
@@ -133,18 +145,17 @@ def _job(
     source: Source,
     objective: Objective,
     negatives: str,
-    rows: list[Row],
-    kept: list[int],
+    rows: RowsFile,
     root: str,
     valid: str | None,
     gpus: float,
 ) -> Job:
     """The settings that travel to the workers. Raises InputError where rows are too few."""
     micro = config.effective_batch // config.batch_size
-    per_epoch = len(kept) // config.effective_batch
+    per_epoch = rows.usable // config.effective_batch
     if per_epoch == 0:
         raise InputError(
-            f"--effective-batch {config.effective_batch}: there are only {len(kept)} usable rows"
+            f"--effective-batch {config.effective_batch}: there are only {rows.usable} usable rows"
         )
     validation = None
     if config.validate_every and valid is not None:
@@ -166,7 +177,6 @@ def _job(
         dtype=config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
         objective=objective,
         rows=rows,
-        kept=kept,
         root=root,
         resize=config.resize,
         negatives=negatives,
@@ -199,10 +209,11 @@ def cached(job: Job, out: str) -> Job:
 
     pool = session.choose_pool(None, None, None, None)
     encoder = Encoder(job.source, job.variant, job.dtype, job.root, job.resize)
+    rows = StoredRows(job.rows)
     return replace(
         job,
-        latents=encode(out, "image", images_of(job.rows), encoder, pool),
-        texts=encode(out, "text", texts_of(job.rows), encoder, pool),
+        latents=encode(out, "image", images_of(rows), encoder, pool),
+        texts=encode(out, "text", texts_of(rows), encoder, pool),
     )
 
 

@@ -1,30 +1,30 @@
-"""Run Ray Train: workers, checkpoints, retries, and the log that the driver tells."""
+"""Train on Ray Train with workers that come and go, and tell the driver's log what they do."""
 
 from __future__ import annotations
 
 import logging
-import pickle
-import signal
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from diffitm import storage
+from diffitm.config import ON_RAY
 from diffitm.distributed.monitor import Line, Monitor
 from diffitm.errors import InputError
 from diffitm.training.job import Training
 from diffitm.training.result import CHECKPOINTS
+from diffitm.training.rows import Row
+from diffitm.training.shared import span
+from diffitm.training.table import RowsFile, digest_of, write_rows
 from diffitm.training.track import Curves
 
 if TYPE_CHECKING:
     from ray.train import Result
 
 log = logging.getLogger("diffitm")
-KEPT = 2  # checkpoints
 NOT_SETTINGS = {  # the weights do not depend on these options
-    *("out", "workers", "cpus_per_worker", "gpus_per_worker", "retries", "ray", "preset"),
+    *ON_RAY,
+    *("out", "workers", "cpus_per_worker", "gpus_per_worker", "retries", "preset"),
     *("cache_latents", "track", "gradient_checkpointing"),
     *("checkpoint_every", "log_every", "measure_every"),
 }
@@ -37,14 +37,33 @@ def settings_of(config: Any, **more: Any) -> dict[str, Any]:
     return {k: storage.title(v) if isinstance(v, str) else v for k, v in found.items()} | more
 
 
+def hand_over(out: str, rows: Sequence[Row], kept: Sequence[int]) -> RowsFile:
+    """Write the rows where all workers can read them, once for runs beside each other."""
+    from diffitm.distributed.groups import work_folder
+
+    digest = digest_of(rows, kept)
+    uri = storage.join(work_folder(out, "rows", {"rows": digest}), "rows.parquet")
+    if not storage.exists(uri):
+        write_rows(uri, rows, kept, digest)
+    return RowsFile(uri, digest, len(kept))
+
+
 @dataclass(frozen=True)
 class Workers:
-    """How many training processes, what each takes, and how often lost ones are replaced."""
+    """How many training processes, from `least` to `most`, what each takes, and how often a group of them
+    may end other than by the loss of a node."""
 
-    count: int
+    least: int
+    most: int
     cpus: float | None
     gpus: float | None
     retries: int
+
+
+def workers_of(config: Any) -> Workers:
+    """What the options ask for."""
+    taken = (config.cpus_per_worker, config.gpus_per_worker)
+    return Workers(*span(config.workers), *taken, config.retries)
 
 
 def fit(
@@ -55,53 +74,45 @@ def fit(
     curves: Curves,
     out: str,
     describe: Callable[[Line], str],
+    decodes: bool = True,
 ) -> tuple[Result, dict[str, int]]:
     """Run the module's `loop` on the workers; it goes on from the last checkpoint of OUT/train/<name>.
-    Its result and the unreadable images. `describe` puts a line's values into words.
+    Its result and the unreadable images. `describe` puts a line's values into words; `decodes`: the
+    loop reads images.
 
-    Raises InputError if the loop ended the run.
+    Raises InputError if the loop ended the run, or if workers were lost too often.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from diffitm.distributed import session
+    from diffitm.distributed.places import Places
     from diffitm.distributed.progress import Watch
+    from diffitm.distributed.relay import Relay
+    from diffitm.distributed.trainer import Plan
 
     cpus, gpus = share(workers)
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     monitor = session.start_here(Monitor)
     found, folder = storage.filesystem(storage.join(out, CHECKPOINTS))
     found.create_dir(folder, recursive=True)
-    trainer = TorchTrainer(
-        _loop,
-        train_loop_config={
-            "module": module,
-            "job": pickle.dumps(job),
-            "monitor": monitor,
-            "cpus": cpus,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=workers.count,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=folder,
-            storage_filesystem=found,
-            failure_config=FailureConfig(max_failures=workers.retries),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
-        ),
-    )
-    sizes = (f"{len(job.kept):,}", f"{job.steps:,}", job.size * job.micro)
+    plan = Plan(module, job, decodes, bundle, workers.cpus, name, folder, found)
+    sizes = (f"{job.rows.usable:,}", f"{job.steps:,}", job.size * job.micro)
     log.info("%s rows, %s updates of %d examples", *sizes)
     lines = _Lines(job.steps, curves, describe)
+    places = Places(bundle, *_useful(workers, job))
+    relay = Relay(plan, places, monitor, workers.retries)
+
+    def look(told: list[Line]) -> None:
+        lines.tell(told)
+        relay.look()
+
     try:
-        with Watch(monitor, lines.tell):
-            result = _fitted(trainer, monitor)
+        with Watch(monitor, look, standing=places.standing):
+            result = relay.to_end()
         lost, stopped = ray.get(monitor.end.remote())
         lines.tell(ray.get(monitor.read.remote()))
     finally:
+        places.close()
         curves.close()
     if stopped is not None:
         intact = f"; the checkpoints of {folder}/{name} are intact" if result.checkpoint else ""
@@ -111,50 +122,31 @@ def fit(
     return result, lost
 
 
-def _loop(settings: dict[str, Any]) -> None:
-    """What Ray Train calls on each worker. Ray's controller has no use for the modules of the loop and
-    the job, which take seconds to import."""
-    job = pickle.loads(settings["job"])
-    import_module(settings["module"]).loop({**settings, "job": job})
+def _useful(workers: Workers, job: Training) -> tuple[int, int]:
+    """How many workers, at least and at most, have something to do."""
+    if workers.most > job.micro:
+        log.warning(
+            "--workers %d: an update has %d micro-batches, so no more workers than that are used; a "
+            "smaller --batch-size makes more",
+            *(workers.most, job.micro),
+        )
+    return min(workers.least, job.micro), min(workers.most, job.micro)
 
 
 def share(workers: Workers) -> tuple[float, float]:
-    """Processors and GPUs of a worker. Raises InputError if the workers leave none for the loaders,
+    """Processors and GPUs of a worker. Raises InputError if the least number of workers does not fit,
     and warns where the cluster may grow."""
     from diffitm.distributed import session
 
-    gpus = workers.gpus
+    total, gpus = session.resources(), workers.gpus
     if gpus is None:
-        gpus = 1.0 if session.gpus() else 0.0
+        gpus = 1.0 if total.get("GPU", 0) else 0.0
     cpus = workers.cpus or 1.0
-    free = session.resources().get("CPU", 0) - session.SPARE_CPUS
-    if workers.count * cpus > free:
-        session.refuse(
-            f"--workers {workers.count} with {cpus:g} processors each leaves none for the loaders: "
-            f"the cluster has {free + session.SPARE_CPUS:g} and {session.SPARE_CPUS} must stay free"
-        )
+    for each, key, what in ((cpus, "CPU", "processors"), (gpus, "GPU", "GPUs")):
+        if workers.least * each > total.get(key, 0):
+            has = f"the cluster has {total.get(key, 0):g}"
+            session.refuse(f"--workers {workers.least} with {each:g} {what} each: {has}")
     return cpus, gpus
-
-
-def _fitted(trainer: Any, monitor: Any) -> Result:
-    """Its result. Raises InputError if workers failed and one of them has told why, KeyboardInterrupt
-    on Ctrl-C, of which Ray Train's own handler makes an exit."""
-    import ray
-    from ray.train import TrainingFailedError
-
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        return trainer.fit()
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    except TrainingFailedError as error:
-        _, stopped = ray.get(monitor.end.remote())
-        if stopped is None:
-            raise
-        raise InputError(stopped) from error
-    finally:
-        if threading.current_thread() is threading.main_thread():  # a trial of a sweep is not in it
-            signal.signal(signal.SIGINT, handler)
 
 
 class _Lines:

@@ -16,7 +16,6 @@ from diffitm import registry, storage
 from diffitm.config import make
 from diffitm.distributed import gdbench
 from diffitm.distributed.entrance import entered
-from diffitm.distributed.fit import Workers
 from diffitm.errors import Incomplete, InputError
 from diffitm.matching.plan import plan_timesteps
 from diffitm.provenance import record
@@ -203,7 +202,7 @@ def _try_trainings(sweep: Sweep, out: str) -> tuple[list[Row], str, str]:
     """Train with every setting; what they share is made ready once. The rows, what their accuracy is
     of, and what input could not be used."""
     from diffitm.distributed import diva, finetune, session
-    from diffitm.distributed.fit import share
+    from diffitm.distributed.fit import share, workers_of
     from diffitm.distributed.search import identity, run_trials, stopper
     from diffitm.distributed.trials import train_trial
 
@@ -218,14 +217,14 @@ def _try_trainings(sweep: Sweep, out: str) -> tuple[list[Row], str, str]:
     job = pipeline.settle(first)[0]
     if job.validation is None:
         raise InputError("validation_data: give the data root of the tasks that choose")
-    workers = Workers(first.workers, first.cpus_per_worker, first.gpus_per_worker, first.retries)
+    workers = workers_of(first)
     cpus, gpus = share(workers)
     open_sweep(out, identity(sweep))
     if first.cache_latents:
         pipeline.cached(job, first.out)
     # As the cluster is now, whatever comes up later: all trials train alike.
     sweep = replace(sweep, fixed=sweep.fixed | {"dtype": job.dtype, "gpus_per_worker": gpus})
-    parallel = sweep.config.parallel or fitting(cpus, gpus, first.workers)
+    parallel = sweep.config.parallel or fitting(cpus, gpus, workers.most)
     trainable = functools.partial(
         train_trial,
         kind=sweep.kind.name,

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffitm.distributed.loading import Loader
 from diffitm.distributed.updates import Run, work
 from diffitm.matching.plan import make_plan, plan_timesteps
 from diffitm.models.denoiser import Condition
@@ -19,6 +18,7 @@ from diffitm.scoring import DenoiserScorer, scaled
 from diffitm.training.cached import Cache, CachedLoader
 from diffitm.training.draw import Item, images_in
 from diffitm.training.job import Job, Validation
+from diffitm.training.loading import Loader
 from diffitm.training.tune import Posterior, Tuner
 from diffitm.training.views import Whole
 
@@ -29,8 +29,8 @@ class LoraRun(Run):
     job: Job
     names = ("loss", "right", "contrast", "held")
 
-    def __init__(self, job: Job, monitor: Any) -> None:
-        super().__init__(job, monitor)
+    def __init__(self, job: Job, monitor: Any, processors: float) -> None:
+        super().__init__(job, monitor, processors)
         denoiser = load_denoiser(job.source, job.dtype, str(self.device), job.variant)
         texts = self._on_device(Cache(job.texts)) if job.texts else None
         self.tuner = Tuner(denoiser, job.objective, job.rank, job.seed, job.checkpointing, texts)
@@ -39,8 +39,8 @@ class LoraRun(Run):
             loader = CachedLoader(job, job.latents, self.rank, self.world)
         else:
             view = Whole(denoiser.resolution, job.resize)
-            loader = Loader(job, self.rank, self.world, view)
-        self.begin(self.tuner.parameters, loader)
+            loader = Loader(job, self.rank, self.world, view, self.processors)
+        self.begin([(self.tuner.parameters, job.rate)], loader)
 
     def losses(
         self, items: list[Item], found: dict[str, Any]
@@ -104,6 +104,6 @@ class LoraRun(Run):
         return DenoiserScorer(self.tuner.denoiser, plan, check.root, self.job.resize)
 
 
-def loop(settings: dict[str, Any]) -> None:
+def loop(settings: dict[str, Any]) -> int | None:
     """What Ray Train calls on each worker."""
-    work(LoraRun, settings)
+    return work(LoraRun, settings)

@@ -14,26 +14,31 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
-import ray.data
 import ray.train
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from ray.train import CheckpointUploadMode
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffitm.distributed.loading import Loader
+from diffitm.distributed.actors import here
+from diffitm.distributed.devices import choose_device, gradient_group, processors
+from diffitm.distributed.trainer import EXCHANGE
 from diffitm.errors import InputError
 from diffitm.schema import Example
 from diffitm.scoring import Scorer
 from diffitm.tasks.find import find_task
 from diffitm.training.cached import CachedLoader
 from diffitm.training.draw import Item, Loaded
+from diffitm.training.exchange import Gradients
 from diffitm.training.job import Training, Validation
+from diffitm.training.loading import Loader
 from diffitm.training.result import AVERAGED, BEST, HISTORY, STATE, WEIGHTS
 from diffitm.training.validate import credits
 
 MOMENTUM = 0.9  # of SGD
+ASK_EVERY = 10.0  # seconds between questions whether to make room for a larger group
 
 
 @dataclass
@@ -53,33 +58,35 @@ class Run(ABC):
     """One worker's model, optimiser and place in the run.
 
     A subclass builds its model in __init__ and calls begin(); `names` are the values of the log that
-    come with each loss.
+    come with each loss, `passes` the losses of a micro-batch if none of its images drops out.
     """
 
     names: ClassVar[tuple[str, ...]]
+    passes = 1
 
-    def __init__(self, job: Training, monitor: Any) -> None:
+    def __init__(self, job: Training, monitor: Any, processors: float) -> None:
         context = ray.train.get_context()
-        self.job, self.monitor = job, monitor
+        self.job, self.monitor, self.processors = job, monitor, processors
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.device = choose_device()
+        self.group = gradient_group(self.device, EXCHANGE)
         torch.manual_seed(job.seed)
         self.progress = Progress()
         self.best: dict[str, Tensor] | None = None
+        self.asked, self.ending = time.monotonic(), False
+        self.written: Path | None = None
 
     def begin(
         self,
-        parameters: list[torch.nn.Parameter],
+        rates: list[tuple[list[torch.nn.Parameter], float]],
         loader: Loader | CachedLoader,
-        rates: list[tuple[list[torch.nn.Parameter], float]] | None = None,
     ) -> None:
-        """Optimiser, schedule and averages of these parameters; `rates` are learning rates of parts of
-        them, else they share the job's."""
+        """Optimiser, schedule and averages of parameters, whose parts have learning rates of their own."""
         job = self.job
-        self.parameters, self.loader = parameters, loader
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        groups = [{"params": part, "lr": rate} for part, rate in rates or [(parameters, job.rate)]]
+        self.loader = loader
+        self.parameters = [parameter for part, _ in rates for parameter in part]
+        self.gradients = Gradients(part for part, _ in rates)
+        groups = [{"params": part, "lr": rate} for part, rate in rates]
         self.optimizer: torch.optim.Optimizer
         if job.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(
@@ -93,7 +100,7 @@ class Run(ABC):
             job.schedule, self.optimizer, num_warmup_steps=job.warmup, num_training_steps=job.steps
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=job.dtype == "fp16")
-        self.ema = EMAModel(parameters, decay=job.ema) if job.ema else None
+        self.ema = EMAModel(self.parameters, decay=job.ema) if job.ema else None
 
     @abstractmethod
     def losses(
@@ -143,8 +150,9 @@ class Run(ABC):
         if self.rank == 0:
             self.monitor.restore.remote(self.progress.lost)
 
-    def train(self) -> None:
-        """All steps that are left. Stops on every worker alike when a loss is not finite."""
+    def train(self) -> int:
+        """All steps that are left, or until there is room for a larger group of workers; the steps that
+        are done. Stops on every worker alike, also when a loss is not finite."""
         self.resume()
         job, begin, since = self.job, time.perf_counter(), self.progress.step
         if self.progress.step == 0:
@@ -152,7 +160,7 @@ class Run(ABC):
         for batches in self.loader.steps(self.progress.step):
             logged = self._step(batches)
             if logged is None:
-                return
+                break
             self.progress.step += 1
             step, last = self.progress.step, self.progress.step == job.steps
             if step % job.log_every == 0 or last:
@@ -161,36 +169,28 @@ class Run(ABC):
                 self.log(logged | self._costs(seconds, done))
                 begin, since, self.loader.waited = time.perf_counter(), step, 0.0
             self.check()
-            if step % job.checkpoint_every == 0 or last:
+            if step % job.checkpoint_every == 0 or last or self.ending:
                 self._save(last)
+            if self.ending:
+                break
+        return self.progress.step
 
     def _step(self, batches: list[Loaded]) -> dict[str, float] | None:
         """One update of the weights; what is logged of it, None if it had to stop."""
         self.prepare()
-        self.optimizer.zero_grad(set_to_none=False)
-        sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)  # values, and how many
-        for items, found, failures in batches:
-            for failure in failures:
-                self.monitor.lose.remote(failure)
-            good = [i for i in items if i.image in found and i.negative_image in found]
-            if not good:
-                continue
-            for loss, values in self.losses(good, found):
-                if not torch.isfinite(loss):
-                    where = ", ".join(f"row {i.position} ({i.image})" for i in good)
-                    text = f"step {self.progress.step + 1}: the loss of {where} is {loss.item()}"
-                    ray.get(self.monitor.stop.remote(text))
-                self.scaler.scale(loss / self.job.micro).backward()
-                told = [*(float(v) for v in values), 1.0 if torch.isfinite(loss) else torch.nan]
-                sums += torch.tensor(told, dtype=torch.float64)
-        total = self._reduce(sums)
+        self.gradients.zero()
+        sums = self._backward(batches)
+        if self.world > 1:
+            self.gradients.exchange(self.group)
+        total, ending = self._totals(sums)
         if not torch.isfinite(total).all():
             return None
         if total[-1] == 0:
-            why = next((f for *_, failures in batches for f in failures), "see failures.json")
-            text = f"step {self.progress.step + 1}: none of its images could be read: {why}"
-            ray.get(self.monitor.stop.remote(text))
+            for why in [failure for *_, failures in batches for failure in failures][:1]:
+                text = f"step {self.progress.step + 1}: none of its images could be read: {why}"
+                ray.get(self.monitor.stop.remote(text))
             return None
+        self.ending = ending
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.job.clip)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
@@ -205,18 +205,45 @@ class Run(ABC):
         means = (total[:-1] / total[-1]).tolist()
         return dict(zip(self.names, means, strict=True)) | {"norm": float(norm), "rate": rate}
 
-    def _reduce(self, sums: Tensor) -> Tensor:
-        """Adds gradients and sums up over the workers: one exchange a step."""
-        if self.world == 1:
-            return sums
-        trained = [p for p in self.parameters if p.grad is not None]
-        gradients = [p.grad.flatten() for p in trained if p.grad is not None]
-        flat = torch.cat([*gradients, sums.float().to(self.device)])
-        torch.distributed.all_reduce(flat)
-        sizes = [len(g) for g in gradients]
-        for parameter, part in zip(trained, flat[: sum(sizes)].split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-        return flat[sum(sizes) :].double().cpu()
+    def _backward(self, batches: list[Loaded]) -> Tensor:
+        """Add up the gradients of this worker's micro-batches; the sums of `names`, and of how many losses
+        they are, which is nan if one is not finite."""
+        sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)
+        readable = self._readable(batches)
+        for number, (good, found) in enumerate(readable, 1):
+            for passed, (loss, values) in enumerate(self.losses(good, found), 1):
+                if self.world > 1 and (number, passed) == (len(readable), self.passes):
+                    self.gradients.send(self.group)
+                if not torch.isfinite(loss):
+                    where = ", ".join(f"row {i.position} ({i.image})" for i in good)
+                    text = f"step {self.progress.step + 1}: the loss of {where} is {loss.item()}"
+                    ray.get(self.monitor.stop.remote(text))
+                self.scaler.scale(loss / self.job.micro).backward()
+                told = [*(float(v) for v in values), 1.0 if torch.isfinite(loss) else torch.nan]
+                sums += torch.tensor(told, dtype=torch.float64)
+        return sums
+
+    def _readable(self, batches: list[Loaded]) -> list[tuple[list[Item], dict[str, Any]]]:
+        """Of each micro-batch the items whose images could be read, and what was loaded of those; one
+        without any is left out. What could not be read is told."""
+        readable = []
+        for items, found, failures in batches:
+            for failure in failures:
+                self.monitor.lose.remote(failure)
+            good = [i for i in items if i.image in found and i.negative_image in found]
+            if good:
+                readable.append((good, found))
+        return readable
+
+    def _totals(self, sums: Tensor) -> tuple[Tensor, bool]:
+        """The sums over all workers, and whether the group is to end after this step: the first worker
+        asks, all hear of it at the same step."""
+        asks = 0.0
+        if self.rank == 0 and time.monotonic() - self.asked > ASK_EVERY:
+            self.asked = time.monotonic()
+            asks = float(ray.get(self.monitor.should_end.remote()))
+        total = self.summed([*sums.tolist(), asks])
+        return total[:-1], bool(total[-1])
 
     def _costs(self, seconds: float, examples: int) -> dict[str, float]:
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
@@ -250,8 +277,8 @@ class Run(ABC):
         return float(sums[0] / sums[1]) if sums[1] else None
 
     def summed(self, values: list[float]) -> Tensor:
-        """The values' sums over the workers."""
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        """The values' sums over the workers, on the CPU."""
+        sums = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             torch.distributed.all_reduce(sums)
         return sums
@@ -268,32 +295,47 @@ class Run(ABC):
         self.ema.restore(self.parameters)
 
     def _save(self, last: bool) -> None:
-        """A checkpoint with everything that the rest of the run depends on. Randomness needs no
-        state: it is a function of seed, epoch and row."""
+        """A checkpoint, which Ray Train uploads while the loop goes on; it is one of the run's once it is
+        whole, and the group ends when all are. One that was cut off is written over by the next group,
+        as its name is that of the update."""
         line = self.progress.history[-1] if self.progress.history else {"step": 0}
-        if self.rank != 0:
-            ray.train.report(line)
-            return
-        self.progress.lost = ray.get(self.monitor.end.remote())[0]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder)
-            save_file(self.weights(), path / WEIGHTS)
-            if self.best is not None:
-                save_file(self.best, path / BEST)
-            if self.ema is not None:
-                with self.averaged():
-                    save_file(self.weights(), path / AVERAGED)
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "rates": self.rates.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "ema": self.ema.state_dict() if self.ema is not None else None,
-            }
-            torch.save(state, path / STATE)
-            (path / HISTORY).write_text(json.dumps(vars(self.progress)))
-            if last:
-                self._leave(path)
-            ray.train.report(line, checkpoint=ray.train.Checkpoint.from_directory(path))
+        checkpoint = None
+        if self.rank == 0:
+            while self.written is not None and self.written.exists():
+                time.sleep(
+                    0.05
+                )  # until the one before is uploaded: no more than two lie on this disk
+            self.progress.lost = ray.get(self.monitor.save.remote(self.progress.step))
+            self.written = Path(tempfile.mkdtemp(prefix="diffitm-checkpoint-"))
+            self._write(self.written, last)
+            checkpoint = ray.train.Checkpoint.from_directory(self.written)
+        ray.train.report(
+            line,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=f"checkpoint_{self.progress.step:08d}",
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _write(self, path: Path, last: bool) -> None:
+        """Everything that the rest of the run depends on. Randomness needs no state: it is a function of
+        seed, epoch and row."""
+        save_file(self.weights(), path / WEIGHTS)
+        if self.best is not None:
+            save_file(self.best, path / BEST)
+        if self.ema is not None:
+            with self.averaged():
+                save_file(self.weights(), path / AVERAGED)
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "rates": self.rates.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+        }
+        torch.save(state, path / STATE)
+        (path / HISTORY).write_text(json.dumps(vars(self.progress)))
+        if last:
+            self._leave(path)
 
     def _leave(self, folder: Path) -> None:
         """What comes beside the weights must not cost them."""
@@ -310,16 +352,24 @@ def spread(examples: list[Example], most: int) -> list[Example]:
     return [examples[i * len(examples) // most] for i in range(most)]
 
 
-def work(kind: type[Run], settings: dict[str, Any]) -> None:
-    """A worker's part of the run. Input that any worker cannot use ends it, without another try."""
-    torch.set_num_threads(max(1, int(settings["cpus"])))
-    monitor, run = settings["monitor"], None
+def work(kind: type[Run], settings: dict[str, Any]) -> int | None:
+    """A worker's part of the run: the steps that are done. Input that any worker cannot use ends it on
+    all, without another try."""
+    given, monitor, run = settings["processors"], settings["monitor"], None
+    torch.set_num_threads(max(1, int(given or 1)))
+    context, place = ray.train.get_context(), here()
+    ray.get(monitor.begin.remote(context.get_world_rank(), place.node, place.name))
     try:
-        run = kind(settings["job"], monitor)
+        run = kind(settings["job"], monitor, processors(given))
     except InputError as error:
-        ray.get(monitor.stop.remote(str(error)))
-    failed = torch.tensor([float(run is None)], device=ray.train.torch.get_device())
-    if ray.train.get_context().get_world_size() > 1:
+        ray.get(monitor.stop.remote(f"{error} (on {place.name})"))
+    failed = torch.tensor([float(run is None)])
+    if context.get_world_size() > 1:
         torch.distributed.all_reduce(failed)
-    if run is not None and not failed.any():
-        run.train()
+    if run is None or failed.any():
+        return None
+    try:
+        return run.train()
+    except InputError as error:  # no other group would fare better
+        ray.get(monitor.stop.remote(f"{error} (on {place.name})"))
+        raise

@@ -93,7 +93,7 @@ class CachedLoader:
         plan = self.job.plan()
         for step in range(start, self.job.steps):
             begin = time.perf_counter()
-            own = plan.batches(step)[self.rank :: self.world]
+            own = plan.batches(step, self.rank, self.world)
             found = [(items, *self._latents(items)) for items in own]
             self.waited += time.perf_counter() - begin
             yield found

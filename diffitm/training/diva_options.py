@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from diffitm.config import lacking, option, outside
 from diffitm.errors import InputError
 from diffitm.training.recap import FORMS, parse_recap
-from diffitm.training.shared import Shared, shared_problems
+from diffitm.training.shared import Shared, shared_problems, span
 
 # What the published code does for every CLIP; what it does for each is in PRESETS.
 PUBLISHED: dict[str, Any] = {
@@ -87,7 +87,8 @@ class Config(Shared):
         64, "images that the reconstruction error is measured on, not trained on"
     )
     batch_size: int = option(
-        16, "images of a micro-batch, at most; the largest number that divides a worker's share"
+        16,
+        "images of a micro-batch, at most; fewer where more workers than that have micro-batches",
     )
     optimizer: Literal["sgd", "adamw"] = option("sgd", "SGD with momentum 0.9, or AdamW")
     lr: float = option(1e-4, "learning rate")
@@ -115,9 +116,11 @@ class Config(Shared):
 
 
 def micro_batch(config: Config) -> int:
-    """Images of a micro-batch: as many as --batch-size allows and a worker's share is a multiple of."""
-    share = config.effective_batch // config.workers
-    return next(n for n in range(min(config.batch_size, share), 0, -1) if share % n == 0)
+    """Images of a micro-batch: as many as --batch-size allows, as divide an update, and as leave the most
+    workers one each."""
+    _, workers = span(config.workers)
+    most = min(config.batch_size, -(-config.effective_batch // workers))
+    return next(n for n in range(most, 0, -1) if config.effective_batch % n == 0)
 
 
 def find_problems(config: Config) -> list[str]:
@@ -147,4 +150,4 @@ def find_problems(config: Config) -> list[str]:
         found.append(
             f"--epochs {config.epochs:g}: --steps {config.steps} decides; add --steps none for epochs"
         )
-    return found + shared_problems(config, config.workers, "--workers")
+    return found + shared_problems(config)

@@ -48,7 +48,7 @@ class Schedule:
     """
 
     rows: Sequence[Row]
-    kept: Sequence[int]
+    kept: Sequence[int] | np.ndarray
     size: int
     micro: int
     negatives: str
@@ -61,8 +61,9 @@ class Schedule:
         """Steps until every row was seen once; 0 if the rows do not fill one."""
         return len(self.kept) // (self.size * self.micro)
 
-    def batches(self, step: int) -> list[list[Item]]:
-        """The micro-batches of a step, counted from 0."""
+    def batches(self, step: int, rank: int = 0, world: int = 1) -> list[list[Item]]:
+        """The micro-batches of a step, counted from 0, that fall to one of `world` workers: none where
+        there are more workers than micro-batches."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)
         start = place * self.size * self.micro
@@ -71,13 +72,13 @@ class Schedule:
                 self._item(int(position), epoch, step, number)
                 for position in order[start + number * self.size :][: self.size]
             ]
-            for number in range(self.micro)
+            for number in range(rank, self.micro, world)
         ]
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.order is None or self.order[0] != epoch:
             rng = np.random.default_rng(seed_of(self.seed, "epoch", epoch))
-            self.order = (epoch, rng.permutation(np.array(self.kept)))
+            self.order = (epoch, rng.permutation(np.asarray(self.kept)))
         return self.order[1]
 
     def _item(self, position: int, epoch: int, step: int, number: int) -> Item:

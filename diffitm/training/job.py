@@ -10,7 +10,7 @@ from diffitm.models.load import Source
 from diffitm.training.draw import Schedule
 from diffitm.training.objectives import Objective
 from diffitm.training.recap import Recap
-from diffitm.training.rows import Row
+from diffitm.training.table import RowsFile, StoredRows
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from diffitm.models.clip import ClipSource
@@ -38,8 +38,7 @@ class Training:
     source: Source
     variant: str | None
     dtype: str
-    rows: Sequence[Row]
-    kept: Sequence[int]
+    rows: RowsFile
     root: str
     negatives: str = "none"
     per_example: bool = False
@@ -62,8 +61,9 @@ class Training:
 
     def plan(self) -> Schedule:
         """Which rows make up which step."""
+        rows = StoredRows(self.rows)
         return Schedule(
-            self.rows, self.kept, self.size, self.micro, self.negatives, self.per_example, self.seed
+            rows, rows.kept, self.size, self.micro, self.negatives, self.per_example, self.seed
         )
 
 

@@ -96,5 +96,9 @@ def find_problems(config: Config) -> list[str]:
     found += outside(config, least)
     if config.ema is not None and not 0 < config.ema < 1:
         found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
-    share = config.batch_size * config.workers
-    return found + shared_problems(config, share, "--batch-size x --workers")
+    if config.batch_size > 0 and config.effective_batch % config.batch_size:
+        found.append(
+            f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size "
+            f"{config.batch_size}, the examples of a micro-batch"
+        )
+    return found + shared_problems(config)

@@ -18,16 +18,16 @@ COLUMN = "image"
 
 
 class Paths(Sequence[Row]):
-    """Rows of an image alone, as compact as millions of them should travel to workers."""
+    """Rows of an image alone, without an object for each of millions."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = pa.array(paths, pa.large_string())
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, position: Any) -> Any:
-        return Row(self.paths[int(position)].as_py(), "")
+        return Row(self.paths[int(position)], "")
 
 
 def in_folder(uri: str) -> list[str]:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffitm.config import OnRay, option, outside
+from diffitm.errors import InputError
 from diffitm.training.track import track_problems
+
+MOST_WORKERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -27,26 +30,47 @@ class Shared(OnRay):
     checkpoint_every: int = option(100, "updates between checkpoints")
     log_every: int = option(10, "updates between lines of the log")
     track: list[str] = option([], "wandb, mlflow: trackers of yours that show the log, too")
-    workers: int = option(1, "training processes, of which each takes its share of micro-batches")
-    cpus_per_worker: float | None = option(None, "processors of a worker (default: 1)")
+    workers: int | str = option(
+        1,
+        "training processes that share an update's micro-batches out: N, or MIN:MAX for as many as "
+        "there is room for while nodes come and go",
+    )
+    cpus_per_worker: float | None = option(
+        None,
+        "processors of a worker (default: it asks for 1, and decodes images on its share of the node)",
+    )
     gpus_per_worker: float | None = option(None, "GPUs of a worker (default: 1 if there are any)")
-    retries: int = option(3, "how often lost workers are replaced")
+    retries: int = option(3, "how often workers are replaced that ended other than with their node")
 
 
-def shared_problems(config: Any, share: int, parts: str) -> list[str]:
-    """What is wrong with them, and with options of one name whose defaults differ. The examples of an
-    update must be a multiple of `share`, which is that of the options in `parts`."""
+def span(workers: int | str) -> tuple[int, int]:
+    """The least and the most workers of --workers. Raises InputError for what is neither N nor MIN:MAX."""
+    first, colon, last = str(workers).partition(":")
+    try:
+        least, most = int(first), int(last if colon else first)
+    except ValueError:
+        least, most = 0, 0
+    if not 1 <= least <= most <= MOST_WORKERS:
+        raise InputError(
+            f"--workers {workers}: must be a number of processes, or MIN:MAX such as 2:8, from 1 to "
+            f"{MOST_WORKERS} and rising"
+        )
+    return least, most
+
+
+def shared_problems(config: Any) -> list[str]:
+    """What is wrong with them, and with options of one name whose defaults differ."""
     least: dict[str, float] = {
-        **dict.fromkeys(("batch_size", "effective_batch", "workers", "scenes", "steps"), 1),
+        **dict.fromkeys(("batch_size", "effective_batch", "scenes", "steps"), 1),
         **dict.fromkeys(("checkpoint_every", "log_every"), 1),
         **dict.fromkeys(("validate_every", "warmup_steps", "retries", "weight_decay"), 0),
     }
     found = outside(config, least)
+    try:
+        span(config.workers)
+    except InputError as error:
+        found.append(str(error))
     for name in ("lr", "clip_norm", "epochs"):
         if not getattr(config, name) > 0:
             found.append(f"--{name.replace('_', '-')} {getattr(config, name):g}: must be above 0")
-    if share > 0 and config.effective_batch % share:
-        found.append(
-            f"--effective-batch {config.effective_batch}: must be a multiple of {parts} = {share}"
-        )
     return found + track_problems(config.track)

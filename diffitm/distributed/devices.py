@@ -1,0 +1,55 @@
+"""What a training worker computes on, and how workers exchange what is there."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from diffitm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_device() -> torch.device:
+    """The device of this worker of Ray Train.
+
+    Raises InputError where Ray gave it a share of a GPU and torch sees none.
+    """
+    import ray.train.torch
+    import torch
+
+    device = ray.train.torch.get_device()
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        raise InputError(
+            f"Ray gave this worker a GPU, but torch {torch.__version__} ({built}) sees none: install a "
+            "torch that fits the node's driver (nvidia-smi names it), or give --gpus-per-worker 0 to "
+            "train on processors"
+        )
+    return device
+
+
+def gradient_group(device: torch.device, seconds: int) -> Any:
+    """The process group that tensors of the device are exchanged in; None is the default one, gloo,
+    which all workers have for what lies in their memory."""
+    import torch
+
+    if device.type != "cuda" or torch.distributed.get_world_size() == 1:
+        return None
+    return torch.distributed.new_group(backend="nccl", timeout=timedelta(seconds=seconds))
+
+
+def processors(given: float | None) -> float:
+    """Those of this worker: as many as it was given, else its share of the node's."""
+    if given is not None:
+        return given
+    context = ray.get_runtime_context()
+    (node,) = (n for n in ray.nodes() if n["NodeID"] == context.get_node_id())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Ray knows of a container's share, the system of the machine.
+    both = min(float(usable or 1), node["Resources"].get("CPU", 1.0))
+    return both / ray.train.get_context().get_local_world_size()
