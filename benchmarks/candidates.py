@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from diffitm.candidates import Side, write_lists
-from diffitm.distributed.neighbours import GALLERY, QUERIES
-from diffitm.nearest import gallery_blocks, on_grid, to_table, top_k
+from diffitm.commands.stages.embed import GALLERY, QUERIES
+from diffitm.retrieval.candidate_lists import Side, write_lists
+from diffitm.retrieval.exact_knn import gallery_blocks, on_grid, to_table, top_k
 
 K, SHARD, CAPTIONS = 10, 4096, 5
 MIB = 2**20

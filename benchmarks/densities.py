@@ -20,17 +20,18 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from benchmarks.objectives import Latents, cell, mean
-from diffitm import images
-from diffitm.models.clip import ClipScorer, load_clip, resolve_clip
-from diffitm.models.load import load_denoiser, resolve
+from diffitm.core import images
+from diffitm.models.clip import load_clip, resolve_clip
+from diffitm.models.loading import load_denoiser, resolve
+from diffitm.scoring.clip import ClipScorer
 from diffitm.shapes.layouts import write_world
 from diffitm.shapes.training import write_training
-from diffitm.tasks.find import find_task
-from diffitm.training.diva import Diva
-from diffitm.training.draw import Schedule, seed_of
-from diffitm.training.recap import parse_recap
+from diffitm.tasks.registry import find_task
+from diffitm.training.diva.recap import parse_recap
+from diffitm.training.diva.step import Diva
 from diffitm.training.rows import Row, read_rows
-from diffitm.training.validate import credits
+from diffitm.training.sampler import Schedule, seed_of
+from diffitm.training.validation import credits
 
 SCENES, HELD_OUT, HELD_IMAGES = 2000, 500, 256
 SIZE, WARMUP = 32, 10

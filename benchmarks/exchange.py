@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffitm.training.exchange import Gradients
+from diffitm.training.gradient_sync import Gradients
 
 WIDTH, LAYERS, TOKENS, WARM = 768, 12, 17, 2
 WAYS = ("buckets", "flat", "ddp")

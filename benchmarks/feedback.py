@@ -22,9 +22,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from benchmarks.densities import Pixels
 from benchmarks.objectives import Latents
 from benchmarks.tuning import BATCH, SCENES, WARM, compare, encoded, logged
-from diffitm.models.load import SHAPES, load_denoiser, resolve
+from diffitm.models.loading import SHAPES, load_denoiser, resolve
 from diffitm.shapes.training import write_training
-from diffitm.training.pool import in_folder
+from diffitm.training.image_pool import in_folder
 
 SHARE = 0.3
 

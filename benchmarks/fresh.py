@@ -15,11 +15,12 @@ import json
 from pathlib import Path
 
 from benchmarks.objectives import cell, mean
-from diffitm.models.clip import ClipScorer, load_clip, resolve_clip
+from diffitm.models.clip import load_clip, resolve_clip
 from diffitm.probes.segmentation import SegmentationResult, evaluate, paired
+from diffitm.scoring.clip import ClipScorer
 from diffitm.shapes.masks import write_masks
-from diffitm.tasks.find import find_task
-from diffitm.training.validate import credits
+from diffitm.tasks.registry import find_task
+from diffitm.training.validation import credits
 
 TASKS = ("mmvp_vlm", "winoground", "pets", "flickr30k", "flickr30k_text")
 Measured = tuple[dict[str, list[float | None]], SegmentationResult]

@@ -83,8 +83,8 @@ def compare_decisions(out: Path, numbers: bool) -> Report:
 
 def read_scores(out: Path) -> dict[tuple[str, str, str], np.ndarray]:
     """(task, example, kind of score) -> scores [images, texts] of the run's one model."""
-    from diffitm.scored import read_scored
-    from diffitm.store import read_store
+    from diffitm.store.join import read_scored
+    from diffitm.store.score_store import read_store
 
     run = json.loads((out / "run.json").read_text())
     store = read_store(str(out / "scores" / run["stores"][0]))
@@ -142,7 +142,7 @@ def write_stable_diffusion(folder: Path, small: bool) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from diffitm.models.load import SHAPES
+    from diffitm.models.loading import SHAPES
 
     scale, width = (10, 64) if small else (1, 1024)
     device = "cpu" if small else "cuda"
@@ -182,7 +182,7 @@ def write_stable_diffusion(folder: Path, small: bool) -> None:
 def measure_throughput(out: Path, numbers: bool) -> Report:
     """Forwards a second of the U-Net by precision and batch size, images and texts a second, beside the
     rate at which the card multiplies matrices."""
-    from diffitm.models.load import load_denoiser, resolve
+    from diffitm.models.loading import load_denoiser, resolve
 
     device = "cpu" if numbers else "cuda"
     write_stable_diffusion(out / "model", numbers)
@@ -198,9 +198,9 @@ def measure_throughput(out: Path, numbers: bool) -> Report:
 
 def measure_model(model: Any, sizes: Sequence[int], device: str) -> Report:
     """Forwards a second at each batch size, as long as they fit; images and texts a second."""
-    from diffitm.matching.batch import Batch
-    from diffitm.matching.errors import pair_errors
-    from diffitm.matching.plan import make_plan
+    from diffitm.scoring.batching import Batch
+    from diffitm.scoring.noise_plan import make_plan
+    from diffitm.scoring.pair_errors import pair_errors
 
     line, few = Report(), device == "cpu"
     latents = torch.randn(4, *model.latent_shape, device=device)

@@ -45,8 +45,8 @@ def draw(root: Path) -> None:
 
 
 def a_job(root: str, steps: int) -> Any:
-    from diffitm.training.draw import Schedule
     from diffitm.training.rows import Row
+    from diffitm.training.sampler import Schedule
 
     rows = [Row(f"{i % IMAGES}.jpg", "") for i in range(steps * BATCH)]
     plan = Schedule(rows, range(len(rows)), BATCH, 1, "none", False, 0)
@@ -54,20 +54,20 @@ def a_job(root: str, steps: int) -> Any:
 
 
 def processes(job: Any, view: Any, lanes: int) -> Iterator[Any]:
-    from diffitm.training.loading import Loader
+    from diffitm.training.dataloader import Loader
 
     return Loader(job, 0, 1, view, lanes).steps(0)
 
 
 def requests(job: Any) -> Iterator[list[tuple[str, int]]]:
-    from diffitm.training.loading import wanted
+    from diffitm.training.dataloader import wanted
 
     plan = job.plan()
     return (wanted(plan.batches(step)[0]) for step in range(job.steps))
 
 
 def threads(job: Any, view: Any, lanes: int) -> Iterator[Any]:
-    from diffitm.training.loading import Images
+    from diffitm.training.dataloader import Images
 
     images, left = Images(job.root, view), requests(job)
     with ThreadPoolExecutor(lanes) as pool:
@@ -81,7 +81,7 @@ def decode(table: Any, root: str, view: Any) -> Any:
     """A task of Ray Data."""
     import pyarrow as pa
 
-    from diffitm import images
+    from diffitm.core import images
 
     lines = []
     for line in table.to_pylist():
@@ -122,7 +122,7 @@ def measure(way: str, root: str, steps: int, lanes: int) -> dict[str, float]:
     takes the thread that trains and its process."""
     import torch
 
-    from diffitm.training.views import Views
+    from diffitm.training.crops import Views
 
     torch.set_num_threads(1)
     job, view = a_job(root, steps), Views(512, 224, 0.9)

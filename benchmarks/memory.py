@@ -24,11 +24,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from diffitm.matching.schedule import NoiseSchedule
 from diffitm.models.denoiser import Condition, Denoiser
-from diffitm.training.diva import Diva
-from diffitm.training.recap import parse_recap
-from diffitm.training.tune import Posterior
+from diffitm.models.noise_schedule import NoiseSchedule
+from diffitm.training.diva.recap import parse_recap
+from diffitm.training.diva.step import Diva
+from diffitm.training.lora.step import Posterior
 
 WAYS = {
     "fp32": ("fp32", False, False),

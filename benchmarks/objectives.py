@@ -20,21 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffitm import images
-from diffitm.matching.plan import make_plan, plan_timesteps
+from diffitm.core import images
+from diffitm.core.schema import Work
 from diffitm.metrics.intervals import difference_interval
 from diffitm.models.denoiser import Denoiser
-from diffitm.models.load import load_denoiser, resolve
+from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import lora_weights, save_lora
-from diffitm.scoring import DenoiserScorer, Work
+from diffitm.scoring.diffusion import DiffusionScorer
+from diffitm.scoring.noise_plan import make_plan, plan_timesteps
 from diffitm.shapes.layouts import write_world
 from diffitm.shapes.training import write_training
-from diffitm.tasks.find import find_task
-from diffitm.training.draw import Item, Schedule
-from diffitm.training.objectives import Objective
+from diffitm.tasks.registry import find_task
+from diffitm.training.lora.objectives import Objective
+from diffitm.training.lora.step import Posterior, Tuner
 from diffitm.training.rows import Row, read_rows
-from diffitm.training.tune import Posterior, Tuner
-from diffitm.training.validate import credits
+from diffitm.training.sampler import Item, Schedule
+from diffitm.training.validation import credits
 
 SCENES, HELD_OUT = 2000, 200
 SIZE, MICRO = 16, 2
@@ -120,7 +121,7 @@ def _posteriors(
 class Memo:
     """A scorer that scores every pair once, whichever tasks it belongs to."""
 
-    def __init__(self, scorer: DenoiserScorer) -> None:
+    def __init__(self, scorer: DiffusionScorer) -> None:
         self.scorer, self.known = scorer, {}
 
     def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
@@ -140,7 +141,7 @@ def evaluate(tuner: Tuner, folder: Path, timesteps: int) -> dict[str, Any]:
     tuner.unet.eval()
     plan = make_plan(plan_timesteps("diffusionitm", timesteps), tuner.denoiser.latent_shape)
     parts = {name: str(folder / name) for name in ("train", "tasks")}
-    scorers = {k: Memo(DenoiserScorer(tuner.denoiser, plan, root)) for k, root in parts.items()}
+    scorers = {k: Memo(DiffusionScorer(tuner.denoiser, plan, root)) for k, root in parts.items()}
     found: dict[str, Any] = {}
     for name in TASKS:
         part = "train" if name.startswith("coco_neg") else "tasks"

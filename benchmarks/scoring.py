@@ -25,15 +25,15 @@ from typing import Any
 
 import torch
 
-from diffitm import storage
-from diffitm.models.load import SHAPES, resolve
-from diffitm.pairs import write_examples
-from diffitm.resume import open_work
-from diffitm.schema import Example
-from diffitm.scorers import DiffusionSpec
-from diffitm.scoring import Scorer
+from diffitm.core import storage
+from diffitm.core.schema import Example
+from diffitm.models.loading import SHAPES, resolve
+from diffitm.scoring.scorer import Scorer
+from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import CANDIDATES, World, write_flickr30k
-from diffitm.store import open_store
+from diffitm.store.pair_table import write_examples
+from diffitm.store.score_store import open_store
+from diffitm.store.work_table import open_work
 from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText
 from tests.plain import BATCH, Pair, Plain, list_pairs, published_timesteps
 
@@ -173,7 +173,7 @@ class Ours:
 
     def seconds(self) -> dict[str, float]:
         """From the examples to the last stored score: all, and since the first actor was up."""
-        from diffitm.distributed.score import score
+        from diffitm.commands.stages.score import score
 
         with tempfile.TemporaryDirectory() as out:
             start = time.time()

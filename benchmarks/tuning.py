@@ -29,11 +29,11 @@ from peft import LoraConfig
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from benchmarks.objectives import Latents, paths
-from diffitm.models.load import SHAPES, load_denoiser, resolve
+from diffitm.models.loading import SHAPES, load_denoiser, resolve
 from diffitm.shapes.training import write_training
-from diffitm.training.objectives import Objective
+from diffitm.training.lora.objectives import Objective
+from diffitm.training.lora.step import Tuner
 from diffitm.training.rows import read_rows
-from diffitm.training.tune import Tuner
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES, BATCH, WARM = 500, 16, 20

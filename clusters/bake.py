@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 
-from diffitm.command import execute
+from diffitm.cli import execute
 from diffitm.models.clip import load_clip, resolve_clip
-from diffitm.models.load import resolve
+from diffitm.models.loading import resolve
 
 
 def bake(arguments: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """Tune a CLIP's image tower under a frozen diffusion model (DIVA); see --help and docs/diva.md."""
 
-from diffitm.command import main
-from diffitm.distributed.diva import run
-from diffitm.training.diva_options import Config
+from diffitm.cli import main
+from diffitm.commands.diva import run
+from diffitm.training.diva.options import Config
 
 if __name__ == "__main__":
     main(Config, run, __doc__)

@@ -1,8 +1,8 @@
 """Tune a diffusion model's LoRA for matching; see --help and docs/finetuning.md."""
 
-from diffitm.command import main
-from diffitm.distributed.finetune import run
-from diffitm.training.options import Config
+from diffitm.cli import main
+from diffitm.commands.finetune import run
+from diffitm.training.lora.options import Config
 
 if __name__ == "__main__":
     main(Config, run, __doc__)

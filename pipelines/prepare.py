@@ -6,9 +6,9 @@ GDBench such as vg_relation, or all. docs/data.md says what each one fetches, it
 
 import sys
 
-from diffitm.command import main
-from diffitm.distributed.prepare import run
-from diffitm.prepare.options import Config, with_tasks
+from diffitm.cli import main
+from diffitm.commands.prepare import run
+from diffitm.datasets.options import Config, with_tasks
 
 if __name__ == "__main__":
     sys.argv[1:] = with_tasks(sys.argv[1:])

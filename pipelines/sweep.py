@@ -4,8 +4,8 @@ Keys are the options below and those of the pipeline that is swept (finetune.py,
 Several values, lr=1e-5,1e-4, or a range, lr=loguniform(1e-5,1e-3), are swept. See docs/sweeps.md.
 """
 
-from diffitm.command import execute
-from diffitm.distributed.sweep import KINDS, run
+from diffitm.cli import execute
+from diffitm.commands.sweep import KINDS, run
 from diffitm.sweep.options import read_sweep
 
 if __name__ == "__main__":

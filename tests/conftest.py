@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffitm.datasets.client import Client
 from diffitm.models.stable_diffusion import StableDiffusion
-from diffitm.prepare.client import Client
 from tests import tiny
 from tests.loopback import Server
 

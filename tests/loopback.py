@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
-from diffitm.prepare.client import Limits
+from diffitm.datasets.client import Limits
 
 CONTENT = np.random.default_rng(0).bytes(100_000)
 QUICK = Limits(connect=2, read=2, retries=2, backoff=0.01, longest_wait=1)

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from diffitm import storage
+from diffitm.core import storage
 
 BUCKET = "bucket"
 SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffitm.distributed import updates
+from diffitm.distributed import train_loop
 from diffitm.distributed.monitor import Monitor
 from diffitm.training.job import Training
-from diffitm.training.result import WEIGHTS
+from diffitm.training.run_folder import WEIGHTS
 
 
 class Ranks:
@@ -34,10 +34,10 @@ class Ranks:
             monkeypatch.setattr(ray.train, name, getattr(self, name))
         monkeypatch.setattr(ray, "get", lambda value: value)
         monkeypatch.setattr(torch.distributed, "all_reduce", self.all_reduce)
-        monkeypatch.setattr(updates, "choose_device", lambda: torch.device("cpu"))
-        monkeypatch.setattr(updates, "gradient_group", lambda device, seconds: None)
+        monkeypatch.setattr(train_loop, "choose_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(train_loop, "gradient_group", lambda device, seconds: None)
 
-    def train(self, kind: type[updates.Run], job: Training, world: int) -> list[int]:
+    def train(self, kind: type[train_loop.Run], job: Training, world: int) -> list[int]:
         """Let so many ranks train from the last checkpoint on; the steps that each has done."""
         self.world, self.slots = world, [torch.zeros(())] * world
         self.barrier = threading.Barrier(world, timeout=120)

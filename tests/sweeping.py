@@ -7,7 +7,7 @@ import time
 
 import ray
 
-from diffitm.distributed.sweep import KINDS, run
+from diffitm.commands.sweep import KINDS, run
 from diffitm.sweep.options import read_sweep
 
 PATIENCE = 180.0

@@ -26,12 +26,12 @@ from pyarrow import parquet
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffitm import storage
-from diffitm.matching.schedule import NoiseSchedule
+from diffitm.core import storage
+from diffitm.core.schema import SCORES
 from diffitm.models.denoiser import Condition, Denoiser
-from diffitm.schema import SCORES
+from diffitm.models.noise_schedule import NoiseSchedule
 from diffitm.shapes.architecture import LENGTH, write_tokenizer
-from diffitm.store import Store
+from diffitm.store.score_store import Store
 
 WIDTH = 32
 POOLED = 24

@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 
 import ray
 
+from diffitm.commands.stages.score import _block_rows, score
+from diffitm.core.schema import Work
 from diffitm.distributed import session
-from diffitm.distributed.score import _block_rows, score
-from diffitm.models.load import resolve
-from diffitm.pairs import write_examples
-from diffitm.resume import finish, open_work
-from diffitm.scorers import DiffusionSpec
-from diffitm.scoring import Scorer, Work
+from diffitm.models.loading import resolve
+from diffitm.scoring.scorer import Scorer
+from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import write_world
-from diffitm.store import open_store
+from diffitm.store.pair_table import write_examples
+from diffitm.store.score_store import open_store
+from diffitm.store.work_table import finish, open_work
 from diffitm.tasks.clevr import Clevr
 from tests.faults import sleeping
 from tests.faults.sleeping import SleepSpec

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 
+from diffitm.core.errors import InputError, Unavailable
+from diffitm.core.outside import is_cuda_error, is_transient
 from diffitm.distributed.attempts import RETRIES, SHORT, Place, Verdict
-from diffitm.errors import InputError, Unavailable
-from diffitm.outside import is_cuda_error, is_transient
 
 STARTS = 1 + RETRIES  # tries of an actor to build its worker
 Worker = Callable[[pa.Table], pa.Table]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from diffitm.errors import InputError
+from diffitm.core.errors import InputError
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from diffitm import storage
+from diffitm.core import storage
+from diffitm.core.provenance import fingerprint
 from diffitm.distributed.session import Pool
 from diffitm.distributed.stages import Stage, run_stage
-from diffitm.provenance import fingerprint
 
 BLOCKS_PER_ACTOR = 8
 # A group: names of its items, the first of which has the position `start`, and what is true for each.

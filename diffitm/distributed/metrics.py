@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from diffitm.summary import Done
+from diffitm.store.run_summary import Done
 
 TAGS = ("model",)
 COUNTERS = {

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import ray
 
-from diffitm.errors import InputError
+from diffitm.core.errors import InputError
 
 log = logging.getLogger("diffitm")
 MOST = 20  # groups of workers in a row that end before a new checkpoint, whatever ended them

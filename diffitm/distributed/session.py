@@ -25,7 +25,7 @@ import ray.data
 from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from diffitm.errors import InputError
+from diffitm.core.errors import InputError
 
 log = logging.getLogger("diffitm")
 T = TypeVar("T")

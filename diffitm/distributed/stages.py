@@ -18,13 +18,13 @@ from pyarrow.fs import FileSystem
 from ray.data import ActorPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
 
-from diffitm import storage
+from diffitm.core import storage
+from diffitm.core.errors import InputError, Unavailable
 from diffitm.distributed.actors import StageActor, WorkerSpec
 from diffitm.distributed.attempts import RETRIES, Attempts, Trouble
 from diffitm.distributed.progress import Watch, clock
 from diffitm.distributed.session import Pool, standing, start_here
-from diffitm.errors import InputError, Unavailable
-from diffitm.resume import mend
+from diffitm.store.work_table import mend
 
 log = logging.getLogger("diffitm")
 FILTER_MEMORY = 128 * 2**20

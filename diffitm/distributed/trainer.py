@@ -1,139 +1,180 @@
-"""One group of workers of Ray Train, from its start to its end, and how long it may wait for what."""
+"""Train on Ray Train with workers that come and go, and tell the driver's log what they do."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import re
-from dataclasses import dataclass
-from importlib import import_module
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import ray
-import ray.train
-from ray.exceptions import RayActorError
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    WorkerGroupError,
-)
-
+from diffitm.core import storage
+from diffitm.core.config import ON_RAY
+from diffitm.core.errors import InputError
+from diffitm.distributed.monitor import Line, Monitor
 from diffitm.training.job import Training
+from diffitm.training.options import span
+from diffitm.training.row_table import RowsFile, digest_of, write_rows
+from diffitm.training.rows import Row
+from diffitm.training.run_folder import CHECKPOINTS
+from diffitm.training.tracking import Curves
 
 if TYPE_CHECKING:
-    from pyarrow import fs
+    from ray.train import Result
 
-KEPT = 2  # checkpoints
-# Seconds that one worker may wait for another: for a validation whose examples are slow to read, or a
-# checkpoint on a slow disk. Ray sees a worker that is gone far sooner and ends the group.
-EXCHANGE = 24 * 3600
-# Seconds from the request for workers to their room, which Places has seen to be there a moment before.
-# When it is gone again the group ends, and Places waits, for as long as it takes.
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
-# Seconds between two looks at the workers; each takes one report, so checkpoints are no closer.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-# A node that goes with notice is as lost as one that goes without: no process to watch for notices.
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-# The others stay as they are: a worker that does not answer for 10 minutes is taken for dead
-# (RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S), reports wait for each other without a bound.
+log = logging.getLogger("diffitm")
+NOT_SETTINGS = {  # the weights do not depend on these options
+    *ON_RAY,
+    *("out", "workers", "cpus_per_worker", "gpus_per_worker", "retries", "preset"),
+    *("cache_latents", "track", "gradient_checkpointing"),
+    *("checkpoint_every", "log_every", "measure_every"),
+}
+
+
+def settings_of(config: Any, **more: Any) -> dict[str, Any]:
+    """The options that the weights depend on, without keys and queries of URIs, and what else they
+    do."""
+    found = {k: v for k, v in asdict(config).items() if k not in NOT_SETTINGS}
+    return {k: storage.title(v) if isinstance(v, str) else v for k, v in found.items()} | more
+
+
+def hand_over(out: str, rows: Sequence[Row], kept: Sequence[int]) -> RowsFile:
+    """Write the rows where all workers can read them, once for runs beside each other."""
+    from diffitm.distributed.groups import work_folder
+
+    digest = digest_of(rows, kept)
+    uri = storage.join(work_folder(out, "rows", {"rows": digest}), "rows.parquet")
+    if not storage.exists(uri):
+        write_rows(uri, rows, kept, digest)
+    return RowsFile(uri, digest, len(kept))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the groups of a run have in common: the module with the loop, the job, whether it decodes
-    images, a worker's share of the cluster, its processors if they were given, and where checkpoints
-    go."""
+class Workers:
+    """How many training processes, from `least` to `most`, what each takes, and how often a group of them
+    may end other than by the loss of a node."""
 
-    module: str
-    job: Training
-    decodes: bool
-    share: dict[str, float]
-    processors: float | None
-    name: str
-    folder: str
-    filesystem: fs.FileSystem
+    least: int
+    most: int
+    cpus: float | None
+    gpus: float | None
+    retries: int
 
 
-def run_group(plan: Plan, workers: int, monitor: Any) -> ray.train.Result:
-    """Train with so many workers from the last checkpoint on, until the loop returns.
+def workers_of(config: Any) -> Workers:
+    """What the options ask for."""
+    taken = (config.cpus_per_worker, config.gpus_per_worker)
+    return Workers(*span(config.workers), *taken, config.retries)
 
-    Raises TrainingFailedError or RayError once a worker is gone: whether another group follows is not
-    for Ray to say, as it takes the loss of a node for a failure of the run.
+
+def fit(
+    module: str,
+    job: Training,
+    workers: Workers,
+    name: str,
+    curves: Curves,
+    out: str,
+    describe: Callable[[Line], str],
+    decodes: bool = True,
+) -> tuple[Result, dict[str, int]]:
+    """Run the module's `loop` on the workers; it goes on from the last checkpoint of OUT/train/<name>.
+    Its result and the unreadable images. `describe` puts a line's values into words; `decodes`: the
+    loop reads images.
+
+    Raises InputError if the loop ended the run, or if workers were lost too often.
     """
-    from ray.train.torch import TorchConfig, TorchTrainer
+    import ray
 
-    settings = {
-        "module": plan.module,
-        "job": pickle.dumps(plan.job),
-        "monitor": monitor,
-        "decodes": plan.decodes,
-        "processors": plan.processors,
-    }
-    return TorchTrainer(
-        _loop,
-        train_loop_config=settings,
-        # What lies in memory is exchanged by gloo, whatever the workers compute on.
-        torch_config=TorchConfig(backend="gloo", timeout_s=EXCHANGE),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu="GPU" in plan.share, resources_per_worker=plan.share
-        ),
-        run_config=RunConfig(
-            name=plan.name,
-            storage_path=plan.folder,
-            storage_filesystem=plan.filesystem,
-            failure_config=FailureConfig(
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-            ),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
-        ),
-    ).fit()
+    from diffitm.distributed import session
+    from diffitm.distributed.capacity import Places
+    from diffitm.distributed.elastic import Relay
+    from diffitm.distributed.progress import Watch
+    from diffitm.distributed.worker_group import Plan
 
+    cpus, gpus = share(workers)
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    monitor = session.start_here(Monitor)
+    found, folder = storage.filesystem(storage.join(out, CHECKPOINTS))
+    found.create_dir(folder, recursive=True)
+    plan = Plan(module, job, decodes, bundle, workers.cpus, name, folder, found)
+    sizes = (f"{job.rows.usable:,}", f"{job.steps:,}", job.size * job.micro)
+    log.info("%s rows, %s updates of %d examples", *sizes)
+    lines = _Lines(job.steps, curves, describe)
+    places = Places(bundle, *_useful(workers, job))
+    relay = Relay(plan, places, monitor, workers.retries)
 
-def _loop(settings: dict[str, Any]) -> int | None:
-    """What Ray Train calls on each worker; the updates that are done. Ray's controller has no use for the
-    modules of the loop and the job, which take seconds to import."""
-    if settings["decodes"]:
-        from diffitm.training.loading import prepare_processes
+    def look(told: list[Line]) -> None:
+        lines.tell(told)
+        relay.look()
 
-        prepare_processes()
-    job = pickle.loads(settings["job"])
-    return import_module(settings["module"]).loop({**settings, "job": job})
-
-
-def describe_end(error: Exception, places: dict[int, tuple[str, str]]) -> str:
-    """What ended a group, in a line: the worker that is gone, else the first that failed, and where it
-    was (`places` by rank)."""
-    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    if not failures:
-        cause = getattr(error, "controller_failure", error)
-        return f"{type(cause).__name__}: {_last_line(cause)}"
-    gone = [rank for rank, e in failures.items() if _is_gone(e)]
-    rank = min(gone or failures)
-    where = f" on {places[rank][1]}" if rank in places else ""
-    failure = failures[rank]
-    kind = "" if _is_gone(failure) else f"{type(failure).__name__}: "
-    return f"worker {rank}{where}: {kind}{_last_line(failure)}"
+    try:
+        with Watch(monitor, look, standing=places.standing):
+            result = relay.to_end()
+        lost, stopped = ray.get(monitor.end.remote())
+        lines.tell(ray.get(monitor.read.remote()))
+    finally:
+        places.close()
+        curves.close()
+    if stopped is not None:
+        intact = f"; the checkpoints of {folder}/{name} are intact" if result.checkpoint else ""
+        raise InputError(stopped + intact)
+    if result.checkpoint is None:
+        raise InputError(f"{out}: the run left no checkpoint")
+    return result, lost
 
 
-def has_no_room(error: Exception) -> bool:
-    """Whether the group did not start because the room for it has gone again."""
-    cause = getattr(error, "controller_failure", None)
-    return type(cause).__name__ == "WorkerGroupStartupTimeoutError"
+def _useful(workers: Workers, job: Training) -> tuple[int, int]:
+    """How many workers, at least and at most, have something to do."""
+    if workers.most > job.micro:
+        log.warning(
+            "--workers %d: an update has %d micro-batches, so no more workers than that are used; a "
+            "smaller --batch-size makes more",
+            *(workers.most, job.micro),
+        )
+    return min(workers.least, job.micro), min(workers.most, job.micro)
 
 
-def is_own_error(error: Exception) -> bool:
-    """Whether the loop raised it, so that its traceback tells more than the end of a process does."""
-    return isinstance(error, WorkerGroupError) and not any(
-        map(_is_gone, error.worker_failures.values())
-    )
+def share(workers: Workers) -> tuple[float, float]:
+    """Processors and GPUs of a worker. Raises InputError if the least number of workers does not fit,
+    and warns where the cluster may grow."""
+    from diffitm.distributed import session
+
+    total, gpus = session.resources(), workers.gpus
+    if gpus is None:
+        gpus = 1.0 if total.get("GPU", 0) else 0.0
+    cpus = workers.cpus or 1.0
+    for each, key, what in ((cpus, "CPU", "processors"), (gpus, "GPU", "GPUs")):
+        if workers.least * each > total.get(key, 0):
+            has = f"the cluster has {total.get(key, 0):g}"
+            session.refuse(f"--workers {workers.least} with {each:g} {what} each: {has}")
+    return cpus, gpus
 
 
-def _is_gone(error: Exception) -> bool:
-    return isinstance(getattr(error, "health_check_failure", error), RayActorError)
+class _Lines:
+    """Logs what the workers tell, and shows it as curves."""
+
+    def __init__(self, steps: int, curves: Curves, describe: Callable[[Line], str]) -> None:
+        self.steps, self.curves, self.describe = steps, curves, describe
+
+    def tell(self, lines: list[Line]) -> None:
+        from diffitm.distributed.progress import clock
+
+        for line in lines:
+            self.curves.add(line)
+            step = int(line["step"])
+            if "loss" not in line:
+                log.info("update %d: %s", step, measured(line))
+                continue
+            left = (self.steps - step) / max(step, 1)
+            log.info(
+                "update %d of %d: %s; %.1f examples/s, %.0f%% waiting%s",
+                *(step, self.steps, self.describe(line)),
+                *(line["examples_per_second"], 100 * line["waiting"]),
+                f", {clock(left * step * line['seconds_per_update'])} left" if left else "",
+            )
 
 
-def _last_line(error: Any) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"\s+", " ", lines[-1])[:400] if lines else type(error).__name__
+def measured(line: Line) -> str:
+    """What a validation measured, in words."""
+    told = [f"{k[9:]} {100 * v:.1f}%" for k, v in line.items() if k.startswith("accuracy/")]
+    told += [f"{k.replace('_', ' ')} {v:.4f}" for k, v in line.items() if "reconstruction" in k]
+    return ", ".join(told)

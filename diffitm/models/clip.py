@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
-import numpy as np
 import open_clip
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.nn.functional import normalize
 
-from diffitm import storage
-from diffitm.errors import InputError, Unavailable, suggest
-from diffitm.matching.batch import Batch
-from diffitm.matching.cache import TextCache
-from diffitm.models.copies import content_digest, on_disk
-from diffitm.models.hub import Weights, fetch, needed
-from diffitm.models.load import SHAPES, from_hub
-from diffitm.outside import is_transient, patiently
-from diffitm.scoring import TEXT_CACHE_BYTES, Work, load_images, similarity_lines
+from diffitm.core import storage
+from diffitm.core.errors import InputError, Unavailable, suggest
+from diffitm.core.outside import is_transient, patiently
+from diffitm.models.hub_weights import Weights, fetch, needed
+from diffitm.models.loading import SHAPES, from_hub
+from diffitm.models.weight_cache import content_digest, on_disk
 
 log = logging.getLogger("diffitm")
 # What open_clip lets through for a name, a config or a file that it cannot use.
@@ -256,59 +248,3 @@ def _positions(file: str) -> list[int] | None:
             return weights.get_slice(key).get_shape() if key in set(weights.keys()) else None
     found = open_clip.factory.load_state_dict(file, weights_only=True).get(key)
     return None if found is None else list(found.shape)
-
-
-class ClipScorer:
-    """Cosine similarity of image and text; every image and text encoded once.
-
-    Raises InputError if the weights of a source cannot be loaded.
-    """
-
-    def __init__(
-        self,
-        source: ClipSource | LoadedClip,
-        root: str,
-        device: str = "cpu",
-        batch_size: int = 64,
-        text_cache_bytes: int = TEXT_CACHE_BYTES,
-    ) -> None:
-        self.root, self.device = root, torch.device(device)
-        self.cost = 1
-        loaded = source if isinstance(source, LoadedClip) else load_clip(source, device)
-        self.model, self.preprocess, self.tokenizer = loaded
-        self.texts = TextCache(self.encode_texts, text_cache_bytes, batch_size)
-        self.batches = [Batch(batch_size), self.texts.batch]
-
-    @torch.inference_mode()
-    def encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Unit text embeddings, [B, W]."""
-        tokens = self.tokenizer(list(texts)).to(self.device)
-        return {"embedding": normalize(self.model.encode_text(tokens).float(), dim=-1)}
-
-    @torch.inference_mode()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Unit image embeddings [B, W] of preprocessed pixels [B, 3, H, W]."""
-        return normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1)
-
-    def measure_rate(self) -> float:
-        """See scoring.Scorer: one cosine a pair costs nothing."""
-        return 0.0
-
-    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
-        """See scoring.Scorer."""
-        loaded = load_images(rows, self.root, self.preprocess)
-        pixels = [item.value for item in loaded if item.failure is None]
-
-        def encode(start: int, end: int) -> Tensor:
-            return self.encode_images(torch.stack(pixels[start:end]))
-
-        chunks = list(self.batches[0].run(len(pixels), encode))
-        embedded = itertools.chain.from_iterable(chunks)
-        similarities: list[np.ndarray | None] = []
-        for row, item in zip(rows, loaded, strict=True):
-            if item.failure is not None:
-                similarities.append(None)
-                continue
-            texts = self.texts(row.texts)["embedding"]
-            similarities.append((texts @ next(embedded)).cpu().numpy())
-        return similarity_lines(rows, loaded, similarities)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffitm.errors import InputError
-from diffitm.matching.schedule import NoiseSchedule
+from diffitm.core.errors import InputError
+from diffitm.models.noise_schedule import NoiseSchedule
 
 # What the model is conditioned on, by name; every tensor is [B, ...]. Stable Diffusion needs
 # {"hidden": [B, L, D]}; a model with pooled text adds its own.

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.latent import Folder, LatentDiffusion
+from diffitm.models.latent_diffusion import Folder, LatentDiffusion
 
 
 class Dit(LatentDiffusion):

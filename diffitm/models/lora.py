@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from diffitm import storage
-from diffitm.errors import InputError
-from diffitm.models.copies import on_disk
+from diffitm.core import storage
+from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.weight_cache import on_disk
 
 # diffusers ('unet.<module>.lora_A.weight' or '.lora.down.weight') and PEFT ('base_model.model.<module>...').
 _PLAIN = re.compile(

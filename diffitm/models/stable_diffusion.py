@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.latent import Folder, LatentDiffusion, check_width, sample, tokenize
+from diffitm.models.latent_diffusion import Folder, LatentDiffusion, check_width, sample, tokenize
 
 
 class StableDiffusion(LatentDiffusion):

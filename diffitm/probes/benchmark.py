@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffitm.errors import InputError, suggest
+from diffitm.core.errors import InputError, suggest
 from diffitm.models.clip import ClipSource, LoadedClip, load_clip
 
 PACKAGE = "clip_benchmark"

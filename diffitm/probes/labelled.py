@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from diffitm import images, storage
-from diffitm.errors import InputError
+from diffitm.core import images, storage
+from diffitm.core.errors import InputError
 
 IGNORED = 255
 THREADS = 4

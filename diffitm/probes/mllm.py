@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
-from diffitm.errors import InputError
-from diffitm.registry import load
+from diffitm.core.errors import InputError
+from diffitm.core.registry import load
 
 Measured = tuple[float, float | None, float | None]  # the value and its interval, if it has one
 

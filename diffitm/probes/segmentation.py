@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffitm import images
-from diffitm.errors import InputError
+from diffitm.core import images
+from diffitm.core.errors import InputError
 from diffitm.metrics.intervals import BLOCK, RESAMPLES, no_spread, percentiles, wilson
-from diffitm.models.visual import find_tower, image_side, patch_features
+from diffitm.models.clip_tokens import find_tower, image_side, patch_features
 from diffitm.probes.labelled import IGNORED, THREADS, Pair, read_classes, read_pair, read_split
 from diffitm.probes.linear import at_pixels, fit
 

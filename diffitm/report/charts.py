@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from diffitm.analysis import Count, Curve
+from diffitm.evaluation.diagnostics import Count, Curve
+from diffitm.evaluation.evaluate import Row
 from diffitm.report.table import Line, group_label
-from diffitm.results import Row
 
 # Okabe and Ito's colours: told apart in print and by the colour-blind; patterns where there is none.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")

@@ -13,14 +13,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from diffitm import images, storage
-from diffitm.analysis import Denoising
+from diffitm.core import images, storage
+from diffitm.evaluation.diagnostics import Denoising
+from diffitm.evaluation.evaluate import Comparison, Evaluation
 from diffitm.metrics.figures import SECONDARY
 from diffitm.report import charts
-from diffitm.report.published import LABEL
+from diffitm.report.published_figures import LABEL
 from diffitm.report.table import NOTE, Line, Table
 from diffitm.report.terminal import comparison_texts
-from diffitm.results import Comparison, Evaluation
 
 SHOWN_FAILURES = 200
 MOST_BARS = 30  # groups in one chart; a table holds all

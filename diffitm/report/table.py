@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffitm.evaluation.evaluate import Evaluation, Row
 from diffitm.metrics.figures import Unit
-from diffitm.report.published import LABEL, TIMESTEPS, published
-from diffitm.results import Evaluation, Row
+from diffitm.report.published_figures import LABEL, TIMESTEPS, published
 from diffitm.tasks.mmbias import PUBLISHED_EFFECT
 
 NAIVE, NORMALISED = "diffusion naive", "diffusion normalised"

@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from diffitm.check import State
+from diffitm.evaluation.evaluate import Comparison, Evaluation
 from diffitm.report.table import NOTE, OF_CLIP, Table, group_label, p_text
-from diffitm.results import Comparison, Evaluation
-from diffitm.summary import Summary
+from diffitm.store.run_summary import Summary
+from diffitm.tasks.check import State
 
 WIDTH = 160
 SUMMARY = (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffitm import storage
+from diffitm.core import storage
 from diffitm.shapes.world import COLOURS, SHAPES, Scene, Thing, render, sample_scene
 
 SEED = 7

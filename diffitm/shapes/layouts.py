@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from diffitm import storage
+from diffitm.core import storage
 from diffitm.shapes import probes
 from diffitm.shapes.drawing import SEED, Things, World, absent, exchanged
 from diffitm.shapes.language import Caption, Mention, full, mention, reordered, swapped

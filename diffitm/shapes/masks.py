@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from diffitm import storage
+from diffitm.core import storage
 from diffitm.shapes.drawing import World
 from diffitm.shapes.world import RADIUS, SHAPES, SIZE, Scene, signed_distance
 

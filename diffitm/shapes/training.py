@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 
-from diffitm import storage
+from diffitm.core import storage
 from diffitm.shapes.drawing import Things, World, exchanged
 from diffitm.shapes.language import full, reordered, swapped
 from diffitm.shapes.probes import csv_text

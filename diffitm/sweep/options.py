@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_origin
 
-from diffitm.config import (
+from diffitm.core.config import (
     OnRay,
     convert,
     field_of,
@@ -20,7 +20,7 @@ from diffitm.config import (
     read_yaml,
     types_of,
 )
-from diffitm.errors import InputError, suggest
+from diffitm.core.errors import InputError, suggest
 from diffitm.sweep.space import Axis, read_axis
 
 PAIR = re.compile(r"(?:--)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)

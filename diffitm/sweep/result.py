@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from diffitm import storage
-from diffitm.errors import InputError
-from diffitm.provenance import redact
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.provenance import redact
 from diffitm.sweep.space import Axis, describe
 
 NOTE = "sweep.json"

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from diffitm.config import convert
-from diffitm.errors import InputError
+from diffitm.core.config import convert
+from diffitm.core.errors import InputError
 
 TRIES = 1000  # draws for a setting that is not there yet: whole numbers can run out
 RANGES = ("uniform", "loguniform", "randint")

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+from diffitm.core.schema import Example
 from diffitm.metrics.figures import Decision, Figure, macro, means
-from diffitm.schema import Example
 from diffitm.tasks.base import RetrievalTask, entry
 
 NUMBER = (int, float)

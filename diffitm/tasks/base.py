@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from diffitm import storage
-from diffitm.errors import InputError
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.schema import Example
 from diffitm.metrics.credit import Credit, recall, recall_chance
 from diffitm.metrics.figures import Decision, Figure, means
-from diffitm.schema import Example
-from diffitm.tasks.tables import csv_rows, csv_table
+from diffitm.tasks.csv_files import csv_rows, csv_table
 
 
 class Task(ABC):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from diffitm.schema import Example
+from diffitm.core.schema import Example
 from diffitm.tasks.base import RetrievalTask, is_strings
 
 SUBTASKS = (

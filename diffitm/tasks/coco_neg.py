@@ -7,9 +7,9 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from diffitm.schema import Example
+from diffitm.core.schema import Example
 from diffitm.tasks.base import RetrievalTask, is_strings
-from diffitm.tasks.tables import Malformed
+from diffitm.tasks.csv_files import Malformed
 
 FILE = "valid_neg_clip.tsv"
 FIELDS = ("title", "filepath", "neg_caption", "neg_image")

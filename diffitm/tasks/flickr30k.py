@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from diffitm import storage
-from diffitm.errors import InputError
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.schema import Example
 from diffitm.metrics.credit import LOST, Credit
 from diffitm.metrics.figures import Decision, Figure
 from diffitm.metrics.variance import NAMES, shares
-from diffitm.schema import Example
 from diffitm.tasks.base import RetrievalTask, is_strings
 
 # The published run scores every fifth caption: the first of each image's five.

@@ -9,13 +9,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from diffitm import storage
-from diffitm.errors import InputError
-from diffitm.images import is_image
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.images import is_image
+from diffitm.core.schema import Example
 from diffitm.metrics.bias import association, effect_interval, effect_p, effect_size
 from diffitm.metrics.credit import LOST, Credit
 from diffitm.metrics.figures import Decision, Figure, scored
-from diffitm.schema import Example
 from diffitm.tasks.base import Task, is_strings
 
 PHRASES, IMAGES = "textual_phrases.txt", "data/Images"

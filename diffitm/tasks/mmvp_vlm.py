@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from diffitm import storage
+from diffitm.core import storage
+from diffitm.core.schema import Example
 from diffitm.metrics.credit import Credit, winoground
-from diffitm.schema import Example
 from diffitm.tasks.base import Task
 
 FILE = "Questions.csv"

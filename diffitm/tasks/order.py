@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from diffitm.schema import Example
+from diffitm.core.schema import Example
 from diffitm.tasks.base import RetrievalTask, entry, is_strings
 from diffitm.tasks.perturb import clean, foils
 

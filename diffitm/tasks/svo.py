@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from diffitm import storage
-from diffitm.errors import InputError
-from diffitm.schema import Example
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.schema import Example
 from diffitm.tasks.base import RetrievalTask, entry
 
 PROBES, ROWS = "svo_probes.csv", "svo.json"

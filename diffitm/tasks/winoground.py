@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from pyarrow import parquet
 
-from diffitm import storage
-from diffitm.errors import InputError
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.schema import Example
 from diffitm.metrics.credit import Credit, winoground, winoground_chance
-from diffitm.schema import Example
 from diffitm.tasks.base import Task, entry
 
 FIELDS = ["id", "caption_0", "caption_1", "collapsed_tag", "num_main_preds"]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffitm.models.load import Source
-from diffitm.training.draw import Schedule
-from diffitm.training.objectives import Objective
-from diffitm.training.recap import Recap
-from diffitm.training.table import RowsFile, StoredRows
+from diffitm.models.loading import Source
+from diffitm.training.diva.recap import Recap
+from diffitm.training.lora.objectives import Objective
+from diffitm.training.row_table import RowsFile, StoredRows
+from diffitm.training.sampler import Schedule
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from diffitm.models.clip import ClipSource

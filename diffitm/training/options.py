@@ -1,104 +1,76 @@
-"""Options of pipelines/finetune.py."""
+"""Options that every tuning pipeline has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from diffitm.config import lacking, option, outside
-from diffitm.errors import InputError
-from diffitm.training.objectives import Objective
-from diffitm.training.shared import Shared, shared_problems
+from diffitm.core.config import OnRay, option, outside
+from diffitm.core.errors import InputError
+from diffitm.training.tracking import track_problems
+
+MOST_WORKERS = 10_000
 
 
 @dataclass(frozen=True)
-class Config(Shared):
-    """Options of pipelines/finetune.py."""
+class Shared(OnRay):
+    """Options of an update's size, of checkpoints, workers and the log."""
 
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "diffusionitm": {
-            "objective": "hard-neg",
-            "negatives": "mixed",
-            "clip_over": "microbatch",
-            "batch_size": 4,
-            "effective_batch": 112,
-            "epochs": 8,
-            "validate_every": 500,
-            "validation_examples": 328,
-        },
-        "softneg-sd15": {
-            "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            "objective": "soft-neg",
-            "negatives": "hard-text",
-            "batch_size": 4,
-            "effective_batch": 112,
-            "epochs": 8,
-            "validate_every": 500,
-            "validation_examples": 328,
-        },
-    }
-    model: str = option(
-        "", "diffusion model: shapes, a diffusers folder (or URI of one) or a Hub id"
+    steps: int | None = option(None, "updates of the weights (default: those of --epochs)")
+    epochs: float = option(1.0, "how often each row or image is seen, unless --steps says")
+    effective_batch: int = option(32, "examples or images of an update, over all workers")
+    warmup_steps: int = option(
+        0, "updates until the full learning rate, where the schedule has any"
     )
-    data: str = option(
-        "", "shapes, a data root in COCO's layout, or rows: .tsv, .parquet or WebDataset's .tar"
+    clip_norm: float = option(1.0, "norm that the gradient is clipped to")
+    variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
+    gradient_checkpointing: bool = option(False, "less memory, more time")
+    seed: int = option(0, "of everything that is drawn")
+    scenes: int = option(2000, "scenes that --data shapes draws for training")
+    checkpoint_every: int = option(100, "updates between checkpoints")
+    log_every: int = option(10, "updates between lines of the log")
+    track: list[str] = option([], "wandb, mlflow: trackers of yours that show the log, too")
+    workers: int | str = option(
+        1,
+        "training processes that share an update's micro-batches out: N, or MIN:MAX for as many as "
+        "there is room for while nodes come and go",
     )
-    images: str | None = option(None, "where a file's image paths start (default: its own folder)")
-    out: str = option("out/finetune", "folder or URI for weights, checkpoints and the log")
-    preset: str | None = option(
-        None, "published or planned settings: diffusionitm, softneg-sd15; options given win"
+    cpus_per_worker: float | None = option(
+        None,
+        "processors of a worker (default: it asks for 1, and decodes images on its share of the node)",
     )
-    objective: str = option(
-        "hard-neg", "no-neg, hard-neg, hard-neg-unclipped, relativistic or soft-neg"
-    )
-    lambda_: float = option(1.0, "bound of the wrong pair's error, in errors of the right pair")
-    clip_over: Literal["example", "microbatch"] = option("example", "where the bound holds")
-    guard: Literal["none", "clip", "frozen"] = option("none", "what holds soft-neg's empty text")
-    negatives: Literal["hard-text", "random-text", "hard-image", "mixed"] = option(
-        "mixed", "what wrong pairs are made of, where the objective has any"
-    )
-    draw_negatives: Literal["batch", "example"] = option(
-        "batch", "whether the kind of a mixed negative is drawn for a micro-batch or an example"
-    )
-    batch_size: int = option(8, "examples of a micro-batch, one forward of right and wrong pairs")
-    lr: float = option(1e-4, "learning rate of AdamW")
-    lr_schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = option(
-        "constant", "diffusers' schedules"
-    )
-    weight_decay: float = option(1e-2, "of AdamW")
-    rank: int = option(4, "of the LoRA on every attention projection")
-    ema: float | None = option(None, "decay of averaged weights, which are then the result")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto: bf16 on a GPU, else fp32"
-    )
-    cache_latents: bool = option(
-        False, "encode images and texts once, beforehand, into Parquet below work/ beside OUT"
-    )
-    resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
-    validate_every: int = option(100, "updates between validations; 0 for none")
-    validation_data: str | None = option(
-        None, "data root with coco_neg (default: --data, if it has one)"
-    )
-    validation_examples: int = option(328, "examples of each validation task, evenly spread")
-    validation_timesteps: int = option(4, "timesteps of a validation score")
+    gpus_per_worker: float | None = option(None, "GPUs of a worker (default: 1 if there are any)")
+    retries: int = option(3, "how often workers are replaced that ended other than with their node")
 
 
-def find_problems(config: Config) -> list[str]:
-    """What is wrong with the options, all of it."""
-    found = lacking(config, {"model": "shapes", "data": "shapes"})
+def span(workers: int | str) -> tuple[int, int]:
+    """The least and the most workers of --workers. Raises InputError for what is neither N nor MIN:MAX."""
+    first, colon, last = str(workers).partition(":")
     try:
-        Objective(config.objective, config.lambda_, config.clip_over, config.guard)
+        least, most = int(first), int(last if colon else first)
+    except ValueError:
+        least, most = 0, 0
+    if not 1 <= least <= most <= MOST_WORKERS:
+        raise InputError(
+            f"--workers {workers}: must be a number of processes, or MIN:MAX such as 2:8, from 1 to "
+            f"{MOST_WORKERS} and rising"
+        )
+    return least, most
+
+
+def shared_problems(config: Any) -> list[str]:
+    """What is wrong with them, and with options of one name whose defaults differ."""
+    least: dict[str, float] = {
+        **dict.fromkeys(("batch_size", "effective_batch", "scenes", "steps"), 1),
+        **dict.fromkeys(("checkpoint_every", "log_every"), 1),
+        **dict.fromkeys(("validate_every", "warmup_steps", "retries", "weight_decay"), 0),
+    }
+    found = outside(config, least)
+    try:
+        span(config.workers)
     except InputError as error:
         found.append(str(error))
-    least: dict[str, float] = {
-        **dict.fromkeys(("rank", "validation_examples", "validation_timesteps"), 1),
-    }
-    found += outside(config, least)
-    if config.ema is not None and not 0 < config.ema < 1:
-        found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
-    if config.batch_size > 0 and config.effective_batch % config.batch_size:
-        found.append(
-            f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size "
-            f"{config.batch_size}, the examples of a micro-batch"
-        )
-    return found + shared_problems(config)
+    for name in ("lr", "clip_norm", "epochs"):
+        if not getattr(config, name) > 0:
+            found.append(f"--{name.replace('_', '-')} {getattr(config, name):g}: must be above 0")
+    return found + track_problems(config.track)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 from pyarrow import parquet
 
-from diffitm import storage
-from diffitm.errors import InputError
+from diffitm.core import storage
+from diffitm.core.errors import InputError
 from diffitm.tasks.coco_neg import read_pairs
-from diffitm.tasks.tables import csv_table, malformed_in
+from diffitm.tasks.csv_files import csv_table, malformed_in
 
 # 'none' is what objectives without wrong pairs see.
 NEGATIVES = ("hard-text", "random-text", "hard-image", "mixed", "none")

@@ -8,9 +8,9 @@ import re
 import tarfile
 from collections.abc import Iterator
 
-from diffitm import storage
-from diffitm.errors import InputError
-from diffitm.images import member_of
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.images import member_of
 from diffitm.training.rows import LISTS, Row
 
 IMAGES = ("jpg", "jpeg", "png", "webp")

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffitm import storage
+from diffitm.core import storage
 from diffitm.shapes.layouts import write_world
 from tests import pipeline
 from tests.objects import Objects, reachable, serve

@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 
-from diffitm.errors import InputError, Unavailable
-from diffitm.schema import Work
+from diffitm.core.errors import InputError, Unavailable
+from diffitm.core.schema import Work
 from tests.faults.sleeping import Sleeper, SleepSpec
 
 

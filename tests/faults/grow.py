@@ -1,7 +1,7 @@
 """A traced run on a cluster of Ray's fake provider that has no worker node until there is demand.
 
 `python -m tests.faults.grow OUT TRACE FIGURES ACTORS`. It stops whatever Ray it finds: give it
-namespaces of its own for processes and network, as tests/test_autoscaling_slow.py does.
+namespaces of its own for processes and network, as tests/cluster/test_autoscaling.py does.
 """
 
 from __future__ import annotations

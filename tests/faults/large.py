@@ -21,11 +21,11 @@ from pathlib import Path
 import psutil
 import ray
 
-from diffitm import pairs
+from diffitm.commands.stages.score import score
 from diffitm.distributed import session
-from diffitm.distributed.score import score
-from diffitm.resume import finish, open_work
-from diffitm.store import Store, open_store
+from diffitm.store import pair_table
+from diffitm.store.score_store import Store, open_store
+from diffitm.store.work_table import finish, open_work
 from tests.faults.sleeping import Actor, SleepSpec, examples, read_trace, similarity
 
 CPUS = 0.1  # of an actor; asleep, it needs next to none
@@ -107,7 +107,7 @@ def measure(out: str, spec: SleepSpec, given: argparse.Namespace, address: str) 
     trace.mkdir()
     store = open_store(out, "sleeping", spec.store_config())
     drawn = examples(given.pairs, given.texts)
-    uri, _ = pairs.write_examples("sleeping", drawn, f"{out}/examples", None)
+    uri, _ = pair_table.write_examples("sleeping", drawn, f"{out}/examples", None)
     work = open_work(out, store, [uri], [uri])
     session.connect(address)
     pool = session.choose_pool(given.actors, None, CPUS, given.gpus)

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from diffitm.store import read_store
+from diffitm.store.score_store import read_store
 from tests import pipeline
 from tests.faults.disturb import Disturbed
 from tests.faults.large import check

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffitm.schema import Example, Work
+from diffitm.core.schema import Example, Work
 
 
 class Block(NamedTuple):

@@ -1,0 +1,1 @@
+"""The applications: options to stages to report, one file a command."""

@@ -1,0 +1,339 @@
+"""Teach a CLIP to see detail (DIVA): from images to a tuned CLIP, on Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+from safetensors.torch import load_file, save
+from transformers.utils.logging import disable_progress_bar
+
+from diffitm.commands.entrance import entered
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.provenance import fingerprint, record
+from diffitm.distributed.monitor import Line
+from diffitm.distributed.trainer import fit, hand_over, settings_of, workers_of
+from diffitm.models.clip import ClipSource, load_clip, resolve_clip
+from diffitm.models.clip_export import (
+    stock_name,
+    stock_preprocessing,
+    write_open_clip,
+    write_transformers,
+)
+from diffitm.models.loading import Source, check_loadable, resolve
+from diffitm.tasks.registry import find_task
+from diffitm.training.diva.options import Config, find_problems, micro_batch
+from diffitm.training.diva.recap import parse_recap
+from diffitm.training.diva.step import PROJECTION, load_tower
+from diffitm.training.image_pool import Paths, in_folder, in_parquet, in_shard, split
+from diffitm.training.job import DivaJob, Validation
+from diffitm.training.row_table import RowsFile, StoredRows
+from diffitm.training.run_folder import (
+    PICTURES,
+    WEIGHTS,
+    check_complete,
+    open_run,
+    refusable,
+    write_log,
+    write_note,
+)
+from diffitm.training.tracking import Curves
+from diffitm.training.webdataset import is_webdataset, shards
+
+log = logging.getLogger("diffitm")
+Lost = dict[str, int]
+LOOP = "diffitm.commands.workers.diva"
+READ = ("teacher", "clip", "data", "validation_data")  # options whose paths workers read
+LISTING = 2  # grows when the same shards would be listed otherwise
+LISTED = pa.schema(
+    [("shard", pa.string()), ("found", pa.list_(pa.string())), ("failure", pa.string())]
+)
+
+
+def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
+    """Train, and write the tuned CLIP to OUT and OUT/transformers. `listen` gets every line of the log.
+
+    Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
+    the end if images or shards could not be read.
+    """
+    problems = find_problems(config)
+    if problems:
+        raise InputError("\n".join(problems))
+    out = storage.absolute(config.out)
+    read = [(f"--{n.replace('_', '-')}", getattr(config, n)) for n in READ]
+    read.append(("--clip", config.clip.partition(":")[2]))
+    # A sweep, which listens, holds what its trials write to.
+    with entered(config, out, read) if listen is None else contextlib.nullcontext():
+        _run(config, out, listen)
+
+
+def _run(config: Config, out: str, listen: Callable[[Line], None] | None) -> None:
+    """See run, with OUT held."""
+    job, settings, lost = settle(config)
+    known = open_run(out, settings)
+    if known.done:
+        log.info("%s holds this run already; give another --out to train again", out)
+        check_complete(out)
+        return
+    name = fingerprint(settings)[:12]
+    with refusable(out):
+        if config.cache_latents:
+            job = cached(job, out)
+        curves = Curves(config.track, storage.public(out), known.key, settings, listen)
+        result, unread = fit(LOOP, job, workers_of(config), name, curves, out, _describe)
+    lost |= unread
+    with result.checkpoint.as_directory() as folder:
+        reason, preprocessing = _write_clip(Path(folder), job.tower, out)
+        progress = write_log(Path(folder), record(asdict(config)), lost, out)
+    write_note(out, settings, replace(known, done=True))
+    _tell(config, job.tower, out, reason, preprocessing, progress["history"])
+    check_complete(out)
+
+
+def settle(config: Config) -> tuple[DivaJob, dict[str, Any], Lost]:
+    """What the workers do, the settings that the weights depend on, and shards read in part only.
+
+    Raises InputError for bad input.
+    """
+    out = storage.absolute(config.out)
+    teacher, clip = resolve(config.teacher, "--teacher"), resolve_clip(config.clip)
+
+    from diffitm.commands.weights import share
+    from diffitm.distributed import session
+
+    root, valid = _roots(config, out)
+    check = _validation(config, valid)
+    given, lost = storage.absolute(config.data), Lost()
+    paths = [] if is_webdataset(given) else _images(config, root)
+    session.connect(config.ray, verbose=config.verbose)
+    work = storage.join(storage.parent(out), "work")
+    teacher, clip = share(teacher, work, config.variant), share(clip, work)
+    check_loadable(teacher, [])
+    if is_webdataset(given):
+        paths, lost = _in_shards(shards(given), out)
+    trained, held = split(paths, config.max_images, config.held_out)
+    rows = hand_over(out, Paths(trained), range(len(trained)))
+    job = _job(config, teacher, clip, root, rows, held, check, session.gpus())
+    settings = settings_of(
+        config,
+        pipeline="diva.py",
+        teacher_weights=teacher.digest,
+        clip_weights=clip.digest,
+        images=fingerprint([trained, held]),
+        dtype=job.dtype,
+    )
+    return job, settings, lost
+
+
+def _roots(config: Config, out: str) -> tuple[str, str | None]:
+    """Where images start, and the root that is validated on."""
+    valid = storage.absolute(config.validation_data) if config.validation_data else None
+    if config.data == "shapes":
+        from diffitm.shapes.training import VERSION, write_training
+
+        root = storage.join(
+            storage.parent(out), "work", f"shapes-training-{config.scenes}-v{VERSION}"
+        )
+        write_training(root, config.scenes)
+        return storage.join(root, "coco", "train"), valid
+    given = storage.absolute(config.data)
+    is_file = is_webdataset(given) or storage.bare(given).endswith(".parquet")
+    return storage.parent(given) if is_file else given, valid
+
+
+def _images(config: Config, root: str) -> list[str]:
+    """References of all images below the root that are not in shards."""
+    given = storage.absolute(config.data)
+    if config.data != "shapes" and storage.bare(given).endswith(".parquet"):
+        return in_parquet(given, storage.bare(given).rpartition("/")[2])
+    return in_folder(root)
+
+
+def _in_shards(names: list[str], out: str) -> tuple[list[str], Lost]:
+    """What the shards hold, and those that could be read in part only; listed once for runs beside
+    each other. Raises InputError if they hold no image."""
+    from diffitm.distributed.groups import work_folder
+
+    state = {
+        "version": LISTING,
+        "shards": [storage.title(name) for name in names],
+        "files": storage.versions(names),
+    }
+    file = storage.join(work_folder(out, "listing", state), "listing.parquet")
+    if not storage.exists(file):
+        sink = pa.BufferOutputStream()
+        parquet.write_table(_list_shards(names), sink)
+        storage.write_bytes(file, sink.getvalue().to_pybytes())
+    found, path = storage.filesystem(file)
+    lines = parquet.read_table(path, filesystem=found).to_pylist()
+    lost = {line["failure"]: 1 for line in lines if line["failure"] is not None}
+    for failure in lost:
+        log.warning("%s; its images before that are used", failure)
+    references = [reference for line in lines for reference in line["found"]]
+    if not references:
+        raise InputError(f"--data: {names[0]} and the other shards hold no image")
+    return references, lost
+
+
+def _list_shards(names: list[str]) -> pa.Table:
+    """A row a shard, each by a task of Ray Data."""
+    import ray.data
+
+    def listed(table: pa.Table) -> pa.Table:
+        lines = [(shard, *in_shard(shard)) for shard in table["shard"].to_pylist()]
+        columns = zip(*lines, strict=True)
+        return pa.table(dict(zip(("shard", "found", "failure"), columns, strict=True)), LISTED)
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    blocks = ray.data.from_arrow(pa.table({"shard": names})).repartition(len(names))
+    lines = blocks.map_batches(listed, batch_size=None, batch_format="pyarrow").take_all()
+    return pa.Table.from_pylist(sorted(lines, key=lambda line: line["shard"]), LISTED)
+
+
+def _validation(config: Config, root: str | None) -> Validation | None:
+    """Raises InputError if a task is unknown or its files are not there."""
+    if root is None or not config.validate_every:
+        return None
+    for name in config.validation_tasks:
+        if next(iter(find_task(name)().examples(root)), None) is None:
+            raise InputError(f"--validation-data {root}: holds no example of {name}")
+    tasks = tuple(config.validation_tasks)
+    return Validation(root, tasks, config.validate_every, config.validation_examples)
+
+
+def _job(
+    config: Config,
+    teacher: Source,
+    clip: ClipSource,
+    root: str,
+    rows: RowsFile,
+    held: list[str],
+    check: Validation | None,
+    gpus: float,
+) -> DivaJob:
+    """The settings that travel to the workers. Raises InputError where images are too few."""
+    per_epoch = rows.usable // config.effective_batch
+    if per_epoch == 0:
+        raise InputError(
+            f"--effective-batch {config.effective_batch}: there are only {rows.usable:,} images"
+        )
+    steps = config.steps or max(1, round(config.epochs * per_epoch))
+    if config.projection_steps >= steps:
+        raise InputError(
+            f"--projection-steps {config.projection_steps}: leaves CLIP none of the {steps} updates"
+        )
+    size = micro_batch(config)
+    on_gpu = gpus > 0 if config.gpus_per_worker is None else config.gpus_per_worker > 0
+    return DivaJob(
+        source=teacher,
+        variant=config.variant,
+        dtype=config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
+        rows=rows,
+        root=root,
+        size=size,
+        micro=config.effective_batch // size,
+        steps=steps,
+        optimizer=config.optimizer,
+        rate=config.lr,
+        schedule=config.lr_schedule,
+        warmup=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        clip=config.clip_norm,
+        checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every,
+        validation=check,
+        latents=None,
+        tower=clip,
+        projection_rate=config.projection_lr or config.lr,
+        projection_steps=config.projection_steps,
+        recap=parse_recap(config.recap),
+        prompt=config.prompt,
+        add=config.add_prompt,
+        repeats=config.repeats,
+        reduce=config.repeats_reduce,
+        crop=config.crop_scale,
+        held=held,
+        measure_every=config.measure_every,
+    )
+
+
+def _try(job: DivaJob, device: str) -> None:
+    """On a worker: whether CLIP, teacher, recap and text fit, before hours go into latents."""
+    from diffitm.commands.workers.diva import build
+
+    build(job, device)
+
+
+def cached(job: DivaJob, out: str) -> DivaJob:
+    """The job with its images encoded for the teacher beforehand."""
+    from diffitm.commands.stages.encode import Encoder, encode
+    from diffitm.distributed import session
+
+    pool = session.choose_pool(None, None, None, None)
+    encoder = Encoder(job.source, job.variant, job.dtype, job.root, "squash")
+    images = sorted(row.image for row in StoredRows(job.rows))
+    first = partial(session.ask, pool.cpus, pool.gpus, _try, job, pool.device)
+    return replace(job, latents=encode(out, "image", images, encoder, pool, first))
+
+
+def _write_clip(
+    checkpoint: Path, source: ClipSource, out: str
+) -> tuple[str | None, dict[str, Any]]:
+    """The tuned CLIP for open_clip and transformers, the projection, the picture. Why transformers
+    has no form for it, if so; what open_clip needs beside its name."""
+    disable_progress_bar()  # of transformers, for a file of a second
+    weights = load_file(checkpoint / WEIGHTS)
+    clip = load_clip(source).model
+    load_tower(clip, weights)
+    write_open_clip(clip, source, out)
+    reason = write_transformers(clip, source, storage.join(out, "transformers"))
+    projection = {k: v for k, v in weights.items() if k.startswith(PROJECTION)}
+    storage.write_bytes(storage.join(out, "projection.safetensors"), save(projection))
+    picture = checkpoint / PICTURES
+    if picture.exists():
+        storage.write_bytes(storage.join(out, PICTURES), picture.read_bytes())
+    return reason, stock_preprocessing(clip)
+
+
+def _tell(
+    config: Config,
+    clip: ClipSource,
+    out: str,
+    reason: str | None,
+    preprocessing: dict[str, Any],
+    history: list[Line],
+) -> None:
+    """What came out, and the command that compares it."""
+    errors = [line["reconstruction"] for line in history if "reconstruction" in line]
+    blind = [e for line in history if (e := line.get("reconstruction_without_tokens")) is not None]
+    if errors:
+        text = "reconstruction error of held-out images: %.4f at first, %.4f now%s"
+        without = f"; {blind[0]:.4f} without tokens" if blind else ""
+        log.info(text, errors[0], errors[-1], without)
+    if reason is not None:
+        log.info("no folder for transformers: %s", reason)
+    print(f"clip {storage.public(out)}")
+    if name := stock_name(clip):
+        given = "".join(f", {key}={value!r}" for key, value in preprocessing.items())
+        text = "open_clip loads the weights as %s, pretrained='open_clip_model.safetensors'%s"
+        log.info(text, name, given)
+    if "://" not in out:
+        data = "shapes" if config.data == "shapes" else "DATA"
+        command = ["--clip", out, config.clip, "--data", data]
+        print(f"compare python pipelines/gdbench.py {shlex.join(command)}")
+
+
+def _describe(line: Line) -> str:
+    return f"loss {line['loss']:.4f}, gradient {line['norm']:.3f}"

@@ -1,0 +1,222 @@
+"""Tune a diffusion model for matching: from rows with negatives to LoRA weights, on Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from diffitm.commands.entrance import entered
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.provenance import fingerprint, record
+from diffitm.distributed.monitor import Line
+from diffitm.distributed.trainer import fit, hand_over, settings_of, workers_of
+from diffitm.models.loading import Source, check_loadable, resolve
+from diffitm.training.job import Job, Validation
+from diffitm.training.lora.objectives import Objective
+from diffitm.training.lora.options import Config, find_problems
+from diffitm.training.row_table import RowsFile, StoredRows
+from diffitm.training.rows import drop_equal, images_of, read_rows, texts_of, told, usable
+from diffitm.training.run_folder import check_complete, open_run, refusable, write_result
+from diffitm.training.tracking import Curves
+from diffitm.training.webdataset import is_webdataset, read_shards
+
+log = logging.getLogger("diffitm")
+TRAIN, VALID = "coco_neg/train_neg_clip.tsv", "coco_neg/valid_neg_clip.tsv"
+LOOP = "diffitm.commands.workers.lora"
+TASKS = ("coco_neg_text", "coco_neg_image")
+READ = ("model", "data", "images", "validation_data")  # options whose paths workers read
+
+
+def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
+    """Train, and write OUT/pytorch_lora_weights.safetensors. `listen` gets every line of the log.
+
+    Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
+    the end if images could not be read.
+    """
+    problems = find_problems(config)
+    if problems:
+        raise InputError("\n".join(problems))
+    out = storage.absolute(config.out)
+    read = [(f"--{n.replace('_', '-')}", getattr(config, n)) for n in READ]
+    # A sweep, which listens, holds what its trials write to.
+    with entered(config, out, read) if listen is None else contextlib.nullcontext():
+        _run(config, out, listen)
+
+
+def _run(config: Config, out: str, listen: Callable[[Line], None] | None) -> None:
+    """See run, with OUT held."""
+    job, settings, valid = settle(config)
+    known = open_run(out, settings)
+    if known.done:
+        log.info("%s holds this run already; give another --out to train again", out)
+        check_complete(out)
+        return
+    name = fingerprint(settings)[:12]
+    with refusable(out):
+        if config.cache_latents:
+            job = cached(job, out)
+        curves = Curves(config.track, storage.public(out), known.key, settings, listen)
+        decodes = job.latents is None
+        result, lost_images = fit(
+            LOOP, job, workers_of(config), name, curves, out, _describe, decodes
+        )
+    with result.checkpoint.as_directory() as folder:
+        provenance = record(asdict(config))
+        ended = write_result(Path(folder), job.rank, settings, known, provenance, lost_images, out)
+    if job.validation is not None:
+        means = (100 * ended["best"], 100 * ended["base"])
+        text = "best at update %d: %.1f%% on validation, before training %.1f%%"
+        log.info(text, ended["best_step"], *means)
+    weights = storage.join(out, "pytorch_lora_weights.safetensors")
+    print(f"weights {storage.public(weights)}")
+    if "://" not in out:
+        command = ["--model", config.model, "--lora", "none", weights]
+        if config.data != "shapes" and valid is not None:
+            command += ["--data", valid, "--tasks", *TASKS]
+        print(f"compare python pipelines/gdbench.py {shlex.join(command)}")
+    check_complete(out)
+
+
+def settle(config: Config) -> tuple[Job, dict[str, Any], str | None]:
+    """What the workers do, the settings that the weights depend on, and the root of validation.
+
+    Raises InputError for bad input.
+    """
+    out = storage.absolute(config.out)
+    source = resolve(config.model)
+    rows_file, root, valid = _data(config, out)
+    reader = read_shards if is_webdataset(rows_file) else read_rows
+    rows, equal = drop_equal(reader(rows_file))
+    if equal:
+        log.warning("%s: left out %s negatives that equal their row's own", rows_file, f"{equal:,}")
+    objective = Objective(config.objective, config.lambda_, config.clip_over, config.guard)
+    negatives = config.negatives if objective.has_wrong_pairs else "none"
+    kept, lost = usable(rows, negatives, rows_file)
+    if lost:
+        log.warning("%s: left out %s", rows_file, told(lost))
+
+    from diffitm.commands.weights import share
+    from diffitm.distributed import session
+
+    session.connect(config.ray, verbose=config.verbose)
+    source = share(source, storage.join(storage.parent(out), "work"), config.variant)
+    check_loadable(source, [])
+    file = hand_over(out, rows, kept)
+    job = _job(config, source, objective, negatives, file, root, valid, session.gpus())
+    settings = settings_of(
+        config, pipeline="finetune.py", weights=source.digest, rows=file.digest, dtype=job.dtype
+    )
+    return job, settings, valid
+
+
+def _data(config: Config, out: str) -> tuple[str, str, str | None]:
+    """The file of rows, where its images start, and the root that is validated on."""
+    if config.data == "shapes":
+        from diffitm.shapes.training import VERSION, write_training
+
+        root = storage.join(
+            storage.parent(out), "work", f"shapes-training-{config.scenes}-v{VERSION}"
+        )
+        write_training(root, config.scenes)
+        return storage.join(root, TRAIN), root, config.validation_data or root
+    given = storage.absolute(config.data)
+    if storage.bare(given).endswith((".tsv", ".parquet", ".tar")):
+        if is_webdataset(given) and config.images:
+            raise InputError(f"--images {config.images}: shards hold their images; leave it out")
+        root = storage.absolute(config.images) if config.images else storage.parent(given)
+        return given, root, config.validation_data
+    file = storage.join(given, TRAIN)
+    if not storage.exists(file):
+        raise InputError(
+            f"--data {config.data}: is neither a .tsv, .parquet or .tar file, nor a folder with {TRAIN}"
+        )
+    known = given if storage.exists(storage.join(given, VALID)) else None
+    return file, given, config.validation_data or known
+
+
+def _job(
+    config: Config,
+    source: Source,
+    objective: Objective,
+    negatives: str,
+    rows: RowsFile,
+    root: str,
+    valid: str | None,
+    gpus: float,
+) -> Job:
+    """The settings that travel to the workers. Raises InputError where rows are too few."""
+    micro = config.effective_batch // config.batch_size
+    per_epoch = rows.usable // config.effective_batch
+    if per_epoch == 0:
+        raise InputError(
+            f"--effective-batch {config.effective_batch}: there are only {rows.usable} usable rows"
+        )
+    validation = None
+    if config.validate_every and valid is not None:
+        if not storage.exists(storage.join(storage.absolute(valid), VALID)):
+            raise InputError(f"--validation-data {valid}: has no {VALID}")
+        validation = Validation(
+            storage.absolute(valid),
+            TASKS,
+            config.validate_every,
+            config.validation_examples,
+            config.validation_timesteps,
+        )
+    elif config.validate_every:
+        log.warning("no --validation-data: the last weights are kept, not the best")
+    on_gpu = gpus > 0 if config.gpus_per_worker is None else config.gpus_per_worker > 0
+    return Job(
+        source=source,
+        variant=config.variant,
+        dtype=config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
+        objective=objective,
+        rows=rows,
+        root=root,
+        resize=config.resize,
+        negatives=negatives,
+        per_example=config.draw_negatives == "example",
+        size=config.batch_size,
+        micro=micro,
+        steps=config.steps or max(1, round(config.epochs * per_epoch)),
+        optimizer="adamw",
+        rate=config.lr,
+        schedule=config.lr_schedule,
+        warmup=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        clip=config.clip_norm,
+        rank=config.rank,
+        ema=config.ema,
+        checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every,
+        validation=validation,
+        latents=None,
+        texts=None,
+    )
+
+
+def cached(job: Job, out: str) -> Job:
+    """The job with its images and texts encoded beforehand."""
+    from diffitm.commands.stages.encode import Encoder, encode
+    from diffitm.distributed import session
+
+    pool = session.choose_pool(None, None, None, None)
+    encoder = Encoder(job.source, job.variant, job.dtype, job.root, job.resize)
+    rows = StoredRows(job.rows)
+    return replace(
+        job,
+        latents=encode(out, "image", images_of(rows), encoder, pool),
+        texts=encode(out, "text", texts_of(rows), encoder, pool),
+    )
+
+
+def _describe(line: Line) -> str:
+    values = (line["loss"], line["right"], line["contrast"], 100 * line["held"])
+    return "loss {:.4f}, E+ {:.4f}, E- {:.4f}, {:.0f}% held".format(*values)

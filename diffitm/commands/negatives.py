@@ -1,0 +1,309 @@
+"""Hard negatives for a captions file: by rule, by a language model, and CLIP's near images.
+
+Each kind is a stage of its own below work/, named by all that it depends on, so that an interrupted
+run goes on and another model or seed does not undo the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from diffitm import negatives
+from diffitm.commands.entrance import entered
+from diffitm.commands.stages import embed, propose
+from diffitm.commands.weights import share
+from diffitm.core import storage
+from diffitm.core.config import OnRay, lacking, option, outside
+from diffitm.core.errors import Incomplete, InputError
+from diffitm.core.provenance import fingerprint, record
+from diffitm.distributed import session
+from diffitm.distributed.groups import work_folder
+from diffitm.distributed.session import Pool
+from diffitm.distributed.stages import whole_files
+from diffitm.negatives import merge, rules
+from diffitm.retrieval import candidate_lists
+from diffitm.retrieval.candidate_lists import FOUND
+from diffitm.training.rows import Row
+
+if TYPE_CHECKING:
+    from diffitm.models.causal_lm import LanguageSource
+    from diffitm.models.clip import ClipSource
+
+log = logging.getLogger("diffitm")
+VERSION = 1  # grows when the same settings would give other negatives
+PROMPT = Path(negatives.__file__).with_name("prompt.txt")
+
+
+@dataclass(frozen=True)
+class Config(OnRay):
+    """Options of pipelines/negatives.py."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "softneg-sd15": {"kinds": ["rules", "llm"], "llm": "meta-llama/Llama-3.1-8B-Instruct"}
+    }
+
+    preset: str | None = option(None, "softneg-sd15: rules and LLaMA, see docs/negatives.md")
+    captions: str = option("", "NegCLIP .tsv, Parquet, or .json with images and captions")
+    out: str = option("", "file to write, .tsv or .parquet; its .info.json lies beside it")
+    kinds: list[Literal["rules", "llm", "images"]] = option(["rules"], "rules, llm, images")
+    llm: str | None = option(None, "kind llm: folder, URI or Hub id of an instruct model")
+    prompt: str | None = option(None, "kind llm: text file with {caption} (default: our own)")
+    temperature: float = option(0.0, "kind llm: 0 takes the likeliest word, above it samples")
+    max_new_tokens: int = option(80, "kind llm: tokens after which an answer is cut off")
+    batch_size: int | None = option(None, "kind llm: prompts of a forward, less to save memory")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "kind llm: auto is bf16 on a GPU, else fp32"
+    )
+    clip: str | None = option(
+        None, "kind images: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs"
+    )
+    images: str | None = option(None, "kind images: folder or URI that image paths start from")
+    near: int = option(3, "kind images: near images of an image")
+    keep_given: bool = option(True, "keep the negatives that the file has already")
+    seed: int = option(0, "of rules, and of samples at a temperature above 0")
+    actors: int | None = option(None, "actors (default: one a GPU, else one a processor)")
+    max_actors: int | None = option(None, "let the pool grow to this many")
+    cpus_per_actor: float | None = option(None, "processors (and threads) of an actor")
+    gpus_per_actor: float | None = option(None, "GPU share of an actor (default: 1 if any)")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was checked before work starts; `places` are image paths below `root`, by image."""
+
+    rows: list[Row]
+    captions: list[str]
+    template: str
+    language: LanguageSource | None
+    clip: ClipSource | None
+    root: str
+    places: dict[str, str]
+
+
+def run(config: Config) -> None:
+    """Make the negatives that are missing and write them with what they are.
+
+    Raises InputError for bad input, before anything is made where that is possible; Incomplete at the
+    end if images could not be read.
+    """
+    _check(config)
+    read = [("--images", config.images), ("--clip", config.clip), ("--llm", config.llm)]
+    read.append(("--clip", (config.clip or "").partition(":")[2]))
+    out = storage.absolute(config.out)
+    with entered(config, out, read, is_file=True):
+        _run(config, out)
+
+
+def _run(config: Config, out: str) -> None:
+    """See run, with OUT held."""
+    given = _read(config)
+    rows, captions = given.rows, given.captions
+    log.info("%s rows, %s captions", f"{len(rows):,}", f"{len(captions):,}")
+    session.connect(config.ray, verbose=config.verbose)
+    work = storage.join(storage.parent(out), "work")
+    language = share(given.language, work) if given.language else None
+    given = replace(given, language=language, clip=share(given.clip, work) if given.clip else None)
+    made: dict[str, dict[str, str]] = {}
+    answers: dict[str, tuple[str, str | None]] = {}
+    if "rules" in config.kinds:
+        made = propose.by_rule(out, captions, config.seed, _pool(config, 0.0))
+    if given.language:
+        answers = _answers(config, given.language, given, out)
+    near, unreadable = _near(config, given, out) if given.clip else ({}, {})
+    check = rules.checker(given.template)
+    done, kinds, rejected = merge.mine(rows, made, answers, near, check)
+    merge.write_rows(out, done, kinds)
+    info = {
+        "sha256": hashlib.sha256(storage.read_bytes(out)).hexdigest(),
+        "rows": len(rows),
+        "captions": len(captions),
+        "negative_captions": dict(Counter(kind for line in kinds for kind in line)),
+        "negative_images": sum(len(row.negative_images) for row in done),
+        "rows_without_negative_caption": sum(not row.negative_captions for row in done),
+        "rows_without_negative_image": sum(not row.negative_images for row in done),
+        "rejected": dict(Counter(f"{item.kind}: {item.reason}" for item in rejected)),
+        "unreadable_images": unreadable,
+        "llm": _told(given.language) if given.language else None,
+        "prompt": given.template if given.language else None,
+        "clip": _told(given.clip) if given.clip else None,
+        "provenance": record(asdict(config)),
+        "rejected_captions": [asdict(item) for item in rejected],
+    }
+    info_uri = _info_uri(out)
+    candidate_lists.write_info(info_uri, info)
+    _tell(info)
+    print(f"  negatives {out}\n  info {info_uri}")
+    if unreadable:
+        text = f"{len(unreadable)} images could not be read; they are listed in {info_uri}"
+        raise Incomplete(text)
+
+
+def _check(config: Config) -> None:
+    """All problems of the options together."""
+    problems = lacking(config, {"captions": "FILE", "out": "FILE.parquet"})
+    for name in ("captions", "prompt", "images"):
+        value = getattr(config, name)
+        if value and not storage.exists(storage.absolute(value)):
+            problems.append(f"--{name}: there is no file or folder {storage.absolute(value)}")
+    if config.out and not storage.bare(config.out).endswith((".tsv", ".parquet")):
+        problems.append(f"--out {config.out}: must end in .tsv or .parquet")
+    out = storage.absolute(config.out)
+    if config.captions and storage.absolute(config.captions) in (out, _info_uri(out)):
+        problems.append(f"--out {config.out}: would replace the captions file {config.captions}")
+    for kind, needed, others in (
+        ("llm", ("llm",), ("prompt",)),
+        ("images", ("clip", "images"), ()),
+    ):
+        asked = kind in config.kinds
+        problems += [
+            f"--kinds {kind} needs --{o}" for o in needed if asked and not getattr(config, o)
+        ]
+        useless = [o for o in (*needed, *others) if getattr(config, o) and not asked]
+        problems += [f"--{o} is for --kinds {kind}, which is not asked for" for o in useless]
+    least: dict[str, float] = {
+        "near": 1,
+        "max_new_tokens": 1,
+        "batch_size": 1,
+        "actors": 1,
+        "max_actors": 1,
+    }
+    least |= {"temperature": 0, "seed": 0, "cpus_per_actor": 0, "gpus_per_actor": 0}
+    problems += outside(config, least)
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _read(config: Config) -> Inputs:
+    """Read and check everything that a run needs."""
+    template = _template(config.prompt)
+    rows = merge.read_pairs(storage.absolute(config.captions))
+    if not config.keep_given:
+        rows = [replace(row, negative_captions=(), negative_images=()) for row in rows]
+    lines = merge.first_lines(rows)
+    if storage.bare(config.out).endswith(".tsv"):
+        for number, row in enumerate(rows):
+            for image in row.negative_images:
+                if image not in lines:
+                    raise InputError(
+                        f"{config.captions}, row {number}: negative image {image!r} is the image of "
+                        "no row, so a .tsv cannot name it; give an --out that ends in .parquet"
+                    )
+    language, clip, root, places = None, None, "", dict[str, str]()
+    if config.llm:
+        from diffitm.models.causal_lm import resolve_language_model
+
+        language = resolve_language_model(config.llm)
+    if config.clip and config.images:
+        from diffitm.models.clip import resolve_clip
+
+        clip, root = resolve_clip(config.clip), storage.absolute(config.images)
+        if len(lines) < 2:
+            raise InputError(f"--captions {config.captions}: near images need two images or more")
+        places = dict(zip(lines, embed.located(root, list(lines)), strict=True))
+    captions = list(dict.fromkeys(row.caption for row in rows))
+    return Inputs(rows, captions, template, language, clip, root, places)
+
+
+def _template(path: str | None) -> str:
+    """The prompt's text. Raises InputError if it has no place for the caption."""
+    uri = storage.absolute(path) if path else str(PROMPT)
+    try:
+        text = storage.read_text(uri).rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompt: {uri} cannot be read: {error}") from error
+    if text.count("{caption}") != 1:
+        found = text.count("{caption}")
+        raise InputError(
+            f"--prompt {uri}: must hold {{caption}} once, where it goes; found {found}"
+        )
+    return text
+
+
+def _info_uri(out: str) -> str:
+    name = storage.bare(out).rpartition("/")[2].rpartition(".")[0]
+    return storage.join(storage.parent(out), f"{name}.info.json")
+
+
+def _told(source: LanguageSource | ClipSource) -> dict[str, Any]:
+    """A model for the .info.json, without keys of URIs."""
+    fields = {k: v for k, v in asdict(source).items() if k != "weights"}
+    return {k: storage.public(v) if isinstance(v, str) else v for k, v in fields.items()}
+
+
+def _pool(config: Config, gpus: float | None) -> Pool:
+    return session.choose_pool(config.actors, config.max_actors, config.cpus_per_actor, gpus)
+
+
+def _answers(
+    config: Config, source: LanguageSource, given: Inputs, out: str
+) -> dict[str, tuple[str, str | None]]:
+    """A language model's answers: caption -> text and problem."""
+    pool = _pool(config, config.gpus_per_actor)
+    if not (pool.gpus or config.actors or config.cpus_per_actor):
+        # One copy of the model with all processors: copies for each would fill the memory.
+        cpus = pool.max_actors * pool.cpus
+        pool = Pool(1, 1, cpus if cpus < 1 else float(int(cpus)), 0.0)
+    dtype = config.dtype if config.dtype != "auto" else ("bf16" if pool.gpus else "fp32")
+    sampling = (config.temperature, config.seed if config.temperature else 0)
+    asked = propose.Question(source, given.template, dtype, *sampling, config.max_new_tokens)
+    return propose.by_model(out, given.captions, asked, config.batch_size, pool)
+
+
+def _near(
+    config: Config, given: Inputs, out: str
+) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
+    """Each image's near images, and the unreadable images with their reasons."""
+    assert given.clip is not None
+    names, pool = list(given.places), _pool(config, config.gpus_per_actor)
+    truth = _related(given.rows, names)
+    settings = {
+        "version": VERSION,
+        "clip": [given.clip.digest, given.clip.quick_gelu],
+        "images": given.root,
+        "related": fingerprint([list(given.places.values()), truth]),
+        "device": pool.device,
+        "groups": embed.GROUP["image"],
+    }
+    work = work_folder(out, "negatives-images", settings)
+    places = list(given.places.values())
+    gallery = embed.embed(work, "image", places, truth, given.clip, given.root, pool)
+    failed = embed.failures(gallery)
+    if len(failed) == len(names):
+        raise InputError(f"no image of {config.captions} could be read: {failed[0]}")
+    folder = embed.search(
+        "near images", f"near{config.near}", gallery, gallery, config.near, 0, pool
+    )
+    found = embed.in_order(whole_files(folder, FOUND))
+    near = {names[image]: [names[other] for other in others] for image, others in found}
+    return near, [{"image": names[i], "reason": reason} for i, reason in failed.items()]
+
+
+def _related(rows: Iterable[Row], names: list[str]) -> list[list[int]]:
+    """For each image itself and the others that have a caption of the same words."""
+    place = {name: i for i, name in enumerate(names)}
+    said: dict[str, set[int]] = {}
+    for row in rows:
+        said.setdefault(rules.normal(row.caption), set()).add(place[row.image])
+    related = [{i} for i in range(len(names))]
+    for same in said.values():
+        if len(same) > 1:
+            for i in same:
+                related[i] |= same
+    return [sorted(others) for others in related]
+
+
+def _tell(info: dict[str, Any]) -> None:
+    """What was made and what was left out."""
+    counts = ", ".join(f"{n:,} {kind}" for kind, n in info["negative_captions"].items())
+    print(f"{info['rows']:,} rows: negative captions {counts or 'none'}")
+    print(f"  {info['negative_images']:,} negative images")
+    for reason, count in sorted(info["rejected"].items(), key=lambda item: -item[1]):
+        print(f"  left out: {count:,} {reason}")
+    if info["unreadable_images"]:
+        print(f"  {len(info['unreadable_images']):,} unreadable images")

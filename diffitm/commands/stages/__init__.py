@@ -1,0 +1,1 @@
+"""What an actor does, one file a stage."""

@@ -1,0 +1,1 @@
+"""What a process of Ray Train or Ray Tune does."""

@@ -1,0 +1,1 @@
+"""What everything stands on: options, errors, schemas, files by path or URI. It knows nothing above."""

@@ -1,0 +1,213 @@
+"""One frozen dataclass a pipeline, filled from a YAML file and the command line.
+
+A field is an option: `data: str` is --data. Lists take several values, booleans have --no-x.
+All errors are reported together, each with the bad value and what would be right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from diffitm.core import storage
+from diffitm.core.errors import InputError, suggest
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the help line of its option."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class OnRay:
+    """Options of every pipeline that runs on Ray and writes an OUT."""
+
+    ray: str | None = option(
+        None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
+    )
+    takeover: bool = option(
+        False, "write to an OUT whose last run died on another machine, without waiting for it"
+    )
+    verbose: bool = option(False, "show Ray's own log, as on clusters")
+
+
+ON_RAY = frozenset(field.name for field in dataclasses.fields(OnRay))  # no result depends on them
+
+
+def parse(config: type[C], arguments: Sequence[str] | None = None, description: str = "") -> C:
+    """Build the config from --config FILE (YAML) and the options, which win over the file.
+
+    A config with PRESETS (name -> values) takes those of --preset where neither says otherwise.
+    Raises InputError with every problem found.
+    """
+    fields = types_of(config)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with any of the options below")
+    for name, kind in fields.items():
+        _add(parser, name, kind, _help(config, name))
+    known, unknown = parser.parse_known_args(arguments)
+    values = {k: v for k, v in vars(known).items() if k != "config" and v is not None}
+    problems = _unknown(unknown, [flag(name) for name in fields])
+    from_file = read_yaml(known.config) if known.config else {}
+    from_file = {field_of(str(key), fields): value for key, value in from_file.items()}
+    problems += [
+        f"{known.config}: unknown key {key!r}{suggest(str(key), keys(fields))}"
+        for key in from_file
+        if key not in fields
+    ]
+    merged = {**{k: v for k, v in from_file.items() if k in fields}, **values}
+    return make(config, merged, problems)
+
+
+def keys(fields: Iterable[str]) -> list[str]:
+    """Fields as files and words have them: Python's word lambda stands as it is."""
+    return [name.rstrip("_") for name in fields]
+
+
+def make(config: type[C], merged: dict[str, Any], problems: Sequence[str] = ()) -> C:
+    """The config of these values, field -> value, with those of its preset where they are silent.
+
+    Raises InputError with every problem found, `problems` first.
+    """
+    fields, problems = types_of(config), list(problems)
+    presets: dict[str, dict[str, Any]] = getattr(config, "PRESETS", {})
+    if (preset := merged.get("preset")) is not None and preset not in presets:
+        problems.append(f"--preset {preset}: must be one of {', '.join(presets)}")
+    merged = {**presets.get(str(preset), {}), **merged}
+    checked = {}
+    for name, value in merged.items():
+        try:
+            checked[name] = convert(value, fields[name])
+        except (TypeError, ValueError) as error:
+            problems.append(f"{name}: {value!r} is not {error}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return config(**checked)
+
+
+def lacking(config: Any, examples: dict[str, str]) -> list[str]:
+    """A problem for each option without a value, field -> an example of one."""
+    return [
+        f"give {flag(name)}, such as {flag(name)} {example}"
+        for name, example in examples.items()
+        if not getattr(config, name)
+    ]
+
+
+def outside(config: Any, least: dict[str, float], most: int = 2**31 - 1) -> list[str]:
+    """A problem for each number below its least value or above `most`; None is no number."""
+    values = {name: getattr(config, name) for name in least}
+    return [
+        f"{flag(name)} {values[name]}: must be "
+        + (f"at most {most}" if values[name] > most else f"at least {bound}")
+        for name, bound in least.items()
+        if values[name] is not None and not bound <= values[name] <= most
+    ]
+
+
+def flag(name: str) -> str:
+    """The option of a field; a trailing underscore keeps a field from being a keyword."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def field_of(key: str, fields: Iterable[str]) -> str:
+    """The field that a key of a YAML file means."""
+    name = key.replace("-", "_")
+    return f"{name}_" if f"{name}_" in fields else name
+
+
+def _unknown(words: list[str], flags: list[str]) -> list[str]:
+    """A problem for each unknown option; the values that follow one are not told again."""
+    problems, after_option = [], False
+    for word in words:
+        if word.startswith("-"):
+            problems.append(f"unknown option {word!r}{suggest(word.split('=')[0], flags)}")
+        elif not after_option:
+            problems.append(f"unexpected argument {word!r}")
+        after_option = word.startswith("-") or after_option
+    return problems
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The options of a YAML file. Raises InputError that names it."""
+    try:
+        values = yaml.safe_load(storage.read_text(path))
+    except FileNotFoundError:
+        raise InputError(f"--config: there is no file {path!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config: {path!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict | None):
+        raise InputError(f"{path}: must hold 'option: value' lines, got {type(values).__name__}")
+    return values or {}
+
+
+def types_of(config: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
+def _help(config: type, name: str) -> str:
+    field = next(f for f in dataclasses.fields(config) if f.name == name)
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = " ".join(str(v) for v in field.default_factory())
+    return f"{field.metadata.get('help', '')} (default: {default})".replace("%", "%%")
+
+
+def _add(parser: argparse.ArgumentParser, name: str, kind: Any, text: str) -> None:
+    spellings = list(dict.fromkeys([flag(name), "--" + name.rstrip("_")]))
+    if kind is bool:
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(*spellings, dest=name, action=action, default=None, help=text)
+    elif get_origin(kind) is list:
+        parser.add_argument(*spellings, dest=name, nargs="+", default=None, help=text)
+    else:
+        parser.add_argument(*spellings, dest=name, default=None, help=text)
+
+
+def convert(value: Any, kind: Any) -> Any:
+    """The value as its field's type; the ValueError's text completes 'x is not ...'."""
+    if get_origin(kind) in (Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        *others, kind = (k for k in get_args(kind) if k is not type(None))
+        for other in others:
+            with contextlib.suppress(ValueError):
+                return convert(value, other)
+    if get_origin(kind) is list:
+        values = value if isinstance(value, list) else [value]
+        return [convert(v, get_args(kind)[0]) for v in values]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"one of {', '.join(map(str, get_args(kind)))}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError("true or false")
+        return value
+    if kind in (int, float):
+        if isinstance(value, bool):
+            raise ValueError("a number")
+        try:
+            number = kind(value)
+        except (TypeError, ValueError):
+            raise ValueError("a whole number" if kind is int else "a number") from None
+        if kind is int and isinstance(value, float) and value != number:
+            raise ValueError("a whole number")
+        return number
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value

@@ -1,0 +1,159 @@
+"""Image bytes to sane RGB pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pyarrow import parquet
+
+from diffitm.core import storage
+
+CROP = re.compile(r"(.*)#xywh=(-?\d+),(-?\d+),(-?\d+),(-?\d+)", re.DOTALL)
+
+
+MEMBER = re.compile(r"(.*)#bytes=(\d+),(\d+)", re.DOTALL)
+
+
+def member_of(archive: str, offset: int, size: int) -> str:
+    """The reference of an image inside of an uncompressed archive."""
+    return f"{archive}#bytes={offset},{size}"
+
+
+ROW = re.compile(r"(.*)#row=(\d+)", re.DOTALL)
+
+
+def row_of(table: str, row: int) -> str:
+    """The reference of an image inside of a Parquet file."""
+    return f"{table}#row={row}"
+
+
+def is_image(path: str) -> bool:
+    """Whether a file name has the ending of an image, hidden files aside."""
+    name = path.rsplit("/", 1)[-1].lower()
+    return name.endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")
+
+
+def split_crop(reference: str) -> tuple[str, tuple[int, int, int, int] | None]:
+    """'x.jpg#xywh=1,2,30,40' -> ('x.jpg', (1, 2, 30, 40)); without a fragment the crop is None."""
+    found = CROP.fullmatch(reference)
+    if found is None:
+        return reference, None
+    left, top, width, height = (int(side) for side in found.groups()[1:])
+    return found[1], (left, top, width, height)
+
+
+def load(root: str, reference: str) -> tuple[Image.Image, str]:
+    """RGB image of a reference below `root`, and the sha256 of its file.
+
+    Raises OSError or ValueError with a message that names what is wrong.
+    """
+    path, crop = split_crop(reference)
+    _check_inside(path)
+    if "://" in root and "?" in path:  # it would become options of the connection
+        raise ValueError("a name with '?' cannot be read from a URI")
+    member, row = MEMBER.fullmatch(path), ROW.fullmatch(path)
+    if row is not None:
+        data = _cell(storage.join(root, row[1]), int(row[2]))
+    elif member is not None:
+        place = (int(member[2]), int(member[3]))
+        data = storage.read_range(storage.join(root, member[1]), *place)
+    else:
+        data = storage.read_bytes(storage.join(root, path))
+    image = decode(data)
+    if crop is not None:
+        _check_crop(crop, image.size)
+        left, top, width, height = crop
+        image = image.crop((left, top, left + width, top + height))
+    return image, hashlib.sha256(data).hexdigest()
+
+
+def _cell(uri: str, row: int) -> bytes:
+    """The encoded image in a row of a Parquet file; one row group is read."""
+    found, path = storage.filesystem(uri)
+    with found.open_input_file(path) as stream:
+        file = parquet.ParquetFile(stream)
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if row < rows:
+                value = file.read_row_group(group, columns=["image"])["image"][row].as_py()
+                return (value["bytes"] if isinstance(value, dict) else value) or b""
+            row -= rows
+    raise ValueError("the file has no such row")
+
+
+def _check_inside(path: str) -> None:
+    if ".." in path.split("/"):
+        raise ValueError("the path leads out of the data root")
+
+
+def _check_crop(crop: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+    """A crop must meet the image; what lies outside becomes black, as in ARO's code."""
+    left, top, width, height = crop
+    across = left < size[0] and left + width > 0
+    down = top < size[1] and top + height > 0
+    if not (across and down and min(width, height) > 0):
+        raise ValueError(f"crop {crop} lies outside of the image ({size[0]}x{size[1]})")
+    if max(width - size[0], height - size[1], -left, -top) > max(size):
+        raise ValueError(f"crop {crop} is larger than the image ({size[0]}x{size[1]}) by far")
+
+
+def problem(root: str, path: str, crops: Iterable[tuple[int, int, int, int]] = ()) -> str | None:
+    """Why a file below `root` is no readable image with these crops, None if it is one. JPEGs are
+    read at an eighth of their size, which is enough to find a truncated one."""
+    try:
+        _check_inside(path)
+        image = Image.open(io.BytesIO(storage.read_bytes(storage.join(root, path))))
+        for crop in crops:
+            _check_crop(crop, image.size)
+        image.draft("RGB", (image.width // 8, image.height // 8))
+        image.load()
+    except Exception as error:  # whatever a decoder raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode whole, upright, as RGB: palettes, alpha (on white), grey, CMYK and 16 bits included."""
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("the file is not an image of a known kind") from None
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _deep(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep(image: Image.Image) -> Image.Image:
+    """16-bit integers and floats in [0, 1], which PIL's own conversion would clip."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+    else:
+        scale = 1 / 257 if image.mode != "I" or values.max(initial=0) > 255 else 1.0
+    grey = (values * scale).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey, "L").convert("RGB")
+
+
+def to_pixels(image: Image.Image, size: int, resize: str) -> np.ndarray:
+    """uint8 [size, size, 3]: 'squash' ignores the aspect ratio (DiffusionITM), 'crop' resizes the
+    short side and takes the centre (Diffusion Classifier). Both bicubic."""
+    if resize == "squash":
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))

@@ -1,0 +1,195 @@
+"""A small file that one of several writers makes or replaces: by links and renames on a disk, by conditional
+writes in S3 and Google's storage, and elsewhere by a second look."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import parse_qs, unquote
+
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+
+SETTLES = (
+    2.0  # seconds after which a store without conditional writes shows which writer was the last
+)
+
+
+class Content(NamedTuple):
+    """What the file held, and what of it must still be true for a replacement."""
+
+    data: bytes
+    tag: Any
+
+
+class LeaseFile(Protocol):
+    """The file. Every method raises OSError or InputError where the place cannot be reached."""
+
+    def read(self) -> Content | None:
+        """None where there is none."""
+
+    def create(self, data: bytes) -> bool:
+        """Whether it was made, and not by another meanwhile."""
+
+    def replace(self, data: bytes, found: Content) -> bool:
+        """Whether it was replaced, and was still what was found."""
+
+    def delete(self) -> None:
+        """Where it is."""
+
+
+def open_file(uri: str) -> LeaseFile:
+    """The file at a path or URI."""
+    scheme, mark, _ = uri.partition("://")
+    if not mark or scheme == "file":
+        return OnDisk(Path(storage.filesystem(uri)[1]))
+    if scheme in ("s3", "gs", "gcs"):
+        store, path = _conditional(uri)
+        return InStore(store, path, Plain(uri))
+    return Plain(uri)
+
+
+class OnDisk:
+    """A file of a disk, shared ones too: a hard link is made by one alone, and a name renamed by one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> Content | None:
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        return Content(data, data)
+
+    def create(self, data: bytes) -> bool:
+        part = self._part()
+        part.write_bytes(data)
+        try:
+            os.link(part, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            part.unlink(missing_ok=True)
+        return True
+
+    def replace(self, data: bytes, found: Content) -> bool:
+        aside = self._part()
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return False
+        try:
+            if aside.read_bytes() == found.tag:
+                return self.create(data)
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self.path)
+            return False
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def delete(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _part(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}")
+
+
+class Plain:
+    """A file of a store whose writes know no condition: the last writer has it, which a look a while
+    later shows."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def read(self) -> Content | None:
+        try:
+            data = storage.read_bytes(self.uri)
+        except FileNotFoundError:
+            return None
+        return Content(data, data)
+
+    def create(self, data: bytes) -> bool:
+        storage.write_bytes(self.uri, data)
+        time.sleep(SETTLES)
+        now = self.read()
+        return now is not None and now.data == data
+
+    def replace(self, data: bytes, found: Content) -> bool:
+        now = self.read()
+        return now is not None and now.data == found.data and self.create(data)
+
+    def delete(self) -> None:
+        storage.delete(self.uri)
+
+
+class InStore:
+    """A file of S3 or Google's storage, through obstore; through pyarrow, which reads more kinds of
+    credentials, where that is refused."""
+
+    def __init__(self, store: Any, path: str, plain: Plain) -> None:
+        self.store, self.path, self.plain = store, path, plain
+
+    def read(self) -> Content | None:
+        from obstore.exceptions import BaseError, NotFoundError
+
+        try:
+            answer = self.store.get(self.path)
+            return Content(bytes(answer.bytes()), answer.meta["e_tag"])
+        except (FileNotFoundError, NotFoundError):
+            return None
+        except BaseError:
+            return self.plain.read()
+
+    def create(self, data: bytes) -> bool:
+        return self._put(data, "create", None)
+
+    def replace(self, data: bytes, found: Content) -> bool:
+        if not isinstance(found.tag, str):  # pyarrow found it
+            return self.plain.replace(data, found)
+        return self._put(data, {"e_tag": found.tag}, found)
+
+    def _put(self, data: bytes, mode: Any, found: Content | None) -> bool:
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+        try:
+            self.store.put(self.path, data, mode=mode)
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        except BaseError:
+            return self.plain.create(data) if found is None else self.plain.replace(data, found)
+        now = self.read()  # a server may not know conditions and say nothing
+        return now is not None and now.data == data
+
+    def delete(self) -> None:
+        self.plain.delete()
+
+
+def _conditional(uri: str) -> tuple[Any, str]:
+    """obstore's client of a bucket, and the path in it. Raises InputError for a wrong URI."""
+    from obstore.store import GCSStore, S3Store
+
+    scheme, _, rest = uri.partition("://")
+    place, _, query = rest.partition("?")
+    bucket, _, path = place.partition("/")
+    keys, _, bucket = bucket.rpartition("@")
+    options = {key: values[-1] for key, values in parse_qs(query).items()}
+    if scheme != "s3":
+        return GCSStore(bucket), path
+    config: dict[str, Any] = {}
+    if keys:
+        key, _, secret = keys.partition(":")
+        config |= {"access_key_id": unquote(key), "secret_access_key": unquote(secret)}
+    if region := options.get("region"):
+        config["region"] = region
+    if host := options.get("endpoint_override"):
+        config["endpoint"] = f"{options.get('scheme', 'https')}://{host}"
+    try:
+        return S3Store(bucket, client_options={"allow_http": True}, **config), path
+    except ValueError as error:
+        raise InputError(f"cannot open {storage.title(uri)!r}: {error}") from error

@@ -1,0 +1,96 @@
+"""Example, the unit that a task yields, and the Arrow schema of every table that is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import pyarrow as pa
+
+Direction = Literal["text", "image", "both"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decision of a task: every image is scored against every text.
+
+    `direction` 'text': one image, pick the text at `gold`. 'image': one text, pick the image at
+    `gold`. 'both': image i belongs to text i (Winoground's pairs). `images` are paths below the
+    data root with '/' (a crop is a media fragment, 'x.jpg#xywh=left,top,width,height'). Examples of
+    one `cluster` are not independent (they share an image or a set); without one an example stands
+    alone. `groups` are the breakdowns.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    texts: tuple[str, ...]
+    direction: Direction
+    gold: int = 0
+    cluster: str = ""
+    groups: dict[str, str] = field(default_factory=dict)
+    failure: str | None = None  # why it cannot be scored at all
+
+    @property
+    def needs_unconditional(self) -> bool:
+        """Whether errors of different images are compared, which the empty text's error corrects."""
+        return self.direction != "text"
+
+
+def fault(example: Example) -> str | None:
+    """Why an example decides nothing: an empty caption, or a wrong candidate that is the right one."""
+    for i, text in enumerate(example.texts):
+        if not text.strip():
+            return f"caption {i} is empty"
+    kinds = {"text": [example.texts], "image": [example.images]}
+    for candidates in kinds.get(example.direction, [example.texts, example.images]):
+        gold = candidates[0 if example.direction == "both" else example.gold]
+        if candidates.count(gold) > 1:
+            return f"a wrong candidate is the right one: {gold}"
+    return None
+
+
+class Work(NamedTuple):
+    """One row of the pair table: an image and the texts that need a score against it."""
+
+    row: int
+    image: str
+    texts: list[str]
+
+
+EXAMPLES = pa.schema(
+    [
+        ("task", pa.string()),
+        ("position", pa.int64()),  # the example's place in its task
+        ("id", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("texts", pa.list_(pa.string())),
+        ("direction", pa.string()),
+        ("gold", pa.int32()),
+        ("cluster", pa.string()),
+        ("groups", pa.map_(pa.string(), pa.string())),
+        ("unconditional", pa.bool_()),
+        ("failure", pa.string()),  # why the example cannot be scored at all
+    ]
+)
+
+# One row an image: the texts that still need a score. The empty text is the unconditional one.
+WORK = pa.schema([("row", pa.int64()), ("image", pa.string()), ("texts", pa.list_(pa.string()))])
+
+# One row a pair. Errors are per timestep; `l2` is the norm over the latent's elements, `l1` and
+# `huber` are means over them, and the mean squared error is l2 ** 2 / elements. CLIP fills
+# `similarity` alone. `failure` tells why a pair has no score.
+SCORES = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("image", pa.string()),
+        ("text", pa.string()),
+        ("timesteps", pa.list_(pa.int32())),
+        ("l2", pa.list_(pa.float32())),
+        ("l1", pa.list_(pa.float32())),
+        ("huber", pa.list_(pa.float32())),
+        ("elements", pa.int32()),
+        ("similarity", pa.float32()),
+        ("digest", pa.string()),  # sha256 of the image file
+        ("failure", pa.string()),
+    ]
+)

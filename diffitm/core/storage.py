@@ -1,0 +1,307 @@
+"""Files by path or URI (local, s3://, gs://, ...): pyarrow's file systems, fsspec where it has none."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs, parquet
+
+from diffitm.core.errors import InputError
+
+STORES = ("s3", "gs", "gcs", "abfs", "abfss")
+# A busy server may be silent for longer than the 3 seconds that pyarrow waits. A folder that is there
+# is not made again, for which the rights may be lacking.
+PATIENT = {
+    "request_timeout": 60.0,
+    "connect_timeout": 10.0,
+    "check_directory_existence_before_creation": True,
+}
+AT_ONCE = 16  # requests
+_KEYS = re.compile(r"([?&]\w*(?:secret|token|password|key)\w*=)[^&]*", re.IGNORECASE)
+
+
+def absolute(uri: str) -> str:
+    """The URI as it is, a local path made absolute."""
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system that serves a URI, and the path within it.
+
+    Names in an object store are taken as they are, without %-decoding; its client is kept open.
+    Raises InputError for a scheme that neither pyarrow nor fsspec knows, and for a wrong URI.
+    """
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
+        return fs.LocalFileSystem(), absolute(uri)
+    if scheme not in STORES:
+        return _open(uri)
+    path, query, options = rest.partition("?")
+    bucket, _, name = path.partition("/")
+    found, top = _open(f"{scheme}://{bucket}{query}{options}")
+    return found, f"{top}/{name}".strip("/")
+
+
+@functools.lru_cache(maxsize=256)
+def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    try:
+        found, path = fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        if uri.startswith(tuple(f"{scheme}:" for scheme in STORES)):
+            raise InputError(f"cannot open {public(uri)!r}: {_safe(error, uri)}") from error
+        return _through_fsspec(uri)
+    if isinstance(found, fs.S3FileSystem):
+        build, (options,) = found.__reduce__()
+        found = build({**options, **PATIENT})
+    return found, path
+
+
+def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
+    import fsspec
+
+    try:
+        found, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"cannot open {public(uri)!r}: {_safe(error, uri)}") from error
+    return fs.PyFileSystem(fs.FSSpecHandler(found)), path
+
+
+def _safe(error: Exception, uri: str) -> str:
+    return str(error).replace(uri, public(uri))
+
+
+def join(root: str, *parts: str) -> str:
+    """Path or URI of something below `root`; a URI's query (an S3 endpoint, say) stays at its end."""
+    path, mark, query = root.partition("?") if "://" in root else (root, "", "")
+    return "/".join([path.rstrip("/"), *parts]) + mark + query
+
+
+def public(uri: str) -> str:
+    """The path or URI without the keys that it can hold (s3://KEY:SECRET@bucket, ?client_secret=..)."""
+    scheme, mark, rest = uri.partition("://")
+    host, slash, path = rest.partition("/")
+    known = f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}" if mark else uri
+    return _KEYS.sub(r"\1***", known) if mark else uri
+
+
+def title(uri: str) -> str:
+    """A path as it is, a URI without keys and query: what people read, and what a name is made of."""
+    return bare(public(uri))
+
+
+def bare(uri: str) -> str:
+    """The path or URI without a URI's query."""
+    return uri.partition("?")[0] if "://" in uri else uri
+
+
+def parent(uri: str) -> str:
+    """The folder that a path or URI lies in; a URI's query stays at its end."""
+    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return path.rstrip("/").rpartition("/")[0] + mark + query
+
+
+def name(uri: str) -> str:
+    """The last part of a path or URI."""
+    return bare(uri).rstrip("/").rpartition("/")[2]
+
+
+def below(uri: str, root: str) -> str:
+    """The way from `root` to a path or URI below it; another one as it is, without keys."""
+    start = f"{bare(root).rstrip('/')}/"
+    return bare(uri).removeprefix(start) if bare(uri).startswith(start) else public(uri)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or folder. Raises InputError if the place cannot be looked at."""
+    found, path = filesystem(uri)
+    try:
+        return found.get_file_info(path).type != fs.FileType.NotFound
+    except OSError as error:
+        raise InputError(f"{public(uri)} cannot be looked at: {error}") from error
+
+
+def stamp(root: str, names: list[str]) -> str | None:
+    """What changes when any of the local files below `root` does: a digest of their sizes and times.
+
+    None elsewhere, where it would take a request a file.
+    """
+    if "://" in root:
+        return None
+    total = hashlib.sha256()
+    for name in names:
+        try:
+            found = os.stat(os.path.join(root, name))
+            total.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        except OSError:
+            total.update(f"{name} -\n".encode())
+    return total.hexdigest()
+
+
+def versions(uris: list[str]) -> list[tuple[int, int]]:
+    """Size and time of each file, by one request a file."""
+    found = []
+    for uri in uris:
+        where, path = _by_folder(uri)
+        info = where.get_file_info(path)
+        found.append((int(info.size or 0), int(info.mtime_ns or 0)))
+    return found
+
+
+def _by_folder(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a file by its folder, so that it is kept open from one file to the next."""
+    folder, _, name = uri.rpartition("/")
+    if not folder.partition("://")[2] or "?" in uri:
+        return filesystem(uri)
+    found, path = filesystem(folder)
+    return found, f"{path}/{name}"
+
+
+def read_bytes(uri: str) -> bytes:
+    """The file's content. Raises FileNotFoundError or another OSError."""
+    found, path = _by_folder(uri)
+    with found.open_input_file(path) as file:  # of an object store in one request
+        return file.read()
+
+
+def read_range(uri: str, offset: int, size: int) -> bytes:
+    """Bytes of a file from a place on. Raises OSError."""
+    found, path = _by_folder(uri)
+    with found.open_input_file(path) as file:
+        return file.read_at(size, offset)
+
+
+def read_text(uri: str) -> str:
+    return read_bytes(uri).decode("utf-8-sig")
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write whole or not at all: beside it, synced and renamed; an object store's put is atomic.
+
+    Raises InputError if an object store refuses it, OSError on a disk.
+    """
+    found, path = filesystem(uri)
+    if not isinstance(found, fs.LocalFileSystem):
+        try:
+            with found.open_output_stream(path, compression=None) as stream:
+                stream.write(data)
+        except OSError as error:
+            raise InputError(f"{public(uri)} cannot be written: {error}") from error
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, target)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def write_text(uri: str, text: str) -> None:
+    write_bytes(uri, text.encode())
+
+
+@contextmanager
+def replacing(uri: str) -> Iterator[Any]:
+    """A stream of bytes that becomes the file when it is whole."""
+    found, path = filesystem(uri)
+    part = f"{path}.part"
+    with found.open_output_stream(part, compression=None, buffer_size=2**20) as sink:
+        yield sink
+    found.move(part, path)
+
+
+def make_folder(uri: str) -> None:
+    """Make a folder where folders are made; in an object store a name with slashes is enough."""
+    found, path = filesystem(uri)
+    if not isinstance(found, fs.S3FileSystem | fs.GcsFileSystem):
+        found.create_dir(path, recursive=True)
+
+
+def files(uri: str, suffix: str = "", recursive: bool = False) -> list[str]:
+    """Sorted paths (in the file system's own form) of the files in a folder; empty if there is none.
+
+    Raises InputError if the place cannot be looked at.
+    """
+    return sorted(info.path for info in _listed(uri, recursive) if info.path.endswith(suffix))
+
+
+def sizes(uri: str, recursive: bool = False) -> dict[str, tuple[int, int]]:
+    """The files below a folder by their path from there: size and time of each, from one listing.
+
+    Raises InputError if the place cannot be looked at.
+    """
+    start = f"{filesystem(uri)[1].rstrip('/')}/"
+    infos = _listed(uri, recursive)
+    return {i.path.removeprefix(start): (int(i.size), int(i.mtime_ns or 0)) for i in infos}
+
+
+def _listed(uri: str, recursive: bool) -> list[fs.FileInfo]:
+    found, path = filesystem(uri)
+    selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
+    try:
+        infos = found.get_file_info(selector)
+    except OSError as error:
+        raise InputError(f"{public(uri)} cannot be looked at: {error}") from error
+    return [info for info in infos if info.type == fs.FileType.File]
+
+
+def download(uri: str, to: str) -> None:
+    """Copy a file to a local path, whose folder is there. Raises OSError."""
+    found, path = filesystem(uri)
+    fs.copy_files(path, to, source_filesystem=found, destination_filesystem=fs.LocalFileSystem())
+
+
+def upload(path: str, uri: str) -> None:
+    """Copy a local file. Raises OSError."""
+    found, to = filesystem(uri)
+    make_folder(parent(uri))
+    fs.copy_files(path, to, source_filesystem=fs.LocalFileSystem(), destination_filesystem=found)
+
+
+def delete(uri: str) -> None:
+    """Delete a file."""
+    found, path = filesystem(uri)
+    found.delete_file(path)
+
+
+def readable_parquet(uri: str) -> tuple[list[str], list[str]]:
+    """The Parquet files in a folder that are whole, and those that a kill left cut off.
+
+    Raises OSError if an object store does not give a file.
+    """
+    found, _ = filesystem(uri)
+    spoilt = (
+        (pa.ArrowInvalid, OSError) if isinstance(found, fs.LocalFileSystem) else pa.ArrowInvalid
+    )
+
+    def is_whole(path: str) -> bool:
+        try:
+            with found.open_input_file(path) as stream:
+                parquet.read_metadata(stream)
+        except spoilt:
+            return False
+        return True
+
+    paths = files(uri, ".parquet")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        whole = list(pool.map(is_whole, paths))
+    return (
+        [path for path, good in zip(paths, whole, strict=True) if good],
+        [path for path, good in zip(paths, whole, strict=True) if not good],
+    )

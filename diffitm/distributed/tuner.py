@@ -1,0 +1,228 @@
+"""Settings through Ray Tune: grid, random and Optuna search, ASHA, restore, progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ray import tune
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from diffitm.core import storage
+from diffitm.core.config import ON_RAY
+from diffitm.core.errors import InputError
+from diffitm.core.provenance import fingerprint, redact
+from diffitm.distributed.progress import clock
+from diffitm.distributed.trainer import NOT_SETTINGS
+from diffitm.sweep.options import Sweep
+from diffitm.sweep.result import Row
+from diffitm.sweep.space import Axis, describe, draw, grid
+
+log = logging.getLogger("diffitm")
+METRIC = "accuracy"
+RETRIES = 3  # of a trial whose node is lost
+HEAD = {"node:__internal_head__": 0.0001}
+# Scores do not depend on these options.
+NOT_SCORES = {"actors", "max_actors", "cpus_per_actor", "gpus_per_actor", "batch_size", "store"}
+
+
+def run_trials(
+    sweep: Sweep,
+    trainable: Any,
+    cpus: float,
+    parallel: int,
+    stopper: Any,
+    out: str,
+    state: Sequence[Any] = (),
+) -> list[Row]:
+    """Run all settings that are not done; a sweep that was interrupted goes on. A row a setting.
+    `state` is what the trials read beside their settings: with another one all are run again.
+
+    Trials without processors stay on the head node, which outlives the others. Another `parallel`
+    begins Tune's bookkeeping anew; trainings that are complete are found by their OUT.
+    """
+    config, optuna = sweep.config, sweep.config.search == "optuna"
+    # Its loggers and its banner: the table and the log tell the same.
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    # Its handler of SIGINT would go on to the table of a sweep that is cut off.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # Tune would hand keys to the trials as an option of Ray, which Ray's logs show in clear.
+    ENV_VARS_TO_PROPAGATE.difference_update({n for n in ENV_VARS_TO_PROPAGATE if "AWS" in n})
+    found, folder = storage.filesystem(storage.join(out, "tune"))
+    found.create_dir(folder, recursive=True)
+    name = fingerprint([*identity(sweep).values(), config.parallel, *state])[:12]
+    trainable = tune.with_resources(trainable, {"CPU": cpus} if cpus else HEAD)
+    settings = [] if optuna else _settings(sweep)
+    where, total = f"{folder}/{name}", config.samples if optuna else len(settings)
+    space = {axis.name: _domain(axis) for axis in sweep.axes} if optuna else None
+    space = {"setting": space or tune.grid_search(settings)}
+    text = "%d settings of %s, %d at a time"
+    log.info(text, total, "; ".join(map(str, sweep.axes)) or "no option", parallel)
+    known = any(
+        "experiment_state-" in path for path in storage.files(storage.join(out, "tune", name))
+    )
+    if known and tune.Tuner.can_restore(where, storage_filesystem=found):
+        log.info("going on with the sweep in %s", out)
+        tuner = tune.Tuner.restore(
+            where,
+            trainable,
+            resume_unfinished=True,
+            # Optuna knows a trial by its id, which a restarted one has not.
+            resume_errored=optuna,
+            restart_errored=not optuna,
+            storage_filesystem=found,
+            param_space=space,
+        )
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                search_alg=_search(sweep, parallel),
+                scheduler=stopper or FIFOScheduler(),
+                num_samples=config.samples if optuna else 1,
+                max_concurrent_trials=parallel if optuna else None,
+                reuse_actors=sweep.kind.name == "timesteps",
+            ),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=folder,
+                storage_filesystem=found,
+                # A training has Ray Train's retries, and its driver ends with the head alone.
+                failure_config=tune.FailureConfig(max_failures=RETRIES if cpus else 0),
+                callbacks=[_Progress(sweep.axes, total)],
+                verbose=0,
+            ),
+        )
+    rows = [_row(result) for result in tuner.fit()]
+    if len(rows) < total:
+        raise InputError(
+            f"{where}: its state is cut off, {len(rows)} of {total}; delete it, run again"
+        )
+    return rows
+
+
+def identity(sweep: Sweep) -> dict[str, Any]:
+    """What the results of a sweep depend on, without keys in URIs."""
+    apart = {"out", "parallel", *ON_RAY, *NOT_SETTINGS, *NOT_SCORES}
+    searched = {k: v for k, v in asdict(sweep.config).items() if k not in apart}
+    options = {k: v for k, v in sweep.fixed.items() if k not in apart}
+    axes = [str(axis) for axis in sweep.axes]
+    told = {"sweep": sweep.kind.name, "axes": axes, **searched, "options": options}
+    return json.loads(redact(json.dumps(told)))
+
+
+def _settings(sweep: Sweep) -> list[dict[str, Any]]:
+    config = sweep.config
+    if config.search == "grid":
+        return list(grid(sweep.axes))
+    found = draw(sweep.axes, config.samples, config.search_seed)
+    if len(found) < config.samples:
+        log.info("there are %d settings, not samples=%d", len(found), config.samples)
+    return found
+
+
+def stopper(sweep: Sweep, steps: int, every: int) -> ASHAScheduler | None:
+    """ASHA over updates, with rungs from the first validations on; None if it is switched off."""
+    config = sweep.config
+    if not config.early_stopping or every <= 0:
+        return None
+    grace = min(steps, every * config.grace)
+    return ASHAScheduler(
+        time_attr="step", max_t=steps + 1, grace_period=grace, reduction_factor=config.reduction
+    )
+
+
+def _domain(axis: Axis) -> Any:
+    if axis.how == "randint":
+        return tune.randint(int(axis.low), int(axis.high) + 1)
+    if axis.how:
+        return getattr(tune, axis.how)(axis.low, axis.high)
+    return tune.choice(list(axis.values))
+
+
+def _search(sweep: Sweep, parallel: int) -> Any:
+    """Raises InputError if Optuna is asked for and not installed."""
+    seed = sweep.config.search_seed
+    if sweep.config.search != "optuna":
+        return BasicVariantGenerator(max_concurrent=parallel)
+    try:
+        import optuna
+    except ImportError:
+        raise InputError("search=optuna: is not installed; pip install optuna") from None
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return OptunaSearch(metric=METRIC, mode="max", sampler=optuna.samplers.TPESampler(seed=seed))
+
+
+class _Progress(tune.Callback):
+    """Lines of the log, with the time left."""
+
+    def __init__(self, axes: tuple[Axis, ...], total: int) -> None:
+        self.axes, self.total = axes, total
+
+    def setup(self, **info: Any) -> None:
+        """See tune.Callback: a run begins, or goes on."""
+        self.first, self.ended = time.monotonic(), set[str]()
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any
+    ) -> None:
+        """See tune.Callback."""
+        if "step" in result and not result.get("finished"):
+            what = describe(trial.config["setting"], self.axes)
+            log.info("%s: update %d, accuracy %.1f%%", what, result["step"], 100 * result[METRIC])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """See tune.Callback."""
+        self._end(trials, trial, f"accuracy {100 * trial.last_result[METRIC]:.1f}%")
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """See tune.Callback."""
+        why = _cause(trial.get_error() or "its node is lost")
+        log.warning("%s: tried again after: %s", describe(trial.config["setting"], self.axes), why)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """See tune.Callback."""
+        self._end(trials, trial, "failed")
+
+    def _end(self, trials: Any, trial: Any, what: str) -> None:
+        self.ended.add(trial.trial_id)
+        over = {t.trial_id for t in trials if t.status in ("TERMINATED", "ERROR")} | self.ended
+        each = (time.monotonic() - self.first) / len(self.ended)
+        left = each * (self.total - len(over))
+        ending = f", about {clock(left)} left" if len(over) < self.total else ""
+        text = "%s: %s (%d of %d done%s)"
+        setting = describe(trial.config["setting"], self.axes)
+        log.info(text, setting, what, len(over), self.total, ending)
+
+
+def _row(result: Any) -> Row:
+    """A setting's line; a failure says why."""
+    metrics = result.metrics or {}
+    failure = redact(_cause(result.error)) if result.error is not None else None
+    kept = {} if failure else {k: metrics.get(k) for k in Row.MEASURED}
+    return Row(
+        setting=dict(result.config["setting"]),
+        state="failed" if failure else "done" if metrics.get("finished") else "stopped early",
+        failure=failure,
+        seconds=float(metrics.get("time_total_s", 0.0)),
+        **kept,
+    )
+
+
+def _cause(error: Any) -> str:
+    """The line of an error that says what happened."""
+    text, mark = str(error).strip(), f"{InputError.__module__}.InputError: "
+    told = text.split(mark, 1)[1] if mark in text else text.rsplit("\n", 1)[-1]
+    return told.split("\n", 1)[0]

@@ -1,0 +1,323 @@
+"""Results from the score stores alone: figures of every task and model, paired tests, failures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from diffitm.core import storage
+from diffitm.core.images import split_crop
+from diffitm.evaluation.diagnostics import (
+    Case,
+    Cases,
+    Count,
+    Counts,
+    Curve,
+    Curves,
+    Denoising,
+    Errors,
+)
+from diffitm.metrics.figures import Decision, Figure
+from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
+from diffitm.store.join import read_scored
+from diffitm.store.pair_table import examples_dataset
+from diffitm.store.score_store import Store
+from diffitm.store.work_table import finished
+from diffitm.tasks.base import Task
+from diffitm.tasks.registry import find_task
+
+# What tells two stores of one model apart, in the words of a table.
+SETTINGS = ("protocol", "dtype", "resize", "seed", "latent_seed", "variant", "root")
+
+# What errors must share to be compared.
+MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed", "root")
+
+
+@dataclass(frozen=True)
+class Row(Figure):
+    """One line of results.json: a figure of a model on a task. `score` is conditional, normalised or
+    cosine, or 'probe' of what is no image-text pair. `failures` have no score and do not count, or one
+    that is not finite and count as lost; where nothing could be scored, `value`, `low` and `high` are
+    null."""
+
+    model: str = ""
+    task: str = ""
+    score: str = ""
+    protocol: str = ""
+    timesteps: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """First less second on the same examples, with the 95% interval and the two-sided p of `test`."""
+
+    task: str
+    metric: str
+    first: str
+    first_score: str
+    second: str
+    second_score: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    test: str
+    n: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What scoring cost: seconds of one actor, loading the model not counted."""
+
+    model: str
+    pairs: int
+    forwards: int
+    seconds: float
+    seconds_per_pair: float
+
+
+@dataclass
+class Evaluation:
+    """All results of a run."""
+
+    rows: list[Row] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    denoising: list[Denoising] = field(default_factory=list)
+    speeds: list[Speed] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model's credits under one kind of score, NaN where an example has none: metric -> [n]."""
+
+    model: str
+    score: str
+    credits: dict[str, np.ndarray]
+    clusters: np.ndarray
+
+
+def evaluate(
+    examples: dict[str, str],
+    stores: list[Store],
+    error: str = "auto",
+    weights: np.ndarray | None = None,
+) -> Evaluation:
+    """Results of every task (name -> examples file) for every store, from the stores alone.
+
+    `error` is the kind of error that is averaged: l2, mse, l1 or huber; 'auto' is the protocol's
+    own, the l2 norm for diffusionitm and the mean squared error for the others. `weights` [N] are
+    those of the timesteps, where a store has N of them.
+    """
+    out = Evaluation()
+    names = titles(stores)
+    for name, uri in examples.items():
+        task: Task = find_task(name)()
+        columns: list[Column] = []
+        first: dict[str, Errors] = {}  # by how errors were measured
+        for store, title in zip(stores, names, strict=True):
+            errors = Errors()
+            columns += _evaluate_one(task, uri, store, title, error, errors, out, weights)
+            measured = str([store.config.get(key) for key in MEASURED])
+            if (denoising := errors.read(title, name, first.get(measured))) is not None:
+                out.denoising.append(denoising)
+                first.setdefault(measured, errors)
+        if task.graded:
+            out.comparisons += _comparisons(task, columns)
+    return out
+
+
+def error_of(store: Store, error: str) -> str:
+    """The kind of error that is averaged: `error`, or for 'auto' the protocol's own."""
+    if error != "auto":
+        return error
+    return "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
+
+
+def titles(stores: Sequence[Store]) -> list[str]:
+    """A name for every store: the model's, with the settings that tell two of one model apart."""
+    same = Counter(store.model for store in stores)
+    found = []
+    for store in stores:
+        others = [s.config for s in stores if s.model == store.model]
+        told = []
+        if same[store.model] > 1:
+            if len({len(c.get("timesteps", [])) for c in others}) > 1:
+                told.append(f"{len(store.config['timesteps'])} timesteps")
+            differ = [k for k in SETTINGS if len({str(c.get(k)) for c in others}) > 1]
+            told += [f"{k} {store.config.get(k)}" for k in differ]
+        found.append(", ".join([store.model, *told]))
+    return found
+
+
+def _evaluate_one(
+    task: Task,
+    uri: str,
+    store: Store,
+    title: str,
+    error: str,
+    errors: Errors,
+    out: Evaluation,
+    weights: np.ndarray | None,
+) -> list[Column]:
+    """Adds a task's results for one store; the columns that a comparison needs."""
+    steps = store.config.get("timesteps", [])
+    if weights is not None and len(weights) != len(steps):
+        weights = None
+    error = error_of(store, error)
+    curves, cases = Curves(), Cases()
+    counts = Counts(task, len(steps)) if task.graded and steps else None
+    decisions: dict[str, list[Decision]] = {}
+    known = ["cosine"] if store.is_clip else ["conditional", "normalised"]
+    for item in read_scored(uri, store, error):
+        scores, example = item.scores(weights), item.example
+        reason = item.failure
+        if not all(np.isfinite(values).all() for values in scores.values()):
+            reason = "a score is not finite"
+        if reason is not None:
+            line = {"model": title, "task": task.name, "example": example.id, "failure": reason}
+            out.failures.append(line)
+        for kind in known:
+            credits = task.credits(example, scores[kind]) if kind in scores else None
+            made = Decision(
+                example.cluster, example.groups, task.chance(example), credits, reason is not None
+            )
+            decisions.setdefault(kind, []).append(made)
+        if task.graded:
+            errors.add(item)
+            curves.add(item)
+            cases.add(item)
+            if counts:
+                counts.add(item)
+    shown = [k for k in known if any(d.credits is not None for d in decisions.get(k, []))]
+    for kind in shown or known[:1]:
+        out.rows += _rows(task.figures(decisions[kind]), title, task.name, kind, store)
+    out.curves += curves.read(title, task.name, steps)
+    out.counts += counts.read(title) if counts else []
+    out.cases += cases.read(title, task.name)
+    return [_column(title, kind, decisions[kind]) for kind in shown]
+
+
+def _rows(figures: list[Figure], model: str, task: str, score: str, store: Store) -> list[Row]:
+    protocol = store.config.get("protocol", "cosine")
+    steps = len(store.config.get("timesteps", []))
+    return [
+        Row(**vars(f), model=model, task=task, score=score, protocol=protocol, timesteps=steps)
+        for f in figures
+    ]
+
+
+def _column(model: str, score: str, decisions: list[Decision]) -> Column:
+    metrics = dict.fromkeys(name for d in decisions for name in d.credits or {})
+    nothing: dict[str, Any] = {}
+    credits = {
+        name: np.array(
+            [c.value if (c := (d.credits or nothing).get(name)) else np.nan for d in decisions]
+        )
+        for name in metrics
+    }
+    return Column(model, score, credits, np.array([d.cluster for d in decisions]))
+
+
+def _comparisons(task: Task, columns: list[Column]) -> list[Comparison]:
+    """Every two models under their main score, normalised against naive of each model, and every two
+    models under the naive one where it decides otherwise."""
+    main = {column.model: column for column in columns}  # the last of a model: normalised, if any
+    pairs = list(itertools.combinations(main.values(), 2))
+    naive = [column for column in columns if main[column.model] is not column]
+    pairs += [(main[column.model], column) for column in naive]
+    pairs += [p for p in itertools.combinations(naive, 2) if p[0].score == p[1].score]
+    return [
+        made
+        for first, second in pairs
+        for metric in first.credits
+        if metric in second.credits and not _told(metric, first, second, main)
+        if (made := _compare(task, metric, first, second))
+    ]
+
+
+def _told(metric: str, first: Column, second: Column, main: dict[str, Column]) -> bool:
+    """Whether a comparison says nothing new: where texts of one image are compared, normalised and
+    naive decide alike, within a model and between two."""
+    if first.model == second.model:
+        return np.array_equal(first.credits[metric], second.credits[metric], equal_nan=True)
+    return all(
+        column is not main[column.model]
+        and np.array_equal(
+            column.credits[metric], main[column.model].credits[metric], equal_nan=True
+        )
+        for column in (first, second)
+    )
+
+
+def _compare(task: Task, metric: str, first: Column, second: Column) -> Comparison | None:
+    one, two = first.credits[metric], second.credits[metric]
+    both = np.isfinite(one) & np.isfinite(two)
+    if not both.any():
+        return None
+    one, two, clusters = one[both], two[both], first.clusters[both]
+    low, high = difference_interval(one, two, clusters)
+    return Comparison(
+        task=task.name,
+        metric=metric,
+        first=first.model,
+        first_score=first.score,
+        second=second.model,
+        second_score=second.score,
+        difference=float((one - two).mean()),
+        low=low,
+        high=high,
+        p=paired_p(one, two, clusters),
+        test=paired_test(one, two, clusters),
+        n=int(both.sum()),
+    )
+
+
+def speeds(out: str, stores: Sequence[Store]) -> list[Speed]:
+    """Seconds a pair of every store, from the notes that finished work tables left."""
+    found = []
+    for store, title in zip(stores, titles(stores), strict=True):
+        done = finished(out, store)
+        pairs, forwards, busy = (
+            sum(note.get(key, 0) for note in done) for key in ("pairs", "forwards", "busy")
+        )
+        if pairs:
+            found.append(Speed(title, pairs, forwards, busy, busy / pairs))
+    return found
+
+
+def write_results(evaluation: Evaluation, provenance: dict[str, Any], out: str) -> str:
+    """results.json, provenance.json and failures.json below `out`; the path of the first."""
+    kinds = ("rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases")
+    found = {kind: [asdict(line) for line in getattr(evaluation, kind)] for kind in kinds}
+    path = storage.join(out, "results.json")
+    storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
+    failures = {"failures": evaluation.failures}
+    storage.write_text(storage.join(out, "failures.json"), json.dumps(failures, indent=2))
+    storage.write_text(path, json.dumps(found, indent=2, allow_nan=False))
+    return path
+
+
+def present(root: str, uri: str) -> str | None:
+    """None if any of the task's images is there, else the first path that is not."""
+    first, listed = None, dict[str, set[str]]()
+    for batch in examples_dataset([uri]).to_batches(columns=["images"]):
+        for image in batch["images"].flatten().to_pylist():
+            path = split_crop(image)[0]
+            folder, _, name = path.rpartition("/")
+            if folder not in listed:  # a request a folder, not one an image
+                where = storage.join(root, folder) if folder else root
+                listed[folder] = {found.rsplit("/", 1)[-1] for found in storage.files(where)}
+            if name in listed[folder]:
+                return None
+            first = first or storage.join(root, path)
+    return first

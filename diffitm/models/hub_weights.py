@@ -1,0 +1,121 @@
+"""Weights of the Hub: fetched once, by the driver, and mirrored where the workers of other machines look."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffitm.core import storage
+from diffitm.core.errors import InputError, Unavailable
+from diffitm.core.outside import is_transient, patiently
+from diffitm.models.weight_cache import content_digest, on_disk
+
+log = logging.getLogger("diffitm")
+WEIGHTS = (".safetensors", ".bin")  # the first that a part has is read
+FOREIGN = (".msgpack", ".h5", ".onnx", ".onnx_data", ".ckpt", ".pt", ".pth", ".gguf", ".xml", ".py")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Files of a model: in the folder `local` of the machine that fetched them (and of others with the
+    same image), and, if so, in the folder `mirror`, a path or URI, where their content has `digest`."""
+
+    name: str
+    local: str
+    files: tuple[str, ...]
+    mirror: str | None = None
+    digest: str | None = None
+
+    def on_machine(self) -> Path:
+        """A local folder with the files. Raises InputError where there is none to be had."""
+        if _lacking(Path(self.local), self.files) is None:
+            return Path(self.local)
+        if self.mirror is None:
+            lacking = _lacking(Path(self.local), self.files)
+            raise InputError(f"{self.name}: this machine has no {lacking} in {self.local}")
+        if "://" not in self.mirror:
+            return Path(self.mirror)
+        there = storage.sizes(self.mirror, recursive=True)
+        listed = {name: there[name] for name in self.files if name in there}
+        return on_disk(self.mirror, listed, self._digest, self.digest)[0]
+
+    def _digest(self, folder: Path) -> str:
+        return content_digest([folder / name for name in self.files])
+
+    def mirrored(self, above: str) -> Weights:
+        """The same, with a copy in a folder below `above`; files that lie there already stay."""
+        folder = storage.join(above, "weights", re.sub(r"[^\w.-]+", "--", self.name))
+        sizes = {name: (Path(self.local) / name).stat().st_size for name in self.files}
+        there = storage.sizes(folder, recursive=True)
+        missing = [n for n, size in sizes.items() if n not in there or there[n][0] != size]
+        if missing:
+            total = sum(sizes[name] for name in missing) / 1e6
+            log.info("%s: mirroring %.0f MB to %s", self.name, total, storage.title(folder))
+        for name in missing:
+            storage.upload(str(Path(self.local) / name), storage.join(folder, name))
+        return replace(self, mirror=folder, digest=self._digest(Path(self.local)))
+
+
+def _lacking(folder: Path, files: Iterable[str]) -> str | None:
+    return next((name for name in files if not (folder / name).is_file()), None)
+
+
+def fetch(
+    repo: str, commit: str, choose: Callable[[list[str]], Iterable[str]], option: str
+) -> Weights:
+    """Fetch the files that `choose` takes of a Hub repository's into the Hub's cache on this machine.
+
+    Raises InputError for a repository that gives none, Unavailable where the Hub does not answer.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        files = tuple(sorted(choose(_names(repo, commit))))
+        where = patiently(
+            lambda: snapshot_download(repo, revision=commit, allow_patterns=list(files))
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        text = f"{option} {repo!r}: its weights cannot be fetched: {error}"
+        raise (Unavailable if is_transient(error) else InputError)(text) from error
+    return Weights(f"{repo}-{commit[:12]}", where, files)
+
+
+def _names(repo: str, commit: str) -> list[str]:
+    """The files of a repository; where the Hub is not to be asked, those in its cache."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if not constants.HF_HUB_OFFLINE:
+        return patiently(lambda: HfApi().list_repo_files(repo, revision=commit))
+    here = Path(snapshot_download(repo, revision=commit, local_files_only=True))
+    return [path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()]
+
+
+def needed(names: Iterable[str], parts: Sequence[str], variant: str | None = None) -> list[str]:
+    """What is read of a repository's folders `parts`, '' for its top: their small files, and their
+    weights in one format, those of the variant where it has any."""
+    chosen: list[str] = []
+    for part in parts:
+        inside = [n for n in names if n.rpartition("/")[0] == part and not n.endswith(FOREIGN)]
+        weights = [n for n in inside if any(ending in n for ending in WEIGHTS)]
+        chosen += [n for n in inside if n not in weights]
+        chosen += _weights([n.rpartition("/")[2] for n in weights], variant, part)
+    return chosen
+
+
+def _weights(names: Sequence[str], variant: str | None, part: str) -> list[str]:
+    for ending in WEIGHTS:
+        for kind in dict.fromkeys((variant or "", "")):
+            found = [n for n in names if ending in n and _variant(n, ending) == kind]
+            if found:
+                return [f"{part}/{n}".lstrip("/") for n in found]
+    return []
+
+
+def _variant(name: str, ending: str) -> str:
+    """'fp16' of model.fp16.safetensors, of its shards and of their index; '' of files without one."""
+    stem = name.replace(".index", "").removesuffix(".json").replace(ending, "")
+    return re.sub(r"-\d+-of-\d+", "", stem).partition(".")[2]

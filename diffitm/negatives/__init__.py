@@ -1,0 +1,1 @@
+"""Hard negative captions: by rule, from proposals, and merged into rows."""

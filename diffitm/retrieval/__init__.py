@@ -1,0 +1,1 @@
+"""Candidate lists, and the exact nearest neighbours that they are made of."""

@@ -1,0 +1,87 @@
+"""Items through a model in batches that a GPU's memory holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from diffitm.core.errors import InputError
+
+T = TypeVar("T")
+HELP = "--dtype fp16, a smaller model, fewer actors on a GPU or one with more memory would help"
+# How the libraries below torch, and the driver of a GPU that is shared, tell that memory is spent.
+TOLD = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+class Batch:
+    """How many items a model takes at once: halved for good when they do not fit the memory.
+
+    `what` is its name in messages. `tell` is given a line for each time that it gets smaller.
+    """
+
+    def __init__(self, size: int, what: str = "batch size") -> None:
+        self.size, self.what = size, what
+        self.tell: Callable[[str], object] = lambda line: None
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def run(self, count: int, work: Callable[[int, int], T]) -> Iterator[T]:
+        """work(start, end) of the ranges that range(count) is cut into, in order; what runs out of
+        memory is done again in smaller ones.
+
+        Raises InputError if a single item does not fit.
+        """
+        start = 0
+        while start < count:
+            end = min(start + self.size, count)
+            # Outside of `except`, which would keep the failed call's tensors alive.
+            if found := _fitting(work, start, end):
+                yield found[0]
+                start = end
+            else:
+                self._halve(end - start)
+
+    def _halve(self, tried: int) -> None:
+        if tried == 1:
+            text = f"the GPU's memory is too small for the model even at a {self.what} of 1"
+            raise InputError(f"{text}: {HELP}")
+        before, self.size = self.size, tried // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.tell(f"{self.what} {before} -> {self.size}")
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Adds the time of the block to `spent`; on a GPU between two of its events, without
+        waiting for it."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
+
+    def spent(self) -> float:
+        """Seconds in `timed` blocks since the last call; their results are on the CPU by now."""
+        found = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        self._seconds = 0.0
+        self._events.clear()
+        return found
+
+
+def _fitting(work: Callable[[int, int], T], start: int, end: int) -> list[T]:
+    """The one result, none if the memory was too small."""
+    try:
+        return [work(start, end)]
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in TOLD):
+            return []
+        raise

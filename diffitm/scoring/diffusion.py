@@ -1,0 +1,123 @@
+"""Noise-prediction errors of a diffusion model for the pairs of work rows: what an actor runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffitm.core import images
+from diffitm.core.schema import Work
+from diffitm.models.denoiser import Denoiser, select
+from diffitm.scoring.batching import Batch
+from diffitm.scoring.noise_plan import Plan
+from diffitm.scoring.pair_errors import pair_errors
+from diffitm.scoring.scorer import Loaded, blank, load_images
+from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
+
+PIXEL_SCALE = 127.5
+
+
+class DiffusionScorer:
+    """Scores pairs with a diffusion model: every image and text encoded once, every pair once.
+
+    `root` is the data root, `resize` 'squash' or 'crop', `latent_seed` None for the posterior mean.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        plan: Plan,
+        root: str,
+        resize: str = "squash",
+        batch_size: int = 64,
+        latent_seed: int | None = None,
+        text_cache_bytes: int = TEXT_CACHE_BYTES,
+    ) -> None:
+        self.denoiser, self.plan, self.root = denoiser, plan, root
+        self.resize, self.latent_seed = resize, latent_seed
+        self.texts = TextCache(denoiser.encode_texts, text_cache_bytes, batch_size)
+        # VAE batches are small: at 512 px an encode weighs more than a forward of the U-Net.
+        images = Batch(max(1, batch_size // 4), "batch size of images")
+        self.batches = [Batch(batch_size), images, self.texts.batch]
+        self.cost = len(plan)
+        self.timesteps = plan.timesteps.tolist()
+
+    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+        """See Scorer. An unreadable image, or a text that the model refuses, becomes a failure of its
+        own pairs."""
+        loaded = load_images(rows, self.root, self._pixels)
+        asked = dict.fromkeys(text for row in rows for text in row.texts)
+        refused = {t: reason for t in asked if (reason := self.denoiser.refuses(t)) is not None}
+        failed, good = [], []
+        for row, item in zip(rows, loaded, strict=True):
+            for text in row.texts:
+                if reason := item.failure or refused.get(text):
+                    failed.append({**blank(row, text, item.digest), "failure": reason})
+            kept = [text for text in row.texts if text not in refused]
+            if kept and item.failure is None:
+                good.append((row._replace(texts=kept), item))
+        return failed + (self._scored(good) if good else [])
+
+    def _scored(self, good: Sequence[tuple[Work, Loaded]]) -> list[dict[str, Any]]:
+        """The lines of rows whose image is readable and whose texts are conditions."""
+        latents = self._latents([item.value for _, item in good])
+        texts = list(dict.fromkeys(text for row, _ in good for text in row.texts))
+        place = {text: t for t, text in enumerate(texts)}
+        pairs = [(g, place[text]) for g, (row, _) in enumerate(good) for text in row.texts]
+        errors = pair_errors(
+            self.denoiser,
+            latents,
+            self.texts(texts),
+            self.plan,
+            torch.tensor(pairs),
+            self.batches[0],
+        )
+        values = {name: getattr(errors, name).numpy() for name in ("l2", "l1", "huber")}
+        scored = []
+        for p, (g, t) in enumerate(pairs):
+            row, item = good[g]
+            line = blank(row, texts[t], item.digest)
+            line.update({name: value[p] for name, value in values.items()})
+            line.update(timesteps=self.timesteps, elements=errors.elements)
+            scored.append(line)
+        return scored
+
+    @torch.inference_mode()
+    def measure_rate(self) -> float:
+        """See Scorer. The first of the two rounds warms up, and finds a batch that fits."""
+        device, total = self.denoiser.device, self.batches[0].size
+        condition = self.texts([""])
+
+        def forward(start: int, end: int) -> Tensor:
+            zeros = torch.zeros(end - start, dtype=torch.long, device=device)
+            noised = torch.zeros(end - start, *self.denoiser.latent_shape, device=device)
+            return self.denoiser.predict(noised, zeros, select(condition, zeros)).cpu()
+
+        for _ in range(2):
+            start = time.perf_counter()
+            list(self.batches[0].run(total, forward))
+        return total / (time.perf_counter() - start)
+
+    def _pixels(self, image: Any) -> Tensor:
+        return to_input(image, self.denoiser, self.resize)
+
+    def _latents(self, pixels: list[Tensor]) -> Tensor:
+        def encode(start: int, end: int) -> Tensor:
+            return self.denoiser.encode_images(torch.stack(pixels[start:end]), self.latent_seed)
+
+        return torch.cat(list(self.batches[1].run(len(pixels), encode)))
+
+
+def to_input(image: Any, denoiser: Denoiser, resize: str) -> Tensor:
+    """An RGB image as the denoiser takes it, float32 [3, H, W] in [-1, 1]."""
+    return scaled(images.to_pixels(image, denoiser.resolution, resize))
+
+
+def scaled(pixels: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] to float32 [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / PIXEL_SCALE - 1

@@ -1,0 +1,82 @@
+"""Noise-prediction errors of (image, text) pairs at every timestep of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import huber_loss
+
+from diffitm.models.denoiser import Condition, Denoiser, select
+from diffitm.scoring.batching import Batch
+from diffitm.scoring.noise_plan import Plan
+
+
+@dataclass(frozen=True)
+class Errors:
+    """float32 [P, N] on the CPU, P pairs by N timesteps.
+
+    `l2` is the plain norm over the latent's elements, `l1` and `huber` (delta 1) are means over
+    them. The unconditional error is that of a pair with the empty text.
+    """
+
+    l2: Tensor
+    l1: Tensor
+    huber: Tensor
+    elements: int
+
+    @property
+    def mse(self) -> Tensor:
+        """Mean squared error, [P, N]."""
+        return self.l2**2 / self.elements
+
+
+@torch.inference_mode()
+def pair_errors(
+    denoiser: Denoiser,
+    latents: Tensor,
+    condition: Condition,
+    plan: Plan,
+    pairs: Tensor,
+    batch: Batch | None = None,
+) -> Errors:
+    """e(x, w, t) = || target(eps, z0, t) - model(z_t, t, w) || (DiffusionITM, eq. 3).
+
+    latents [I, C, h, w], a condition of T texts, pairs int64 [P, 2] of (image, text) rows. A `batch`,
+    of 64 by default, is filled over pairs and timesteps alike; each pair costs len(plan) forwards of
+    the model, whose time the batch adds up.
+
+    Raises ValueError if the plan's noise has another shape than a latent, or one of its timesteps
+    is not a training timestep of the model; InputError if not one forward fits a GPU's memory.
+    """
+    if plan.noise.shape[1:] != latents.shape[1:]:
+        wrong, right = tuple(plan.noise.shape[1:]), tuple(latents.shape[1:])
+        raise ValueError(f"the plan's noise has shape {wrong}, the latents {right}")
+    if int(plan.timesteps.max()) >= denoiser.schedule.timesteps:
+        last = denoiser.schedule.timesteps - 1
+        raise ValueError(f"timestep {int(plan.timesteps.max())} is beyond the model's last, {last}")
+    device, count, used = denoiser.device, len(plan), batch or Batch(64)
+    latents, noise = latents.to(device), plan.noise.to(device)
+    steps, pairs = plan.timesteps.to(device), pairs.to(device)
+
+    def forward(start: int, end: int) -> Tensor:
+        item = torch.arange(start, end, device=device)
+        image, text = pairs[item // count].T
+        at, eps, z0 = steps[item % count], noise[item % count], latents[image]
+        noised, chosen = denoiser.schedule.add_noise(z0, eps, at), select(condition, text)
+        with used.timed(device):
+            predicted = denoiser.predict(noised, at, chosen)
+        target = denoiser.schedule.target(z0, eps, at)
+        return torch.stack(_kinds(predicted, target)).cpu()
+
+    found = torch.cat(list(used.run(len(pairs) * count, forward)), 1)
+    l2, l1, huber = found.view(3, len(pairs), count)
+    return Errors(l2, l1, huber, latents[0].numel())
+
+
+def _kinds(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """l2 norm, mean absolute and mean Huber error of each row, [B] each."""
+    wrong = (target - predicted).flatten(1)
+    huber = huber_loss(predicted, target, reduction="none").flatten(1)
+    return wrong.norm(dim=1), wrong.abs().mean(1), huber.mean(1)

@@ -1,0 +1,121 @@
+"""Rows of the pair table to rows of the score store: the code that an actor runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from diffitm.core import images, storage
+from diffitm.core.errors import InputError, Unavailable
+from diffitm.core.outside import is_outside, patiently
+from diffitm.core.schema import Work
+
+
+class Scorer(Protocol):
+    """What the distributed code needs of a model. One that runs a model in batches has them in
+    `batches`, that of its forwards first."""
+
+    cost: int  # forwards of the model a pair
+
+    def measure_rate(self) -> float:
+        """Forwards a second of the bare model, 0 if they cost next to nothing."""
+
+    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+        """The rows of the score store for all pairs of the work rows."""
+
+
+class Loaded(NamedTuple):
+    """A prepared image or why there is none; `outside`: the network or a server is to blame."""
+
+    value: Any
+    digest: str | None
+    failure: str | None
+    outside: bool = False
+
+
+def load_images(
+    rows: Sequence[Work], root: str, prepare: Callable[[Any], Any], threads: int = 4
+) -> list[Loaded]:
+    """Read, decode and prepare the rows' images in a few threads.
+
+    Raises Unavailable where the network or a server keeps all of them from being read.
+    """
+    away = False  # once an image was waited for in vain, the others are asked for once
+
+    def one(row: Work) -> Loaded:
+        nonlocal away
+        read = functools.partial(images.load, root, row.image)
+        try:
+            image, digest = read() if away else patiently(read)
+            return Loaded(prepare(image), digest, None)
+        except Exception as error:  # whatever a decoder raises is that image's failure
+            outside = is_outside(error)
+            away = away or outside
+            return Loaded(None, None, _reason(error), outside)
+
+    if len(rows) == 1:
+        loaded = [one(rows[0])]
+    else:
+        with ThreadPoolExecutor(min(threads, len(rows))) as pool:
+            loaded = list(pool.map(one, rows))
+    if rows and not any(item.failure is None for item in loaded):
+        _check_reachable(root, rows, loaded)
+    return loaded
+
+
+def _check_reachable(root: str, rows: Sequence[Work], loaded: Sequence[Loaded]) -> None:
+    """Raises Unavailable where no image could be read for a reason that is not their own."""
+    text = f"none of {len(rows)} images could be read, such as {rows[0].image}: {loaded[0].failure}"
+    if all(item.outside for item in loaded) and len(loaded) > 1:
+        raise Unavailable(text)
+    try:
+        gone = not storage.exists(root)
+    except InputError as error:
+        raise Unavailable(f"{text}; {error}") from error
+    if gone:
+        raise Unavailable(f"{text}; there is no folder {storage.title(root)} here")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return f"unreadable image: {type(error).__name__}: {error}"
+
+
+def blank(row: Work, text: str, digest: str | None) -> dict[str, Any]:
+    """A line of the store without any score yet."""
+    return {
+        "row": row.row,
+        "image": row.image,
+        "text": text,
+        "timesteps": None,
+        "l2": None,
+        "l1": None,
+        "huber": None,
+        "elements": None,
+        "similarity": None,
+        "digest": digest,
+        "failure": None,
+    }
+
+
+def _failure(row: Work, loaded: Loaded) -> list[dict[str, Any]]:
+    return [{**blank(row, text, loaded.digest), "failure": loaded.failure} for text in row.texts]
+
+
+def similarity_lines(
+    rows: Sequence[Work], loaded: Sequence[Loaded], similarities: Sequence[np.ndarray | None]
+) -> list[dict[str, Any]]:
+    """Lines of the store for a model with one similarity a pair; None where the image failed."""
+    out = []
+    for row, item, values in zip(rows, loaded, similarities, strict=True):
+        if values is None:
+            out += _failure(row, item)
+            continue
+        for text, value in zip(row.texts, values, strict=True):
+            out.append({**blank(row, text, item.digest), "similarity": float(value)})
+    return out

@@ -1,0 +1,100 @@
+"""What to score with, as values that travel to the workers: cheap here, loaded there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffitm.core.errors import InputError
+from diffitm.core.storage import title
+from diffitm.models.loading import Source, load_denoiser, lora_digest
+from diffitm.scoring.diffusion import DiffusionScorer
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring.scorer import Scorer
+
+if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
+    from diffitm.models.clip import ClipSource
+
+SCORE_VERSION = 1  # grows when the same settings would give other scores
+
+
+@dataclass(frozen=True)
+class DiffusionSpec:
+    """A diffusion model under a protocol on the images below `root`."""
+
+    source: Source
+    root: str
+    protocol: str
+    timesteps: tuple[int, ...]
+    seed: int = 0
+    dtype: str = "fp32"
+    resize: str = "squash"
+    latent_seed: int | None = None
+    variant: str | None = None
+    lora: str | None = None
+    lora_name: str | None = None  # as the user typed it, for tables
+    batch_size: int = 64
+
+    @property
+    def cost(self) -> int:
+        """Forwards of the U-Net a pair."""
+        return len(self.timesteps)
+
+    def store_config(self) -> dict[str, Any]:
+        """Everything that a score depends on."""
+        return {
+            "kind": "diffusion",
+            "version": SCORE_VERSION,
+            "weights": self.source.digest,
+            "variant": self.variant,
+            "lora": lora_digest(self.lora) if self.lora else None,
+            "protocol": self.protocol,
+            "timesteps": list(self.timesteps),
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "resize": self.resize,
+            "latent_seed": self.latent_seed,
+            "root": title(self.root),
+        }
+
+    def build(self, device: str) -> Scorer:
+        """Load the model on this machine."""
+        denoiser = load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
+        if max(self.timesteps) >= denoiser.schedule.timesteps:
+            last = denoiser.schedule.timesteps - 1
+            raise InputError(f"timestep {max(self.timesteps)} is beyond the model's last, {last}")
+        plan = make_plan(list(self.timesteps), denoiser.latent_shape, self.seed)
+        return DiffusionScorer(
+            denoiser, plan, self.root, self.resize, self.batch_size, self.latent_seed
+        )
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """A CLIP on the images below `root`."""
+
+    source: ClipSource
+    root: str
+    batch_size: int = 64
+    cost = 1
+
+    def store_config(self) -> dict[str, Any]:
+        """Everything that a score depends on."""
+        from diffitm.models.clip import preprocessing
+
+        own = preprocessing(self.source)
+        return {
+            "kind": "clip",
+            "version": SCORE_VERSION,
+            "weights": self.source.digest,
+            "root": title(self.root),
+        } | ({"preprocessing": own} if own else {})
+
+    def build(self, device: str) -> Scorer:
+        """Load the model on this machine."""
+        from diffitm.scoring.clip import ClipScorer
+
+        return ClipScorer(self.source, self.root, device, self.batch_size)
+
+
+Spec = DiffusionSpec | ClipSpec

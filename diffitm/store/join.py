@@ -1,0 +1,131 @@
+"""The store joined back to a task's examples: every example with the errors of its pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from diffitm.core.schema import Example
+from diffitm.metrics.score import averaged, conditional_score, normalised_score
+from diffitm.store.pair_table import examples_dataset, scored_pairs
+from diffitm.store.score_store import Store
+
+# Values of the errors that are held at once, whatever the number of timesteps.
+HELD = 4_000_000
+NOTHING = np.zeros((0, 0, 0))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An example with conditional and unconditional errors [images, texts, timesteps] or, of CLIP,
+    similarities [images, texts]; `failure` tells why it has none."""
+
+    example: Example
+    failure: str | None = None
+    conditional: np.ndarray = field(default_factory=lambda: NOTHING)
+    unconditional: np.ndarray = field(default_factory=lambda: NOTHING)
+    similarity: np.ndarray | None = None
+
+    def scores(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Kind of score -> scores [images, texts]; the timesteps weigh the same unless told."""
+        if self.failure is not None:
+            return {}
+        if self.similarity is not None:
+            return {"cosine": self.similarity}
+        conditional = averaged(self.conditional, weights)
+        found = {"conditional": conditional_score(conditional)}
+        if self.example.needs_unconditional:
+            unconditional = averaged(self.unconditional, weights)
+            found["normalised"] = normalised_score(conditional, unconditional)
+        return found
+
+
+def read_scored(uri: str, store: Store, error: str) -> Iterator[Scored]:
+    """Every example of a file in order. `error` is l2, mse, l1 or huber."""
+    steps = max(1, len(store.config.get("timesteps", [])))
+    pairs = _PairReader(
+        scored_pairs(uri, store, error, max(1000, min(100_000, HELD // steps))), error, steps
+    )
+    for example in read_examples(uri):
+        if example.failure is not None:
+            yield Scored(example, example.failure)
+            continue
+        shape = (len(example.images), len(example.texts))
+        conditional, unconditional, similarity, failures = pairs.take(shape)
+        if failures:
+            place, reason = next(iter(failures.items()))
+            yield Scored(example, f"{example.images[place // shape[1]]}: {reason}")
+        elif store.is_clip:
+            yield Scored(example, similarity=similarity)
+        else:
+            yield Scored(example, None, conditional, unconditional)
+
+
+def read_examples(uri: str) -> Iterator[Example]:
+    """The examples of a file in order."""
+    for batch in examples_dataset([uri]).to_batches():
+        for line in batch.to_pylist():
+            yield Example(
+                id=line["id"],
+                images=tuple(line["images"]),
+                texts=tuple(line["texts"]),
+                direction=line["direction"],
+                gold=line["gold"],
+                cluster=line["cluster"],
+                groups=dict(line["groups"]),
+                failure=line["failure"],
+            )
+
+
+class _PairReader:
+    """Takes the pairs of one example after the other from the ordered stream."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch], error: str, steps: int) -> None:
+        self.batches, self.error, self.steps = batches, error, steps
+        self.held: list[tuple[np.ndarray, ...]] = []
+        self.count = 0
+
+    def take(
+        self, shape: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
+        """Conditional and unconditional errors [images, texts, timesteps], similarities [images,
+        texts], failures by pair."""
+        need = shape[0] * shape[1]
+        while self.count < need:
+            arrays = self._arrays(next(self.batches))
+            self.held.append(arrays)
+            self.count += len(arrays[0])
+        if len(self.held) > 1:
+            columns = zip(*self.held, strict=True)
+            self.held = [tuple(np.concatenate(parts) for parts in columns)]
+        (held,) = self.held
+        first = [part[:need] for part in held]
+        self.held, self.count = [tuple(part[need:] for part in held)], self.count - need
+        failures = {i: str(f) for i, f in enumerate(first[3]) if f is not None}
+        conditional, unconditional = (part.astype(float).reshape(*shape, -1) for part in first[:2])
+        return conditional, unconditional, first[2].reshape(shape), failures
+
+    def _arrays(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
+        elements = batch["elements"].to_numpy(zero_copy_only=False).astype(float)
+        return (
+            self._errors(batch["errors"], elements),
+            self._errors(batch["unconditional"], elements),
+            batch["similarity"].to_numpy(zero_copy_only=False).astype(float),
+            np.array(batch["failure"].to_pylist(), dtype=object),
+        )
+
+    def _errors(self, lists: pa.ListArray, elements: np.ndarray) -> np.ndarray:
+        """Errors [pairs, timesteps], NaN where there are none."""
+        out = np.full((len(lists), self.steps), np.nan, np.float32)
+        present = np.flatnonzero(lists.is_valid().to_numpy(zero_copy_only=False))
+        if len(present) == 0:
+            return out
+        flat = lists.drop_null().flatten().to_numpy(zero_copy_only=False)
+        errors = flat.reshape(len(present), -1)
+        if self.error == "mse":
+            errors = errors.astype(float) ** 2 / elements[present, None]
+        out[present] = errors
+        return out

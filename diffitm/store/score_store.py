@@ -1,0 +1,78 @@
+"""The score store: a folder of append-only Parquet files for one model under one protocol.
+
+Scores of other settings lie in other folders, because the folder's name holds the fingerprint of
+everything that a score depends on; _config.json in it says what that is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.dataset as ds
+
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.provenance import fingerprint
+from diffitm.core.schema import SCORES
+
+
+@dataclass(frozen=True)
+class Store:
+    """`uri` of the folder, `model` as the user named it, and what its scores depend on."""
+
+    uri: str
+    model: str
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return storage.name(self.uri)
+
+    @property
+    def is_clip(self) -> bool:
+        return self.config["kind"] == "clip"
+
+    def dataset(self) -> ds.Dataset:
+        """All rows written so far; files that a kill cut off are left out."""
+        found, _ = storage.filesystem(self.uri)
+        whole, _ = storage.readable_parquet(self.uri)
+        return ds.dataset(whole, schema=SCORES, filesystem=found, format="parquet")
+
+
+def open_store(out: str, model: str, config: dict[str, Any]) -> Store:
+    """The store of this configuration below `out`, created if need be.
+
+    Raises InputError if the folder holds scores of another configuration.
+    """
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-")
+    uri = storage.join(out, "scores", f"{slug[:40]}-{fingerprint(config)[:12]}")
+    note = storage.join(uri, "_config.json")
+    if not storage.exists(note):
+        if storage.files(uri, ".parquet"):
+            raise InputError(
+                f"{uri} holds scores but no _config.json: move it away or restore the file"
+            )
+        storage.write_text(note, json.dumps({"model": model, **config}, indent=2))
+        return Store(uri, model, config)
+    store = read_store(uri)
+    if store.config != config:
+        keys = sorted({*store.config, *config})
+        other = [k for k in keys if store.config.get(k) != config.get(k)]
+        raise InputError(
+            f"{uri} holds scores of another configuration ({', '.join(other)} differ); "
+            "give another --out or move the folder away"
+        )
+    return Store(uri, model, config)
+
+
+def read_store(uri: str) -> Store:
+    """A store by its folder. Raises InputError if it is none."""
+    note = storage.join(uri, "_config.json")
+    try:
+        config = json.loads(storage.read_text(note))
+        return Store(uri, config.pop("model"), config)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{note} is not the config of a score store: {error}") from error

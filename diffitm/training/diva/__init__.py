@@ -1,0 +1,1 @@
+"""The update step of a CLIP under a diffusion model's feedback."""

@@ -1,0 +1,1 @@
+"""The update step of a diffusion model's LoRA."""

@@ -1,0 +1,104 @@
+"""Options of pipelines/finetune.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from diffitm.core.config import lacking, option, outside
+from diffitm.core.errors import InputError
+from diffitm.training.lora.objectives import Objective
+from diffitm.training.options import Shared, shared_problems
+
+
+@dataclass(frozen=True)
+class Config(Shared):
+    """Options of pipelines/finetune.py."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "diffusionitm": {
+            "objective": "hard-neg",
+            "negatives": "mixed",
+            "clip_over": "microbatch",
+            "batch_size": 4,
+            "effective_batch": 112,
+            "epochs": 8,
+            "validate_every": 500,
+            "validation_examples": 328,
+        },
+        "softneg-sd15": {
+            "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "objective": "soft-neg",
+            "negatives": "hard-text",
+            "batch_size": 4,
+            "effective_batch": 112,
+            "epochs": 8,
+            "validate_every": 500,
+            "validation_examples": 328,
+        },
+    }
+    model: str = option(
+        "", "diffusion model: shapes, a diffusers folder (or URI of one) or a Hub id"
+    )
+    data: str = option(
+        "", "shapes, a data root in COCO's layout, or rows: .tsv, .parquet or WebDataset's .tar"
+    )
+    images: str | None = option(None, "where a file's image paths start (default: its own folder)")
+    out: str = option("out/finetune", "folder or URI for weights, checkpoints and the log")
+    preset: str | None = option(
+        None, "published or planned settings: diffusionitm, softneg-sd15; options given win"
+    )
+    objective: str = option(
+        "hard-neg", "no-neg, hard-neg, hard-neg-unclipped, relativistic or soft-neg"
+    )
+    lambda_: float = option(1.0, "bound of the wrong pair's error, in errors of the right pair")
+    clip_over: Literal["example", "microbatch"] = option("example", "where the bound holds")
+    guard: Literal["none", "clip", "frozen"] = option("none", "what holds soft-neg's empty text")
+    negatives: Literal["hard-text", "random-text", "hard-image", "mixed"] = option(
+        "mixed", "what wrong pairs are made of, where the objective has any"
+    )
+    draw_negatives: Literal["batch", "example"] = option(
+        "batch", "whether the kind of a mixed negative is drawn for a micro-batch or an example"
+    )
+    batch_size: int = option(8, "examples of a micro-batch, one forward of right and wrong pairs")
+    lr: float = option(1e-4, "learning rate of AdamW")
+    lr_schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = option(
+        "constant", "diffusers' schedules"
+    )
+    weight_decay: float = option(1e-2, "of AdamW")
+    rank: int = option(4, "of the LoRA on every attention projection")
+    ema: float | None = option(None, "decay of averaged weights, which are then the result")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto: bf16 on a GPU, else fp32"
+    )
+    cache_latents: bool = option(
+        False, "encode images and texts once, beforehand, into Parquet below work/ beside OUT"
+    )
+    resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
+    validate_every: int = option(100, "updates between validations; 0 for none")
+    validation_data: str | None = option(
+        None, "data root with coco_neg (default: --data, if it has one)"
+    )
+    validation_examples: int = option(328, "examples of each validation task, evenly spread")
+    validation_timesteps: int = option(4, "timesteps of a validation score")
+
+
+def find_problems(config: Config) -> list[str]:
+    """What is wrong with the options, all of it."""
+    found = lacking(config, {"model": "shapes", "data": "shapes"})
+    try:
+        Objective(config.objective, config.lambda_, config.clip_over, config.guard)
+    except InputError as error:
+        found.append(str(error))
+    least: dict[str, float] = {
+        **dict.fromkeys(("rank", "validation_examples", "validation_timesteps"), 1),
+    }
+    found += outside(config, least)
+    if config.ema is not None and not 0 < config.ema < 1:
+        found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
+    if config.batch_size > 0 and config.effective_batch % config.batch_size:
+        found.append(
+            f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size "
+            f"{config.batch_size}, the examples of a micro-batch"
+        )
+    return found + shared_problems(config)

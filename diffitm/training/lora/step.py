@@ -1,0 +1,142 @@
+"""The update step of tuning a denoiser's LoRA for matching. The loop is the caller's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffitm.models.denoiser import Condition, Denoiser
+from diffitm.models.lora import add_lora, lora_unet
+from diffitm.scoring.text_cache import TextCache
+from diffitm.training.lora.objectives import Objective
+from diffitm.training.sampler import Item, draw_noise
+
+TEXT_CACHE_BYTES = 512 * 2**20
+TEXT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Mean and deviation of latents, [B, C, h, w] each."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of a micro-batch: the loss with its graph, and for the log the means of E+ and of the contrast
+    (0 without one) and the share of contrasts that the bound holds."""
+
+    loss: Tensor
+    right: Tensor
+    contrast: Tensor
+    held: Tensor
+
+
+class Tuner:
+    """A frozen denoiser with a trainable LoRA, and an objective.
+
+    `parameters` are the LoRA's, float32. With `autocast` the forward runs in the denoiser's dtype.
+    `encode_texts` stands in for the denoiser's own where texts were encoded beforehand. Raises
+    InputError for a denoiser without a U-Net.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        objective: Objective,
+        rank: int = 4,
+        seed: int = 0,
+        checkpointing: bool = False,
+        encode_texts: Callable[[Sequence[str]], Condition] | None = None,
+    ) -> None:
+        self.denoiser, self.objective = denoiser, objective
+        self.unet = lora_unet(denoiser)
+        self.parameters = add_lora(self.unet, rank, seed)
+        if checkpointing:
+            denoiser.checkpoint_gradients()
+        self.texts = TextCache(encode_texts or denoiser.encode_texts, TEXT_CACHE_BYTES, TEXT_BATCH)
+        self.autocast = denoiser.dtype != torch.float32
+
+    def losses(self, items: Sequence[Item], right: Posterior, wrong: Posterior | None) -> Losses:
+        """The objective on a micro-batch; `wrong` are the negative images' latents, None where the
+        negatives are captions alone.
+
+        Right and wrong pairs of an example share timestep, noise and the posterior's noise, and are
+        one batch of the U-Net.
+        """
+        device = self.denoiser.device
+        drawn = draw_noise(
+            [item.seed for item in items],
+            self.denoiser.latent_shape,
+            self.denoiser.schedule.timesteps,
+        )
+        at, noise = drawn.timesteps.to(device), drawn.noise.to(device)
+        latents = self._latents(right, drawn.posterior)
+        captions = [item.caption for item in items]
+        contrast = self.objective.contrast
+        if contrast == "none":
+            error, _ = self._errors(latents, captions, at, noise)
+            loss, held = self.objective(error, None)
+            return Losses(loss, error.detach().mean(), error.new_zeros(()), held)
+        if contrast == "empty":
+            others, other_latents = [""] * len(items), latents
+        else:
+            others = [item.negative_caption for item in items]
+            other_latents = latents if wrong is None else self._latents(wrong, drawn.posterior)
+        if self.objective.guard == "frozen":
+            error, _ = self._errors(latents, captions, at, noise)
+            with torch.no_grad(), _base(self.unet):
+                subtracted, _ = self._errors(other_latents, others, at, noise)
+        else:
+            errors, predicted = self._errors(
+                torch.cat([latents, other_latents]),
+                captions + others,
+                at.repeat(2),
+                noise.repeat(2, 1, 1, 1),
+            )
+            error, subtracted = errors.chunk(2)
+            if contrast == "distance":
+                one, two = predicted.chunk(2)
+                subtracted = ((two - one) ** 2).flatten(1).mean(1)
+        loss, held = self.objective(error, subtracted)
+        return Losses(loss, error.detach().mean(), subtracted.detach().mean(), held)
+
+    def _latents(self, posterior: Posterior, noise: Tensor) -> Tensor:
+        device = self.denoiser.device
+        mean, deviation = posterior.mean.to(device), posterior.deviation.to(device)
+        return mean + deviation * noise.to(device)
+
+    def _errors(
+        self, latents: Tensor, texts: list[str], at: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean squared error of each pair [B], and the predictions [B, C, h, w]."""
+        schedule = self.denoiser.schedule
+        noised = schedule.add_noise(latents, noise, at)
+        device = self.denoiser.device
+        with torch.autocast(device.type, self.denoiser.dtype, enabled=self.autocast):
+            predicted = self.denoiser.predict(noised, at, self._condition(texts))
+        wrong = predicted.float() - schedule.target(latents, noise, at)
+        return (wrong**2).flatten(1).mean(1), predicted.float()
+
+    def _condition(self, texts: list[str]) -> Condition:
+        """Rows of the encoded texts, as tensors that a graph may keep."""
+        unique = list(dict.fromkeys(texts))
+        found = self.texts(unique)
+        rows = torch.tensor([unique.index(text) for text in texts])
+        return {name: value.clone()[rows.to(value.device)] for name, value in found.items()}
+
+
+@contextlib.contextmanager
+def _base(unet: torch.nn.Module) -> Iterator[None]:
+    """The model without its LoRA."""
+    unet.disable_adapters()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        unet.enable_adapters()  # type: ignore[operator]

@@ -1,0 +1,57 @@
+"""Matching accuracy of a model in training, by the scoring code and the credits of gdbench."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffitm.core.schema import Example, Work
+from diffitm.scoring.scorer import Scorer
+from diffitm.store.join import Scored
+from diffitm.tasks.base import Task
+
+
+def credits(task: Task, examples: Sequence[Example], scorer: Scorer) -> list[float | None]:
+    """The credit of each example in the task's first metric, None of one that cannot be scored.
+
+    The score is the normalised one where images are compared, else the conditional one; of a CLIP
+    it is the cosine.
+    """
+    texts: dict[str, dict[str, None]] = {}
+    for example in examples:
+        for image in example.images if example.failure is None else ():
+            wanted = dict.fromkeys([*example.texts, *([""] if example.needs_unconditional else [])])
+            texts.setdefault(image, {}).update(wanted)
+    work = [Work(row, image, list(found)) for row, (image, found) in enumerate(texts.items())]
+    lines = scorer.score(work) if work else []
+    kind = "similarity" if lines and lines[0]["l2"] is None else "l2"
+    values = {
+        (line["image"], line["text"]): line[kind] for line in lines if line["failure"] is None
+    }
+    return [_credit(task, example, values, kind) for example in examples]
+
+
+def _credit(
+    task: Task, example: Example, errors: dict[tuple[str, str], Any], kind: str
+) -> float | None:
+    pairs = [(image, text) for image in example.images for text in example.texts]
+    if example.failure is not None or not all(pair in errors for pair in pairs):
+        return None
+    if kind == "similarity":
+        similarity = np.array([errors[pair] for pair in pairs]).reshape(len(example.images), -1)
+        return _first(task, example, Scored(example, similarity=similarity))
+    shape = (len(example.images), len(example.texts), -1)
+    conditional = np.array([errors[pair] for pair in pairs], float).reshape(shape)
+    unconditional = np.zeros_like(conditional)
+    if example.needs_unconditional:
+        empty = [errors[image, ""] for image, _ in pairs]
+        unconditional = np.array(empty, float).reshape(shape)
+    return _first(task, example, Scored(example, None, conditional, unconditional))
+
+
+def _first(task: Task, example: Example, scored: Scored) -> float:
+    """The credit in the task's first metric under the last kind of score."""
+    scores = list(scored.scores().values())[-1]
+    return next(iter(task.credits(example, scores).values())).value

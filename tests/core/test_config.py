@@ -1,0 +1,190 @@
+"""Configuration from YAML and options, the registry, and what their errors say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from diffitm.core import registry
+from diffitm.core.config import option, parse
+from diffitm.core.errors import InputError, suggest
+from diffitm.models.denoiser import Denoiser
+from diffitm.models.loading import FAMILIES
+from diffitm.scoring.noise_plan import PROTOCOLS
+from diffitm.tasks.base import Task
+from diffitm.tasks.registry import TASKS
+from tests.pipeline import ROOT
+
+
+@dataclass(frozen=True)
+class Config:
+    """One field of each kind."""
+
+    model: list[str] = option([], "models")
+    batch_size: int = option(64, "a number of 100%")
+    share: float = option(0.5, "a share")
+    dtype: Literal["auto", "fp32"] = option("auto", "a choice")
+    limit: int | None = option(None, "may be none")
+    name: str = option("x", "a text")
+    resume: bool = option(False, "a switch")
+
+
+def yaml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def problems(arguments: list[str]) -> str:
+    with pytest.raises(InputError) as raised:
+        parse(Config, arguments)
+    return str(raised.value)
+
+
+def test_defaults_are_not_shared() -> None:
+    first, second = parse(Config, []), parse(Config, [])
+    assert first == second == Config()
+    assert first.model is not second.model
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    path = yaml(tmp_path, "batch_size: 8\nshare: 1\nmodel: [a, b]\nlimit: 5\n")
+    found = parse(Config, ["--config", path, "--batch-size", "9"])
+    assert found == Config(model=["a", "b"], batch_size=9, share=1.0, limit=5)
+    assert isinstance(found.share, float)
+
+
+def test_dashes_and_underscores() -> None:
+    assert parse(Config, ["--batch-size", "3"]).batch_size == 3
+    assert parse(Config, ["--batch_size=3"]).batch_size == 3
+
+
+def test_booleans(tmp_path: Path) -> None:
+    path = yaml(tmp_path, "resume: true\n")
+    assert parse(Config, ["--resume"]).resume is True
+    assert parse(Config, ["--config", path]).resume is True
+    assert parse(Config, ["--config", path, "--no-resume"]).resume is False
+    assert "resume: 'maybe' is not true or false" in problems(
+        ["--config", yaml(tmp_path, "resume: maybe")]
+    )
+
+
+def test_lists_and_single_values(tmp_path: Path) -> None:
+    assert parse(Config, ["--model", "a", "b"]).model == ["a", "b"]
+    assert parse(Config, ["--config", yaml(tmp_path, "model: a")]).model == ["a"]
+
+
+def test_optional_values(tmp_path: Path) -> None:
+    assert parse(Config, ["--limit", "7"]).limit == 7
+    path = yaml(tmp_path, "limit: 7")
+    assert parse(Config, ["--config", path, "--limit", "none"]).limit is None
+    assert parse(Config, ["--config", yaml(tmp_path, "limit: null")]).limit is None
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    assert parse(Config, ["--config", yaml(tmp_path, "# nothing\n")]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--batch-size", "many"], "batch_size: 'many' is not a whole number"),
+        (["--batch-size", "1.5"], "batch_size: '1.5' is not a whole number"),
+        (["--share", "half"], "share: 'half' is not a number"),
+        (["--dtype", "fp8"], "dtype: 'fp8' is not one of auto, fp32"),
+        (["--limit", "x"], "limit: 'x' is not a whole number"),
+    ],
+)
+def test_bad_option_values_are_quoted(arguments: list[str], text: str) -> None:
+    assert problems(arguments) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("batch_size: 1.5", "batch_size: 1.5 is not a whole number"),
+        ("batch_size: true", "batch_size: True is not a number"),
+        ("name: 3", "name: 3 is not text"),
+        ("model: [a, 3]", "model: ['a', 3] is not text"),
+        ("dtype: [auto]", "dtype: ['auto'] is not one of auto, fp32"),
+        ("batch_size: {a: 1}", "batch_size: {'a': 1} is not a whole number"),
+    ],
+)
+def test_bad_file_values_are_quoted(tmp_path: Path, line: str, text: str) -> None:
+    assert problems(["--config", yaml(tmp_path, line)]) == text
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    path = yaml(tmp_path, "bach_size: 3\nname: 3\n")
+    found = problems(["--config", path, "--shar", "1", "--dtype", "fp8"]).splitlines()
+    assert len(found) == 4
+    assert found[0].startswith(
+        "unknown option '--shar'; did you mean '--share'? Known: --batch-size"
+    )
+    assert "unknown key 'bach_size'; did you mean 'batch_size'? Known: batch_size" in found[1]
+    assert path in found[1]
+    assert set(found[2:]) == {"name: 3 is not text", "dtype: 'fp8' is not one of auto, fp32"}
+
+
+def test_options_are_not_abbreviated() -> None:
+    assert "unknown option '--batch'" in problems(["--batch", "3"])
+    assert "unknown option '--sharp=3'; did you mean '--share'" in problems(["--sharp=3"])
+
+
+def test_stray_argument() -> None:
+    assert problems(["shapes"]) == "unexpected argument 'shapes'"
+
+
+def test_file_that_cannot_be_used(tmp_path: Path) -> None:
+    absent = str(tmp_path / "none.yaml")
+    assert problems(["--config", absent]) == f"--config: there is no file {absent!r}"
+    assert "must hold 'option: value' lines, got list" in problems(
+        ["--config", yaml(tmp_path, "- a\n- b\n")]
+    )
+    assert "not YAML" in problems(["--config", yaml(tmp_path, "a: [1\n")])
+    assert str(tmp_path) in problems(["--config", str(tmp_path)])
+    (tmp_path / "run.yaml").write_bytes(b"name: \xff\xfe\n")
+    assert "run.yaml" in problems(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_help_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse(Config, ["--help"])
+    assert raised.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "a number of 100% (default: 64)" in text
+
+
+def test_suggest() -> None:
+    assert suggest("claver", ["clevr", "pets"]) == "; did you mean 'clevr'? Known: clevr, pets"
+    assert suggest("zzz", ["clevr", "pets"]) == " Known: clevr, pets"
+
+
+def test_registry_suggests_the_near_name() -> None:
+    with pytest.raises(InputError, match="unknown task 'winogrond'; did you mean 'winoground'"):
+        registry.find(TASKS, "winogrond", "task")
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_registered_task_loads(name: str) -> None:
+    """Under its own name, with where its files come from."""
+    task = registry.find(TASKS, name, "task")()
+    assert isinstance(task, Task)
+    assert (task.name, task.version >= 1) == (name, True)
+    assert task.source
+    assert task.folder
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_registered_denoiser_loads(name: str) -> None:
+    assert issubclass(registry.load(FAMILIES[name].denoiser), Denoiser)
+    assert FAMILIES[name].parts
+
+
+def test_pipeline_knows_every_protocol() -> None:
+    """The choices that the user sees are those that exist; read from the source, without Ray."""
+    source = (ROOT / "diffitm" / "commands" / "gdbench.py").read_text()
+    assert all(f'"{protocol}"' in source for protocol in PROTOCOLS)

@@ -1,0 +1,213 @@
+"""Every kind of image file that occurs comes out as sane RGB, or as a readable error."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffitm.core import images
+
+RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    image = images.decode(data)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def halves(left: object, right: object, mode: str) -> Image.Image:
+    """32x16: `left` and `right` half."""
+    image = Image.new(mode, (32, 16), left)
+    image.paste(right, (16, 0, 32, 16))
+    return image
+
+
+def test_exif_orientation() -> None:
+    """Orientation 6 is turned upright: what was left is at the top."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = pixels(encoded(halves(RED, BLUE, "RGB"), "JPEG", exif=exif, quality=95, subsampling=0))
+    assert found.shape == (32, 16, 3)
+    np.testing.assert_allclose(found[2, 8], RED, atol=8)
+    np.testing.assert_allclose(found[-3, 8], BLUE, atol=8)
+
+
+def test_palette() -> None:
+    found = pixels(encoded(halves(RED, BLUE, "RGB").convert("P", palette=Image.Palette.ADAPTIVE)))
+    assert found[8, 4].tolist() == list(RED)
+    assert found[8, 28].tolist() == list(BLUE)
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF"])
+def test_palette_with_transparency(form: str) -> None:
+    """A transparent palette entry is white, not the colour that hides behind it."""
+    image = Image.new("P", (32, 16), 0)
+    image.putpalette([*BLACK, *BLUE] + [0] * 762)
+    image.paste(1, (16, 0, 32, 16))
+    found = pixels(encoded(image, form, transparency=0))
+    assert found[8, 4].tolist() == list(WHITE)
+    assert found[8, 28].tolist() == list(BLUE)
+
+
+def test_alpha_is_laid_on_white() -> None:
+    found = pixels(encoded(halves((255, 0, 0, 0), (0, 0, 255, 128), "RGBA")))
+    assert found[8, 4].tolist() == list(WHITE)
+    np.testing.assert_allclose(found[8, 28], (127, 127, 255), atol=1)
+
+
+def test_grey_with_alpha() -> None:
+    found = pixels(encoded(halves((0, 0), (100, 255), "LA")))
+    assert found[8, 4].tolist() == list(WHITE)
+    assert found[8, 28].tolist() == [100] * 3
+
+
+def test_rgb_with_a_transparent_colour() -> None:
+    found = pixels(encoded(halves(BLACK, BLUE, "RGB"), transparency=BLACK))
+    assert found[8, 4].tolist() == list(WHITE)
+    assert found[8, 28].tolist() == list(BLUE)
+
+
+def test_grey_and_one_bit() -> None:
+    grey = pixels(encoded(halves(0, 200, "L")))
+    assert (grey[8, 4].tolist(), grey[8, 28].tolist()) == ([0] * 3, [200] * 3)
+    bits = pixels(encoded(halves(0, 1, "1")))
+    assert (bits[8, 4].tolist(), bits[8, 28].tolist()) == ([0] * 3, [255] * 3)
+
+
+def test_cmyk_jpeg() -> None:
+    """No cyan, all magenta and yellow is red; no ink is white."""
+    found = pixels(encoded(halves((0, 255, 255, 0), (0, 0, 0, 0), "CMYK"), "JPEG", quality=95))
+    np.testing.assert_allclose(found[8, 4], RED, atol=12)
+    np.testing.assert_allclose(found[8, 28], WHITE, atol=12)
+
+
+@pytest.mark.parametrize(
+    ("values", "form"),
+    [
+        (np.array([0, 32768, 65535], np.uint16), "PNG"),
+        (np.array([0, 32768, 65535], np.uint16), "TIFF"),
+        (np.array([0, 32768, 65535], np.int32), "TIFF"),
+        (np.array([0.0, 0.5, 1.0], np.float32), "TIFF"),
+        (np.array([0.0, 128.0, 255.0], np.float32), "TIFF"),
+    ],
+    ids=["16-bit PNG", "16-bit TIFF", "I TIFF", "F TIFF to 1", "F TIFF to 255"],
+)
+def test_deep_images_are_scaled_not_clipped(values: np.ndarray, form: str) -> None:
+    found = pixels(encoded(Image.fromarray(np.tile(values, (4, 1))), form))
+    np.testing.assert_allclose(found[0, :, 0], [0, 128, 255], atol=1)
+    assert (found == found[..., :1]).all()
+
+
+def test_truncated_jpeg() -> None:
+    """Half a file is an error, not an image that is grey below."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), "JPEG")
+    with pytest.raises(OSError, match="truncated"):
+        images.decode(data[: len(data) // 2])
+
+
+def test_empty_file() -> None:
+    with pytest.raises(ValueError, match="the file is empty"):
+        images.decode(b"")
+
+
+@pytest.mark.parametrize("data", [b"<html>404</html>", bytes(64)], ids=["HTML", "zeros"])
+def test_not_an_image(data: bytes) -> None:
+    """The text tells what is wrong and is the same each time (no address of a Python object)."""
+    with pytest.raises(ValueError, match="not an image") as raised:
+        images.decode(data)
+    assert "0x" not in str(raised.value)
+
+
+def test_image_too_large_to_be_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises((Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        images.decode(encoded(Image.new("RGB", (16, 16))))
+
+
+def test_split_crop() -> None:
+    assert images.split_crop("a/b.jpg") == ("a/b.jpg", None)
+    assert images.split_crop("a/b.jpg#xywh=1,2,30,40") == ("a/b.jpg", (1, 2, 30, 40))
+    assert images.split_crop("a#b.jpg") == ("a#b.jpg", None)
+
+
+def test_load_crops_and_hashes(tmp_path: Path) -> None:
+    """The crop is cut out of the upright image; the digest is that of the file."""
+    values = np.arange(20 * 30 * 3, dtype=np.uint16).reshape(20, 30, 3).astype(np.uint8)
+    data = encoded(Image.fromarray(values))
+    (tmp_path / "a.png").write_bytes(data)
+    image, digest = images.load(str(tmp_path), "a.png#xywh=5,3,10,7")
+    assert digest == hashlib.sha256(data).hexdigest()
+    np.testing.assert_array_equal(np.asarray(image), values[3:10, 5:15])
+    whole, same = images.load(str(tmp_path), "a.png")
+    assert same == digest
+    np.testing.assert_array_equal(np.asarray(whole), values)
+
+
+@pytest.mark.parametrize(
+    "box", ["30,0,5,5", "0,20,5,5", "-5,0,5,5", "0,-9,5,5", "0,0,0,5", "0,0,5,-2"]
+)
+def test_crop_outside_of_the_image(tmp_path: Path, box: str) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (30, 20))))
+    with pytest.raises(ValueError, match=r"outside of the image \(30x20\)"):
+        images.load(str(tmp_path), f"a.png#xywh={box}")
+
+
+def test_crop_that_sticks_out_is_black_there(tmp_path: Path) -> None:
+    """As in ARO's code, whose boxes can begin before the image."""
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (30, 20), "red")))
+    crop, _ = images.load(str(tmp_path), "a.png#xywh=-2,0,5,5")
+    assert [crop.getpixel((x, 0)) for x in (1, 2)] == [(0, 0, 0), (255, 0, 0)]
+    with pytest.raises(ValueError, match="larger than the image"):
+        images.load(str(tmp_path), "a.png#xywh=0,0,100000,5")
+
+
+def test_name_that_looks_like_a_crop() -> None:
+    assert images.split_crop("a#xywh=z.jpg") == ("a#xywh=z.jpg", None)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        images.load(str(tmp_path), "nowhere.png")
+
+
+def test_squash_ignores_the_aspect_ratio() -> None:
+    """Both halves of a wide image are there, each half as wide as the square."""
+    found = images.to_pixels(halves(RED, BLUE, "RGB"), 16, "squash")
+    assert found.shape == (16, 16, 3)
+    assert found[8, 1].tolist() == list(RED)
+    assert found[8, 14].tolist() == list(BLUE)
+    expected = halves(RED, BLUE, "RGB").resize((16, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_crop_takes_the_centre(upright: bool) -> None:
+    """Red, white, blue thirds: the crop of the short side is white alone."""
+    image = Image.new("RGB", (48, 16), WHITE)
+    image.paste(RED, (0, 0, 16, 16))
+    image.paste(BLUE, (32, 0, 48, 16))
+    if upright:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    found = images.to_pixels(image, 8, "crop")
+    assert found.shape == (8, 8, 3)
+    inner = found[1:-1] if upright else found[:, 1:-1]
+    assert (inner == 255).all()
+
+
+@pytest.mark.parametrize("size", [(31, 97), (97, 31), (5, 5), (64, 64), (1, 7)])
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_always_square(size: tuple[int, int], resize: str) -> None:
+    assert images.to_pixels(Image.new("RGB", size), 33, resize).shape == (33, 33, 3)

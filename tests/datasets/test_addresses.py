@@ -1,0 +1,160 @@
+"""Which addresses are connected to: public ones only, on every redirect."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from diffitm.datasets import client as requests
+from diffitm.datasets import network
+from diffitm.datasets.client import Client, fetch_bytes
+from diffitm.datasets.network import BrokenError, RefusedError, check_address
+from tests.loopback import (
+    QUICK,
+    Server,
+)
+
+
+@pytest.mark.parametrize(
+    "address",
+    """127.0.0.1 127.8.9.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0
+    255.255.255.255 224.0.0.1 239.1.2.3 240.0.0.1 192.0.2.1 198.18.0.1 ::1 :: fe80::1 fe80::1%eth0
+    fc00::1 fd12::1 ff02::1 fec0::1 2001:db8::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 2002:7f00:1::
+    64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 192.0.0.192 192.88.99.1 168.63.129.16 3fff::1""".split(),
+)
+def test_private_addresses_are_refused(address: str) -> None:
+    with pytest.raises(RefusedError, match="not an address of the public internet"):
+        check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"]
+)
+def test_public_addresses_pass(address: str) -> None:
+    check_address(address)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::1]"])
+def test_loopback_is_not_reached(server: Server, host: str) -> None:
+    """However it is written: numbers that the system's resolver takes for 127.0.0.1 too."""
+    with pytest.raises((RefusedError, BrokenError)):
+        fetch_bytes(Client(), f"http://{host}:{server.server_port}/picture", 10**6, QUICK)
+    assert not server.visits
+
+
+def test_redirect_into_private_network(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first address is taken for a public one; the redirect is checked anew."""
+    real = check_address
+    monkeypatch.setattr(
+        network, "check_address", lambda ip: None if ip == "127.0.0.1" else real(ip)
+    )
+    target = f"http://127.0.0.2:{server.server_port}/picture"
+    with pytest.raises(RefusedError, match=r"127\.0\.0\.2 is not an address of the public"):
+        fetch_bytes(Client(), f"{server.url}/to?{target}", 10**6, QUICK)
+    assert server.visits["/picture"] == 0
+
+
+def resolver(*answers: list[str]) -> Callable[..., list]:
+    """A getaddrinfo that gives these answers in turn, the last one for ever."""
+    left = list(answers)
+
+    def resolve(host: str, port: int, **_: Any) -> list:
+        found = left.pop(0) if len(left) > 1 else left[0]
+        kinds = [socket.AF_INET6 if ":" in ip else socket.AF_INET for ip in found]
+        return [
+            (k, socket.SOCK_STREAM, 6, "", (ip, port)) for k, ip in zip(kinds, found, strict=True)
+        ]
+
+    return resolve
+
+
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Where sockets were asked to connect to; nothing leaves the machine."""
+    tried: list[tuple] = []
+
+    class Fake:
+        def __init__(self, *_: Any) -> None: ...
+        def settimeout(self, *_: Any) -> None: ...
+        def close(self) -> None: ...
+        def connect(self, address: tuple) -> None:
+            tried.append(address)
+            raise OSError("no network in tests")
+
+    monkeypatch.setattr(network.socket, "socket", Fake)
+    return tried
+
+
+def test_dns_rebinding(connected: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Public at first, loopback at the second look: the checked address is the one connected to."""
+    monkeypatch.setattr(socket, "getaddrinfo", resolver(["93.184.216.34"], ["127.0.0.1"]))
+    with pytest.raises(RefusedError, match=r"127\.0\.0\.1 is not an address of the public"):
+        fetch_bytes(Client(), "http://rebind.example/x", 10**6, QUICK)
+    assert connected == [("93.184.216.34", 80)]
+
+
+def test_a_name_with_one_private_address_is_refused(
+    connected: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", resolver(["93.184.216.34", "10.0.0.1"]))
+    with pytest.raises(RefusedError, match=r"10\.0\.0\.1"):
+        fetch_bytes(Client(), "https://mixed.example/x", 10**6, QUICK)
+    assert connected == []
+
+
+def test_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No such name is dead; a resolver that fails for now is not."""
+
+    def fail(code: int) -> Callable[..., list]:
+        def resolve(*_: Any, **__: Any) -> list:
+            raise socket.gaierror(code, "no")
+
+        return resolve
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail(socket.EAI_NONAME))
+    with pytest.raises(RefusedError, match=r"unknown host gone\.example") as caught:
+        fetch_bytes(Client(), "http://gone.example/x", 10**6, QUICK)
+    assert caught.value.dead
+    monkeypatch.setattr(socket, "getaddrinfo", fail(socket.EAI_AGAIN))
+    with pytest.raises(BrokenError):
+        fetch_bytes(Client(), "http://gone.example/x", 10**6, QUICK)
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("file:///etc/passwd", "not an http or https address"),
+        ("ftp://example.org/x", "not an http or https address"),
+        ("http://user:pw@example.org/x", "a user name"),
+        ("http://[bad/x", "not an address"),
+    ],
+)
+def test_redirect_to_what_is_not_followed(
+    server: Server, client: Client, target: str, why: str
+) -> None:
+    with pytest.raises(RefusedError, match=why) as caught:
+        fetch_bytes(client, f"{server.url}/to?{target}", 10**6, QUICK)
+    assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "no address", "http://", "http://a b/x", "http://x:99999/", "//x/y"]
+)
+def test_what_is_not_an_address_is_dead(client: Client, url: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        fetch_bytes(client, url, 10**6, QUICK)
+    assert caught.value.dead
+
+
+def test_redirect_loop(server: Server, client: Client) -> None:
+    with pytest.raises(RefusedError, match="more than 5 redirects"):
+        fetch_bytes(client, f"{server.url}/loop", 10**6, QUICK)
+    assert server.visits["/loop"] == requests.REDIRECTS + 1
+
+
+def test_downgrade_is_refused_for_files() -> None:
+    with pytest.raises(RefusedError, match="redirected from https"):
+        Client()._check_url("http://example.org/x", "https")

@@ -1,0 +1,131 @@
+"""Updates do not depend on how many workers share them out, nor on a change of that number."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffitm.commands import diva, finetune
+from diffitm.commands.workers.diva import DivaRun
+from diffitm.commands.workers.lora import LoraRun
+from diffitm.distributed import train_loop
+from diffitm.distributed.trainer import hand_over
+from diffitm.models.clip import resolve_clip
+from diffitm.models.loading import resolve
+from diffitm.shapes.training import write_training
+from diffitm.training.diva.options import Config as DivaConfig
+from diffitm.training.image_pool import Paths, in_folder
+from diffitm.training.job import DivaJob, Job
+from diffitm.training.lora.objectives import Objective
+from diffitm.training.lora.options import Config
+from diffitm.training.rows import Row, read_rows
+from tests.ranks import Ranks
+from tests.training_runs import norm
+
+STEPS, SIZE, MICRO = 3, 2, 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn scenes, of which the images of a whole micro-batch of the first update cannot be read."""
+    root = tmp_path_factory.mktemp("ranks") / "data"
+    write_training(str(root), 30)
+    batches = lora_job(root).plan().batches(0)
+    for item in batches[1]:
+        (root / item.image).write_bytes(b"no image")
+    return root
+
+
+def lora_job(root: Path, **more: Any) -> Job:
+    config = Config(
+        batch_size=SIZE, effective_batch=SIZE * MICRO, steps=STEPS, lr=1e-2, checkpoint_every=100,
+        log_every=1,
+    )  # fmt: skip
+    rows: list[Row] = read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))
+    file = hand_over(str(root.parent / "out"), rows, range(len(rows)))
+    objective = Objective("hard-neg", clip_over="microbatch")
+    model = resolve("shapes")
+    job = finetune._job(config, model, objective, "hard-text", file, str(root), None, 0)
+    return replace(job, **more)
+
+
+def diva_job(root: Path, **more: Any) -> DivaJob:
+    config = DivaConfig(
+        batch_size=SIZE, effective_batch=SIZE * MICRO, steps=STEPS, lr=0.03, checkpoint_every=100,
+        log_every=1, recap="random:0.3", projection_steps=1, measure_every=0, held_out=0,
+    )  # fmt: skip
+    images = root / "coco" / "train"
+    paths = in_folder(str(images))
+    file = hand_over(str(root.parent / "out"), Paths(paths), range(len(paths)))
+    teacher, clip = resolve("shapes"), resolve_clip("shapes")
+    job = diva._job(config, teacher, clip, str(images), file, [], None, 0)
+    return replace(job, **more)
+
+
+def assert_same(found: Ranks, expected: Ranks) -> None:
+    assert found.losses() == pytest.approx(expected.losses(), rel=1e-4)
+    theirs, ours = expected.weights(), found.weights()
+    assert norm({k: ours[k] - theirs[k] for k in theirs}) < 1e-4 * norm(theirs)
+    assert found.monitor.lost == expected.monitor.lost
+
+
+def test_lora_on_any_number_of_workers(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one loses all its images, and where one has no micro-batch at all."""
+    runs = {}
+    for workers in (1, 5):
+        (tmp_path / str(workers)).mkdir()
+        runs[workers] = Ranks(tmp_path / str(workers), monkeypatch)
+        assert runs[workers].train(LoraRun, lora_job(world), workers) == [STEPS] * workers
+        assert len(runs[workers].losses()) == STEPS
+        assert_same(runs[workers], runs[1])
+    assert len(runs[1].monitor.lost) == SIZE
+    assert norm(runs[1].weights()) > 0
+
+
+def test_diva_while_the_number_of_workers_changes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group that is to make room for a larger one ends with a checkpoint after its update; the
+    tower joins in at the second update, each of several losses an image."""
+    monkeypatch.setattr(train_loop, "ASK_EVERY", 0.0)
+    alone, changing = (Ranks(tmp_path, monkeypatch), Ranks(tmp_path / "b", monkeypatch))
+    changing.folder.mkdir()
+    for ranks, groups in ((alone, [(1, STEPS)]), (changing, [(2, 1), (3, STEPS)])):
+        for name in ("get_context", "get_checkpoint", "report"):
+            monkeypatch.setattr("ray.train." + name, getattr(ranks, name))
+        monkeypatch.setattr(torch.distributed, "all_reduce", ranks.all_reduce)
+        for workers, steps in groups:
+            ranks.monitor.open()
+            if steps < STEPS:
+                ranks.monitor.grow()
+            assert ranks.train(DivaRun, diva_job(world), workers) == [steps] * workers
+    assert_same(changing, alone)
+    assert len(changing.checkpoints) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_all_workers_alike(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the update after the one that spoiled the weights; the checkpoint before stays."""
+    ranks = Ranks(tmp_path, monkeypatch)
+    job = lora_job(world, rate=1e30, clip=1e30, checkpoint_every=1)
+    assert len(set(ranks.train(LoraRun, job, 2))) == 1
+    assert ranks.monitor.stopped is not None
+    assert "the loss of row" in ranks.monitor.stopped or "gradient" in ranks.monitor.stopped
+    assert all(torch.isfinite(v).all() for v in ranks.weights().values())
+
+
+def test_an_update_of_no_image_stops_all_workers_alike(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(tmp_path, monkeypatch)
+    job = replace(lora_job(world), root=str(tmp_path / "elsewhere"))
+    assert ranks.train(LoraRun, job, 2) == [0, 0]
+    assert "step 1: none of its images could be read: coco/train/" in str(ranks.monitor.stopped)
+    assert ranks.checkpoints == []

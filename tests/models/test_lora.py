@@ -1,0 +1,299 @@
+"""LoRA files of every layout against what diffusers and PEFT themselves make of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffitm.core.errors import InputError
+from diffitm.models.loading import load_denoiser, lora_digest, resolve
+from diffitm.models.lora import lora_file, merge_lora, read_lora
+from tests import tiny
+
+RANK = 2
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+Tensors = dict[str, Tensor]
+
+
+def fresh() -> UNet2DConditionModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny.unet()
+
+
+def adapters() -> dict[str, tuple[Tensor, Tensor]]:
+    """Random (down, up) for every attention projection."""
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, module in fresh().named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith(PROJECTIONS) and "attn" in name:
+            down = torch.randn(RANK, module.in_features, generator=generator)
+            up = torch.randn(module.out_features, RANK, generator=generator)
+            found[name] = (0.1 * down, 0.1 * up)
+    return found
+
+
+def named(prefix: str, down: str, up: str) -> Tensors:
+    """Tensors '<prefix><module>.<down or up>.weight'."""
+    pairs = adapters().items()
+    tensors = {f"{prefix}{name}.{down}.weight": pair[0] for name, pair in pairs}
+    return tensors | {f"{prefix}{name}.{up}.weight": pair[1] for name, pair in pairs}
+
+
+def processor_layout() -> Tensors:
+    """The file that diffusers' older attention processors wrote."""
+    tensors = {}
+    for name, (down, up) in adapters().items():
+        block, _, projection = name.replace("to_out.0", "to_out").rpartition(".")
+        tensors[f"{block}.processor.{projection}_lora.down.weight"] = down
+        tensors[f"{block}.processor.{projection}_lora.up.weight"] = up
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def expected() -> Tensors:
+    """The weights after diffusers' own load_lora_adapter and fuse_lora."""
+    unet = fresh()
+    unet.load_lora_adapter(named("", "lora_A", "lora_B"), prefix=None)
+    unet.fuse_lora()
+    state = unet.state_dict()
+    return {k.replace(".base_layer", ""): v for k, v in state.items() if ".lora_" not in k}
+
+
+def assert_merged(unet: torch.nn.Module, expected: Tensors) -> None:
+    """Every weight equal, and the projections really changed."""
+    found, before = unet.state_dict(), fresh().state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+    changed = {k.removesuffix(".weight") for k in before if not torch.equal(before[k], found[k])}
+    assert changed == set(adapters())
+
+
+def test_old_attention_processor_file(tmp_path: Path, expected: Tensors) -> None:
+    torch.save(processor_layout(), tmp_path / "pytorch_lora_weights.bin")
+    tensors, scale = read_lora(str(tmp_path))
+    assert scale is None
+    unet = fresh()
+    assert merge_lora(unet, tensors, scale) == len(tensors) == 2 * len(adapters())
+    assert_merged(unet, expected)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "down", "up"),
+    [
+        ("unet.", "lora_A", "lora_B"),
+        ("unet.", "lora.down", "lora.up"),
+        ("", "lora_A", "lora_B"),
+        ("base_model.model.", "lora_A.default", "lora_B.default"),
+    ],
+)
+def test_plain_layouts(tmp_path: Path, expected: Tensors, prefix: str, down: str, up: str) -> None:
+    file = tmp_path / "some-name.safetensors"
+    save_file(named(prefix, down, up), file)
+    tensors, scale = read_lora(str(file))
+    unet = fresh()
+    assert merge_lora(unet, tensors, scale) == len(tensors)
+    assert_merged(unet, expected)
+
+
+def test_file_that_diffusers_writes(tmp_path: Path) -> None:
+    """save_lora_adapter of a U-Net with alpha != r: the scale comes from the file's metadata."""
+    unet = fresh()
+    unet.add_adapter(lora_config(alpha=6))
+    randomise(unet)
+    unet.save_lora_adapter(tmp_path)
+    unet.fuse_lora()
+    state = unet.state_dict()
+    fused = {k.replace(".base_layer", ""): v for k, v in state.items() if ".lora_" not in k}
+    tensors, _ = read_lora(str(tmp_path))
+    pipeline_file = tmp_path / "pipeline" / "pytorch_lora_weights.safetensors"
+    StableDiffusionPipeline.save_lora_weights(
+        pipeline_file.parent,
+        unet_lora_layers={k.removeprefix("unet."): v for k, v in tensors.items()},
+        unet_lora_adapter_metadata={"r": RANK, "lora_alpha": 6},
+    )
+    for path in (tmp_path, pipeline_file):
+        found, scale = read_lora(str(path))
+        assert scale == 3.0
+        merged = fresh()
+        merge_lora(merged, found, scale)
+        assert_merged(merged, fused)
+
+
+def lora_config(alpha: int, **other: object) -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=alpha, target_modules=list(PROJECTIONS), **other)
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """PEFT starts `up` at zero, which would merge to nothing."""
+    generator = torch.Generator().manual_seed(2)
+    for name, value in module.named_parameters():
+        if "lora_B" in name:
+            value.data = 0.1 * torch.randn(value.shape, generator=generator)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_folder(tmp_path: Path, rslora: bool) -> None:
+    """adapter_config.json states lora_alpha != r, divided by r or by its root."""
+    model = get_peft_model(fresh(), lora_config(alpha=5, use_rslora=rslora))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    tensors, scale = read_lora(str(tmp_path))
+    assert scale == pytest.approx(5 / (RANK**0.5 if rslora else RANK))
+    unet = fresh()
+    merge_lora(unet, tensors, scale)
+    assert_merged(unet, model.merge_and_unload().state_dict())
+
+
+def test_alpha_inside_the_file(expected: Tensors) -> None:
+    """'<module>.alpha' scales by alpha / r: alpha = r changes nothing, alpha = 0 merges nothing."""
+    tensors = named("unet.", "lora.down", "lora.up")
+    alphas = {f"unet.{name}.alpha": torch.tensor(float(RANK)) for name in adapters()}
+    unet = fresh()
+    assert merge_lora(unet, tensors | alphas) == len(tensors) + len(alphas)
+    assert_merged(unet, expected)
+    unet = fresh()
+    merge_lora(unet, tensors | {name: torch.tensor(0.0) for name in alphas})
+    before = fresh().state_dict()
+    assert all(torch.equal(value, before[k]) for k, value in unet.state_dict().items())
+
+
+def test_convolution() -> None:
+    """down [r, in, k, k] then up [out, r, 1, 1] is one convolution with the merged weight."""
+    generator = torch.Generator().manual_seed(3)
+    unet = fresh()
+    before = unet.conv_in.weight.clone()
+    down = torch.randn(RANK, 4, 3, 3, generator=generator)
+    up = torch.randn(32, RANK, 1, 1, generator=generator)
+    merge_lora(unet, {"unet.conv_in.lora.down.weight": down, "unet.conv_in.lora.up.weight": up})
+    image = torch.randn(1, 4, 8, 8, generator=generator)
+    conv = torch.nn.functional.conv2d
+    low_rank = conv(conv(image, down, padding=1), up)
+    expected = conv(image, before, unet.conv_in.bias, padding=1) + low_rank
+    torch.testing.assert_close(unet.conv_in(image), expected, atol=1e-4, rtol=1e-4)
+
+
+def wrong_block(tensors: Tensors) -> Tensors:
+    return {k.replace("down_blocks.0", "down_blocks.7"): v for k, v in tensors.items()}
+
+
+def wrong_width(tensors: Tensors) -> Tensors:
+    return {k: torch.zeros(v.shape[0], 99) if ".down." in k else v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (wrong_block, "down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"),
+        (wrong_width, "attn1.to_q"),
+        (lambda tensors: {k: v for k, v in tensors.items() if "to_k_lora.up" not in k}, "to_k"),
+        (lambda tensors: tensors | {"lora_te_text_model.alpha2": torch.ones(1)}, "lora_te_text"),
+        (lambda _: {}, "no LoRA tensor at all"),
+    ],
+    ids=["unknown module", "wrong width", "half a pair", "unknown key", "empty"],
+)
+def test_keys_that_do_not_fit(change: object, text: str) -> None:
+    """The message names them; no weight changes, not even of modules that would fit."""
+    unet = fresh()
+    with pytest.raises(InputError, match="do not fit this U-Net") as raised:
+        merge_lora(unet, change(processor_layout()))
+    assert text in str(raised.value)
+    before = fresh().state_dict()
+    assert all(torch.equal(value, before[k]) for k, value in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["use_dora", "rank_pattern", "alpha_pattern"])
+def test_other_kinds_of_adapter_are_refused(tmp_path: Path, key: str) -> None:
+    """Merging them as plain LoRA would be silently wrong."""
+    save_file(
+        named("base_model.model.", "lora_A", "lora_B"), tmp_path / "adapter_model.safetensors"
+    )
+    settings = {"r": RANK, "lora_alpha": 4, key: {"to_q": 8}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=f"{key} = .* is not supported"):
+        read_lora(str(tmp_path))
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a file nor a folder") as raised:
+        lora_file(str(tmp_path / "none"))
+    assert str(tmp_path / "none") in str(raised.value)
+    assert "pytorch_lora_weights.safetensors" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
+def test_unreadable_file(tmp_path: Path, name: str) -> None:
+    """A download that broke off, or an HTML page in its place."""
+    file = tmp_path / name
+    if name.endswith(".bin"):
+        torch.save(processor_layout(), file)
+    else:
+        save_file(processor_layout(), file)
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"<html>not found</html>"):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            read_lora(str(file))
+
+
+def test_loading_a_model_with_lora(tmp_path: Path, sd_folder: Path) -> None:
+    """load_denoiser merges into the U-Net and the digest tells two LoRA files apart."""
+    for strength, name in ((1.0, "a"), (2.0, "b")):
+        tensors = {k: strength * v for k, v in processor_layout().items()}
+        torch.save(tensors, tmp_path / f"{name}.bin")
+    source = resolve(str(sd_folder))
+    plain = load_denoiser(source).unet.state_dict()
+    tuned = load_denoiser(source, lora=str(tmp_path / "a.bin")).unet.state_dict()
+    name, (down, up) = next(iter(adapters().items()))
+    torch.testing.assert_close(tuned[f"{name}.weight"], plain[f"{name}.weight"] + up @ down)
+    assert lora_digest(str(tmp_path / "a.bin")) != lora_digest(str(tmp_path / "b.bin"))
+
+
+@pytest.fixture(scope="module")
+def sd21_unet() -> UNet2DConditionModel:
+    """Stable Diffusion 2.1's U-Net in bf16 without initialisation: pages that are not written to
+    take no memory."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=1024,
+            attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True,
+            layers_per_block=2,
+        )
+    unet = unet.to(torch.bfloat16).to_empty(device="cpu")
+    for name, value in unet.named_parameters():
+        if ".attn" in name:
+            torch.nn.init.zeros_(value)
+    return unet
+
+
+def test_published_checkpoint(published: Path, sd21_unet: UNet2DConditionModel) -> None:
+    """All 256 tensors of the authors' HardNeg LoRA find their place in SD 2.1."""
+    file = published / "diffusionitm-hardneg-lora.bin"
+    tensors, scale = read_lora(str(file))
+    assert (len(tensors), scale) == (256, None)
+    assert merge_lora(sd21_unet, tensors, scale) == 256
+    changed = {
+        name for name, value in sd21_unet.named_parameters() if ".attn" in name and value.any()
+    }
+    assert len(changed) == 128  # 16 blocks x attn1, attn2 x q, k, v, out
+    weights = dict(sd21_unet.named_parameters())
+    block = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    for ours, theirs in (("to_k", "to_k"), ("to_out.0", "to_out")):
+        down, up = (
+            tensors[f"{block}.processor.{theirs}_lora.{side}.weight"].float()
+            for side in ("down", "up")
+        )
+        assert down.shape[0] == 4
+        found = weights[f"{block}.{ours}.weight"]
+        torch.testing.assert_close(found, (up @ down).to(torch.bfloat16))

@@ -1,0 +1,154 @@
+"""Timesteps and noise of the protocols."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from diffitm.core.errors import InputError
+from diffitm.scoring.noise_plan import Plan, make_plan, plan_timesteps, standard_noise
+from diffitm.scoring.pair_errors import pair_errors
+from tests import tiny
+
+NOISE_SHA256 = "8f99abeaf19cb7cf4f2a561596a6f5dbae24f6585711fd8b580a8504029ae329"
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"), [(1, 1), (10, 10), (50, 49), (250, 245), (256, 327), (1000, 980)]
+)
+def test_published_grid(asked: int, given: int) -> None:
+    """The published code gives another number than was asked for; it starts at 10."""
+    steps = plan_timesteps("diffusionitm", asked)
+    assert len(steps) == given
+    assert steps == list(range(10, 990, 1000 // asked))
+
+
+def test_published_ten_values() -> None:
+    assert plan_timesteps("diffusionitm", 10) == [*range(10, 911, 100)]
+
+
+def test_paper_draws_are_uniform_and_nested() -> None:
+    """A shorter plan is the start of a longer one, so stored errors can be reused."""
+    long = plan_timesteps("paper", 1000, seed=3)
+    assert plan_timesteps("paper", 10, seed=3) == long[:10]
+    assert plan_timesteps("paper", 10, seed=4) != long[:10]
+    assert 0 <= min(long) < 10
+    assert 990 <= max(long) < 1000
+    assert abs(sum(long) / 1000 - 499.5) < 30
+    assert len(set(long)) < 1000, "draws are with replacement"
+
+
+def test_diffusion_classifier_midpoints() -> None:
+    assert plan_timesteps("diffusion-classifier", 4) == [125, 375, 625, 875]
+    assert plan_timesteps("diffusion-classifier", 1) == [500]
+    assert plan_timesteps("diffusion-classifier", 1000) == list(range(1000))
+
+
+@pytest.mark.parametrize("protocol", ["diffusionitm", "paper", "diffusion-classifier"])
+@pytest.mark.parametrize("count", [0, -3, 1001])
+def test_count_out_of_range(protocol: str, count: int) -> None:
+    with pytest.raises(InputError, match=rf"timesteps: {count} is out of range.* 1 to 1000"):
+        plan_timesteps(protocol, count)
+
+
+def test_unknown_protocol_lists_the_known() -> None:
+    with pytest.raises(InputError, match="'papr' is not one of diffusionitm, paper"):
+        plan_timesteps("papr", 10)
+
+
+@pytest.mark.parametrize("protocol", ["diffusionitm", "paper", "diffusion-classifier"])
+@pytest.mark.parametrize("total", [100, 50])
+def test_short_training_schedules(protocol: str, total: int) -> None:
+    """A model of fewer training timesteps gets timesteps that it has."""
+    steps = plan_timesteps(protocol, 10, total=total)
+    assert steps
+    assert 0 <= min(steps) <= max(steps) < total
+
+
+def test_noise_table_is_the_convention() -> None:
+    """The hash in the specification, at Stable Diffusion's 4x64x64."""
+    table = standard_noise(1000, (4, 64, 64))
+    assert table.dtype == torch.float32
+    assert hashlib.sha256(table.numpy().tobytes()).hexdigest() == NOISE_SHA256
+
+
+def test_noise_belongs_to_the_position() -> None:
+    """Position k has the same noise however many follow, and whatever the global generator did."""
+    torch.manual_seed(11)
+    few = standard_noise(3, (4, 8, 8))
+    torch.manual_seed(12)
+    many = standard_noise(20, (4, 8, 8))
+    assert torch.equal(few, many[:3])
+    assert not torch.equal(few, standard_noise(3, (4, 8, 8), seed=1))
+    assert few.untyped_storage().nbytes() == few.nbytes, "the table itself is not kept"
+
+
+def test_noise_beyond_the_table() -> None:
+    with pytest.raises(InputError, match="1001 is out of range"):
+        standard_noise(1001, (1, 1, 1))
+
+
+def test_make_plan_joins_both() -> None:
+    plan = make_plan([5, 500], (4, 8, 8), seed=2)
+    assert len(plan) == 2
+    assert plan.timesteps.tolist() == [5, 500]
+    assert torch.equal(plan.noise, standard_noise(2, (4, 8, 8), seed=2))
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "noise", "text"),
+    [
+        (torch.zeros(0, dtype=torch.long), torch.zeros(0, 1, 2, 2), "N >= 1"),
+        (torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 1, 2, 2), r"must be \[N\]"),
+        (torch.tensor([1, 2]), torch.zeros(3, 1, 2, 2), "3 noise tensors for 2 timesteps"),
+        (torch.tensor([1, -2]), torch.zeros(2, 1, 2, 2), "timestep -2 is below 0"),
+    ],
+)
+def test_plan_rejects(timesteps: torch.Tensor, noise: torch.Tensor, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Plan(timesteps, noise)
+
+
+def test_callers_own_timesteps_and_noise() -> None:
+    """A predictor of zero shows the caller's noise as its error, at the caller's timesteps."""
+    model = tiny.Fixed(tiny.schedule())
+    noise = torch.stack([torch.full((2, 4, 4), 1.0), torch.full((2, 4, 4), -3.0)])
+    plan = Plan(torch.tensor([7, 900]), noise)
+    condition = model.encode_texts(["a"])
+    found = pair_errors(model, torch.ones(1, 2, 4, 4), condition, plan, torch.tensor([[0, 0]]))
+    assert found.elements == 32
+    torch.testing.assert_close(found.l2, torch.tensor([[32**0.5, 3 * 32**0.5]]))
+    torch.testing.assert_close(found.l1, torch.tensor([[1.0, 3.0]]))
+    torch.testing.assert_close(found.huber, torch.tensor([[0.5, 2.5]]))
+    torch.testing.assert_close(found.mse, torch.tensor([[1.0, 9.0]]))
+    signal, sigma = model.schedule.signal[[7, 900]], model.schedule.sigma[[7, 900]]
+    expected = signal.view(2, 1, 1, 1) + sigma.view(2, 1, 1, 1) * noise
+    torch.testing.assert_close(model.seen[0], expected)
+
+
+def test_plan_of_another_latent_shape() -> None:
+    model = tiny.Fixed(tiny.schedule())
+    plan = make_plan([1], (2, 8, 8))
+    with pytest.raises(ValueError, match=r"noise has shape \(2, 8, 8\), the latents \(2, 4, 4\)"):
+        pair_errors(
+            model,
+            torch.ones(1, 2, 4, 4),
+            model.encode_texts(["a"]),
+            plan,
+            torch.tensor([[0, 0]]),
+        )
+
+
+def test_timestep_beyond_the_model() -> None:
+    model = tiny.Fixed(tiny.schedule(total=100))
+    plan = make_plan([99, 100], (2, 4, 4))
+    with pytest.raises(ValueError, match="timestep 100 is beyond the model's last, 99"):
+        pair_errors(
+            model,
+            torch.ones(1, 2, 4, 4),
+            model.encode_texts(["a"]),
+            plan,
+            torch.tensor([[0, 0]]),
+        )

@@ -1,0 +1,198 @@
+"""Crops of images and references into Parquet, shards and folders."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from diffitm.core import images
+from diffitm.core.errors import InputError
+from diffitm.training.crops import Views, Whole, random_box
+from diffitm.training.image_pool import in_folder, in_parquet, in_shard, split
+from diffitm.training.webdataset import read_shards
+from tests.tiny import write_image
+
+
+def png(seed: int = 0) -> bytes:
+    values = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "png")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (640, 480), (30, 31)])
+def test_boxes_have_share_and_ratio(size: tuple[int, int]) -> None:
+    for seed in range(200):
+        left, top, right, bottom = random_box(size, 0.9, seed)
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+        across, down = right - left, bottom - top
+        assert 0.85 <= across * down / (size[0] * size[1]) <= 1
+        assert 0.7 <= across / down <= 1.4
+
+
+def test_boxes_follow_their_seed() -> None:
+    boxes = [random_box((640, 480), 0.5, seed) for seed in range(20)]
+    assert boxes == [random_box((640, 480), 0.5, seed) for seed in range(20)]
+    assert len(set(boxes)) == 20
+
+
+def test_a_strip_gives_its_centre() -> None:
+    """No box of that ratio covers nine tenths of it."""
+    assert random_box((100, 20), 0.9, 0) == (36, 0, 63, 20)
+
+
+def test_clip_sees_the_teachers_crop() -> None:
+    image = Image.open(io.BytesIO(png())).convert("RGB")
+    teacher, clip = Views(16, 8, 0.5)(image, 7)
+    assert teacher.shape == (16, 16, 3) and clip.shape == (8, 8, 3)
+    shrunk = np.asarray(Image.fromarray(teacher).resize((8, 8), Image.Resampling.BICUBIC))
+    assert np.array_equal(clip, shrunk)
+    assert not np.array_equal(Views(16, 8, 0.5)(image, 8)[0], teacher)
+
+
+def test_without_a_crop_the_whole_is_seen() -> None:
+    image = Image.open(io.BytesIO(png())).convert("RGB")
+    one, two = Views(16, 8, 1.0)(image, 1), Views(16, 8, 1.0)(image, 2)
+    assert np.array_equal(one[0], two[0])
+    assert np.array_equal(one[0], Whole(16, "squash")(image, 0)[0])
+    (alone,) = Views(16, 8, 1.0, both=False)(image, 3)
+    assert np.array_equal(alone, one[1])
+
+
+def test_images_of_a_folder(tmp_path: Path) -> None:
+    for name in ("b.png", "a/c.jpg", ".hidden.png"):
+        write_image(tmp_path / name)
+    (tmp_path / "note.txt").write_text("no image")
+    assert in_folder(str(tmp_path)) == ["a/c.jpg", "b.png"]
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no image \(.jpg, .jpeg, .png\) and no .parquet"):
+        in_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["struct", "binary", "large"])
+def test_parquet_with_embedded_images(tmp_path: Path, form: str) -> None:
+    data = [png(i) for i in range(7)]
+    if form == "struct":
+        column = pa.array([{"bytes": d, "path": "x.png"} for d in data])
+    else:
+        column = pa.array(data, pa.binary() if form == "binary" else pa.large_binary())
+    parquet.write_table(pa.table({"image": column}), tmp_path / "x.parquet", row_group_size=3)
+    found = in_folder(str(tmp_path))
+    assert found == [f"x.parquet#row={i}" for i in range(7)]
+    for i in (0, 2, 3, 6):
+        image, _ = images.load(str(tmp_path), found[i])
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data[i]))))
+    with pytest.raises(ValueError, match="no such row"):
+        images.load(str(tmp_path), "x.parquet#row=7")
+
+
+def test_parquet_with_paths(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pa.table({"image": ["a.png", None, "b.png"]}), file)
+    assert in_parquet(str(file), "x.parquet") == ["a.png", "b.png"]
+
+
+def test_parquet_without_images(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pa.table({"caption": ["a"]}), file)
+    with pytest.raises(InputError, match="no column image; it has caption"):
+        in_parquet(str(file), "x.parquet")
+    parquet.write_table(pa.table({"image": [1]}), file)
+    with pytest.raises(InputError, match="column image is int64; expects paths or bytes"):
+        in_parquet(str(file), "x.parquet")
+    file.write_bytes(b"no table")
+    with pytest.raises(InputError, match="is no Parquet"):
+        in_parquet(str(file), "x.parquet")
+
+
+def test_a_null_image_is_unreadable(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pa.table({"image": pa.array([png(), None], pa.binary())}), file)
+    with pytest.raises(ValueError, match="empty"):
+        images.load(str(tmp_path), "x.parquet#row=1")
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_images_of_a_shard(tmp_path: Path) -> None:
+    """Captions and notes aside; a broken member is found when it is decoded, not here."""
+    shard = tmp_path / "0.tar"
+    write_shard(shard, {"a.png": png(1), "a.txt": b"caption", "b.json": b"{", "b.jpg": b"broken"})
+    found, failure = in_shard(str(shard))
+    assert failure is None and len(found) == 2
+    image, _ = images.load(str(tmp_path), found[0])
+    assert image.size == (30, 20)
+    with pytest.raises(ValueError, match="not an image"):
+        images.load(str(tmp_path), found[1])
+
+
+def test_captions_that_are_no_text_cost_images_nothing(tmp_path: Path) -> None:
+    """Rows with captions name the member instead."""
+    shard = tmp_path / "0.tar"
+    members = {"0.png": png(0), "0.txt": "caf\u00e9".encode("latin-1"), "1.png": png(1)}
+    write_shard(shard, members)
+    found, failure = in_shard(str(shard))
+    assert (len(found), failure) == (2, None)
+    with pytest.raises(InputError, match=r"0\.tar: 0\.txt is not UTF-8: .* at byte 3"):
+        read_shards(str(shard))
+
+
+def test_a_shard_that_breaks_off_gives_what_comes_before(tmp_path: Path) -> None:
+    shard = tmp_path / "0.tar"
+    write_shard(shard, {f"{i}.png": png(i) for i in range(5)})
+    shard.write_bytes(shard.read_bytes()[:4000])
+    found, failure = in_shard(str(shard))
+    assert failure is not None and "0.tar: is no whole, uncompressed tar" in failure
+    assert 1 <= len(found) < 5
+    assert images.load(str(tmp_path), found[0])[0].size == (30, 20)
+
+
+def test_a_shard_that_cannot_be_read_now_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It might give more another time, and a resume would see other images."""
+
+    def fails(*_: object) -> bytes:
+        raise OSError("timed out")
+
+    write_shard(tmp_path / "0.tar", {"a.png": png()})
+    monkeypatch.setattr("diffitm.core.storage.read_range", fails)
+    with pytest.raises(InputError, match=r"0.tar: cannot be read: timed out"):
+        in_shard(str(tmp_path / "0.tar"))
+
+
+def test_a_reference_cannot_redirect_a_uri() -> None:
+    with pytest.raises(ValueError, match=r"a name with '\?' cannot be read from a URI"):
+        images.load("s3://bucket/data", "a.jpg?endpoint_override=elsewhere&scheme=http")
+
+
+def test_split() -> None:
+    paths = [str(i) for i in range(100)]
+    trained, held = split([*paths, "3"], None, 10)
+    assert len(held) == 10 and len(trained) == 90
+    assert sorted([*trained, *held], key=int) == paths
+    some, same = split(paths, 20, 10)
+    assert same == held and len(some) == 20 and set(some) < set(trained)
+    assert max(int(b) - int(a) for a, b in itertools.pairwise(some)) <= 6
+    assert split(paths, None, 0) == (paths, [])
+
+
+def test_split_of_too_few() -> None:
+    with pytest.raises(InputError, match="--held-out 3: there are only 3 images"):
+        split(["a", "b", "c"], None, 3)

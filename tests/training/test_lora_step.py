@@ -1,0 +1,574 @@
+"""The training core: rows, draws, the update step against plain code, LoRA files, validation."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+import time
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from pyarrow import parquet
+from safetensors.torch import save
+from torch import Tensor
+
+from diffitm.core import images, storage
+from diffitm.core.config import parse
+from diffitm.core.errors import InputError
+from diffitm.core.schema import Work
+from diffitm.evaluation import evaluate
+from diffitm.models.lora import lora_weights, merge_lora, read_lora, save_lora
+from diffitm.models.stable_diffusion import StableDiffusion
+from diffitm.scoring.diffusion import DiffusionScorer
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.shapes.layouts import write_world
+from diffitm.shapes.training import write_training
+from diffitm.store.pair_table import write_examples
+from diffitm.store.score_store import open_store
+from diffitm.tasks.registry import find_task
+from diffitm.training.latent_cache import CACHED, Cache
+from diffitm.training.lora.objectives import OBJECTIVES, Objective
+from diffitm.training.lora.options import Config, find_problems
+from diffitm.training.lora.step import Posterior, Tuner
+from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, usable
+from diffitm.training.run_folder import open_run
+from diffitm.training.sampler import MIXED, Item, Schedule, draw_noise, seed_of
+from diffitm.training.tracking import Curves, track_problems, write_events
+from diffitm.training.validation import credits
+from diffitm.training.webdataset import read_shards, shards
+from tests import tiny
+from tests.tiny import write_scores
+
+HEAD = "\ttitle\tfilepath\tneg_caption\tneg_image\n"
+SHAPE, STEPS = (4, 8, 8), [10, 260, 510, 760]
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+
+def test_rows_of_the_negclip_layout(tmp_path: Path) -> None:
+    """Images outside of the file are none; negatives that are the row's own are dropped and counted."""
+    file = tmp_path / "train_neg_clip.tsv"
+    file.write_text(
+        f"{HEAD}0\ta cup\ta.jpg\t['a cup', 'a cap']\t[1, 0, 99]\n1\ta dog\tb.jpg\t[]\t[0]\n"
+    )
+    rows = read_rows(str(file))
+    assert rows == [
+        Row("a.jpg", "a cup", ("a cup", "a cap"), ("b.jpg", "a.jpg")),
+        Row("b.jpg", "a dog", (), ("a.jpg",)),
+    ]
+    kept = [Row("a.jpg", "a cup", ("a cap",), ("b.jpg",)), rows[1]]
+    assert drop_equal(rows) == (kept, 2)
+
+
+def test_rows_of_parquet(tmp_path: Path) -> None:
+    table = {"image": ["a", None], "caption": ["x", "y"], "negative_captions": [["z"], None]}
+    parquet.write_table(pa.table(table), tmp_path / "r.parquet")
+    rows = read_rows(str(tmp_path / "r.parquet"))
+    assert rows == [Row("a", "x", ("z",)), Row("", "y")]
+    assert usable(rows, "random-text", "f") == ([0], Counter({"no image": 1}))
+    with pytest.raises(
+        InputError, match="f: no row is usable with --negatives mixed: 1 row: no im"
+    ):
+        usable(rows[1:], "mixed", "f")
+    with pytest.raises(InputError, match="1 row: no negative image, 1 row: no image"):
+        usable(rows, "mixed", "f")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.tsv", HEAD + "0\ta cup\ta.jpg\tnothing\t[]\n", "a.tsv: expects title, filepath"),
+        ("a.tsv", HEAD + "0\ta cup\n", "a.tsv: expects 5 columns in row 2"),
+        ("a.parquet", "no", "is neither .tsv nor Parquet"),
+        ("missing.tsv", None, "there is no file"),
+    ],
+)
+def test_malformed_rows(tmp_path: Path, name: str, content: str | None, told: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_rows(str(tmp_path / name))
+    assert told in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_parquet_without_captions(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"image": ["a"]}), tmp_path / "r.parquet")
+    with pytest.raises(InputError, match=r"r\.parquet: no column caption; it has image"):
+        read_rows(str(tmp_path / "r.parquet"))
+
+
+def test_training_world(tmp_path: Path) -> None:
+    """Two rows a scene with all negatives; each twin is the other's negative image."""
+    write_training(str(tmp_path), 12)
+    rows = read_rows(str(tmp_path / "coco_neg/train_neg_clip.tsv"))
+    assert len(rows) == 24
+    assert usable(rows, "mixed", "f") == (list(range(24)), Counter())
+    assert all(rows[i ^ 1].image in row.negative_images for i, row in enumerate(rows))
+    assert all((tmp_path / row.image).is_file() for row in rows)
+    assert len(list(find_task("coco_neg_text")().examples(str(tmp_path)))) == 100
+
+
+def shard(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def png(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_rows_of_webdataset_shards(tmp_path: Path) -> None:
+    """Over two shards; the images are read from where they lie in them."""
+    known = {"caption": "unused", "negative_captions": ["a blue one"], "negative_images": ["x/b"]}
+    first = {
+        "x/a.png": png("red"),
+        "x/a.txt": b"a red one\n",
+        "x/a.json": json.dumps(known).encode(),
+    }
+    shard(tmp_path / "s-00.tar", first)
+    shard(tmp_path / "s-01.tar", {"x/b.PNG": png("blue"), "x/b.json": b'{"caption": "a blue one"}'})
+    for given in ("s-{00..01}.tar", "s-*.tar"):
+        rows = read_shards(str(tmp_path / given))
+        assert [row.caption for row in rows] == ["a red one", "a blue one"]
+        assert rows[0].negative_captions == ("a blue one",)
+        assert rows[0].negative_images == (rows[1].image,)
+        pixels = [images.load(str(tmp_path), row.image)[0].getpixel((0, 0)) for row in rows]
+        assert pixels == [(255, 0, 0), (0, 0, 255)]
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"a.png": b"", "a.json": b"{"}, "sample a: .json cannot be read"),
+        ({"a.json": b'{"caption": 3}'}, "sample a: expects a text in caption, found 3"),
+        ({"a.json": b'{"negative_captions": "x"}'}, "expects a list of texts in negative_captions"),
+        ({"a.json": b'{"negative_images": ["b"]}'}, "names b, which is no sample with an image"),
+        ({"a.png": b"", "a.jpg": b""}, "sample a has two of image"),
+        ({"a.txt": b"\xff"}, "s.tar: a.txt is not UTF-8: invalid start byte at byte 0"),
+        ({"a.cls": b"0"}, "the shards hold no sample"),
+    ],
+)
+def test_malformed_shards(tmp_path: Path, members: dict[str, bytes], told: str) -> None:
+    shard(tmp_path / "s.tar", members)
+    with pytest.raises(InputError) as caught:
+        read_shards(str(tmp_path / "s.tar"))
+    assert told in str(caught.value)
+    assert "s.tar" in str(caught.value)
+
+
+def test_shards_that_are_missing_or_cut_off(tmp_path: Path) -> None:
+    shard(tmp_path / "s-0.tar", {"a.png": png("red"), "a.txt": b"a"})
+    with pytest.raises(InputError, match=r"there is no shard .*s-1\.tar"):
+        read_shards(str(tmp_path / "s-{0..1}.tar"))
+    with pytest.raises(InputError, match="there is no shard"):
+        read_shards(str(tmp_path / "t-*.tar"))
+    with pytest.raises(InputError, match="must be in the file's name"):
+        shards(str(tmp_path / "{0..1}" / "s.tar"))
+    members = {f"{i}.txt": b"a caption" for i in range(4)}
+    shard(tmp_path / "s-0.tar", members)
+    whole = (tmp_path / "s-0.tar").read_bytes()
+    assert len(read_shards(str(tmp_path / "s-0.tar"))) == 4
+    broken = whole[:1024] + b"x" * 512 + whole[1536:]
+    for data in (whole[:520], whole[:2048], whole[:2500], broken):
+        (tmp_path / "s-0.tar").write_bytes(data)
+        with pytest.raises(InputError, match=r"s-0\.tar: is no whole"):
+            read_shards(str(tmp_path / "s-0.tar"))
+
+
+def test_shards_may_use_a_key_again(tmp_path: Path) -> None:
+    """A key is that of its shard, or of the only one that has it; './' is no part of it."""
+    known = json.dumps({"caption": "x", "negative_images": ["1", "2"]}).encode()
+    shard(tmp_path / "a.tar", {"./0.png": png("red"), "./0.json": known, "./1.png": png("blue")})
+    shard(tmp_path / "b.tar", {"0.png": png("red"), "1.png": png("red"), "2.png": png("green")})
+    rows = read_shards(str(tmp_path / "*.tar"))
+    colours = [images.load(str(tmp_path), i)[0].getpixel((0, 0)) for i in rows[0].negative_images]
+    assert colours == [(0, 0, 255), (0, 128, 0)]
+    assert len(rows) == 5
+
+
+def test_what_training_can_see() -> None:
+    """Every image and text of the rows once, whatever their order; the empty text always."""
+    rows = [Row("c", "x", ("y",), ("b",)), Row("b", "y", ("w",), ("c", "d")), Row("", "y")]
+    for order in (rows, rows[::-1]):
+        assert images_of(order) == ["b", "c", "d"]
+        assert texts_of(order) == ["", "w", "x", "y"]
+
+
+def test_cache_reads_by_name_within_its_limit(tmp_path: Path) -> None:
+    """Every item as it was written, whatever is thrown out; failures have no value."""
+    values = [torch.full((2, 3), float(i)) for i in range(10)]
+    lines = [
+        {
+            "row": 0,
+            "position": i,
+            "name": f"n{i}",
+            "failure": "broken" if i == 4 else None,
+            "value": None if i == 4 else save({"mean": value}),
+        }
+        for i, value in enumerate(values)
+    ]
+    for part, some in (("a", lines[:7]), ("b", lines[7:])):
+        table = pa.Table.from_pylist(some, CACHED)
+        parquet.write_table(table, tmp_path / f"{part}.parquet", row_group_size=2)
+    cache = Cache(str(tmp_path), limit=60)
+    assert cache.failures == {"n4": "broken"}
+    for names in (["n9", "n0", "n5"], ["n0", "n1"], ["n9"]):
+        found = cache(names)["mean"]
+        assert torch.equal(found, torch.stack([values[int(name[1])] for name in names]))
+        assert cache.used <= 60
+
+
+def test_trackers_get_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's events are there while the run goes on; W&B and MLflow get values and steps."""
+    told: list[tuple[object, ...]] = []
+    run = SimpleNamespace(
+        log=lambda values, step: told.append(("wandb", values, step)),
+        finish=lambda: told.append(("wandb ends",)),
+    )
+    wandb = SimpleNamespace(init=lambda **options: told.append(("init", options["id"])) or run)
+    mlflow = SimpleNamespace(
+        set_experiment=lambda name: None,
+        search_runs=lambda **options: [],
+        start_run=lambda **options: SimpleNamespace(info=SimpleNamespace(run_id="r")),
+        log_params=lambda settings: told.append(("params", settings)),
+        log_metrics=lambda values, step, run_id: told.append(("mlflow", values, step, run_id)),
+        end_run=lambda: told.append(("mlflow ends",)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    curves = Curves(["wandb", "mlflow"], str(tmp_path), "key", {"lr": 1})
+    curves.add({"step": 5, "loss": 0.5})
+    (written,) = (tmp_path / "tensorboard").iterdir()
+    end = time.monotonic() + 20
+    while b"loss" not in written.read_bytes():  # a thread writes
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    curves.close()
+    assert told[:2] == [("init", "key"), ("params", {"lr": 1})]
+    assert told[2:4] == [("wandb", {"loss": 0.5}, 5), ("mlflow", {"loss": 0.5}, 5, "r")]
+    assert told[4:] == [("wandb ends",), ("mlflow ends",)]
+    write_events([{"step": 5, "loss": 0.5}, {"step": 6, "loss": 0.4}], str(tmp_path))
+    (whole,) = (tmp_path / "tensorboard").iterdir()
+    assert whole.read_bytes().count(b"loss") == 2
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown: list[int] = []
+
+    def log(values: dict[str, float], step: int) -> None:
+        shown.append(step)
+        raise OSError("no network")
+
+    run = SimpleNamespace(log=log, finish=lambda: shown.append(-1))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    curves = Curves(["wandb"], str(tmp_path), "key", {})
+    for step in range(3):
+        curves.add({"step": step, "loss": 0.5})
+    curves.close()
+    assert shown == [0]
+    assert "--track wandb: gets no more lines: OSError: no network" in caplog.text
+
+
+def test_a_run_keeps_its_name_and_its_settings(tmp_path: Path) -> None:
+    known = open_run(str(tmp_path), {"lr": 1})
+    assert known == open_run(str(tmp_path), {"lr": 1})
+    assert known.key != open_run(str(tmp_path / "other"), {"lr": 1}).key
+    with pytest.raises(InputError, match="lr was 1 and is 2"):
+        open_run(str(tmp_path), {"lr": 2})
+
+
+def test_stamp_changes_with_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+    before = storage.stamp(str(tmp_path), ["a", "missing"])
+    assert before == storage.stamp(str(tmp_path), ["a", "missing"])
+    (tmp_path / "a").write_bytes(b"22")
+    assert storage.stamp(str(tmp_path), ["a", "missing"]) != before
+    assert storage.stamp("memory://x", ["a"]) is None
+
+
+def test_trackers_that_are_not_there() -> None:
+    told = track_problems(["wandbb", "mlflow" if not find_spec("mlflow") else "wandb"])
+    assert told[0].startswith("--track wandbb: must be one of wandb, mlflow; did you mean 'wandb'")
+    assert len(told) == 1 or "is not installed; pip install" in told[1]
+
+
+# Draws -------------------------------------------------------------------------------------------
+
+
+def a_schedule(**more: Any) -> Schedule:
+    rows = [Row(f"{i}.jpg", f"c{i}", (f"n{i}", f"m{i}"), (f"{i}-x.jpg",)) for i in range(40)]
+    options = {"size": 4, "micro": 2, "negatives": "mixed", "per_example": False, "seed": 0}
+    return Schedule(rows, list(range(37)), **{**options, **more})
+
+
+def test_an_epoch_sees_every_row_once() -> None:
+    schedule = a_schedule()
+    assert schedule.steps_per_epoch == 4
+    seen = [
+        [i.position for step in range(e, e + 4) for b in schedule.batches(step) for i in b]
+        for e in (0, 4)
+    ]
+    assert all(len(set(epoch)) == 32 for epoch in seen)
+    assert seen[0] != seen[1]
+    assert a_schedule().batches(6) == schedule.batches(6)  # whatever was asked before
+    assert a_schedule(seed=1).batches(0) != schedule.batches(0)
+
+
+def test_workers_share_the_micro_batches_of_a_step_out() -> None:
+    """Each once, whatever the number of workers; one without a micro-batch has none."""
+    whole = a_schedule(size=2, micro=4).batches(3)
+    for world in (1, 2, 3, 5):
+        shares = [a_schedule(size=2, micro=4).batches(3, rank, world) for rank in range(world)]
+        dealt = [shares[number % world][number // world] for number in range(4)]
+        assert dealt == whole
+        assert sum(map(len, shares)) == 4
+
+
+def test_kinds_of_negatives() -> None:
+    """One kind a micro-batch in the published shares, or one an example."""
+
+    def kind(item: Item) -> str:
+        own = int(item.image.split(".")[0])
+        if item.negative_image != item.image:
+            assert item.negative_image == f"{own}-x.jpg" and item.negative_caption == item.caption
+            return "hard-image"
+        if item.negative_caption in (f"n{own}", f"m{own}"):
+            return "hard-text"
+        assert item.negative_caption.startswith("c") and item.negative_caption != item.caption
+        return "random-text"
+
+    batches = [b for step in range(400) for b in a_schedule().batches(step)]
+    kinds = [{kind(item) for item in batch} for batch in batches]
+    assert all(len(found) == 1 for found in kinds)
+    shares = Counter(next(iter(found)) for found in kinds)
+    for name, share in MIXED.items():
+        assert shares[name] / len(kinds) == pytest.approx(share, abs=0.05)
+    mixed = [
+        {kind(i) for i in b} for s in range(50) for b in a_schedule(per_example=True).batches(s)
+    ]
+    assert max(map(len, mixed)) == 3
+    for name in MIXED:
+        items = [i for s in range(4) for b in a_schedule(negatives=name).batches(s) for i in b]
+        assert {kind(item) for item in items} == {name}
+
+
+def test_noise_is_an_examples_own() -> None:
+    """Whatever batch it is in; timesteps are uniform."""
+    seeds = [seed_of("x", i) for i in range(500)]
+    whole, one = draw_noise(seeds, SHAPE, 1000), draw_noise(seeds[7:8], SHAPE, 1000)
+    assert torch.equal(whole.noise[7:8], one.noise)
+    assert torch.equal(whole.posterior[7:8], one.posterior)
+    assert whole.timesteps[7] == one.timesteps[0]
+    assert not torch.equal(whole.noise, whole.posterior)
+    assert abs(float(whole.timesteps.float().mean()) - 499.5) < 50
+    assert whole.timesteps.min() >= 0 and whole.timesteps.max() < 1000
+
+
+# The update step ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    return tiny.write_sd(tmp_path_factory.mktemp("sd"), request.param)
+
+
+def items() -> list[Item]:
+    captions = ["a red circle", "a blue square", "a green cross"]
+    return [
+        Item(i, f"{i}", captions[i], f"{i}-", captions[(i + 1) % 3], seed_of("t", i))
+        for i in range(3)
+    ]
+
+
+def posteriors() -> tuple[Posterior, Posterior]:
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(3, *SHAPE, generator=generator) for _ in range(4)]
+    return Posterior(draw[0], 0.1 * draw[1].abs()), Posterior(draw[2], 0.1 * draw[3].abs())
+
+
+def plain_error(model: StableDiffusion, p: Posterior, item: Item, i: int, text: str) -> Tensor:
+    """One pair at a time, from diffusers' own parts."""
+    from diffusers import DDPMScheduler
+
+    folder = model.unet.config._name_or_path.removesuffix("/unet")
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    drawn = draw_noise([item.seed], SHAPE, 1000)
+    z0 = p.mean[i : i + 1] + p.deviation[i : i + 1] * drawn.posterior
+    noised = scheduler.add_noise(z0, drawn.noise, drawn.timesteps)
+    hidden = model.encode_texts([text])["hidden"].clone()
+    predicted = model.unet(noised, drawn.timesteps, hidden).sample
+    target = drawn.noise
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(z0, drawn.noise, drawn.timesteps)
+    return torch.stack([((predicted - target) ** 2).mean(), *predicted.flatten()])
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("name", ["no-neg", "hard-neg", "relativistic", "soft-neg"])
+def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
+    """Right and wrong in one batch as one pair after the other, loss and gradients."""
+    tuner = Tuner(StableDiffusion(str(folder)), Objective(name), rank=2)
+    for parameter in tuner.parameters:  # B starts at zero, where half of the gradients vanish
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(3))
+    right, wrong = posteriors()
+    found = tuner.losses(items(), right, wrong if images else None)
+    found.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in tuner.parameters]
+    tuner.unet.zero_grad()
+    total = torch.zeros(())
+    for i, item in enumerate(items()):
+        one = plain_error(tuner.denoiser, right, item, i, item.caption)
+        other = wrong if images and name != "soft-neg" else right
+        text = "" if name == "soft-neg" else item.negative_caption
+        two = plain_error(tuner.denoiser, other, item, i, text)
+        contrast = ((two[1:] - one[1:]) ** 2).mean() if name == "relativistic" else two[0]
+        loss = {
+            "no-neg": one[0],
+            "soft-neg": one[0] - contrast,
+        }.get(name, one[0] - torch.minimum(contrast, one[0].detach()))
+        total = total + loss / 3
+    total.backward()
+    torch.testing.assert_close(found.loss, total, atol=1e-5, rtol=1e-4)
+    for parameter, gradient in zip(tuner.parameters, gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_only_the_lora_learns(folder: Path) -> None:
+    """A new LoRA changes nothing; an update changes it alone; frozen guards take the base model."""
+    model = StableDiffusion(str(folder))
+    before = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    right, _ = posteriors()
+    base = Tuner(StableDiffusion(str(folder)), Objective("soft-neg", guard="frozen"))
+    tuner = Tuner(model, Objective("soft-neg"))
+    for seed in (0, 1):
+        other = Tuner(StableDiffusion(str(folder)), Objective("no-neg"), seed=seed)
+        same = all(map(torch.equal, tuner.parameters, other.parameters))
+        assert same == (seed == 0)
+    contrast = base.losses(items(), right, None).contrast
+    torch.testing.assert_close(tuner.losses(items(), right, None).contrast, contrast)
+    optimizer = torch.optim.SGD(tuner.parameters, lr=1.0)
+    first = tuner.losses(items(), right, None)
+    first.loss.backward()
+    optimizer.step()
+    after = {k.replace(".base_layer", ""): v for k, v in model.unet.state_dict().items()}
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert tuner.losses(items(), right, None).loss < first.loss
+    for mine, theirs in zip(base.parameters, tuner.parameters, strict=True):
+        mine.data.copy_(theirs.data)
+    moved = base.losses(items(), right, None)
+    torch.testing.assert_close(moved.contrast, first.contrast)
+
+
+def test_lora_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) -> None:
+    """A stock pipeline with the file predicts what the tuner does; so does gdbench's merge."""
+    tuner = Tuner(StableDiffusion(str(folder)), Objective("no-neg"), rank=2)
+    for parameter in tuner.parameters:
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_lora(lora_weights(tuner.unet), str(tmp_path), 2)
+    generator = torch.Generator().manual_seed(1)
+    z, hidden = (
+        torch.randn(2, *SHAPE, generator=generator),
+        torch.randn(2, 16, 32, generator=generator),
+    )
+    at = torch.tensor([3, 700])
+    with torch.no_grad():
+        expected = tuner.unet(z, at, hidden).sample
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        pipeline.load_lora_weights(tmp_path)
+        torch.testing.assert_close(
+            pipeline.unet(z, at, hidden).sample, expected, atol=1e-5, rtol=1e-4
+        )
+        merged = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        tensors, scale = read_lora(str(tmp_path))
+        assert merge_lora(merged, tensors, scale) == len(tensors)
+        torch.testing.assert_close(merged(z, at, hidden).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["coco_neg_text", "coco_neg_image"])
+def test_validation_equals_gdbench(tmp_path: Path, name: str) -> None:
+    """The same scores and credits as those of a store that gdbench evaluates."""
+    write_world(str(tmp_path), 20)
+    model = StableDiffusion(str(tiny.write_sd(tmp_path / "sd")))
+    scorer = DiffusionScorer(model, make_plan(STEPS, SHAPE), str(tmp_path))
+    task = find_task(name)()
+    examples = list(task.examples(str(tmp_path)))
+    found = credits(task, examples, scorer)
+    uri, count = write_examples(name, examples, str(tmp_path / "e"), None)
+    assert count == len(found) == 10
+    store = open_store(
+        str(tmp_path),
+        "m",
+        {"kind": "diffusion", "protocol": "diffusionitm", "timesteps": [10, 260, 510, 760]},
+    )
+    pairs: dict[str, set[str]] = {}
+    for example in examples:
+        for image in example.images:
+            pairs.setdefault(image, set()).update([*example.texts, ""])
+    work = [Work(i, image, sorted(texts)) for i, (image, texts) in enumerate(pairs.items())]
+    write_scores(store, scorer.score(work))
+    rows = evaluate.evaluate({name: uri}, [store]).rows
+    last = [row for row in rows if row.group == "all"][-1]
+    assert np.mean([value for value in found if value is not None]) == pytest.approx(last.value)
+
+
+# Options -----------------------------------------------------------------------------------------
+
+
+def test_preset_and_lambda() -> None:
+    """A preset's values are defaults; --lambda is a field although it is a keyword."""
+    config = parse(Config, ["--preset", "diffusionitm", "--batch-size", "8", "--lambda", "0.5"])
+    assert (config.effective_batch, config.clip_over, config.epochs) == (112, "microbatch", 8)
+    assert (config.batch_size, config.lambda_) == (8, 0.5)
+    soft = parse(Config, ["--preset", "softneg-sd15", "--data", "x"])
+    assert (soft.objective, soft.model[-4:]) == ("soft-neg", "v1-5")
+    with pytest.raises(InputError, match="--preset nothing: must be one of diffusionitm"):
+        parse(Config, ["--preset", "nothing"])
+
+
+def test_objectives_without_wrong_pairs_need_no_negatives() -> None:
+    """Rows of captions alone are usable, and a batch holds nothing but them."""
+    assert [Objective(n).has_wrong_pairs for n in OBJECTIVES] == [False, True, True, True, False]
+    schedule = a_schedule(negatives="none")
+    items = [item for batch in schedule.batches(0) for item in batch]
+    assert all((i.negative_image, i.negative_caption) == (i.image, i.caption) for i in items)
+    rows = [Row("a.jpg", "x")]
+    assert usable(rows, "none", "f") == ([0], Counter())
+
+
+def test_problems_are_told_together() -> None:
+    config = Config(
+        lambda_=-1, lr=0, workers="3:2", ema=2, steps=0, objective="hardneg", effective_batch=30
+    )
+    told = "\n".join(find_problems(config))
+    for part in (
+        "give --model",
+        "give --data",
+        "--objective 'hardneg' is unknown",
+        "--lr 0: must be above 0",
+        "--effective-batch 30: must be a multiple of --batch-size 8",
+        "--workers 3:2: must be a number of processes, or MIN:MAX",
+        "--ema 2: must lie between 0 and 1",
+        "--steps 0: must be at least 1",
+    ):
+        assert part in told
+    assert "--lambda -1: must be 0 or more" in find_problems(Config(lambda_=-1))[-1]
