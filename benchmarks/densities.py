@@ -29,8 +29,8 @@ from diffitm.shapes.training import write_training
 from diffitm.tasks.registry import find_task
 from diffitm.training.diva.recap import parse_recap
 from diffitm.training.diva.step import Diva
-from diffitm.training.rows import Row, read_rows
-from diffitm.training.sampler import Schedule, seed_of
+from diffitm.training.rows import TrainingRow, read_rows
+from diffitm.training.sampler import BatchSampler, seed_of
 from diffitm.training.validation import credits
 
 SCENES, HELD_OUT, HELD_IMAGES = 2000, 500, 256
@@ -90,9 +90,9 @@ def run(folder: Path, name: str | None, seed: int, steps: int, first: int, rate:
         tower, projection = diva.parts()
         first = steps if name == CONTROL else first
         paths = [row.image for row in read_rows(f"{root}/coco_neg/train_neg_clip.tsv")]
-        rows = [Row(path, "") for path in paths]
+        rows = [TrainingRow(path, "") for path in paths]
         pixels, latents = Pixels(root, paths, diva.side), Latents(diva.teacher, root, paths)
-        plan = Schedule(rows, list(range(len(rows))), SIZE, 1, "none", False, seed)
+        plan = BatchSampler(rows, list(range(len(rows))), SIZE, 1, "none", False, seed)
         groups = [(tower, rate), (projection, PROJECTION_RATE)]
         optimizer = torch.optim.AdamW(
             [{"params": part, "lr": lr} for part, lr in groups], weight_decay=0

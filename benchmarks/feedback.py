@@ -57,7 +57,7 @@ def plain(root: str, steps: int) -> float:
         kept = patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[-1]))
         tokens = torch.cat([found["image_intermediates_prefix"][0], kept], 1)
         condition = projection(visual.ln_post(tokens) @ visual.proj) + text
-        z = posterior.mean + posterior.deviation * torch.randn_like(posterior.mean)
+        z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
         noise, at = torch.randn_like(z), torch.randint(1000, (BATCH,))
         predicted = unet(scheduler.add_noise(z, noise, at), at, condition).sample
         loss = ((predicted - noise) ** 2).mean()

@@ -45,12 +45,12 @@ def draw(root: Path) -> None:
 
 
 def a_job(root: str, steps: int) -> Any:
-    from diffitm.training.rows import Row
-    from diffitm.training.sampler import Schedule
+    from diffitm.training.rows import TrainingRow
+    from diffitm.training.sampler import BatchSampler
 
-    rows = [Row(f"{i % IMAGES}.jpg", "") for i in range(steps * BATCH)]
-    plan = Schedule(rows, range(len(rows)), BATCH, 1, "none", False, 0)
-    return SimpleNamespace(root=root, steps=steps, micro=1, plan=lambda: plan)
+    rows = [TrainingRow(f"{i % IMAGES}.jpg", "") for i in range(steps * BATCH)]
+    plan = BatchSampler(rows, range(len(rows)), BATCH, 1, "none", False, 0)
+    return SimpleNamespace(root=root, steps=steps, grad_accum_steps=1, sampler=lambda: plan)
 
 
 def processes(job: Any, view: Any, lanes: int) -> Iterator[Any]:
@@ -62,7 +62,7 @@ def processes(job: Any, view: Any, lanes: int) -> Iterator[Any]:
 def requests(job: Any) -> Iterator[list[tuple[str, int]]]:
     from diffitm.training.dataloader import wanted
 
-    plan = job.plan()
+    plan = job.sampler()
     return (wanted(plan.batches(step)[0]) for step in range(job.steps))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from diffitm.core import images
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.metrics.intervals import difference_interval
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.loading import load_denoiser, resolve
@@ -33,8 +33,8 @@ from diffitm.shapes.training import write_training
 from diffitm.tasks.registry import find_task
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.step import Posterior, Tuner
-from diffitm.training.rows import Row, read_rows
-from diffitm.training.sampler import Item, Schedule
+from diffitm.training.rows import TrainingRow, read_rows
+from diffitm.training.sampler import BatchSampler, Item
 from diffitm.training.validation import credits
 
 SCENES, HELD_OUT = 2000, 200
@@ -80,16 +80,16 @@ class Latents:
             ]
             stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
             parts.append([part.clone() for part in model.encode_posterior(stacked)])
-        self.mean, self.deviation = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.mean, self.std = (torch.cat(part) for part in zip(*parts, strict=True))
 
     def __call__(self, paths: list[str]) -> Posterior:
         rows = torch.tensor([self.place[path] for path in paths])
-        return Posterior(self.mean[rows], self.deviation[rows])
+        return Posterior(self.mean[rows], self.std[rows])
 
 
 def train(
     tuner: Tuner,
-    plan: Schedule,
+    plan: BatchSampler,
     latents: Callable[[list[str]], Posterior],
     steps: int,
     rate: float,
@@ -103,7 +103,7 @@ def train(
         for items in plan.batches(step):
             losses = tuner.losses(items, *_posteriors(items, latents))
             (losses.loss / plan.micro).backward()
-            found = (losses.loss.detach(), losses.right, losses.contrast, losses.held)
+            found = (losses.loss.detach(), losses.right, losses.contrast, losses.clipped_share)
             sums += torch.stack(found) / plan.micro
         torch.nn.utils.clip_grad_norm_(tuner.parameters, 1.0)
         optimizer.step()
@@ -124,7 +124,7 @@ class Memo:
     def __init__(self, scorer: DiffusionScorer) -> None:
         self.scorer, self.known = scorer, {}
 
-    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         left = [
             row._replace(texts=[t for t in row.texts if (row.image, t) not in self.known])
             for row in rows
@@ -149,7 +149,7 @@ def evaluate(tuner: Tuner, folder: Path, timesteps: int) -> dict[str, Any]:
         found[name] = credits(task, list(task.examples(parts[part])), scorers[part])
     rows = read_rows(f"{parts['train']}/coco_neg/valid_neg_clip.tsv")
     texts = [(row.caption, row.negative_captions[0], "") for row in rows]
-    work = [Work(i, row.image, list(texts[i])) for i, row in enumerate(rows)]
+    work = [PairRow(i, row.image, list(texts[i])) for i, row in enumerate(rows)]
     lines = scorers["train"].score(work)
     errors = np.array([(line["l2"] ** 2 / line["elements"]).mean() for line in lines])
     return {"credits": found, "errors": errors.reshape(-1, 3).tolist()}
@@ -174,7 +174,9 @@ def run(
         root = str(folder / "train")
         rows = read_rows(f"{root}/coco_neg/train_neg_clip.tsv")
         latents = Latents(tuner.denoiser, root, paths(rows))
-        plan = Schedule(rows, list(range(len(rows))), SIZE, MICRO, setting.negatives, False, seed)
+        plan = BatchSampler(
+            rows, list(range(len(rows))), SIZE, MICRO, setting.negatives, False, seed
+        )
         history = train(tuner, plan, latents, steps, rate)
         save_lora(lora_weights(tuner.unet), str(folder / file.stem), rank)
     trained = time.perf_counter() - begin
@@ -220,7 +222,7 @@ def cell(tuned: list[list[float | None]], base: list[float | None]) -> str:
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def paths(rows: list[Row]) -> list[str]:
+def paths(rows: list[TrainingRow]) -> list[str]:
     """Every image of the rows once."""
     return list(dict.fromkeys(p for row in rows for p in (row.image, *row.negative_images)))
 

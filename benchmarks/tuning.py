@@ -58,7 +58,7 @@ def plain(root: str, steps: int) -> float:
             begin = time.perf_counter()
         chosen = torch.randint(len(rows), (BATCH,))
         posterior = latents([rows[i].image for i in chosen.tolist()])
-        z = posterior.mean + posterior.deviation * torch.randn_like(posterior.mean)
+        z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
         noise, at = torch.randn_like(z), torch.randint(1000, (BATCH,))
         noised, texts = scheduler.add_noise(z, noise, at), [part[chosen] for part in hidden]
         found = unet(noised.repeat(2, 1, 1, 1), at.repeat(2), torch.cat(texts)).sample

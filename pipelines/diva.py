@@ -2,7 +2,7 @@
 
 from diffitm.cli import main
 from diffitm.commands.diva import run
-from diffitm.training.diva.options import Config
+from diffitm.training.diva.options import DivaConfig
 
 if __name__ == "__main__":
-    main(Config, run, __doc__)
+    main(DivaConfig, run, __doc__)

@@ -2,7 +2,7 @@
 
 from diffitm.cli import main
 from diffitm.commands.finetune import run
-from diffitm.training.lora.options import Config
+from diffitm.training.lora.options import FinetuneConfig
 
 if __name__ == "__main__":
-    main(Config, run, __doc__)
+    main(FinetuneConfig, run, __doc__)

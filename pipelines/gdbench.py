@@ -1,7 +1,7 @@
 """Evaluate diffusion models and CLIP on GDBench; see --help and the README."""
 
 from diffitm.cli import main
-from diffitm.commands.gdbench import Config, run
+from diffitm.commands.gdbench import GdbenchConfig, run
 
 if __name__ == "__main__":
-    main(Config, run, __doc__)
+    main(GdbenchConfig, run, __doc__)

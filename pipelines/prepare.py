@@ -8,8 +8,8 @@ import sys
 
 from diffitm.cli import main
 from diffitm.commands.prepare import run
-from diffitm.datasets.options import Config, with_tasks
+from diffitm.datasets.options import DataConfig, with_tasks
 
 if __name__ == "__main__":
     sys.argv[1:] = with_tasks(sys.argv[1:])
-    main(Config, run, __doc__)
+    main(DataConfig, run, __doc__)

@@ -15,7 +15,7 @@ from diffitm.report.terminal import print_summary
 from diffitm.store.pair_table import WorkTable
 from diffitm.store.run_summary import Done, write_summary
 from diffitm.store.score_store import open_store
-from diffitm.store.work_table import Work, finish
+from diffitm.store.work_table import OpenWork, finish
 from diffitm.training.run_folder import check_complete
 from tests.pipeline import environment
 
@@ -167,7 +167,9 @@ def test_speeds_read_old_and_new_notes(tmp_path: Path) -> None:
     old = {"pairs": 10, "forwards": 40, "failures": 0, "busy": 2.0, "actors": 1, "rate": 30.0}
     (folders[0] / "done").write_text(json.dumps(old))
     table = WorkTable(str(folders[1] / "work.parquet"), 3, 30)
-    finish(Work(str(folders[1]), table, 3, 30), Done(30, 120, busy=4.0, smaller=("x",), begun=2))
+    finish(
+        OpenWork(str(folders[1]), table, 3, 30), Done(30, 120, busy=4.0, smaller=("x",), begun=2)
+    )
     (speed,) = evaluate.speeds(str(tmp_path), [store])
     assert (speed.pairs, speed.forwards, speed.seconds) == (40, 160, 6.0)
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import ray
 
 from diffitm.commands.stages.score import _block_rows, score
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.distributed import session
 from diffitm.models.loading import resolve
 from diffitm.scoring.scorer import Scorer
@@ -62,7 +62,7 @@ class Tracer:
     def measure_rate(self) -> float:
         return self.scorer.measure_rate()
 
-    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         block = Block(time.time_ns(), os.getpid(), self.node, [row.row for row in rows])
         busy = self.trace / f"{block.time}-{block.process}.busy"
         part = busy.with_suffix(".part")

@@ -27,7 +27,7 @@ VERSION = 1  # grows when the same settings would give other embeddings or lists
 
 
 @dataclass(frozen=True)
-class Config(OnRay):
+class CandidatesConfig(OnRay):
     """Options of pipelines/candidates.py."""
 
     clip: str = option("", "the CLIP: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs")
@@ -53,7 +53,7 @@ class Config(OnRay):
     gpus_per_actor: float | None = option(None, "GPU share of an actor (default: 1 if any)")
 
 
-def run(config: Config) -> None:
+def run(config: CandidatesConfig) -> None:
     """Embed what is missing, search, and write both lists and their .info.json.
 
     Raises InputError for bad input, before anything is embedded where that is possible; Incomplete at
@@ -67,7 +67,7 @@ def run(config: Config) -> None:
         _run(config, out)
 
 
-def _run(config: Config, out: str) -> None:
+def _run(config: CandidatesConfig, out: str) -> None:
     """See run, with OUT held."""
     from diffitm.models.clip import resolve_clip
 
@@ -111,7 +111,7 @@ def _run(config: Config, out: str) -> None:
         raise Incomplete(f"{len(failed)} images could not be read; they are listed in {where}")
 
 
-def _check(config: Config) -> None:
+def _check(config: CandidatesConfig) -> None:
     """All problems of the options together."""
     needed = {"clip": "RN50x64:openai", "images": "DIR", "captions": "FILE"}
     problems = lacking(config, needed)
@@ -119,9 +119,9 @@ def _check(config: Config) -> None:
         problems.append(f"--images: there is no folder {storage.absolute(config.images)}")
     if config.captions and not storage.exists(storage.absolute(config.captions)):
         problems.append(f"--captions: there is no file {storage.absolute(config.captions)}")
-    if not storage.bare(config.out).endswith(".json") or storage.bare(config.out).endswith(
-        "_text.json"
-    ):
+    if not storage.without_query(config.out).endswith(".json") or storage.without_query(
+        config.out
+    ).endswith("_text.json"):
         problems.append(f"--out {config.out}: must end in .json, and not in _text.json")
     out = storage.absolute(config.out)
     written = [out, *(_beside(out, end) for end in ("_text.json", ".info.json", "_text.info.json"))]
@@ -136,7 +136,7 @@ def _check(config: Config) -> None:
 
 def _beside(out: str, ending: str) -> str:
     """The file beside `out` whose name has another ending than .json."""
-    name = storage.bare(out)
+    name = storage.without_query(out)
     return name.removesuffix(".json") + ending + out[len(name) :]
 
 
@@ -151,7 +151,7 @@ def _work_folder(out: str, source: ClipSource, root: str, known: Captions, devic
     settings = {
         "version": VERSION,
         "clip": [source.digest, source.quick_gelu],
-        "images": storage.title(root),
+        "images": storage.identity(root),
         "captions": known.digest,
         "device": device,
         "groups": embed.GROUP,
@@ -159,7 +159,9 @@ def _work_folder(out: str, source: ClipSource, root: str, known: Captions, devic
     return work_folder(out, "candidates", settings)
 
 
-def _write(config: Config, out: str, side: Side, found: str, note: dict[str, Any]) -> None:
+def _write(
+    config: CandidatesConfig, out: str, side: Side, found: str, note: dict[str, Any]
+) -> None:
     """Write a list with its .info.json and say what it holds."""
     ending = "_text" if side.direction == "text" else ""
     uri, info_uri = _beside(out, f"{ending}.json"), _beside(out, f"{ending}.info.json")

@@ -29,9 +29,9 @@ from diffitm.models.clip_export import (
     write_open_clip,
     write_transformers,
 )
-from diffitm.models.loading import Source, check_loadable, resolve
+from diffitm.models.loading import ModelSource, check_loadable, resolve
 from diffitm.tasks.registry import find_task
-from diffitm.training.diva.options import Config, find_problems, micro_batch
+from diffitm.training.diva.options import DivaConfig, find_problems, micro_batch
 from diffitm.training.diva.recap import parse_recap
 from diffitm.training.diva.step import PROJECTION, load_tower
 from diffitm.training.image_pool import Paths, in_folder, in_parquet, in_shard, split
@@ -42,11 +42,11 @@ from diffitm.training.run_folder import (
     WEIGHTS,
     check_complete,
     open_run,
-    refusable,
+    release_on_refusal,
     write_log,
     write_note,
 )
-from diffitm.training.tracking import Curves
+from diffitm.training.tracking import RunTracker
 from diffitm.training.webdataset import is_webdataset, shards
 
 log = logging.getLogger("diffitm")
@@ -59,7 +59,7 @@ LISTED = pa.schema(
 )
 
 
-def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
+def run(config: DivaConfig, listen: Callable[[Line], None] | None = None) -> None:
     """Train, and write the tuned CLIP to OUT and OUT/transformers. `listen` gets every line of the log.
 
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
@@ -76,30 +76,30 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
         _run(config, out, listen)
 
 
-def _run(config: Config, out: str, listen: Callable[[Line], None] | None) -> None:
+def _run(config: DivaConfig, out: str, listen: Callable[[Line], None] | None) -> None:
     """See run, with OUT held."""
-    job, settings, lost = settle(config)
+    job, settings, lost = build_job(config)
     known = open_run(out, settings)
     if known.done:
         log.info("%s holds this run already; give another --out to train again", out)
         check_complete(out)
         return
     name = fingerprint(settings)[:12]
-    with refusable(out):
+    with release_on_refusal(out):
         if config.cache_latents:
             job = cached(job, out)
-        curves = Curves(config.track, storage.public(out), known.key, settings, listen)
+        curves = RunTracker(config.track, storage.redacted(out), known.key, settings, listen)
         result, unread = fit(LOOP, job, workers_of(config), name, curves, out, _describe)
     lost |= unread
     with result.checkpoint.as_directory() as folder:
-        reason, preprocessing = _write_clip(Path(folder), job.tower, out)
+        reason, preprocessing = _write_clip(Path(folder), job.clip, out)
         progress = write_log(Path(folder), record(asdict(config)), lost, out)
     write_note(out, settings, replace(known, done=True))
-    _tell(config, job.tower, out, reason, preprocessing, progress["history"])
+    _tell(config, job.clip, out, reason, preprocessing, progress["history"])
     check_complete(out)
 
 
-def settle(config: Config) -> tuple[DivaJob, dict[str, Any], Lost]:
+def build_job(config: DivaConfig) -> tuple[DivaJob, dict[str, Any], Lost]:
     """What the workers do, the settings that the weights depend on, and shards read in part only.
 
     Raises InputError for bad input.
@@ -134,7 +134,7 @@ def settle(config: Config) -> tuple[DivaJob, dict[str, Any], Lost]:
     return job, settings, lost
 
 
-def _roots(config: Config, out: str) -> tuple[str, str | None]:
+def _roots(config: DivaConfig, out: str) -> tuple[str, str | None]:
     """Where images start, and the root that is validated on."""
     valid = storage.absolute(config.validation_data) if config.validation_data else None
     if config.data == "shapes":
@@ -146,15 +146,15 @@ def _roots(config: Config, out: str) -> tuple[str, str | None]:
         write_training(root, config.scenes)
         return storage.join(root, "coco", "train"), valid
     given = storage.absolute(config.data)
-    is_file = is_webdataset(given) or storage.bare(given).endswith(".parquet")
+    is_file = is_webdataset(given) or storage.without_query(given).endswith(".parquet")
     return storage.parent(given) if is_file else given, valid
 
 
-def _images(config: Config, root: str) -> list[str]:
+def _images(config: DivaConfig, root: str) -> list[str]:
     """References of all images below the root that are not in shards."""
     given = storage.absolute(config.data)
-    if config.data != "shapes" and storage.bare(given).endswith(".parquet"):
-        return in_parquet(given, storage.bare(given).rpartition("/")[2])
+    if config.data != "shapes" and storage.without_query(given).endswith(".parquet"):
+        return in_parquet(given, storage.without_query(given).rpartition("/")[2])
     return in_folder(root)
 
 
@@ -165,7 +165,7 @@ def _in_shards(names: list[str], out: str) -> tuple[list[str], Lost]:
 
     state = {
         "version": LISTING,
-        "shards": [storage.title(name) for name in names],
+        "shards": [storage.identity(name) for name in names],
         "files": storage.versions(names),
     }
     file = storage.join(work_folder(out, "listing", state), "listing.parquet")
@@ -200,7 +200,7 @@ def _list_shards(names: list[str]) -> pa.Table:
     return pa.Table.from_pylist(sorted(lines, key=lambda line: line["shard"]), LISTED)
 
 
-def _validation(config: Config, root: str | None) -> Validation | None:
+def _validation(config: DivaConfig, root: str | None) -> Validation | None:
     """Raises InputError if a task is unknown or its files are not there."""
     if root is None or not config.validate_every:
         return None
@@ -212,8 +212,8 @@ def _validation(config: Config, root: str | None) -> Validation | None:
 
 
 def _job(
-    config: Config,
-    teacher: Source,
+    config: DivaConfig,
+    teacher: ModelSource,
     clip: ClipSource,
     root: str,
     rows: RowsFile,
@@ -240,31 +240,31 @@ def _job(
         dtype=config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
         rows=rows,
         root=root,
-        size=size,
-        micro=config.effective_batch // size,
+        micro_batch_size=size,
+        grad_accum_steps=config.effective_batch // size,
         steps=steps,
         optimizer=config.optimizer,
-        rate=config.lr,
-        schedule=config.lr_schedule,
-        warmup=config.warmup_steps,
+        lr=config.lr,
+        lr_scheduler=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
-        clip=config.clip_norm,
+        max_grad_norm=config.clip_norm,
         checkpointing=config.gradient_checkpointing,
         seed=config.seed,
         checkpoint_every=config.checkpoint_every,
         log_every=config.log_every,
         validation=check,
         latents=None,
-        tower=clip,
-        projection_rate=config.projection_lr or config.lr,
+        clip=clip,
+        projection_lr=config.projection_lr or config.lr,
         projection_steps=config.projection_steps,
         recap=parse_recap(config.recap),
         prompt=config.prompt,
         add=config.add_prompt,
         repeats=config.repeats,
         reduce=config.repeats_reduce,
-        crop=config.crop_scale,
-        held=held,
+        crop_scale=config.crop_scale,
+        held_out=held,
         measure_every=config.measure_every,
     )
 
@@ -308,7 +308,7 @@ def _write_clip(
 
 
 def _tell(
-    config: Config,
+    config: DivaConfig,
     clip: ClipSource,
     out: str,
     reason: str | None,
@@ -324,7 +324,7 @@ def _tell(
         log.info(text, errors[0], errors[-1], without)
     if reason is not None:
         log.info("no folder for transformers: %s", reason)
-    print(f"clip {storage.public(out)}")
+    print(f"clip {storage.redacted(out)}")
     if name := stock_name(clip):
         given = "".join(f", {key}={value!r}" for key, value in preprocessing.items())
         text = "open_clip loads the weights as %s, pretrained='open_clip_model.safetensors'%s"

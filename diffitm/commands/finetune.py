@@ -16,14 +16,21 @@ from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import fit, hand_over, settings_of, workers_of
-from diffitm.models.loading import Source, check_loadable, resolve
+from diffitm.models.loading import ModelSource, check_loadable, resolve
 from diffitm.training.job import Job, Validation
 from diffitm.training.lora.objectives import Objective
-from diffitm.training.lora.options import Config, find_problems
+from diffitm.training.lora.options import FinetuneConfig, find_problems
 from diffitm.training.row_table import RowsFile, StoredRows
-from diffitm.training.rows import drop_equal, images_of, read_rows, texts_of, told, usable
-from diffitm.training.run_folder import check_complete, open_run, refusable, write_result
-from diffitm.training.tracking import Curves
+from diffitm.training.rows import (
+    drop_equal,
+    images_of,
+    read_rows,
+    summarise_dropped,
+    texts_of,
+    usable,
+)
+from diffitm.training.run_folder import check_complete, open_run, release_on_refusal, write_result
+from diffitm.training.tracking import RunTracker
 from diffitm.training.webdataset import is_webdataset, read_shards
 
 log = logging.getLogger("diffitm")
@@ -33,7 +40,7 @@ TASKS = ("coco_neg_text", "coco_neg_image")
 READ = ("model", "data", "images", "validation_data")  # options whose paths workers read
 
 
-def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
+def run(config: FinetuneConfig, listen: Callable[[Line], None] | None = None) -> None:
     """Train, and write OUT/pytorch_lora_weights.safetensors. `listen` gets every line of the log.
 
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
@@ -49,19 +56,19 @@ def run(config: Config, listen: Callable[[Line], None] | None = None) -> None:
         _run(config, out, listen)
 
 
-def _run(config: Config, out: str, listen: Callable[[Line], None] | None) -> None:
+def _run(config: FinetuneConfig, out: str, listen: Callable[[Line], None] | None) -> None:
     """See run, with OUT held."""
-    job, settings, valid = settle(config)
+    job, settings, valid = build_job(config)
     known = open_run(out, settings)
     if known.done:
         log.info("%s holds this run already; give another --out to train again", out)
         check_complete(out)
         return
     name = fingerprint(settings)[:12]
-    with refusable(out):
+    with release_on_refusal(out):
         if config.cache_latents:
             job = cached(job, out)
-        curves = Curves(config.track, storage.public(out), known.key, settings, listen)
+        curves = RunTracker(config.track, storage.redacted(out), known.key, settings, listen)
         decodes = job.latents is None
         result, lost_images = fit(
             LOOP, job, workers_of(config), name, curves, out, _describe, decodes
@@ -74,7 +81,7 @@ def _run(config: Config, out: str, listen: Callable[[Line], None] | None) -> Non
         text = "best at update %d: %.1f%% on validation, before training %.1f%%"
         log.info(text, ended["best_step"], *means)
     weights = storage.join(out, "pytorch_lora_weights.safetensors")
-    print(f"weights {storage.public(weights)}")
+    print(f"weights {storage.redacted(weights)}")
     if "://" not in out:
         command = ["--model", config.model, "--lora", "none", weights]
         if config.data != "shapes" and valid is not None:
@@ -83,7 +90,7 @@ def _run(config: Config, out: str, listen: Callable[[Line], None] | None) -> Non
     check_complete(out)
 
 
-def settle(config: Config) -> tuple[Job, dict[str, Any], str | None]:
+def build_job(config: FinetuneConfig) -> tuple[Job, dict[str, Any], str | None]:
     """What the workers do, the settings that the weights depend on, and the root of validation.
 
     Raises InputError for bad input.
@@ -99,7 +106,7 @@ def settle(config: Config) -> tuple[Job, dict[str, Any], str | None]:
     negatives = config.negatives if objective.has_wrong_pairs else "none"
     kept, lost = usable(rows, negatives, rows_file)
     if lost:
-        log.warning("%s: left out %s", rows_file, told(lost))
+        log.warning("%s: left out %s", rows_file, summarise_dropped(lost))
 
     from diffitm.commands.weights import share
     from diffitm.distributed import session
@@ -115,7 +122,7 @@ def settle(config: Config) -> tuple[Job, dict[str, Any], str | None]:
     return job, settings, valid
 
 
-def _data(config: Config, out: str) -> tuple[str, str, str | None]:
+def _data(config: FinetuneConfig, out: str) -> tuple[str, str, str | None]:
     """The file of rows, where its images start, and the root that is validated on."""
     if config.data == "shapes":
         from diffitm.shapes.training import VERSION, write_training
@@ -126,7 +133,7 @@ def _data(config: Config, out: str) -> tuple[str, str, str | None]:
         write_training(root, config.scenes)
         return storage.join(root, TRAIN), root, config.validation_data or root
     given = storage.absolute(config.data)
-    if storage.bare(given).endswith((".tsv", ".parquet", ".tar")):
+    if storage.without_query(given).endswith((".tsv", ".parquet", ".tar")):
         if is_webdataset(given) and config.images:
             raise InputError(f"--images {config.images}: shards hold their images; leave it out")
         root = storage.absolute(config.images) if config.images else storage.parent(given)
@@ -141,8 +148,8 @@ def _data(config: Config, out: str) -> tuple[str, str, str | None]:
 
 
 def _job(
-    config: Config,
-    source: Source,
+    config: FinetuneConfig,
+    source: ModelSource,
     objective: Objective,
     negatives: str,
     rows: RowsFile,
@@ -181,15 +188,15 @@ def _job(
         resize=config.resize,
         negatives=negatives,
         per_example=config.draw_negatives == "example",
-        size=config.batch_size,
-        micro=micro,
+        micro_batch_size=config.batch_size,
+        grad_accum_steps=micro,
         steps=config.steps or max(1, round(config.epochs * per_epoch)),
         optimizer="adamw",
-        rate=config.lr,
-        schedule=config.lr_schedule,
-        warmup=config.warmup_steps,
+        lr=config.lr,
+        lr_scheduler=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
-        clip=config.clip_norm,
+        max_grad_norm=config.clip_norm,
         rank=config.rank,
         ema=config.ema,
         checkpointing=config.gradient_checkpointing,

@@ -13,14 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from diffitm.commands.entrance import entered
-from diffitm.commands.run_record import LOG, Beside, log_of, read_curves, read_images, read_pictures
+from diffitm.commands.run_record import (
+    LOG,
+    RunArtifacts,
+    log_of,
+    read_curves,
+    read_images,
+    read_pictures,
+)
 from diffitm.commands.stages.probe import add_probes, find_probes
 from diffitm.core import storage
 from diffitm.core.config import OnRay, option
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
 from diffitm.evaluation.evaluate import evaluate, present, speeds, titles, write_results
-from diffitm.models.loading import Source, check_loadable, resolve
+from diffitm.models.loading import ModelSource, check_loadable, resolve
 from diffitm.models.lora import locate, lora_file, unpinned
 from diffitm.report.html import write_report
 from diffitm.report.table import latex, make_table, markdown
@@ -36,7 +43,7 @@ from diffitm.tasks.registry import TASKS, find_task
 from diffitm.training.run_folder import PICTURES
 
 if TYPE_CHECKING:
-    from diffitm.distributed.session import Pool
+    from diffitm.distributed.session import ActorPool
     from diffitm.models.clip import ClipSource
 
 log = logging.getLogger("diffitm")
@@ -62,7 +69,7 @@ class Prepared(NamedTuple):
     examples: dict[str, Examples]
     specs: list[Spec]
     stores: list[Store]
-    pool: Pool
+    pool: ActorPool
 
     @property
     def files(self) -> dict[str, str]:
@@ -71,7 +78,7 @@ class Prepared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Config(OnRay):
+class GdbenchConfig(OnRay):
     """Options of pipelines/gdbench.py."""
 
     model: list[str] = option(
@@ -151,7 +158,7 @@ class Config(OnRay):
     report_only: bool = option(False, "recompute everything from OUT's scores, without a model")
 
 
-def run(config: Config) -> None:
+def run(config: GdbenchConfig) -> None:
     """Score what is missing, then write results.json, provenance, failures and the report.
 
     Raises InputError for bad input before anything is scored, Incomplete at the end if examples could
@@ -169,7 +176,7 @@ def run(config: Config) -> None:
         _run(config, out)
 
 
-def _read(config: Config) -> list[tuple[str, str | None]]:
+def _read(config: GdbenchConfig) -> list[tuple[str, str | None]]:
     """Options whose paths the actors read."""
     names = {"--model": config.model, "--lora": config.lora, "--clip": config.clip}
     found = [(option, name) for option, values in names.items() for name in values]
@@ -177,7 +184,7 @@ def _read(config: Config) -> list[tuple[str, str | None]]:
     return [("--data", config.data), *found, *files, ("--segmentation", config.segmentation)]
 
 
-def _run(config: Config, out: str) -> None:
+def _run(config: GdbenchConfig, out: str) -> None:
     """See run, with OUT held."""
     ready = prepare(config)
     root, examples, specs, stores = ready.root, ready.examples, ready.specs, ready.stores
@@ -195,7 +202,7 @@ def _run(config: Config, out: str) -> None:
     diffusion = {_label(spec): spec for spec in specs if isinstance(spec, DiffusionSpec)}
     how = Sampling(config.samples, config.sampling_steps, config.guidance)
     prompts = list(dict.fromkeys(config.prompts))
-    beside = Beside(
+    beside = RunArtifacts(
         {n: samples_folder(s, prompts, how) for n, s in diffusion.items()} if prompts else {},
         {n: log_of(unpinned(s.lora)) for n, s in diffusion.items() if s.lora}
         | {f"CLIP {c.name}": storage.join(c.folder, LOG) for c in clips if c.folder},
@@ -211,7 +218,7 @@ def _run(config: Config, out: str) -> None:
     _finish(config, out, ready.files, stores, provenance, root, drawn, beside)
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: GdbenchConfig) -> Prepared:
     """Everything before scoring: the examples and the stores on disk, Ray and its pool of actors.
 
     Raises InputError for bad input.
@@ -260,14 +267,14 @@ def score_all(prepared: Sequence[Prepared], out: str) -> int:
     return sum(part.forwards for part in done)
 
 
-def _loras(config: Config) -> list[str | None]:
+def _loras(config: GdbenchConfig) -> list[str | None]:
     """Each --lora once; without any, or for 'none', the base model."""
     return [None if name == "none" else name for name in dict.fromkeys(config.lora or ["none"])]
 
 
 def _diffusion(
-    config: Config,
-    source: Source,
+    config: GdbenchConfig,
+    source: ModelSource,
     lora: str | None,
     root: str,
     timesteps: tuple[int, ...],
@@ -287,7 +294,7 @@ def _diffusion(
         latent_seed=config.seed if config.latents == "sample" else None,
         variant=config.variant,
         lora=locate(lora) if lora else None,
-        lora_name=storage.title(lora) if lora else None,
+        lora_name=storage.identity(lora) if lora else None,
         batch_size=config.batch_size,
     )
 
@@ -299,13 +306,13 @@ def _label(spec: Spec) -> str:
     return spec.source.name + (f" + {spec.lora_name}" if spec.lora_name else "")
 
 
-def _task_names(config: Config) -> list[str]:
+def _task_names(config: GdbenchConfig) -> list[str]:
     """The chosen tasks, each once; 'all' stands for every task of ours."""
     named = [TASKS if name == "all" else [name] for name in config.tasks]
     return list(dict.fromkeys(itertools.chain.from_iterable(named)))
 
 
-def _check(config: Config) -> list[tuple[int, ...]]:
+def _check(config: GdbenchConfig) -> list[tuple[int, ...]]:
     """All problems of the options together; the timesteps really used, for each --timesteps."""
     problems = []
     if not config.model and not config.clip:
@@ -336,7 +343,7 @@ def _check(config: Config) -> list[tuple[int, ...]]:
     return [tuple(config.timestep_list)] if config.timestep_list else list(timesteps)
 
 
-def _list_problems(config: Config) -> list[str]:
+def _list_problems(config: GdbenchConfig) -> list[str]:
     """What is wrong with --timestep-list and --timestep-weights."""
     listed, weights = config.timestep_list, config.timestep_weights
     found = [
@@ -355,7 +362,7 @@ def _list_problems(config: Config) -> list[str]:
     return found
 
 
-def _task_problems(config: Config) -> list[str]:
+def _task_problems(config: GdbenchConfig) -> list[str]:
     """Tasks that cannot be found, and two of the same name."""
     problems, seen = [], set()
     for name in _task_names(config):
@@ -378,7 +385,7 @@ def _clip_sources(names: list[str]) -> list[ClipSource]:
     return [resolve_clip(name) for name in dict.fromkeys(names)]
 
 
-def _data_root(config: Config, out: str) -> str:
+def _data_root(config: GdbenchConfig, out: str) -> str:
     if config.data != "shapes":
         root = storage.absolute(config.data)
         if not storage.exists(root):
@@ -391,7 +398,7 @@ def _data_root(config: Config, out: str) -> str:
     return root
 
 
-def _write_examples(config: Config, root: str, out: str) -> dict[str, Examples]:
+def _write_examples(config: GdbenchConfig, root: str, out: str) -> dict[str, Examples]:
     """The examples of every task. Raises InputError with all that is missing."""
     found, problems = {}, []
     for name in _task_names(config):
@@ -414,14 +421,14 @@ def _write_examples(config: Config, root: str, out: str) -> dict[str, Examples]:
             )
         else:
             log.info("%s: %s examples", task.name, f"{count:,}")
-            found[name] = Examples(uri, f"{task.version}-{storage.title(uri)}")
+            found[name] = Examples(uri, f"{task.version}-{storage.identity(uri)}")
     if problems:
         hint = "--check tells what DATA has, --tasks chooses, prepare.py fetches"
         raise InputError("\n".join([*problems, hint]))
     return found
 
 
-def _print_check(config: Config, out: str) -> None:
+def _print_check(config: GdbenchConfig, out: str) -> None:
     """--check: the state of every chosen task. Raises InputError if one cannot run."""
     problems = _task_problems(config)
     if problems:
@@ -437,7 +444,7 @@ def _print_check(config: Config, out: str) -> None:
     print(f"all {len(states)} tasks can run")
 
 
-def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: Pool) -> Done:
+def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: ActorPool) -> Done:
     """Score the pairs that the store lacks; an interrupted run of the same examples goes on."""
     from diffitm.commands.stages.score import score
 
@@ -465,7 +472,7 @@ def _write_run(
     provenance: dict[str, Any],
     root: str,
     drawn: bool,
-    beside: Beside,
+    beside: RunArtifacts,
 ) -> None:
     """What --report-only needs to find; from here on it reports on this run."""
     files = {name: storage.name(found.uri) for name, found in examples.items()}
@@ -481,7 +488,7 @@ def _write_run(
     storage.write_text(storage.join(out, "run.json"), json.dumps(run, indent=2))
 
 
-def _report_again(config: Config, out: str) -> None:
+def _report_again(config: GdbenchConfig, out: str) -> None:
     """--report-only: the last run's examples and stores, with the chosen tasks and error."""
     path = storage.join(out, "run.json")
     try:
@@ -506,19 +513,19 @@ def _report_again(config: Config, out: str) -> None:
         *(config, out, examples, stores, provenance),
         root=storage.join(out, root) if below else root,
         drawn=run["drawn"],
-        beside=Beside(*(run.get(name, {}) for name in Beside._fields)),
+        beside=RunArtifacts(*(run.get(name, {}) for name in RunArtifacts._fields)),
     )
 
 
 def _finish(
-    config: Config,
+    config: GdbenchConfig,
     out: str,
     examples: dict[str, str],
     stores: list[Store],
     provenance: dict[str, Any],
     root: str,
     drawn: bool,
-    beside: Beside,
+    beside: RunArtifacts,
 ) -> None:
     """Evaluate, write and show. `root` holds the images; `drawn`: they are the shapes world.
 

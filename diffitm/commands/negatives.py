@@ -24,12 +24,12 @@ from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed import session
 from diffitm.distributed.groups import work_folder
-from diffitm.distributed.session import Pool
+from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import whole_files
 from diffitm.negatives import merge, rules
 from diffitm.retrieval import candidate_lists
 from diffitm.retrieval.candidate_lists import FOUND
-from diffitm.training.rows import Row
+from diffitm.training.rows import TrainingRow
 
 if TYPE_CHECKING:
     from diffitm.models.causal_lm import LanguageSource
@@ -41,7 +41,7 @@ PROMPT = Path(negatives.__file__).with_name("prompt.txt")
 
 
 @dataclass(frozen=True)
-class Config(OnRay):
+class NegativesConfig(OnRay):
     """Options of pipelines/negatives.py."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -77,7 +77,7 @@ class Config(OnRay):
 class Inputs:
     """What was checked before work starts; `places` are image paths below `root`, by image."""
 
-    rows: list[Row]
+    rows: list[TrainingRow]
     captions: list[str]
     template: str
     language: LanguageSource | None
@@ -86,7 +86,7 @@ class Inputs:
     places: dict[str, str]
 
 
-def run(config: Config) -> None:
+def run(config: NegativesConfig) -> None:
     """Make the negatives that are missing and write them with what they are.
 
     Raises InputError for bad input, before anything is made where that is possible; Incomplete at the
@@ -100,7 +100,7 @@ def run(config: Config) -> None:
         _run(config, out)
 
 
-def _run(config: Config, out: str) -> None:
+def _run(config: NegativesConfig, out: str) -> None:
     """See run, with OUT held."""
     given = _read(config)
     rows, captions = given.rows, given.captions
@@ -144,14 +144,14 @@ def _run(config: Config, out: str) -> None:
         raise Incomplete(text)
 
 
-def _check(config: Config) -> None:
+def _check(config: NegativesConfig) -> None:
     """All problems of the options together."""
     problems = lacking(config, {"captions": "FILE", "out": "FILE.parquet"})
     for name in ("captions", "prompt", "images"):
         value = getattr(config, name)
         if value and not storage.exists(storage.absolute(value)):
             problems.append(f"--{name}: there is no file or folder {storage.absolute(value)}")
-    if config.out and not storage.bare(config.out).endswith((".tsv", ".parquet")):
+    if config.out and not storage.without_query(config.out).endswith((".tsv", ".parquet")):
         problems.append(f"--out {config.out}: must end in .tsv or .parquet")
     out = storage.absolute(config.out)
     if config.captions and storage.absolute(config.captions) in (out, _info_uri(out)):
@@ -179,14 +179,14 @@ def _check(config: Config) -> None:
         raise InputError("\n".join(problems))
 
 
-def _read(config: Config) -> Inputs:
+def _read(config: NegativesConfig) -> Inputs:
     """Read and check everything that a run needs."""
     template = _template(config.prompt)
     rows = merge.read_pairs(storage.absolute(config.captions))
     if not config.keep_given:
         rows = [replace(row, negative_captions=(), negative_images=()) for row in rows]
     lines = merge.first_lines(rows)
-    if storage.bare(config.out).endswith(".tsv"):
+    if storage.without_query(config.out).endswith(".tsv"):
         for number, row in enumerate(rows):
             for image in row.negative_images:
                 if image not in lines:
@@ -226,29 +226,29 @@ def _template(path: str | None) -> str:
 
 
 def _info_uri(out: str) -> str:
-    name = storage.bare(out).rpartition("/")[2].rpartition(".")[0]
+    name = storage.without_query(out).rpartition("/")[2].rpartition(".")[0]
     return storage.join(storage.parent(out), f"{name}.info.json")
 
 
 def _told(source: LanguageSource | ClipSource) -> dict[str, Any]:
     """A model for the .info.json, without keys of URIs."""
     fields = {k: v for k, v in asdict(source).items() if k != "weights"}
-    return {k: storage.public(v) if isinstance(v, str) else v for k, v in fields.items()}
+    return {k: storage.redacted(v) if isinstance(v, str) else v for k, v in fields.items()}
 
 
-def _pool(config: Config, gpus: float | None) -> Pool:
+def _pool(config: NegativesConfig, gpus: float | None) -> ActorPool:
     return session.choose_pool(config.actors, config.max_actors, config.cpus_per_actor, gpus)
 
 
 def _answers(
-    config: Config, source: LanguageSource, given: Inputs, out: str
+    config: NegativesConfig, source: LanguageSource, given: Inputs, out: str
 ) -> dict[str, tuple[str, str | None]]:
     """A language model's answers: caption -> text and problem."""
     pool = _pool(config, config.gpus_per_actor)
     if not (pool.gpus or config.actors or config.cpus_per_actor):
         # One copy of the model with all processors: copies for each would fill the memory.
         cpus = pool.max_actors * pool.cpus
-        pool = Pool(1, 1, cpus if cpus < 1 else float(int(cpus)), 0.0)
+        pool = ActorPool(1, 1, cpus if cpus < 1 else float(int(cpus)), 0.0)
     dtype = config.dtype if config.dtype != "auto" else ("bf16" if pool.gpus else "fp32")
     sampling = (config.temperature, config.seed if config.temperature else 0)
     asked = propose.Question(source, given.template, dtype, *sampling, config.max_new_tokens)
@@ -256,7 +256,7 @@ def _answers(
 
 
 def _near(
-    config: Config, given: Inputs, out: str
+    config: NegativesConfig, given: Inputs, out: str
 ) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
     """Each image's near images, and the unreadable images with their reasons."""
     assert given.clip is not None
@@ -284,7 +284,7 @@ def _near(
     return near, [{"image": names[i], "reason": reason} for i, reason in failed.items()]
 
 
-def _related(rows: Iterable[Row], names: list[str]) -> list[list[int]]:
+def _related(rows: Iterable[TrainingRow], names: list[str]) -> list[list[int]]:
     """For each image itself and the others that have a caption of the same words."""
     place = {name: i for i, name in enumerate(names)}
     said: dict[str, set[int]] = {}

@@ -13,15 +13,15 @@ from diffitm.commands.stages.fetch import Reach, fetch_images, start_archives, w
 from diffitm.core.errors import InputError
 from diffitm.datasets import recipe
 from diffitm.datasets.hub import fetch_hub
-from diffitm.datasets.options import Config, check, warn_of_proxies
-from diffitm.datasets.recipe import Download, Hub, ImageList, Source
+from diffitm.datasets.options import DataConfig, check, warn_of_proxies
+from diffitm.datasets.recipe import DatasetRecipe, Download, Hub, ImageList
 from diffitm.datasets.status import Outcome, report, write_classes
 from diffitm.datasets.unpack import STATE, brought
 
 log = logging.getLogger("diffitm")
 
 
-def run(config: Config) -> None:
+def run(config: DataConfig) -> None:
     """Fetch what the tasks lack and say what is there.
 
     Raises InputError for what is left to do, Incomplete if only images with dead links lack.
@@ -63,7 +63,7 @@ def _locked(root: Path) -> Iterator[Path]:
             marker.unlink(missing_ok=True)
 
 
-def _fetch(chosen: dict[str, Source], reach: Reach, config: Config) -> list[Outcome]:
+def _fetch(chosen: dict[str, DatasetRecipe], reach: Reach, config: DataConfig) -> list[Outcome]:
     """All steps: archives and the Hub side by side, then the images, whose list is an archive's."""
     root = Path(reach.root)
     steps = _needed(chosen, root)
@@ -86,7 +86,7 @@ def _fetch(chosen: dict[str, Source], reach: Reach, config: Config) -> list[Outc
     return outcomes
 
 
-def _needed(chosen: dict[str, Source], root: Path) -> list[Download | Hub | ImageList]:
+def _needed(chosen: dict[str, DatasetRecipe], root: Path) -> list[Download | Hub | ImageList]:
     """All steps, less the archives of data that the user brought and that lack nothing."""
     steps: list[Download | Hub | ImageList] = []
     for name, source in chosen.items():

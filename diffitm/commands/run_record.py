@@ -13,7 +13,7 @@ log = logging.getLogger("diffitm")
 LOG = "log.jsonl"
 
 
-class Beside(NamedTuple):
+class RunArtifacts(NamedTuple):
     """What the report shows beside the scores, by model: generated images (folders below OUT), the log
     and the picture that a training left beside its result, results of probes (files below OUT)."""
 
@@ -25,7 +25,7 @@ class Beside(NamedTuple):
     def noted(self) -> dict[str, dict[str, Any]]:
         """What run.json keeps: without keys of URIs."""
         uris = {"logs": self.logs, "pictures": self.pictures}
-        public = {k: {n: storage.public(u) for n, u in v.items()} for k, v in uris.items()}
+        public = {k: {n: storage.redacted(u) for n, u in v.items()} for k, v in uris.items()}
         return self._asdict() | public
 
 
@@ -36,7 +36,7 @@ def log_of(lora: str) -> str:
     return above if storage.name(folder) == "last" else storage.join(folder, LOG)
 
 
-def read_pictures(beside: Beside) -> dict[str, bytes]:
+def read_pictures(beside: RunArtifacts) -> dict[str, bytes]:
     """Model -> the PNG that diva.py left beside it, where there is one."""
     found = {}
     for name, uri in beside.pictures.items():
@@ -45,7 +45,7 @@ def read_pictures(beside: Beside) -> dict[str, bytes]:
     return found
 
 
-def read_images(out: str, beside: Beside) -> dict[str, dict[str, list[bytes]]]:
+def read_images(out: str, beside: RunArtifacts) -> dict[str, dict[str, list[bytes]]]:
     """Model -> prompt -> PNGs."""
     from diffitm.commands.stages.sample import read_samples
 
@@ -53,7 +53,7 @@ def read_images(out: str, beside: Beside) -> dict[str, dict[str, list[bytes]]]:
     return {name: read_samples(f) for name, f in folders.items() if storage.exists(f)}
 
 
-def read_curves(beside: Beside) -> dict[str, list[dict[str, float]]]:
+def read_curves(beside: RunArtifacts) -> dict[str, list[dict[str, float]]]:
     """Model -> lines of its training's log, where there is one that a training wrote."""
     found = {}
     for name, uri in beside.logs.items():

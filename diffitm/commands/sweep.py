@@ -24,7 +24,7 @@ from diffitm.scoring.specs import DiffusionSpec
 from diffitm.sweep.options import Kind, Sweep
 from diffitm.sweep.report import write_report
 from diffitm.sweep.result import (
-    Row,
+    TrialResult,
     open_sweep,
     print_table,
     public,
@@ -57,10 +57,10 @@ UNUSED = (
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("lambda", options.Config, axes=(Axis("lambda_", (0.5, 1.0, 2.0)),)),
+        Kind("lambda", options.FinetuneConfig, axes=(Axis("lambda_", (0.5, 1.0, 2.0)),)),
         Kind(
             "timesteps",
-            gdbench.Config,
+            gdbench.GdbenchConfig,
             defaults={"timesteps": [STORED], "range": "0-1000"},
             more={
                 "model": str,
@@ -76,7 +76,7 @@ KINDS = {
         ),
         Kind(
             "recap-density",
-            diva_options.Config,
+            diva_options.DivaConfig,
             more={"density": float},
             stand_for={"density": "recap"},
             axes=(Axis("recap", ("class-only", "random:0.1", "random:0.3", "random:0.5", "all")),),
@@ -199,7 +199,7 @@ def _trial(sweep: Sweep, setting: dict[str, Any], out: str) -> Any:
     return trial_config(sweep.kind.name, sweep.fixed, setting, storage.join(out, "trials"))
 
 
-def _try_trainings(sweep: Sweep, out: str) -> tuple[list[Row], str, str]:
+def _try_trainings(sweep: Sweep, out: str) -> tuple[list[TrialResult], str, str]:
     """Train with every setting; what they share is made ready once. The rows, what their accuracy is
     of, and what input could not be used."""
     from diffitm.commands import diva, finetune
@@ -299,7 +299,7 @@ def _values(sweep: Sweep, fixed: dict[str, Any], name: str) -> tuple[Any, ...]:
     return axes[name].extremes if name in axes else (fixed[name],)
 
 
-def _try_scores(sweep: Sweep, out: str) -> tuple[list[Row], str, str]:
+def _try_scores(sweep: Sweep, out: str) -> tuple[list[TrialResult], str, str]:
     """Score what the store lacks, then try every setting on the stored errors. See _try_trainings."""
     from ray import tune
 
@@ -314,9 +314,9 @@ def _try_scores(sweep: Sweep, out: str) -> tuple[list[Row], str, str]:
     for protocol, ready in zip(protocols, prepared, strict=True):
         for spec, store in zip(ready.specs, ready.stores, strict=True):
             assert isinstance(spec, DiffusionSpec)
-            lora = storage.title(spec.lora_name or "none")
+            lora = storage.identity(spec.lora_name or "none")
             for error in _values(sweep, sweep.fixed, "error"):
-                key = (storage.title(spec.source.name), lora, protocol, error)
+                key = (storage.identity(spec.source.name), lora, protocol, error)
                 kind = error_of(store, error)
                 read = [
                     read_errors(find_task(name)(), uri, store, kind)
@@ -344,7 +344,7 @@ def _try_scores(sweep: Sweep, out: str) -> tuple[list[Row], str, str]:
     return rows, f"{text}; {forwards:,} U-Net forwards were done for it{left}", lost
 
 
-def _gdbench(sweep: Sweep, protocol: str, out: str) -> gdbench.Config:
+def _gdbench(sweep: Sweep, protocol: str, out: str) -> gdbench.GdbenchConfig:
     """What the stored errors are of, under a protocol."""
     values = {k: v for k, v in sweep.fixed.items() if k not in OF_SCORE}
     values |= {
@@ -356,11 +356,11 @@ def _gdbench(sweep: Sweep, protocol: str, out: str) -> gdbench.Config:
         "ray": sweep.config.ray,
         "verbose": sweep.config.verbose,
     }
-    return make(gdbench.Config, values)
+    return make(gdbench.GdbenchConfig, values)
 
 
 def _leave(
-    sweep: Sweep, rows: Sequence[Row], out: str, told: str, provenance: dict[str, Any]
+    sweep: Sweep, rows: Sequence[TrialResult], out: str, told: str, provenance: dict[str, Any]
 ) -> None:
     """Table, best setting and report. Raises InputError if no setting has a result."""
     failed = [row for row in rows if row.failure]
@@ -372,19 +372,19 @@ def _leave(
     kind = sweep.kind.name
     report = write_report(kind, rows, sweep.axes, told, text, provenance, out)
     print_table(rows, sweep.axes, told)
-    print(f"table   {storage.public(table)}")
-    print(f"report  {storage.public(report)}")
-    print(f"best    {storage.public(best)}: {describe(good[0].setting, sweep.axes)}")
+    print(f"table   {storage.redacted(table)}")
+    print(f"report  {storage.redacted(report)}")
+    print(f"best    {storage.redacted(best)}: {describe(good[0].setting, sweep.axes)}")
     script = {"lambda": "finetune", "timesteps": "gdbench", "recap-density": "diva"}[kind]
-    command = ["python", f"pipelines/{script}.py", "--config", storage.public(best)]
+    command = ["python", f"pipelines/{script}.py", "--config", storage.redacted(best)]
     print(f"use it  {shlex.join(command)}")
     if good[0].folder:
-        print(f"trained {storage.public(good[0].folder)}")
+        print(f"trained {storage.redacted(good[0].folder)}")
     if failed:
         raise Incomplete(f"{len(failed)} of {len(rows)} settings failed; the table says why")
 
 
-def _best(sweep: Sweep, row: Row) -> tuple[dict[str, Any], str]:
+def _best(sweep: Sweep, row: TrialResult) -> tuple[dict[str, Any], str]:
     """The options of a setting for the pipeline that is swept, and a line about it."""
     values = {**sweep.fixed, **row.setting}
     density = values.pop("density", None)

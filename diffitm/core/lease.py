@@ -97,7 +97,11 @@ def held(out: str, takeover: bool = False, is_file: bool = False) -> Iterator[No
     Raises InputError where another run holds it or the place cannot be written to, and, in the main
     thread, when another one takes it over meanwhile.
     """
-    uri = f"{storage.bare(out)}.lease{out[len(storage.bare(out)) :]}" if is_file else None
+    uri = (
+        f"{storage.without_query(out)}.lease{out[len(storage.without_query(out)) :]}"
+        if is_file
+        else None
+    )
     lease = _Lease(open_file(uri or storage.join(out, "lease.json")), out, takeover)
     lease.take()
     lease.start()
@@ -107,7 +111,7 @@ def held(out: str, takeover: bool = False, is_file: bool = False) -> Iterator[No
         if lease.taken_by is None:
             raise
         raise InputError(
-            f"--out {storage.title(out)}: was taken over by {lease.taken_by}; this run ends, and what it "
+            f"--out {storage.identity(out)}: was taken over by {lease.taken_by}; this run ends, and what it "
             "has written stays"
         ) from None
     finally:
@@ -132,7 +136,7 @@ class _Lease:
             self._take()
         except OSError as error:
             raise InputError(
-                f"--out {storage.title(self.out)}: cannot be written to: {error}"
+                f"--out {storage.identity(self.out)}: cannot be written to: {error}"
             ) from error
 
     def _take(self) -> None:
@@ -146,10 +150,10 @@ class _Lease:
             if other is not None and not (self.takeover or other.is_dead):
                 if self._lives(other):
                     raise InputError(
-                        f"--out {storage.title(self.out)}: another run works on it ({other}). Wait for "
+                        f"--out {storage.identity(self.out)}: another run works on it ({other}). Wait for "
                         "its end, stop it, or give another --out; --takeover if you know that it died"
                     )
-                log.info("%s was left by a run that died (%s)", storage.title(self.out), other)
+                log.info("%s was left by a run that died (%s)", storage.identity(self.out), other)
             if self.file.replace(self._data(), found):
                 return
 
@@ -158,7 +162,7 @@ class _Lease:
         if other.machine == _machine() and other.host == _host():
             return True  # is_dead knows
         text = "%s is held by another run (%s); waiting up to %.0f s to see whether it lives"
-        log.info(text, storage.title(self.out), other, EXPIRES)
+        log.info(text, storage.identity(self.out), other, EXPIRES)
         end = time.monotonic() + EXPIRES
         while time.monotonic() < end:
             time.sleep(LOOKS)

@@ -192,4 +192,4 @@ def _conditional(uri: str) -> tuple[Any, str]:
     try:
         return S3Store(bucket, client_options={"allow_http": True}, **config), path
     except ValueError as error:
-        raise InputError(f"cannot open {storage.title(uri)!r}: {error}") from error
+        raise InputError(f"cannot open {storage.identity(uri)!r}: {error}") from error

@@ -49,7 +49,7 @@ def fault(example: Example) -> str | None:
     return None
 
 
-class Work(NamedTuple):
+class PairRow(NamedTuple):
     """One row of the pair table: an image and the texts that need a score against it."""
 
     row: int

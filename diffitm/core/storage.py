@@ -58,7 +58,7 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
         found, path = fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         if uri.startswith(tuple(f"{scheme}:" for scheme in STORES)):
-            raise InputError(f"cannot open {public(uri)!r}: {_safe(error, uri)}") from error
+            raise InputError(f"cannot open {redacted(uri)!r}: {_safe(error, uri)}") from error
         return _through_fsspec(uri)
     if isinstance(found, fs.S3FileSystem):
         build, (options,) = found.__reduce__()
@@ -72,12 +72,12 @@ def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         found, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
-        raise InputError(f"cannot open {public(uri)!r}: {_safe(error, uri)}") from error
+        raise InputError(f"cannot open {redacted(uri)!r}: {_safe(error, uri)}") from error
     return fs.PyFileSystem(fs.FSSpecHandler(found)), path
 
 
 def _safe(error: Exception, uri: str) -> str:
-    return str(error).replace(uri, public(uri))
+    return str(error).replace(uri, redacted(uri))
 
 
 def join(root: str, *parts: str) -> str:
@@ -86,7 +86,7 @@ def join(root: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
-def public(uri: str) -> str:
+def redacted(uri: str) -> str:
     """The path or URI without the keys that it can hold (s3://KEY:SECRET@bucket, ?client_secret=..)."""
     scheme, mark, rest = uri.partition("://")
     host, slash, path = rest.partition("/")
@@ -94,12 +94,12 @@ def public(uri: str) -> str:
     return _KEYS.sub(r"\1***", known) if mark else uri
 
 
-def title(uri: str) -> str:
+def identity(uri: str) -> str:
     """A path as it is, a URI without keys and query: what people read, and what a name is made of."""
-    return bare(public(uri))
+    return without_query(redacted(uri))
 
 
-def bare(uri: str) -> str:
+def without_query(uri: str) -> str:
     """The path or URI without a URI's query."""
     return uri.partition("?")[0] if "://" in uri else uri
 
@@ -112,13 +112,17 @@ def parent(uri: str) -> str:
 
 def name(uri: str) -> str:
     """The last part of a path or URI."""
-    return bare(uri).rstrip("/").rpartition("/")[2]
+    return without_query(uri).rstrip("/").rpartition("/")[2]
 
 
 def below(uri: str, root: str) -> str:
     """The way from `root` to a path or URI below it; another one as it is, without keys."""
-    start = f"{bare(root).rstrip('/')}/"
-    return bare(uri).removeprefix(start) if bare(uri).startswith(start) else public(uri)
+    start = f"{without_query(root).rstrip('/')}/"
+    return (
+        without_query(uri).removeprefix(start)
+        if without_query(uri).startswith(start)
+        else redacted(uri)
+    )
 
 
 def exists(uri: str) -> bool:
@@ -127,7 +131,7 @@ def exists(uri: str) -> bool:
     try:
         return found.get_file_info(path).type != fs.FileType.NotFound
     except OSError as error:
-        raise InputError(f"{public(uri)} cannot be looked at: {error}") from error
+        raise InputError(f"{redacted(uri)} cannot be looked at: {error}") from error
 
 
 def stamp(root: str, names: list[str]) -> str | None:
@@ -195,7 +199,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             with found.open_output_stream(path, compression=None) as stream:
                 stream.write(data)
         except OSError as error:
-            raise InputError(f"{public(uri)} cannot be written: {error}") from error
+            raise InputError(f"{redacted(uri)} cannot be written: {error}") from error
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +261,7 @@ def _listed(uri: str, recursive: bool) -> list[fs.FileInfo]:
     try:
         infos = found.get_file_info(selector)
     except OSError as error:
-        raise InputError(f"{public(uri)} cannot be looked at: {error}") from error
+        raise InputError(f"{redacted(uri)} cannot be looked at: {error}") from error
     return [info for info in infos if info.type == fs.FileType.File]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffitm.core.errors import InputError
 from diffitm.datasets import recipe
-from diffitm.datasets.recipe import Hub, Source
+from diffitm.datasets.recipe import DatasetRecipe, Hub
 from diffitm.datasets.status import Outcome
 from diffitm.datasets.unpack import (
     STATE,
@@ -21,7 +21,7 @@ from diffitm.datasets.unpack import (
 )
 
 
-def fetch_hub(step: Hub, source: Source, root: Path, keep: bool) -> Outcome:
+def fetch_hub(step: Hub, source: DatasetRecipe, root: Path, keep: bool) -> Outcome:
     """Files of the Hub, fetched by huggingface_hub with the user's token, moved to their places."""
     if not recipe.missing(source, root):
         return Outcome(step.repo, True, "there already")

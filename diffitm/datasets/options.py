@@ -10,13 +10,13 @@ from diffitm.core.config import option, outside
 from diffitm.core.errors import InputError
 from diffitm.datasets import sources
 from diffitm.datasets.client import check_proxy
-from diffitm.datasets.recipe import Source
+from diffitm.datasets.recipe import DatasetRecipe
 
 log = logging.getLogger("diffitm")
 
 
 @dataclass(frozen=True)
-class Config:
+class DataConfig:
     """Options of pipelines/prepare.py."""
 
     tasks: list[str] = option(
@@ -48,9 +48,9 @@ def with_tasks(arguments: list[str]) -> list[str]:
     return ["--tasks", *names, *rest]
 
 
-def check(config: Config) -> dict[str, Source]:
+def check(config: DataConfig) -> dict[str, DatasetRecipe]:
     """The chosen data sets; all problems of the options together."""
-    problems, chosen = [], dict[str, Source]()
+    problems, chosen = [], dict[str, DatasetRecipe]()
     try:
         names = list(sources.SOURCES) if config.tasks == ["all"] else config.tasks
         chosen = sources.find(names, sources.SOURCES)
@@ -75,7 +75,7 @@ def check(config: Config) -> dict[str, Source]:
     return chosen
 
 
-def warn_of_proxies(config: Config) -> None:
+def warn_of_proxies(config: DataConfig) -> None:
     found = [name for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY") if _environment(name)]
     if found and not config.proxy:
         log.warning("%s is not used; --proxy names a proxy to go through", ", ".join(found))

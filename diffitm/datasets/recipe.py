@@ -79,7 +79,7 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetRecipe:
     """A data set: what is fetched, what must be there in the end, and what only the user can do."""
 
     steps: tuple[Download | Hub | ImageList, ...]
@@ -89,7 +89,7 @@ class Source:
     tasks: tuple[str, ...] = ()
 
 
-def missing(source: Source, root: Path) -> list[str]:
+def missing(source: DatasetRecipe, root: Path) -> list[str]:
     """What a data set still lacks, one line for each; empty when it is complete."""
     found = []
     for need in source.needs:

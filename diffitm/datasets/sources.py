@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from diffitm.core.errors import InputError, suggest
-from diffitm.datasets.recipe import Download, Hub, ImageList, Named, Need, Rule, Source
+from diffitm.datasets.recipe import DatasetRecipe, Download, Hub, ImageList, Named, Need, Rule
 
 GDBENCH = (
     "https://raw.githubusercontent.com/McGill-NLP/diffusion-itm/"
@@ -78,8 +78,8 @@ def _anywhere(name: str, to: str) -> tuple[Rule, ...]:
     return (Rule(rf"(?:.*/)?({name})", to + r"/\1"),)
 
 
-SOURCES: dict[str, Source] = {
-    "winoground": Source(
+SOURCES: dict[str, DatasetRecipe] = {
+    "winoground": DatasetRecipe(
         steps=(
             Hub(
                 "facebook/winoground",
@@ -94,7 +94,7 @@ SOURCES: dict[str, Source] = {
         needs=(Need("winoground/data/examples.jsonl"), Need("winoground/data/images", 800)),
         licence="Meta's research licence, which the Hub asks you to accept",
     ),
-    "clevr": Source(
+    "clevr": DatasetRecipe(
         steps=(
             *(
                 _pinned(GDBENCH + f"data/clevr/captions/{name}.json", f"clevr/captions/{name}.json")
@@ -111,7 +111,7 @@ SOURCES: dict[str, Source] = {
         needs=(Named("clevr/captions/spatial.json", "clevr/images"),),
         licence="not stated with the captions; CLEVR itself is CC BY 4.0",
     ),
-    "imagecode": Source(
+    "imagecode": DatasetRecipe(
         steps=(
             _pinned(IMAGECODE + "valid_data.json", "imagecode/valid_data.json"),
             _pinned(IMAGECODE + "train_data.json", "imagecode/train_data.json"),
@@ -128,7 +128,7 @@ SOURCES: dict[str, Source] = {
         licence="MIT (descriptions); the images keep their owners' licences",
         tasks=("imagecode_video",),
     ),
-    "pets": Source(
+    "pets": DatasetRecipe(
         steps=(
             _pinned(GDBENCH + "data/pets/classes.txt", "pets/classes.txt"),
             Download(
@@ -146,7 +146,7 @@ SOURCES: dict[str, Source] = {
         needs=(Need("pets/classes.txt"), Need("pets/images", 7390)),
         licence="CC BY-SA 4.0",
     ),
-    "svo": Source(
+    "svo": DatasetRecipe(
         steps=(
             Download(
                 "svo/svo_probes.csv",
@@ -163,7 +163,7 @@ SOURCES: dict[str, Source] = {
         licence="CC BY 4.0 (the list); every image keeps its owner's licence",
         tasks=("svo_subj", "svo_verb", "svo_obj"),
     ),
-    "aro": Source(
+    "aro": DatasetRecipe(
         steps=(
             Download(
                 "aro/visual_genome_relation.json", (DRIVE + "1kX2iCHEv0CADL8dSO1nMdW-V0NqIAiP3",)
@@ -187,7 +187,7 @@ SOURCES: dict[str, Source] = {
         licence="MIT (annotations); Visual Genome's images are CC BY 4.0",
         tasks=("vg_relation", "vg_attribution"),
     ),
-    "coco": Source(
+    "coco": DatasetRecipe(
         steps=(
             Download(
                 "coco/coco_karpathy_test.json",
@@ -212,7 +212,7 @@ SOURCES: dict[str, Source] = {
         licence="CC BY 4.0 (annotations); the images keep their Flickr licences",
         tasks=("coco_order", "coco_neg", "coco_neg_text", "coco_neg_image"),
     ),
-    "flickr30k": Source(
+    "flickr30k": DatasetRecipe(
         steps=(
             _pinned(
                 GDBENCH + "data/flickr30k/val_top10_RN50x64.json",
@@ -235,7 +235,7 @@ SOURCES: dict[str, Source] = {
         ),
         tasks=("flickr30k_text", "flickr30k_order", "flickr30k_variance"),
     ),
-    "mmbias": Source(
+    "mmbias": DatasetRecipe(
         steps=(
             _pinned(MMBIAS + "textual_phrases.txt", "mmbias/textual_phrases.txt"),
             _bias("Nationality", "de2e2899a186053841d1ed9ebc55ca6beff578a1"),
@@ -248,7 +248,7 @@ SOURCES: dict[str, Source] = {
         ),
         licence="MIT (collection); the images keep their Flickr licences",
     ),
-    "mmvp_vlm": Source(
+    "mmvp_vlm": DatasetRecipe(
         steps=(
             Hub(
                 "MMVP/MMVP_VLM",
@@ -265,7 +265,9 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def find(names: Iterable[str], table: dict[str, Source] | None = None) -> dict[str, Source]:
+def find(
+    names: Iterable[str], table: dict[str, DatasetRecipe] | None = None
+) -> dict[str, DatasetRecipe]:
     """The data sets of these names; a task of GDBench stands for the data set that it reads.
 
     Raises InputError with every unknown name and the nearest known one.

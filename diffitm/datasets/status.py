@@ -13,7 +13,7 @@ from diffitm.core import storage
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.datasets import recipe
 from diffitm.datasets.image_fetch import fetched_ids, read_dead
-from diffitm.datasets.recipe import Hub, ImageList, Source
+from diffitm.datasets.recipe import DatasetRecipe, Hub, ImageList
 from diffitm.datasets.unpack import write_note
 
 log = logging.getLogger("diffitm")
@@ -43,7 +43,7 @@ def write_classes(root: Path) -> bool:
     return True
 
 
-def lacking_images(source: Source, root: Path) -> tuple[list[str], str, int]:
+def lacking_images(source: DatasetRecipe, root: Path) -> tuple[list[str], str, int]:
     """What the image lists of a data set lack, a line about them, and how many links are dead."""
     for step in source.steps:
         if isinstance(step, ImageList) and (root / step.csv).is_file():
@@ -58,7 +58,7 @@ def lacking_images(source: Source, root: Path) -> tuple[list[str], str, int]:
     return [], "", 0
 
 
-def report(chosen: dict[str, Source], outcomes: list[Outcome], root: Path) -> None:
+def report(chosen: dict[str, DatasetRecipe], outcomes: list[Outcome], root: Path) -> None:
     """Print what is there and what is missing. Raises InputError if anything is that can be had,
     Incomplete if only images with dead links are."""
     errors, dead = [], 0

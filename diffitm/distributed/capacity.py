@@ -15,7 +15,7 @@ SOON = 10.0  # seconds of waiting without a word
 Place = tuple[PlacementGroup, ray.ObjectRef]  # and what is there once it has room
 
 
-class Places:
+class Capacity:
     """Asks for room for workers of one share each: for `least` at once, for more one by one, `most` in all.
 
     Ray's own scheduler answers, so what other work of the cluster holds is not counted in, and a

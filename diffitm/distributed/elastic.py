@@ -16,10 +16,10 @@ from ray.exceptions import RayError
 from ray.train import Result, TrainingFailedError
 
 from diffitm.core.errors import InputError
-from diffitm.distributed.capacity import Places
+from diffitm.distributed.capacity import Capacity
 from diffitm.distributed.restarts import Group, Restarts
 from diffitm.distributed.worker_group import (
-    Plan,
+    GroupSettings,
     describe_end,
     has_no_room,
     is_own_error,
@@ -30,10 +30,10 @@ log = logging.getLogger("diffitm")
 GROW_AFTER = 60.0  # seconds that a group trains before a larger one takes over
 
 
-class Relay:
+class ElasticTraining:
     """Runs groups of as many workers as `places` has room for, until all updates of the plan are done."""
 
-    def __init__(self, plan: Plan, places: Places, monitor: Any, retries: int) -> None:
+    def __init__(self, plan: GroupSettings, places: Capacity, monitor: Any, retries: int) -> None:
         self.plan, self.places, self.monitor = plan, places, monitor
         self.restarts = Restarts(retries)
         self.begun: float | None = None  # when the present group was

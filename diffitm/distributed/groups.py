@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from diffitm.core import storage
 from diffitm.core.provenance import fingerprint
-from diffitm.distributed.session import Pool
+from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import Stage, run_stage
 
 BLOCKS_PER_ACTOR = 8
@@ -36,7 +36,7 @@ def work_folder(out: str, kind: str, settings: dict[str, Any]) -> str:
 
 def run_groups(
     what: str, folder: str, names: list[str], truth: list[list[int]], size: int,
-    schema: pa.Schema, actor: type, arguments: tuple[Any, ...], pool: Pool, groups_per_block: int,
+    schema: pa.Schema, actor: type, arguments: tuple[Any, ...], pool: ActorPool, groups_per_block: int,
     rows_together: int | None = None,
 ) -> str:  # fmt: skip
     """Put all items through the actors, `size` of them a group; the folder of the results.

@@ -43,7 +43,7 @@ _joined = False  # a cluster that was there before can grow
 
 
 @dataclass(frozen=True)
-class Pool:
+class ActorPool:
     """The actor pool: how many actors, and the share of the machine that each one takes."""
 
     min_actors: int
@@ -154,7 +154,7 @@ def _passed_on() -> dict[str, dict[str, str]] | None:
 
 def choose_pool(
     actors: int | None, max_actors: int | None, cpus: float | None, gpus: float | None
-) -> Pool:
+) -> ActorPool:
     """The pool of the options, with defaults from the cluster: an actor a GPU, else one a processor.
 
     Where nothing is asked for, an actor takes one processor, or less on a cluster so small that
@@ -184,7 +184,7 @@ def choose_pool(
     if gpus and total.get("GPU", 0) < actors * gpus:
         has = f"the cluster has {total.get('GPU', 0):g} GPUs"
         refuse(f"--actors {actors} with {gpus:g} GPUs each: {has}")
-    return Pool(actors, most, cpus, gpus)
+    return ActorPool(actors, most, cpus, gpus)
 
 
 def refuse(text: str) -> None:
@@ -194,7 +194,7 @@ def refuse(text: str) -> None:
     log.warning("%s; unless the cluster grows, this run waits for ever", text)
 
 
-def standing(pool: Pool) -> str:
+def standing(pool: ActorPool) -> str:
     """What the cluster has, and what the pool wants of it."""
     total, free = ray.cluster_resources(), ray.available_resources()
     has = " and ".join(

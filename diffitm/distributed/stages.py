@@ -23,7 +23,7 @@ from diffitm.core.errors import InputError, Unavailable
 from diffitm.distributed.actors import StageActor, WorkerSpec
 from diffitm.distributed.attempts import RETRIES, Attempts, Trouble
 from diffitm.distributed.progress import Watch, clock
-from diffitm.distributed.session import Pool, standing, start_here
+from diffitm.distributed.session import ActorPool, standing, start_here
 from diffitm.store.work_table import mend
 
 log = logging.getLogger("diffitm")
@@ -62,7 +62,7 @@ class Build:
 
 
 def through_actors(
-    blocks: ray.data.Dataset, spec: WorkerSpec, attempts: Any, pool: Pool, rows: int
+    blocks: ray.data.Dataset, spec: WorkerSpec, attempts: Any, pool: ActorPool, rows: int
 ) -> ray.data.Dataset:
     """The blocks, of `rows` rows each, as tables through a pool of actors.
 
@@ -120,7 +120,7 @@ def describe(place: str, trouble: Trouble) -> str:
     return f"{times} on {place}, the last: {trouble.cause}"
 
 
-class Counter:
+class ItemCounter:
     """Adds up finished items for the progress lines."""
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class Stage(NamedTuple):
     together: int | None = None
 
 
-def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool) -> None:
+def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: ActorPool) -> None:
     """Run a stage; one that was interrupted goes on, one that is complete is left as it is."""
     storage.make_folder(stage.out)
     before, total = len(_positions(stage)), f"{stage.total:,}"
@@ -167,7 +167,7 @@ def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool)
     log.info("%s: %s to do", stage.what, f"{stage.total - before:,}")
 
     def execute(attempts: Any) -> None:
-        _execute(stage, Build(actor, arguments, start_here(Counter)), pool, attempts)
+        _execute(stage, Build(actor, arguments, start_here(ItemCounter)), pool, attempts)
 
     def left() -> int:
         return stage.total - len(np.unique(_positions(stage)))
@@ -178,7 +178,7 @@ def run_stage(stage: Stage, actor: type, arguments: tuple[Any, ...], pool: Pool)
         raise InputError(f"{stage.out} holds {len(positions)} of {total}: delete it, run again")
 
 
-def _execute(stage: Stage, build: Build, pool: Pool, attempts: Any) -> None:
+def _execute(stage: Stage, build: Build, pool: ActorPool, attempts: Any) -> None:
     """Whatever of the stage is left, once through the actors."""
     before = len(_positions(stage))
     found, folder = storage.filesystem(stage.out)

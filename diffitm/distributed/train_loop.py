@@ -97,7 +97,10 @@ class Run(ABC):
                 groups, betas=(0.9, 0.999), weight_decay=job.weight_decay
             )
         self.rates = get_scheduler(
-            job.schedule, self.optimizer, num_warmup_steps=job.warmup, num_training_steps=job.steps
+            job.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=job.warmup_steps,
+            num_training_steps=job.steps,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=job.dtype == "fp16")
         self.ema = EMAModel(self.parameters, decay=job.ema) if job.ema else None
@@ -165,7 +168,7 @@ class Run(ABC):
             step, last = self.progress.step, self.progress.step == job.steps
             if step % job.log_every == 0 or last:
                 seconds = time.perf_counter() - begin
-                done = (step - since) * job.size * job.micro
+                done = (step - since) * job.micro_batch_size * job.grad_accum_steps
                 self.log(logged | self._costs(seconds, done))
                 begin, since, self.loader.waited = time.perf_counter(), step, 0.0
             self.check()
@@ -192,7 +195,7 @@ class Run(ABC):
             return None
         self.ending = ending
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.job.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.job.max_grad_norm)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
             ray.get(self.monitor.stop.remote(f"step {self.progress.step + 1}: gradient {norm:g}"))
             return None
@@ -218,7 +221,7 @@ class Run(ABC):
                     where = ", ".join(f"row {i.position} ({i.image})" for i in good)
                     text = f"step {self.progress.step + 1}: the loss of {where} is {loss.item()}"
                     ray.get(self.monitor.stop.remote(text))
-                self.scaler.scale(loss / self.job.micro).backward()
+                self.scaler.scale(loss / self.job.grad_accum_steps).backward()
                 told = [*(float(v) for v in values), 1.0 if torch.isfinite(loss) else torch.nan]
                 sums += torch.tensor(told, dtype=torch.float64)
         return sums
@@ -251,7 +254,10 @@ class Run(ABC):
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         rates = {
             "examples_per_second": examples / seconds,
-            "seconds_per_update": seconds * self.job.size * self.job.micro / max(1, examples),
+            "seconds_per_update": seconds
+            * self.job.micro_batch_size
+            * self.job.grad_accum_steps
+            / max(1, examples),
             "waiting": self.loader.waited / seconds,
         }
         return rates | {"peak_bytes": float(peak)}

@@ -14,9 +14,9 @@ from diffitm.distributed.monitor import Line, Monitor
 from diffitm.training.job import Training
 from diffitm.training.options import span
 from diffitm.training.row_table import RowsFile, digest_of, write_rows
-from diffitm.training.rows import Row
+from diffitm.training.rows import TrainingRow
 from diffitm.training.run_folder import CHECKPOINTS
-from diffitm.training.tracking import Curves
+from diffitm.training.tracking import RunTracker
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -34,10 +34,10 @@ def settings_of(config: Any, **more: Any) -> dict[str, Any]:
     """The options that the weights depend on, without keys and queries of URIs, and what else they
     do."""
     found = {k: v for k, v in asdict(config).items() if k not in NOT_SETTINGS}
-    return {k: storage.title(v) if isinstance(v, str) else v for k, v in found.items()} | more
+    return {k: storage.identity(v) if isinstance(v, str) else v for k, v in found.items()} | more
 
 
-def hand_over(out: str, rows: Sequence[Row], kept: Sequence[int]) -> RowsFile:
+def hand_over(out: str, rows: Sequence[TrainingRow], kept: Sequence[int]) -> RowsFile:
     """Write the rows where all workers can read them, once for runs beside each other."""
     from diffitm.distributed.groups import work_folder
 
@@ -71,7 +71,7 @@ def fit(
     job: Training,
     workers: Workers,
     name: str,
-    curves: Curves,
+    curves: RunTracker,
     out: str,
     describe: Callable[[Line], str],
     decodes: bool = True,
@@ -85,22 +85,22 @@ def fit(
     import ray
 
     from diffitm.distributed import session
-    from diffitm.distributed.capacity import Places
-    from diffitm.distributed.elastic import Relay
+    from diffitm.distributed.capacity import Capacity
+    from diffitm.distributed.elastic import ElasticTraining
     from diffitm.distributed.progress import Watch
-    from diffitm.distributed.worker_group import Plan
+    from diffitm.distributed.worker_group import GroupSettings
 
     cpus, gpus = share(workers)
     bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     monitor = session.start_here(Monitor)
     found, folder = storage.filesystem(storage.join(out, CHECKPOINTS))
     found.create_dir(folder, recursive=True)
-    plan = Plan(module, job, decodes, bundle, workers.cpus, name, folder, found)
-    sizes = (f"{job.rows.usable:,}", f"{job.steps:,}", job.size * job.micro)
+    plan = GroupSettings(module, job, decodes, bundle, workers.cpus, name, folder, found)
+    sizes = (f"{job.rows.usable:,}", f"{job.steps:,}", job.micro_batch_size * job.grad_accum_steps)
     log.info("%s rows, %s updates of %d examples", *sizes)
     lines = _Lines(job.steps, curves, describe)
-    places = Places(bundle, *_useful(workers, job))
-    relay = Relay(plan, places, monitor, workers.retries)
+    places = Capacity(bundle, *_useful(workers, job))
+    relay = ElasticTraining(plan, places, monitor, workers.retries)
 
     def look(told: list[Line]) -> None:
         lines.tell(told)
@@ -124,13 +124,13 @@ def fit(
 
 def _useful(workers: Workers, job: Training) -> tuple[int, int]:
     """How many workers, at least and at most, have something to do."""
-    if workers.most > job.micro:
+    if workers.most > job.grad_accum_steps:
         log.warning(
             "--workers %d: an update has %d micro-batches, so no more workers than that are used; a "
             "smaller --batch-size makes more",
-            *(workers.most, job.micro),
+            *(workers.most, job.grad_accum_steps),
         )
-    return min(workers.least, job.micro), min(workers.most, job.micro)
+    return min(workers.least, job.grad_accum_steps), min(workers.most, job.grad_accum_steps)
 
 
 def share(workers: Workers) -> tuple[float, float]:
@@ -152,7 +152,7 @@ def share(workers: Workers) -> tuple[float, float]:
 class _Lines:
     """Logs what the workers tell, and shows it as curves."""
 
-    def __init__(self, steps: int, curves: Curves, describe: Callable[[Line], str]) -> None:
+    def __init__(self, steps: int, curves: RunTracker, describe: Callable[[Line], str]) -> None:
         self.steps, self.curves, self.describe = steps, curves, describe
 
     def tell(self, lines: list[Line]) -> None:

@@ -22,7 +22,7 @@ from diffitm.core.provenance import fingerprint, redact
 from diffitm.distributed.progress import clock
 from diffitm.distributed.trainer import NOT_SETTINGS
 from diffitm.sweep.options import Sweep
-from diffitm.sweep.result import Row
+from diffitm.sweep.result import TrialResult
 from diffitm.sweep.space import Axis, describe, draw, grid
 
 log = logging.getLogger("diffitm")
@@ -41,7 +41,7 @@ def run_trials(
     stopper: Any,
     out: str,
     state: Sequence[Any] = (),
-) -> list[Row]:
+) -> list[TrialResult]:
     """Run all settings that are not done; a sweep that was interrupted goes on. A row a setting.
     `state` is what the trials read beside their settings: with another one all are run again.
 
@@ -207,12 +207,12 @@ class _Progress(tune.Callback):
         log.info(text, setting, what, len(over), self.total, ending)
 
 
-def _row(result: Any) -> Row:
+def _row(result: Any) -> TrialResult:
     """A setting's line; a failure says why."""
     metrics = result.metrics or {}
     failure = redact(_cause(result.error)) if result.error is not None else None
-    kept = {} if failure else {k: metrics.get(k) for k in Row.MEASURED}
-    return Row(
+    kept = {} if failure else {k: metrics.get(k) for k in TrialResult.MEASURED}
+    return TrialResult(
         setting=dict(result.config["setting"]),
         state="failed" if failure else "done" if metrics.get("finished") else "stopped early",
         failure=failure,

@@ -41,7 +41,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 @dataclass(frozen=True)
-class Plan:
+class GroupSettings:
     """What the groups of a run have in common: the module with the loop, the job, whether it decodes
     images, a worker's share of the cluster, its processors if they were given, and where checkpoints
     go."""
@@ -56,7 +56,7 @@ class Plan:
     filesystem: fs.FileSystem
 
 
-def run_group(plan: Plan, workers: int, monitor: Any) -> ray.train.Result:
+def run_group(plan: GroupSettings, workers: int, monitor: Any) -> ray.train.Result:
     """Train with so many workers from the last checkpoint on, until the loop returns.
 
     Raises TrainingFailedError or RayError once a worker is gone: whether another group follows is not

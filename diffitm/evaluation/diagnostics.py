@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from diffitm.metrics.intervals import interval, mean_interval
-from diffitm.store.join import Scored
+from diffitm.store.join import ScoredExample
 from diffitm.tasks.base import Task
 
 NUMBERS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -62,7 +62,7 @@ class Denoising:
 
 
 @dataclass(frozen=True)
-class Pair:
+class CasePair:
     """An image and a text of an example, their score and whether they belong together."""
 
     image: str
@@ -82,10 +82,10 @@ class Case:
     example: str
     margin: float
     score: str
-    pairs: list[Pair]
+    pairs: list[CasePair]
 
 
-def right_pairs(item: Scored) -> np.ndarray:
+def right_pairs(item: ScoredExample) -> np.ndarray:
     """bool [images, texts]: which pairs of an example belong together."""
     example = item.example
     mask = np.zeros((len(example.images), len(example.texts)), bool)
@@ -106,14 +106,14 @@ def spread_weights(steps: int) -> dict[int, np.ndarray]:
     return found
 
 
-class Curves:
+class ErrorCurves:
     """Adds up the errors of right and wrong pairs."""
 
     def __init__(self) -> None:
         self.sums: dict[str, np.ndarray] = {}
         self.n = 0
 
-    def add(self, item: Scored) -> None:
+    def add(self, item: ScoredExample) -> None:
         """Each example weighs the same, however many wrong pairs it has."""
         right = right_pairs(item)
         if item.failure is not None or item.similarity is not None or right.all():
@@ -137,14 +137,14 @@ class Curves:
         return found
 
 
-class Errors:
+class DenoisingStats:
     """Keeps each example's error of its right pairs and of the empty text, NaN without one."""
 
     def __init__(self) -> None:
         self.values: list[tuple[float, float]] = []
         self.clusters: list[str] = []
 
-    def add(self, item: Scored) -> None:
+    def add(self, item: ScoredExample) -> None:
         """One example; of a model without errors, nothing."""
         if item.similarity is not None:
             return
@@ -155,7 +155,7 @@ class Errors:
         right = right_pairs(item)
         self.values.append((item.conditional[right].mean(), item.unconditional[right].mean()))
 
-    def read(self, model: str, task: str, first: Errors | None) -> Denoising | None:
+    def read(self, model: str, task: str, first: DenoisingStats | None) -> Denoising | None:
         """The means, and what changed since `first`."""
         values = np.array(self.values).reshape(-1, 2)
         kept = np.isfinite(values)
@@ -166,7 +166,7 @@ class Errors:
         changes = [None if first is None else self._change(first, i) for i in (0, 1)]
         return Denoising(model, task, right, empty, int(kept[:, 0].sum()), *changes)
 
-    def _change(self, first: Errors, column: int) -> tuple[float, float, float] | None:
+    def _change(self, first: DenoisingStats, column: int) -> tuple[float, float, float] | None:
         difference = np.array(self.values)[:, column] - np.array(first.values)[:, column]
         both = np.isfinite(difference)
         clusters = np.array(self.clusters)[both]
@@ -184,7 +184,7 @@ class Counts:
         self.clusters: list[str] = []
         self.values: dict[tuple[str, str, int], list[float]] = {}
 
-    def add(self, item: Scored) -> None:
+    def add(self, item: ScoredExample) -> None:
         """One example, if it has scores."""
         if item.failure is not None:
             return
@@ -210,10 +210,10 @@ class Counts:
 class Cases:
     """Keeps the examples with the largest margins and the nearest misses."""
 
-    kept: dict[str, list[tuple[float, int, Scored, str]]] = field(default_factory=dict)
+    kept: dict[str, list[tuple[float, int, ScoredExample, str]]] = field(default_factory=dict)
     seen: int = 0
 
-    def add(self, item: Scored) -> None:
+    def add(self, item: ScoredExample) -> None:
         """One example under its last kind of score, normalised where images are compared."""
         scores = list(item.scores().items())
         if not scores or right_pairs(item).all():
@@ -227,7 +227,7 @@ class Cases:
         self._keep("surest wrong", margin, item, kind, margin < 0)
         self._keep("nearest miss", -margin, item, kind, margin < 0)
 
-    def _keep(self, name: str, rank: float, item: Scored, kind: str, fits: bool) -> None:
+    def _keep(self, name: str, rank: float, item: ScoredExample, kind: str, fits: bool) -> None:
         if fits:
             best = self.kept.setdefault(name, [])
             bisect.insort(best, (rank, self.seen, item, kind), key=lambda entry: entry[:2])
@@ -247,7 +247,7 @@ class Cases:
         return found
 
 
-def _margin(item: Scored, scores: np.ndarray) -> float:
+def _margin(item: ScoredExample, scores: np.ndarray) -> float:
     """The right answer's score less the best wrong one's; of a Winoground pair, the lesser of both
     captions' margins between the images."""
     right = right_pairs(item)
@@ -257,7 +257,7 @@ def _margin(item: Scored, scores: np.ndarray) -> float:
     return float(scores[right].item() - scores[~right].max())
 
 
-def _pairs(item: Scored, scores: np.ndarray) -> list[Pair]:
+def _pairs(item: ScoredExample, scores: np.ndarray) -> list[CasePair]:
     """The right pair and the best wrong one; all four of a Winoground pair."""
     right = right_pairs(item)
     places: Sequence[tuple[int, int]]
@@ -267,4 +267,6 @@ def _pairs(item: Scored, scores: np.ndarray) -> list[Pair]:
         best = np.where(right, -np.inf, scores)
         places = [divmod(int(a.argmax()), a.shape[1]) for a in (right, best)]
     images, texts = item.example.images, item.example.texts
-    return [Pair(images[i], texts[j], float(scores[i, j]), bool(right[i, j])) for i, j in places]
+    return [
+        CasePair(images[i], texts[j], float(scores[i, j]), bool(right[i, j])) for i, j in places
+    ]

@@ -19,9 +19,9 @@ from diffitm.evaluation.diagnostics import (
     Count,
     Counts,
     Curve,
-    Curves,
     Denoising,
-    Errors,
+    DenoisingStats,
+    ErrorCurves,
 )
 from diffitm.metrics.figures import Decision, Figure
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
@@ -40,7 +40,7 @@ MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed",
 
 
 @dataclass(frozen=True)
-class Row(Figure):
+class ResultRow(Figure):
     """One line of results.json: a figure of a model on a task. `score` is conditional, normalised or
     cosine, or 'probe' of what is no image-text pair. `failures` have no score and do not count, or one
     that is not finite and count as lost; where nothing could be scored, `value`, `low` and `high` are
@@ -86,7 +86,7 @@ class Speed:
 class Evaluation:
     """All results of a run."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ResultRow] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
@@ -123,9 +123,9 @@ def evaluate(
     for name, uri in examples.items():
         task: Task = find_task(name)()
         columns: list[Column] = []
-        first: dict[str, Errors] = {}  # by how errors were measured
+        first: dict[str, DenoisingStats] = {}  # by how errors were measured
         for store, title in zip(stores, names, strict=True):
-            errors = Errors()
+            errors = DenoisingStats()
             columns += _evaluate_one(task, uri, store, title, error, errors, out, weights)
             measured = str([store.config.get(key) for key in MEASURED])
             if (denoising := errors.read(title, name, first.get(measured))) is not None:
@@ -165,7 +165,7 @@ def _evaluate_one(
     store: Store,
     title: str,
     error: str,
-    errors: Errors,
+    errors: DenoisingStats,
     out: Evaluation,
     weights: np.ndarray | None,
 ) -> list[Column]:
@@ -174,7 +174,7 @@ def _evaluate_one(
     if weights is not None and len(weights) != len(steps):
         weights = None
     error = error_of(store, error)
-    curves, cases = Curves(), Cases()
+    curves, cases = ErrorCurves(), Cases()
     counts = Counts(task, len(steps)) if task.graded and steps else None
     decisions: dict[str, list[Decision]] = {}
     known = ["cosine"] if store.is_clip else ["conditional", "normalised"]
@@ -207,11 +207,15 @@ def _evaluate_one(
     return [_column(title, kind, decisions[kind]) for kind in shown]
 
 
-def _rows(figures: list[Figure], model: str, task: str, score: str, store: Store) -> list[Row]:
+def _rows(
+    figures: list[Figure], model: str, task: str, score: str, store: Store
+) -> list[ResultRow]:
     protocol = store.config.get("protocol", "cosine")
     steps = len(store.config.get("timesteps", []))
     return [
-        Row(**vars(f), model=model, task=task, score=score, protocol=protocol, timesteps=steps)
+        ResultRow(
+            **vars(f), model=model, task=task, score=score, protocol=protocol, timesteps=steps
+        )
         for f in figures
     ]
 

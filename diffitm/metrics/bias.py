@@ -35,10 +35,10 @@ def effect_interval(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[float,
     rng = np.random.default_rng(seed)
     first = rng.choice(x, size=(RESAMPLES, len(x)))
     second = rng.choice(y, size=(RESAMPLES, len(y)))
-    deviation = np.concatenate([first, second], axis=1).std(1)
+    std = np.concatenate([first, second], axis=1).std(1)
     difference = first.mean(1) - second.mean(1)
-    valid = deviation > ROUNDING * np.abs(np.concatenate([x, y])).max()
-    return percentiles(difference[valid] / deviation[valid])
+    valid = std > ROUNDING * np.abs(np.concatenate([x, y])).max()
+    return percentiles(difference[valid] / std[valid])
 
 
 def effect_p(x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:

@@ -69,7 +69,7 @@ def family_of(index: Mapping[str, Any], name: str, option: str) -> Family:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model lies: a local folder, a URI, or a Hub id with its commit; `digest` names the weights,
     `option` is what the user gave it with."""
 
@@ -81,7 +81,7 @@ class Source:
     option: str = "--model"
     weights: Weights | None = None  # of the Hub, once they are fetched
 
-    def fetched(self, variant: str | None = None) -> Source:
+    def fetched(self, variant: str | None = None) -> ModelSource:
         """The same with its weights on this machine, if it is one of the Hub. See hub.fetch for errors."""
         if self.revision is None:
             return self
@@ -93,13 +93,13 @@ class Source:
         return replace(self, weights=fetch(self.name, self.revision, choose, self.option))
 
 
-def resolve(name: str, option: str = "--model") -> Source:
+def resolve(name: str, option: str = "--model") -> ModelSource:
     """Find a diffusers model by name: 'shapes', a local folder, a URI of one or a Hub id. Loads no
     weights; those behind a URI are fetched.
 
     Raises InputError that names `option` and says what was looked for.
     """
-    given, name = name, storage.title(name)
+    given, name = name, storage.identity(name)
     folder = SHAPES / "diffusion" if name == "shapes" else Path(name).expanduser()
     if "://" in given:
         folder = _copy(given, option)
@@ -116,7 +116,7 @@ def resolve(name: str, option: str = "--model") -> Source:
             raise InputError(f"{option} {name!r}: the folder lacks {', '.join(missing)}")
         location = given if name == "shapes" or "://" in given else str(folder.absolute())
         digest = _digest(folder, family, settings)
-        return Source(name, location, None, str(settings["_class_name"]), digest, option)
+        return ModelSource(name, location, None, str(settings["_class_name"]), digest, option)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
         raise InputError(
             f"{option} {name!r} is neither a folder nor a Hub id such as 'org/name', nor 'shapes'"
@@ -125,11 +125,11 @@ def resolve(name: str, option: str = "--model") -> Source:
     commit = index.parent.name
     settings = _read_index(index, name, option)
     family_of(settings, name, option)
-    return Source(name, name, commit, str(settings["_class_name"]), commit, option)
+    return ModelSource(name, name, commit, str(settings["_class_name"]), commit, option)
 
 
 def load_denoiser(
-    source: Source,
+    source: ModelSource,
     dtype: str = "fp32",
     device: str = "cpu",
     variant: str | None = None,
@@ -157,7 +157,7 @@ def load_denoiser(
     return denoiser
 
 
-def check_loadable(source: Source, loras: Sequence[str]) -> None:
+def check_loadable(source: ModelSource, loras: Sequence[str]) -> None:
     """What can be told of a model without its weights in memory: whether their files are whole, and
     whether LoRA files fit its U-Net.
 
@@ -188,7 +188,7 @@ def check_loadable(source: Source, loras: Sequence[str]) -> None:
                 raise InputError(f"--lora {unpinned(lora)}: {error}") from error
 
 
-def _on_machine(source: Source) -> tuple[str, str | None]:
+def _on_machine(source: ModelSource) -> tuple[str, str | None]:
     """The local folder, or the Hub id and its commit, to load from."""
     if source.location == "shapes":
         return str(SHAPES / "diffusion"), None
@@ -203,9 +203,11 @@ def _copy(uri: str, option: str, digest: str | None = None) -> Path:
     """A local copy of the parts of a diffusers folder in an object store."""
     there = storage.sizes(uri, recursive=True)
     if INDEX not in there:
-        raise InputError(f"{option} {storage.title(uri)!r}: there is no {INDEX} (diffusers layout)")
-    settings = _index_of(storage.read_text(storage.join(uri, INDEX)), storage.title(uri), option)
-    family = family_of(settings, storage.title(uri), option)
+        raise InputError(
+            f"{option} {storage.identity(uri)!r}: there is no {INDEX} (diffusers layout)"
+        )
+    settings = _index_of(storage.read_text(storage.join(uri, INDEX)), storage.identity(uri), option)
+    family = family_of(settings, storage.identity(uri), option)
     parts = tuple(f"{part}/" for part in family.parts)
     wanted = {name: state for name, state in there.items() if name.startswith((INDEX, *parts))}
     return on_disk(uri, wanted, lambda folder: _digest(folder, family, settings), digest)[0]

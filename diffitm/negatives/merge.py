@@ -14,7 +14,7 @@ from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.negatives.rules import normal, tidy
 from diffitm.retrieval.candidate_lists import read_captions
-from diffitm.training.rows import Row, read_rows
+from diffitm.training.rows import TrainingRow, read_rows
 
 GIVEN, MODEL = "given", "llm"
 TRUE, REPEATED, EQUAL = "another caption of the image", "repeats another", "equals the caption"
@@ -41,15 +41,17 @@ class Rejected:
     reason: str
 
 
-def read_pairs(uri: str) -> list[Row]:
+def read_pairs(uri: str) -> list[TrainingRow]:
     """Rows of a NegCLIP .tsv, of Parquet, or of a .json that `candidates.read_captions` takes.
 
     Raises InputError that names file, row and what is right; a row needs an image and a caption.
     """
-    if storage.bare(uri).endswith(".json"):
+    if storage.without_query(uri).endswith(".json"):
         known = read_captions(uri)
         pairs = zip(known.images, known.of_image, strict=True)
-        return [Row(image, known.captions[c]) for image, captions in pairs for c in captions]
+        return [
+            TrainingRow(image, known.captions[c]) for image, captions in pairs for c in captions
+        ]
     rows = read_rows(uri, "--captions")
     for number, row in enumerate(rows):
         lack = row.lacks("random-text")
@@ -62,12 +64,12 @@ def read_pairs(uri: str) -> list[Row]:
 
 
 def mine(
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     made: Mapping[str, Mapping[str, str]],
     answers: Mapping[str, tuple[str, str | None]],
     near: Mapping[str, Sequence[str]],
     check: Callable[[str, str], str | None],
-) -> tuple[list[Row], list[tuple[str, ...]], list[Rejected]]:
+) -> tuple[list[TrainingRow], list[tuple[str, ...]], list[Rejected]]:
     """The rows with more negatives, the kinds of their negative captions, and what was left out.
 
     `made` are captions of rules by caption and kind, `answers` a language model's (text, problem) by
@@ -101,7 +103,7 @@ def mine(
     return out, kinds, rejected
 
 
-def _reason(words: str, row: Row, true: set[str], kept: Mapping[str, object]) -> str | None:
+def _reason(words: str, row: TrainingRow, true: set[str], kept: Mapping[str, object]) -> str | None:
     if not words:
         return EMPTY
     if words == normal(row.caption):
@@ -111,13 +113,13 @@ def _reason(words: str, row: Row, true: set[str], kept: Mapping[str, object]) ->
     return REPEATED if words in kept else None
 
 
-def write_rows(uri: str, rows: Sequence[Row], kinds: Sequence[tuple[str, ...]]) -> None:
+def write_rows(uri: str, rows: Sequence[TrainingRow], kinds: Sequence[tuple[str, ...]]) -> None:
     """Write the NegCLIP layout (.tsv, where a negative image is the first line that has it) or
     Parquet (ROWS), whole or not at all. A .tsv has no place for kinds.
     """
     storage.make_folder(storage.parent(uri))
     with storage.replacing(uri) as sink:
-        if storage.bare(uri).endswith(".tsv"):
+        if storage.without_query(uri).endswith(".tsv"):
             _write_tsv(sink, rows)
             return
         columns = [
@@ -131,7 +133,7 @@ def write_rows(uri: str, rows: Sequence[Row], kinds: Sequence[tuple[str, ...]]) 
         parquet.write_table(table, sink)
 
 
-def _write_tsv(sink: pa.NativeFile, rows: Sequence[Row]) -> None:
+def _write_tsv(sink: pa.NativeFile, rows: Sequence[TrainingRow]) -> None:
     lines = first_lines(rows)
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
@@ -145,7 +147,7 @@ def _write_tsv(sink: pa.NativeFile, rows: Sequence[Row]) -> None:
         text.truncate()
 
 
-def first_lines(rows: Sequence[Row]) -> dict[str, int]:
+def first_lines(rows: Sequence[TrainingRow]) -> dict[str, int]:
     """The first row of each image."""
     found: dict[str, int] = {}
     for number, row in enumerate(rows):

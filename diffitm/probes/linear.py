@@ -14,22 +14,22 @@ log = logging.getLogger("diffitm")
 L2 = 1e-4
 ITERATIONS = 500
 GRADIENT, PROGRESS = 1e-5, 1e-9  # where the fit ends: largest element, change of the loss in a step
-CONSTANT = 1e-6  # a smaller deviation is none
+CONSTANT = 1e-6  # a smaller std is none
 CHUNK = 2**16  # pixels that are predicted at a time: a large image has gigabytes of logits
 
 
 @dataclass(frozen=True)
 class Head:
-    """Logits ((x - mean) / deviation) @ weight + bias; mean and deviation [C], weight [C, K]."""
+    """Logits ((x - mean) / std) @ weight + bias; mean and std [C], weight [C, K]."""
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
     weight: Tensor
     bias: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
         """Logits [..., K] of features [..., C]."""
-        return (features - self.mean) / self.deviation @ self.weight + self.bias
+        return (features - self.mean) / self.std @ self.weight + self.bias
 
     def predict(self, features: Tensor, size: tuple[int, int]) -> np.ndarray:
         """Class numbers [H, W] of one image's patches [h, w, C]: bilinear logits, then argmax."""
@@ -41,13 +41,13 @@ class Head:
 
 def fit(features: Tensor, labels: Tensor, classes: int) -> Head:
     """Multinomial logistic regression of features [N, C] and labels [N], standardised by their own
-    mean and deviation: mean cross-entropy + L2 / 2 |weight|^2, by L-BFGS over all rows from zero.
+    mean and std: mean cross-entropy + L2 / 2 |weight|^2, by L-BFGS over all rows from zero.
 
     The minimum is one, so the result depends on no seed and no learning rate.
     """
-    deviation, mean = torch.std_mean(features, dim=0, correction=0)
-    deviation = torch.where(deviation > CONSTANT, deviation, torch.inf)
-    inputs = (features - mean) / deviation
+    std, mean = torch.std_mean(features, dim=0, correction=0)
+    std = torch.where(std > CONSTANT, std, torch.inf)
+    inputs = (features - mean) / std
     weight = features.new_zeros(features.shape[1], classes, requires_grad=True)
     bias = features.new_zeros(classes, requires_grad=True)
     optimiser = torch.optim.LBFGS(
@@ -68,7 +68,7 @@ def fit(features: Tensor, labels: Tensor, classes: int) -> Head:
     optimiser.step(loss)
     if optimiser.state[weight]["n_iter"] >= ITERATIONS:
         log.warning("segmentation: the linear head has not converged in %d steps", ITERATIONS)
-    return Head(mean, deviation, weight.detach(), bias.detach())
+    return Head(mean, std, weight.detach(), bias.detach())
 
 
 def at_pixels(features: Tensor, size: tuple[int, int], pixels: np.ndarray) -> Tensor:

@@ -94,14 +94,12 @@ def clip_encoder(model: Any, name: str, device: torch.device | str) -> Encoder:
     """Frozen patch features of images squashed to the model's square input."""
     tower = find_tower(model, name)
     side, config = image_side(tower), model.visual.preprocess_cfg
-    mean, deviation = (
-        torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std")
-    )
+    mean, std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
 
     def encode(pictures: Sequence[Image.Image]) -> Tensor:
         pixels = np.stack([images.to_pixels(picture, side, "squash") for picture in pictures])
         scaled = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
-        return patch_features(tower, (scaled - mean) / deviation).float()
+        return patch_features(tower, (scaled - mean) / std).float()
 
     return encode
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffitm.evaluation.diagnostics import Count, Curve
-from diffitm.evaluation.evaluate import Row
-from diffitm.report.table import Line, group_label
+from diffitm.evaluation.evaluate import ResultRow
+from diffitm.report.table import TableLine, group_label
 
 # Okabe and Ito's colours: told apart in print and by the colour-blind; patterns where there is none.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
@@ -78,7 +78,9 @@ def _legend(figure: Any) -> None:
     figure.legend(handles, shown, ncols=columns, loc="outside upper left", frameon=False)
 
 
-def bars(lines: Sequence[Line], names: Sequence[str], title: str, by_group: bool = False) -> str:
+def bars(
+    lines: Sequence[TableLine], names: Sequence[str], title: str, by_group: bool = False
+) -> str:
     """Horizontal bars with intervals, one block a line, and a dotted tick at chance, in percent."""
     height = _above(names) + len(lines) * (0.16 * len(names) + 0.16)
     with _drawing(WIDE, height, title) as (figure, axes, out):
@@ -100,7 +102,7 @@ def bars(lines: Sequence[Line], names: Sequence[str], title: str, by_group: bool
     return out[0]
 
 
-def _bar_series(axes: Any, lines: Sequence[Line], name: str, i: int, width: float) -> None:
+def _bar_series(axes: Any, lines: Sequence[TableLine], name: str, i: int, width: float) -> None:
     at, values, low, high = [], [], [], []
     for y, line in enumerate(lines):
         row = line.cells[name]
@@ -228,12 +230,12 @@ def setting_points(
     return out[0]
 
 
-def effects(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
+def effects(lines: Sequence[TableLine], names: Sequence[str], title: str) -> str:
     """Effect sizes with intervals around 0, one line a pair of groups."""
     height = _above(names) + len(lines) * (0.14 * len(names) + 0.12)
     with _drawing(WIDE, height, title) as (figure, axes, out):
         for i, name in enumerate(names):
-            rows: list[tuple[int, Row]] = [
+            rows: list[tuple[int, ResultRow]] = [
                 (y, row) for y, line in enumerate(lines) if (row := line.cells[name]) is not None
             ]
             known = [(y, row, row.value) for y, row in rows if row.value is not None]
@@ -262,7 +264,7 @@ def effects(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
     return out[0]
 
 
-def share_bars(lines: Sequence[Line], names: Sequence[str], title: str) -> str:
+def share_bars(lines: Sequence[TableLine], names: Sequence[str], title: str) -> str:
     """Stacked shares of the variance, one bar a model and kind of score."""
     with _drawing(WIDE, 0.9 + 0.35 * len(names), title) as (figure, axes, out):
         left = [0.0] * len(names)

@@ -19,7 +19,7 @@ from diffitm.evaluation.evaluate import Comparison, Evaluation
 from diffitm.metrics.figures import SECONDARY
 from diffitm.report import charts
 from diffitm.report.published_figures import LABEL
-from diffitm.report.table import NOTE, Line, Table
+from diffitm.report.table import NOTE, Table, TableLine
 from diffitm.report.terminal import comparison_texts
 
 SHOWN_FAILURES = 200
@@ -125,12 +125,12 @@ def _setting(evaluation: Evaluation) -> str:
     return text
 
 
-def _is_main(line: Line) -> bool:
+def _is_main(line: TableLine) -> bool:
     """Whole tasks, and the pairs of groups that are all a bias task has."""
     return line.group == "all" or not line.is_share
 
 
-def _sortable(table: Table, lines: Sequence[Line]) -> Cells:
+def _sortable(table: Table, lines: Sequence[TableLine]) -> Cells:
     """A table for the template: every cell with its text and the value that it sorts by."""
     rows = []
     for line in lines:
@@ -225,7 +225,7 @@ def _groups(table: Table) -> list[tuple[str, str, Cells]]:
     """A chart and a table for every kind of breakdown, by the task's first metric."""
     lines = [line for line in table.lines if line.group != "all" and line.is_share]
     found = []
-    kinds: dict[tuple[str, str], list[Line]] = {}
+    kinds: dict[tuple[str, str], list[TableLine]] = {}
     for line in lines:
         kinds.setdefault((line.task, line.group.partition("=")[0]), []).append(line)
     for (task, key), members in kinds.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffitm.evaluation.evaluate import Evaluation, Row
+from diffitm.evaluation.evaluate import Evaluation, ResultRow
 from diffitm.metrics.figures import Unit
 from diffitm.report.published_figures import LABEL, TIMESTEPS, published
 from diffitm.tasks.mmbias import PUBLISHED_EFFECT
@@ -18,7 +18,7 @@ NOTE = (
 
 
 @dataclass(frozen=True)
-class Line:
+class TableLine:
     """One line: a task, group and metric with the value of every column."""
 
     task: str
@@ -26,7 +26,7 @@ class Line:
     metric: str
     n: int
     chance: float | None
-    cells: dict[str, Row | None]
+    cells: dict[str, ResultRow | None]
 
     @property
     def unit(self) -> Unit:
@@ -43,7 +43,7 @@ class Table:
     """Column titles and lines; `published` adds the column of published figures."""
 
     columns: list[str]
-    lines: list[Line]
+    lines: list[TableLine]
     published: bool
 
     def head(self) -> list[str]:
@@ -57,7 +57,7 @@ class Table:
             *([LABEL] if self.published else []),
         ]
 
-    def texts(self, line: Line) -> list[str]:
+    def texts(self, line: TableLine) -> list[str]:
         """A line's cells as text."""
         label = line.task if line.group == "all" else f"{line.task}: {group_label(line.group)}"
         chance = "" if line.chance is None else number(line.chance, line.unit)
@@ -77,7 +77,7 @@ def make_table(
     """The table of all results. Published figures stand beside ours only on real data at their own
     number of timesteps; the published pooling of bias is left out unless asked for."""
     titles = columns(evaluation)
-    found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
+    found: dict[tuple[str, str, str], dict[tuple[str, str], ResultRow]] = {}
     for row in evaluation.rows:
         if row.metric != PUBLISHED_EFFECT or published_bias:
             found.setdefault((row.task, row.group, row.metric), {})[row.model, row.score] = row
@@ -91,7 +91,7 @@ def make_table(
             (m, "cosine" if score in OF_CLIP else score): row for (m, score), row in rows.items()
         }
         cells = {title: known.get((model, score)) for title, model, score in titles}
-        lines.append(Line(task, group, metric, first.n, first.chance, cells))
+        lines.append(TableLine(task, group, metric, first.n, first.chance, cells))
     diffusion = [row for row in evaluation.rows if row.score not in OF_CLIP]
     steps = {row.timesteps for row in diffusion}
     protocols = {row.protocol for row in diffusion}
@@ -128,7 +128,7 @@ def number(value: float, unit: Unit = "share") -> str:
     return percent(value) if unit == "share" else f"{value:+.2f}"
 
 
-def cell(row: Row | None, n: int) -> str:
+def cell(row: ResultRow | None, n: int) -> str:
     """'81.3 [77.1, 84.9]', '-' where nothing was scored.
 
     A value over other examples than the line's `n` says so.

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from diffitm.evaluation.evaluate import Comparison, Evaluation
 from diffitm.report.table import NOTE, OF_CLIP, Table, group_label, p_text
 from diffitm.store.run_summary import Summary
-from diffitm.tasks.check import State
+from diffitm.tasks.check import TaskState
 
 WIDTH = 160
 SUMMARY = (
@@ -110,7 +110,7 @@ def _summary_texts(line: Summary) -> list[str]:
     ]
 
 
-def print_state(state: State) -> None:
+def print_state(state: TaskState) -> None:
     """A task's line of --check, with what is wrong and where the files come from."""
     console = Console(width=WIDTH, highlight=False, soft_wrap=True)
     counts = f"{state.examples:,} examples, {state.images:,} images" if state.images else ""

@@ -83,7 +83,7 @@ def _add(found: Captions, places: Sequence[dict[str, int]], image: str, caption:
 
 def _rows(uri: str, text: str) -> Iterator[tuple[str, Any, Any]]:
     """Where a row stands, its image and its caption or captions, unchecked."""
-    name = storage.bare(uri).lower()
+    name = storage.without_query(uri).lower()
     if name.endswith((".tsv", ".csv")):
         plain: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         lines = csv.DictReader(io.StringIO(text), **(plain if name.endswith(".tsv") else {}))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.models.clip import ClipSource, LoadedClip, load_clip
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.scorer import load_images, similarity_lines
@@ -54,7 +54,7 @@ class ClipScorer:
         """See scoring.Scorer: one cosine a pair costs nothing."""
         return 0.0
 
-    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         """See scoring.Scorer."""
         loaded = load_images(rows, self.root, self.preprocess)
         pixels = [item.value for item in loaded if item.failure is None]

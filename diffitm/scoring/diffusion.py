@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from diffitm.core import images
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.models.denoiser import Denoiser, select
 from diffitm.scoring.batching import Batch
-from diffitm.scoring.noise_plan import Plan
+from diffitm.scoring.noise_plan import NoisePlan
 from diffitm.scoring.pair_errors import pair_errors
 from diffitm.scoring.scorer import Loaded, blank, load_images
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
@@ -31,7 +31,7 @@ class DiffusionScorer:
     def __init__(
         self,
         denoiser: Denoiser,
-        plan: Plan,
+        plan: NoisePlan,
         root: str,
         resize: str = "squash",
         batch_size: int = 64,
@@ -47,7 +47,7 @@ class DiffusionScorer:
         self.cost = len(plan)
         self.timesteps = plan.timesteps.tolist()
 
-    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         """See Scorer. An unreadable image, or a text that the model refuses, becomes a failure of its
         own pairs."""
         loaded = load_images(rows, self.root, self._pixels)
@@ -63,7 +63,7 @@ class DiffusionScorer:
                 good.append((row._replace(texts=kept), item))
         return failed + (self._scored(good) if good else [])
 
-    def _scored(self, good: Sequence[tuple[Work, Loaded]]) -> list[dict[str, Any]]:
+    def _scored(self, good: Sequence[tuple[PairRow, Loaded]]) -> list[dict[str, Any]]:
         """The lines of rows whose image is readable and whose texts are conditions."""
         latents = self._latents([item.value for _, item in good])
         texts = list(dict.fromkeys(text for row, _ in good for text in row.texts))

@@ -14,7 +14,7 @@ PROTOCOLS = ("diffusionitm", "paper", "diffusion-classifier")
 
 
 @dataclass(frozen=True)
-class Plan:
+class NoisePlan:
     """Timesteps int64 [N] and one noise tensor for each, float32 [N, C, h, w].
 
     Every candidate of a decision meets the same pairs of timestep and noise (common random
@@ -70,6 +70,6 @@ def standard_noise(positions: int, shape: tuple[int, int, int], seed: int = 0) -
     return torch.randn(NOISE_TABLE, *shape, generator=generator)[:positions].clone()
 
 
-def make_plan(timesteps: list[int], shape: tuple[int, int, int], seed: int = 0) -> Plan:
+def make_plan(timesteps: list[int], shape: tuple[int, int, int], seed: int = 0) -> NoisePlan:
     """The plan of these timesteps with the standard noise, for latents of `shape` (C, h, w)."""
-    return Plan(torch.tensor(timesteps), standard_noise(len(timesteps), shape, seed))
+    return NoisePlan(torch.tensor(timesteps), standard_noise(len(timesteps), shape, seed))

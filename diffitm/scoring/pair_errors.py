@@ -10,11 +10,11 @@ from torch.nn.functional import huber_loss
 
 from diffitm.models.denoiser import Condition, Denoiser, select
 from diffitm.scoring.batching import Batch
-from diffitm.scoring.noise_plan import Plan
+from diffitm.scoring.noise_plan import NoisePlan
 
 
 @dataclass(frozen=True)
-class Errors:
+class PairErrors:
     """float32 [P, N] on the CPU, P pairs by N timesteps.
 
     `l2` is the plain norm over the latent's elements, `l1` and `huber` (delta 1) are means over
@@ -37,10 +37,10 @@ def pair_errors(
     denoiser: Denoiser,
     latents: Tensor,
     condition: Condition,
-    plan: Plan,
+    plan: NoisePlan,
     pairs: Tensor,
     batch: Batch | None = None,
-) -> Errors:
+) -> PairErrors:
     """e(x, w, t) = || target(eps, z0, t) - model(z_t, t, w) || (DiffusionITM, eq. 3).
 
     latents [I, C, h, w], a condition of T texts, pairs int64 [P, 2] of (image, text) rows. A `batch`,
@@ -72,7 +72,7 @@ def pair_errors(
 
     found = torch.cat(list(used.run(len(pairs) * count, forward)), 1)
     l2, l1, huber = found.view(3, len(pairs), count)
-    return Errors(l2, l1, huber, latents[0].numel())
+    return PairErrors(l2, l1, huber, latents[0].numel())
 
 
 def _kinds(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

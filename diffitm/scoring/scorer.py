@@ -12,7 +12,7 @@ import numpy as np
 from diffitm.core import images, storage
 from diffitm.core.errors import InputError, Unavailable
 from diffitm.core.outside import is_outside, patiently
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 
 
 class Scorer(Protocol):
@@ -24,7 +24,7 @@ class Scorer(Protocol):
     def measure_rate(self) -> float:
         """Forwards a second of the bare model, 0 if they cost next to nothing."""
 
-    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         """The rows of the score store for all pairs of the work rows."""
 
 
@@ -38,7 +38,7 @@ class Loaded(NamedTuple):
 
 
 def load_images(
-    rows: Sequence[Work], root: str, prepare: Callable[[Any], Any], threads: int = 4
+    rows: Sequence[PairRow], root: str, prepare: Callable[[Any], Any], threads: int = 4
 ) -> list[Loaded]:
     """Read, decode and prepare the rows' images in a few threads.
 
@@ -46,7 +46,7 @@ def load_images(
     """
     away = False  # once an image was waited for in vain, the others are asked for once
 
-    def one(row: Work) -> Loaded:
+    def one(row: PairRow) -> Loaded:
         nonlocal away
         read = functools.partial(images.load, root, row.image)
         try:
@@ -67,7 +67,7 @@ def load_images(
     return loaded
 
 
-def _check_reachable(root: str, rows: Sequence[Work], loaded: Sequence[Loaded]) -> None:
+def _check_reachable(root: str, rows: Sequence[PairRow], loaded: Sequence[Loaded]) -> None:
     """Raises Unavailable where no image could be read for a reason that is not their own."""
     text = f"none of {len(rows)} images could be read, such as {rows[0].image}: {loaded[0].failure}"
     if all(item.outside for item in loaded) and len(loaded) > 1:
@@ -77,7 +77,7 @@ def _check_reachable(root: str, rows: Sequence[Work], loaded: Sequence[Loaded]) 
     except InputError as error:
         raise Unavailable(f"{text}; {error}") from error
     if gone:
-        raise Unavailable(f"{text}; there is no folder {storage.title(root)} here")
+        raise Unavailable(f"{text}; there is no folder {storage.identity(root)} here")
 
 
 def _reason(error: Exception) -> str:
@@ -86,7 +86,7 @@ def _reason(error: Exception) -> str:
     return f"unreadable image: {type(error).__name__}: {error}"
 
 
-def blank(row: Work, text: str, digest: str | None) -> dict[str, Any]:
+def blank(row: PairRow, text: str, digest: str | None) -> dict[str, Any]:
     """A line of the store without any score yet."""
     return {
         "row": row.row,
@@ -103,12 +103,12 @@ def blank(row: Work, text: str, digest: str | None) -> dict[str, Any]:
     }
 
 
-def _failure(row: Work, loaded: Loaded) -> list[dict[str, Any]]:
+def _failure(row: PairRow, loaded: Loaded) -> list[dict[str, Any]]:
     return [{**blank(row, text, loaded.digest), "failure": loaded.failure} for text in row.texts]
 
 
 def similarity_lines(
-    rows: Sequence[Work], loaded: Sequence[Loaded], similarities: Sequence[np.ndarray | None]
+    rows: Sequence[PairRow], loaded: Sequence[Loaded], similarities: Sequence[np.ndarray | None]
 ) -> list[dict[str, Any]]:
     """Lines of the store for a model with one similarity a pair; None where the image failed."""
     out = []

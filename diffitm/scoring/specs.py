@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffitm.core.errors import InputError
-from diffitm.core.storage import title
-from diffitm.models.loading import Source, load_denoiser, lora_digest
+from diffitm.core.storage import identity
+from diffitm.models.loading import ModelSource, load_denoiser, lora_digest
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.scorer import Scorer
@@ -22,7 +22,7 @@ SCORE_VERSION = 1  # grows when the same settings would give other scores
 class DiffusionSpec:
     """A diffusion model under a protocol on the images below `root`."""
 
-    source: Source
+    source: ModelSource
     root: str
     protocol: str
     timesteps: tuple[int, ...]
@@ -54,7 +54,7 @@ class DiffusionSpec:
             "dtype": self.dtype,
             "resize": self.resize,
             "latent_seed": self.latent_seed,
-            "root": title(self.root),
+            "root": identity(self.root),
         }
 
     def build(self, device: str) -> Scorer:
@@ -87,7 +87,7 @@ class ClipSpec:
             "kind": "clip",
             "version": SCORE_VERSION,
             "weights": self.source.digest,
-            "root": title(self.root),
+            "root": identity(self.root),
         } | ({"preprocessing": own} if own else {})
 
     def build(self, device: str) -> Scorer:

@@ -187,17 +187,17 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 
 def standardise(vae: Any, images: np.ndarray) -> None:
-    """Fold a per-channel shift and scale into the VAE, so that latents have mean 0 and deviation 1."""
+    """Fold a per-channel shift and scale into the VAE, so that latents have mean 0 and std 1."""
     latents = encode(vae, images[:8192])
-    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     quant, back = vae.quant_conv, vae.post_quant_conv
     with torch.no_grad():
         channels = len(mean)
-        quant.weight[:channels] /= deviation.view(-1, 1, 1, 1)
-        quant.bias[:channels] = (quant.bias[:channels] - mean) / deviation
-        quant.bias[channels:] -= 2 * deviation.log()
+        quant.weight[:channels] /= std.view(-1, 1, 1, 1)
+        quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+        quant.bias[channels:] -= 2 * std.log()
         back.bias += (back.weight[:, :, 0, 0] @ mean.unsqueeze(1)).squeeze(1)
-        back.weight *= deviation.view(1, -1, 1, 1)
+        back.weight *= std.view(1, -1, 1, 1)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ NOTHING = np.zeros((0, 0, 0))
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredExample:
     """An example with conditional and unconditional errors [images, texts, timesteps] or, of CLIP,
     similarities [images, texts]; `failure` tells why it has none."""
 
@@ -43,7 +43,7 @@ class Scored:
         return found
 
 
-def read_scored(uri: str, store: Store, error: str) -> Iterator[Scored]:
+def read_scored(uri: str, store: Store, error: str) -> Iterator[ScoredExample]:
     """Every example of a file in order. `error` is l2, mse, l1 or huber."""
     steps = max(1, len(store.config.get("timesteps", [])))
     pairs = _PairReader(
@@ -51,17 +51,17 @@ def read_scored(uri: str, store: Store, error: str) -> Iterator[Scored]:
     )
     for example in read_examples(uri):
         if example.failure is not None:
-            yield Scored(example, example.failure)
+            yield ScoredExample(example, example.failure)
             continue
         shape = (len(example.images), len(example.texts))
         conditional, unconditional, similarity, failures = pairs.take(shape)
         if failures:
             place, reason = next(iter(failures.items()))
-            yield Scored(example, f"{example.images[place // shape[1]]}: {reason}")
+            yield ScoredExample(example, f"{example.images[place // shape[1]]}: {reason}")
         elif store.is_clip:
-            yield Scored(example, similarity=similarity)
+            yield ScoredExample(example, similarity=similarity)
         else:
-            yield Scored(example, None, conditional, unconditional)
+            yield ScoredExample(example, None, conditional, unconditional)
 
 
 def read_examples(uri: str) -> Iterator[Example]:

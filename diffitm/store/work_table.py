@@ -15,7 +15,7 @@ PENDING = ".pending.parquet"
 
 
 @dataclass(frozen=True)
-class Work:
+class OpenWork:
     """A work table with its checkpoint, and what of it is still to do."""
 
     folder: str
@@ -32,7 +32,7 @@ class Work:
         return self.rows_left < self.table.rows
 
 
-def open_work(out: str, store: Store, examples: list[str], identity: list[str]) -> Work:
+def open_work(out: str, store: Store, examples: list[str], identity: list[str]) -> OpenWork:
     """The unfinished work table of these examples, else a new one with the pairs that the store lacks.
 
     `examples` are files, `identity` tells their content. Only one table of a store is ever open: one
@@ -51,14 +51,14 @@ def open_work(out: str, store: Store, examples: list[str], identity: list[str]) 
             )
             left = pair_table.remaining(table.uri, storage.join(folder, "checkpoint"))
             if state["examples"] == wanted and left[0]:
-                return Work(folder, table, *left)
+                return OpenWork(folder, table, *left)
             _close(folder, store)
         number += 1
     table = pair_table.write_work(examples, store, storage.join(folder, "work.parquet"))
     if table.rows:
         state = {"examples": wanted, "rows": table.rows, "pairs": table.pairs}
         storage.write_text(storage.join(folder, "table.json"), json.dumps(state))
-    return Work(folder, table, table.rows, table.pairs)
+    return OpenWork(folder, table, table.rows, table.pairs)
 
 
 def mend(checkpoint: str) -> None:
@@ -73,7 +73,7 @@ def mend(checkpoint: str) -> None:
             storage.delete(storage.join(checkpoint, name))
 
 
-def finish(work: Work, done: Any) -> None:
+def finish(work: OpenWork, done: Any) -> None:
     """Mark a table as done, with the dataclass that says what was done."""
     storage.write_text(storage.join(work.folder, "done"), json.dumps(asdict(done)))
 

@@ -27,7 +27,7 @@ PAIR = re.compile(r"(?:--)?([A-Za-z][\w-]*)=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Config(OnRay):
+class SweepConfig(OnRay):
     """Options of the search."""
 
     out: str = option("out/sweep", "folder or URI for trials, table, report and the best setting")
@@ -72,7 +72,7 @@ class Sweep:
     """A sweep as asked for: the search, the options that all trials share, and the axes."""
 
     kind: Kind
-    config: Config
+    config: SweepConfig
     fixed: dict[str, Any]
     axes: tuple[Axis, ...]
 
@@ -86,7 +86,7 @@ def read_sweep(
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if {"--help", "-h"} & set(words):
-        parse(Config, ["--help"], description)
+        parse(SweepConfig, ["--help"], description)
     values, file, rest = _pairs(words)
     if len(rest) != 1 or rest[0] not in kinds:
         given = " ".join(rest) or "nothing"
@@ -94,7 +94,7 @@ def read_sweep(
         raise InputError(f"say what to sweep: {', '.join(kinds)}; {given} was given{hint}")
     kind = kinds[rest[0]]
     from_file = {} if file is None else read_yaml(file)
-    mine, theirs = types_of(Config), kind.types
+    mine, theirs = types_of(SweepConfig), kind.types
     problems, search, options = [], {}, dict[str, Any]()
     for where, (key, value) in [
         *((f"{file}: ", item) for item in from_file.items()),
@@ -170,7 +170,7 @@ def _checked(
     words = {"true": True, "false": False}
     search = {k: words.get(str(v).lower(), v) for k, v in search.items()}
     try:
-        config = make(Config, search, problems)
+        config = make(SweepConfig, search, problems)
     except InputError as error:
         raise InputError(str(error)) from None
     least: dict[str, float] = dict(samples=1, parallel=1, grace=1, reduction=2, search_seed=0)

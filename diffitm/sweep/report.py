@@ -9,7 +9,7 @@ from typing import Any
 from diffitm.evaluation.diagnostics import Count
 from diffitm.report import charts
 from diffitm.report.html import write_page
-from diffitm.sweep.result import Row, cells
+from diffitm.sweep.result import TrialResult, cells
 from diffitm.sweep.space import Axis, describe
 
 MEAN = "mean of the tasks"
@@ -23,7 +23,7 @@ NOTES = {
 
 def write_report(
     kind: str,
-    rows: Sequence[Row],
+    rows: Sequence[TrialResult],
     axes: Sequence[Axis],
     told: str,
     best: str,
@@ -50,7 +50,7 @@ def write_report(
     return write_page("sweep.html.jinja", parts, out)
 
 
-def _settings(rows: Sequence[Row], axes: Sequence[Axis]) -> dict[str, Any]:
+def _settings(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> dict[str, Any]:
     lines = [cells(row, axes) for row in rows]
     head = list(dict.fromkeys(name for line in lines for name in line))
     shown = [
@@ -66,7 +66,7 @@ def _cell(text: str) -> dict[str, Any]:
         return {"text": text, "value": text or None}
 
 
-def _of_trainings(rows: Sequence[Row], axes: Sequence[Axis]) -> list[str]:
+def _of_trainings(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> list[str]:
     """A chart for each option, series by the others; then validations by update."""
     good = [row for row in rows if row.accuracy is not None]
     base = next((row.base for row in good if row.base is not None), None)
@@ -95,7 +95,7 @@ def _of_trainings(rows: Sequence[Row], axes: Sequence[Axis]) -> list[str]:
     return drawn + charts.training_curves(logs)
 
 
-def _of_scores(rows: Sequence[Row], axes: Sequence[Axis]) -> list[str]:
+def _of_scores(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> list[str]:
     """Accuracy by the number of timesteps: of the mean, then of every task."""
     series = [axis for axis in axes if axis.name != "number"]
     good = [row for row in rows if row.tasks is not None]
@@ -108,7 +108,7 @@ def _of_scores(rows: Sequence[Row], axes: Sequence[Axis]) -> list[str]:
     return drawn
 
 
-def _count(task: str, row: Row, series: Sequence[Axis]) -> Count:
+def _count(task: str, row: TrialResult, series: Sequence[Axis]) -> Count:
     """A setting's accuracy on a task; of the mean there is no interval."""
     found = (row.tasks or {}).get(task)
     mean = row.measured or 0.0

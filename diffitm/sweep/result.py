@@ -24,7 +24,7 @@ WIDTH = 160
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialResult:
     """A setting and what it reached.
 
     `accuracy` is what settings are compared by: of a training the validation's, the best so far (of
@@ -82,21 +82,21 @@ def public(value: Any) -> Any:
         return {k: public(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [public(v) for v in value]
-    return storage.public(value) if isinstance(value, str) else value
+    return storage.redacted(value) if isinstance(value, str) else value
 
 
-def ranked(rows: Sequence[Row], axes: Sequence[Axis]) -> list[Row]:
+def ranked(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> list[TrialResult]:
     """The rows, best first; of equals in the order of the axes' values."""
     order = {axis.name: axis.values for axis in axes}
 
-    def place(row: Row) -> list[int]:
+    def place(row: TrialResult) -> list[int]:
         values = row.setting.items()
         return [order[k].index(v) if v in order.get(k, ()) else 0 for k, v in values]
 
     return sorted(sorted(rows, key=place), key=lambda row: row.rank)
 
 
-def write_table(rows: Sequence[Row], axes: Sequence[Axis], out: str) -> str:
+def write_table(rows: Sequence[TrialResult], axes: Sequence[Axis], out: str) -> str:
     """OUT/table.parquet: a column an axis, and what each setting reached; tasks as JSON."""
     lines = []
     for row in rows:
@@ -128,7 +128,7 @@ def _line(name: str, value: Any) -> str:
     return yaml.safe_dump({name: value}, default_flow_style=False)
 
 
-def cells(row: Row, axes: Sequence[Axis]) -> dict[str, str]:
+def cells(row: TrialResult, axes: Sequence[Axis]) -> dict[str, str]:
     """A row as text, column -> cell."""
     found = {a.name.rstrip("_"): describe(row.setting, [a]).split(" ", 1)[1] for a in axes}
     if row.timesteps is not None:
@@ -144,7 +144,7 @@ def cells(row: Row, axes: Sequence[Axis]) -> dict[str, str]:
     return found
 
 
-def print_table(rows: Sequence[Row], axes: Sequence[Axis], title: str) -> None:
+def print_table(rows: Sequence[TrialResult], axes: Sequence[Axis], title: str) -> None:
     """The settings, best first."""
     lines = [cells(row, axes) for row in rows]
     heads = dict.fromkeys(name for line in lines for name in line)

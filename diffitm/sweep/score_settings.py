@@ -20,7 +20,7 @@ from diffitm.core.schema import Example
 from diffitm.evaluation.diagnostics import right_pairs
 from diffitm.metrics.figures import SECONDARY
 from diffitm.metrics.intervals import interval
-from diffitm.store.join import Scored, read_scored
+from diffitm.store.join import ScoredExample, read_scored
 from diffitm.store.score_store import Store
 from diffitm.sweep.timestep_weights import Contrasts, learn, spread
 from diffitm.tasks.base import Task
@@ -30,7 +30,7 @@ FEW = 30  # examples
 
 
 @dataclass(frozen=True)
-class Errors:
+class TaskErrors:
     """A task's examples with the errors of its main score, less the unconditional one where images
     are compared: float32 [P, N], an example's pairs in a row. `chooses` [n] tells the half, `failures`
     why examples have no errors (id -> reason)."""
@@ -66,14 +66,14 @@ def half_of(cluster: str) -> tuple[bool, int]:
     return bool(number & 1), number >> 1 & 1
 
 
-def read_errors(task: Task, uri: str, store: Store, error: str) -> Errors | None:
+def read_errors(task: Task, uri: str, store: Store, error: str) -> TaskErrors | None:
     """The stored errors of a task; None for one without right and wrong answers.
 
     Raises InputError if its examples have too few clusters for two halves.
     """
     if not task.graded:
         return None
-    kept: list[Scored] = []
+    kept: list[ScoredExample] = []
     failures: dict[str, str] = {}
     for item in read_scored(uri, store, error):
         reason = item.failure
@@ -97,7 +97,7 @@ def read_errors(task: Task, uri: str, store: Store, error: str) -> Errors | None
         log.warning(text, task.name, chooses.sum(), (~chooses).sum())
     main = [_main(item) for item in kept]
     values = np.concatenate([errors.reshape(-1, errors.shape[-1]) for errors in main])
-    return Errors(
+    return TaskErrors(
         task,
         [item.example for item in kept],
         values.astype(np.float32),
@@ -108,7 +108,7 @@ def read_errors(task: Task, uri: str, store: Store, error: str) -> Errors | None
     )
 
 
-def _main(item: Scored) -> np.ndarray:
+def _main(item: ScoredExample) -> np.ndarray:
     """Errors [images, texts, N] of the main score."""
     if item.example.needs_unconditional:
         return item.conditional - item.unconditional
@@ -116,7 +116,7 @@ def _main(item: Scored) -> np.ndarray:
 
 
 def _contrasts(
-    items: Sequence[Scored], errors: Sequence[np.ndarray], halves: Sequence[tuple[bool, int]]
+    items: Sequence[ScoredExample], errors: Sequence[np.ndarray], halves: Sequence[tuple[bool, int]]
 ) -> Contrasts:
     """The decisions of the half that chooses; each image's and each text's where both are asked."""
     blocks, folds, clusters = [], [], []
@@ -148,7 +148,7 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def measure(
-    tables: Sequence[Errors], timesteps: Sequence[int], number: int, bounds: str, weighting: str
+    tables: Sequence[TaskErrors], timesteps: Sequence[int], number: int, bounds: str, weighting: str
 ) -> dict[str, Any]:
     """What a setting reaches on the tasks: mean accuracy of the half that chooses (`accuracy`) and of
     the other (`measured`), each task's values with the 95% interval of the latter, and the timesteps
@@ -181,7 +181,7 @@ def measure(
     }
 
 
-def _task(table: Errors, weights: np.ndarray) -> dict[str, Any]:
+def _task(table: TaskErrors, weights: np.ndarray) -> dict[str, Any]:
     credits = table.credits(weights)
     other = ~table.chooses
     low, high = interval(credits[other], table.clusters[other])

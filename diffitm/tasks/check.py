@@ -22,7 +22,7 @@ REPORT_EVERY = 10.0
 
 
 @dataclass(frozen=True)
-class State:
+class TaskState:
     """What a data root has of a task. `problem` says which file is missing or wrong; `missing` and
     `unreadable` count images, `failed` the examples that their file itself spoils, `first` names one
     of all these with the reason."""
@@ -44,7 +44,7 @@ class State:
         return self.images > self.missing + self.unreadable and self.examples > self.failed
 
 
-def check(task: Task, root: str) -> State:
+def check(task: Task, root: str) -> TaskState:
     """Read the task's files and decode every image that its examples name."""
     name, source = task.name, task.source
     try:
@@ -52,17 +52,17 @@ def check(task: Task, root: str) -> State:
     except InputError as error:
         there = storage.files(storage.join(root, task.folder), recursive=True)
         state: Literal["incomplete", "absent"] = "incomplete" if there else "absent"
-        return State(name, state, source, problem=str(error))
+        return TaskState(name, state, source, problem=str(error))
     if not examples:
         folder = storage.join(root, task.folder)
-        return State(name, "absent", source, problem=f"{folder} holds no example")
+        return TaskState(name, "absent", source, problem=f"{folder} holds no example")
     crops: dict[str, set[Crop]] = {}
     for path, crop in (images.split_crop(ref) for e in examples for ref in e.images):
         crops.setdefault(path, set()).update([crop] if crop else [])
     missing, unreadable = _look(name, root, crops)
     failures = [(e.id, why) for e in examples if (why := e.failure or fault(e))]
     bad = [*missing, *unreadable, *(f"example {number}: {why}" for number, why in failures)]
-    return State(
+    return TaskState(
         task=name,
         state="incomplete" if bad else "ready",
         source=source,

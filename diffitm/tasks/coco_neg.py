@@ -15,7 +15,7 @@ FILE = "valid_neg_clip.tsv"
 FIELDS = ("title", "filepath", "neg_caption", "neg_image")
 
 
-class Pair(NamedTuple):
+class NegClipRow(NamedTuple):
     """A line: caption, image below the data root, negative captions, lines of negative images."""
 
     title: str
@@ -42,21 +42,21 @@ class CocoNegText(RetrievalTask):
                 str(number), (pair.image,), texts, "text", cluster=pair.image, failure=same
             )
 
-    def pairs(self, root: str) -> list[Pair]:
+    def pairs(self, root: str) -> list[NegClipRow]:
         """All lines. Raises InputError for one of another form."""
         malformed = functools.partial(self.malformed, root, FILE)
         return read_pairs(self.read_table(root, FILE, "\t"), malformed)
 
 
-def read_pairs(table: list[dict[str, str]], malformed: Malformed) -> list[Pair]:
+def read_pairs(table: list[dict[str, str]], malformed: Malformed) -> list[NegClipRow]:
     """The rows of a file in the NegCLIP layout. Raises `malformed` for one of another form."""
     found = []
     for number, line in enumerate(table, 2):
         try:
             captions, images = (ast.literal_eval(line[name]) for name in FIELDS[2:])
-            pair = Pair(line["title"], line["filepath"], captions, images)
+            pair = NegClipRow(line["title"], line["filepath"], captions, images)
         except (KeyError, ValueError, SyntaxError, RecursionError, MemoryError):
-            pair = Pair("", "", [], [])
+            pair = NegClipRow("", "", [], [])
         if not _is_whole(pair):
             wanted = f"{', '.join(FIELDS)}, the last two Python lists"
             raise malformed({f"row {number}": line}, wanted)
@@ -64,7 +64,7 @@ def read_pairs(table: list[dict[str, str]], malformed: Malformed) -> list[Pair]:
     return found
 
 
-def _is_whole(pair: Pair) -> bool:
+def _is_whole(pair: NegClipRow) -> bool:
     """A caption, an image, and lists of captions and of line numbers, which may be empty."""
     lists = isinstance(pair.neg_captions, list) and isinstance(pair.neg_images, list)
     texts = lists and is_strings([pair.title, pair.image, *pair.neg_captions])

@@ -84,7 +84,7 @@ class Loader:
     def steps(self, start: int) -> Iterator[list[Loaded]]:
         """For each step: (items, the view's pixels uint8 [H, W, 3] by path, failures) of its
         micro-batches."""
-        plan = self.job.plan()
+        plan = self.job.sampler()
         planned: deque[tuple[list[Item], Request]] = deque()
 
         def requests() -> Iterator[Request]:
@@ -93,7 +93,7 @@ class Loader:
                     planned.append((items, wanted(items)))
                     yield planned[-1][1]
 
-        own = len(range(self.rank, self.job.micro, self.world))
+        own = len(range(self.rank, self.job.grad_accum_steps, self.world))
         with _without_main():
             loaded: Iterator[Answer] = iter(self._answers(requests()) if own else ())
         for _ in range(start, self.job.steps):

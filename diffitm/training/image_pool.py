@@ -11,13 +11,13 @@ from pyarrow import parquet
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.images import is_image, row_of
-from diffitm.training.rows import Row
+from diffitm.training.rows import TrainingRow
 from diffitm.training.webdataset import members
 
 COLUMN = "image"
 
 
-class Paths(Sequence[Row]):
+class Paths(Sequence[TrainingRow]):
     """Rows of an image alone, without an object for each of millions."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ class Paths(Sequence[Row]):
         return len(self.paths)
 
     def __getitem__(self, position: Any) -> Any:
-        return Row(self.paths[int(position)], "")
+        return TrainingRow(self.paths[int(position)], "")
 
 
 def in_folder(uri: str) -> list[str]:
@@ -43,9 +43,9 @@ def in_folder(uri: str) -> list[str]:
         found = [f for path in tables for f in in_parquet(storage.join(uri, path), path)]
     if not found:
         if not storage.exists(uri):
-            raise InputError(f"--data {storage.public(uri)}: there is no such folder")
+            raise InputError(f"--data {storage.redacted(uri)}: there is no such folder")
         what = "holds no image (.jpg, .jpeg, .png) and no .parquet; shards are given as DIR/*.tar"
-        raise InputError(f"--data {storage.public(uri)}: {what}")
+        raise InputError(f"--data {storage.redacted(uri)}: {what}")
     return found
 
 

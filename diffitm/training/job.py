@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffitm.models.loading import Source
+from diffitm.models.loading import ModelSource
 from diffitm.training.diva.recap import Recap
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.row_table import RowsFile, StoredRows
-from diffitm.training.sampler import Schedule
+from diffitm.training.sampler import BatchSampler
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from diffitm.models.clip import ClipSource
@@ -32,25 +32,26 @@ class Validation:
 class Training:
     """What every tuning run has: a diffusion model, rows, updates of the weights.
 
-    `size` examples make a micro-batch, `micro` of those a step, whatever the number of workers.
+    `micro_batch_size` examples make a micro-batch, `grad_accum_steps` of those an update, whatever the
+    number of workers.
     """
 
-    source: Source
+    source: ModelSource
     variant: str | None
     dtype: str
     rows: RowsFile
     root: str
     negatives: str = "none"
     per_example: bool = False
-    size: int
-    micro: int
+    micro_batch_size: int
+    grad_accum_steps: int
     steps: int
     optimizer: str
-    rate: float
-    schedule: str
-    warmup: int
+    lr: float
+    lr_scheduler: str
+    warmup_steps: int
     weight_decay: float
-    clip: float
+    max_grad_norm: float
     ema: float | None = None
     checkpointing: bool
     seed: int
@@ -59,11 +60,17 @@ class Training:
     validation: Validation | None
     latents: str | None  # folder of training.cached, None to encode on the way
 
-    def plan(self) -> Schedule:
+    def sampler(self) -> BatchSampler:
         """Which rows make up which step."""
         rows = StoredRows(self.rows)
-        return Schedule(
-            rows, rows.kept, self.size, self.micro, self.negatives, self.per_example, self.seed
+        return BatchSampler(
+            rows,
+            rows.kept,
+            self.micro_batch_size,
+            self.grad_accum_steps,
+            self.negatives,
+            self.per_example,
+            self.seed,
         )
 
 
@@ -80,18 +87,18 @@ class Job(Training):
 @dataclass(frozen=True, kw_only=True)
 class DivaJob(Training):
     """Tuning of a CLIP's image tower under the diffusion model. The first `projection_steps` train the
-    projection alone, which has a learning rate of its own. `crop` is the least share of an image
-    that it sees, 1 the whole. `held` are images that are not trained on, for the reconstruction error,
+    projection alone, which has a learning rate of its own. `crop_scale` is the least share of an image
+    that it sees, 1 the whole. `held_out` are images that are not trained on, for the reconstruction error,
     measured every `measure_every` steps (0: never)."""
 
-    tower: ClipSource
-    projection_rate: float
+    clip: ClipSource
+    projection_lr: float
     projection_steps: int
     recap: Recap
     prompt: str
     add: str
     repeats: int
     reduce: str
-    crop: float
-    held: Sequence[str]
+    crop_scale: float
+    held_out: Sequence[str]
     measure_every: int

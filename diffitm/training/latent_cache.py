@@ -90,7 +90,7 @@ class CachedLoader:
 
     def steps(self, start: int) -> Iterator[list[Loaded]]:
         """For each step: (items, mean and deviation by path, failures) of its micro-batches."""
-        plan = self.job.plan()
+        plan = self.job.sampler()
         for step in range(start, self.job.steps):
             begin = time.perf_counter()
             own = plan.batches(step, self.rank, self.world)

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
-from diffitm.training.rows import Row
+from diffitm.training.rows import TrainingRow
 
 DIGEST = b"digest"  # of the rows, in the file's metadata
 TOGETHER = 2**14  # rows that are decoded at once
@@ -30,7 +30,7 @@ ROWS = pa.schema(
 )
 
 
-def digest_of(rows: Iterable[Row], kept: Sequence[int]) -> str:
+def digest_of(rows: Iterable[TrainingRow], kept: Sequence[int]) -> str:
     """sha256 of the rows in their order, and of which of them training can use."""
     total = hashlib.sha256(np.asarray(kept, np.int64).tobytes())
     for row in rows:
@@ -39,7 +39,7 @@ def digest_of(rows: Iterable[Row], kept: Sequence[int]) -> str:
     return total.hexdigest()
 
 
-def write_rows(uri: str, rows: Sequence[Row], kept: Sequence[int], digest: str) -> None:
+def write_rows(uri: str, rows: Sequence[TrainingRow], kept: Sequence[int], digest: str) -> None:
     """Write the rows, whole or not at all; `kept` are the positions of those that training can use."""
     usable = np.zeros(len(rows), bool)
     usable[np.asarray(kept)] = True
@@ -66,7 +66,7 @@ class RowsFile:
     usable: int
 
 
-class StoredRows(Sequence[Row]):
+class StoredRows(Sequence[TrainingRow]):
     """The rows of a file that write_rows made.
 
     They lie decoded in a temporary file that is mapped into memory, so the system may drop what is not
@@ -77,7 +77,9 @@ class StoredRows(Sequence[Row]):
     def __init__(self, file: RowsFile) -> None:
         self.table = _mapped(file.uri)
         if (self.table.schema.metadata or {}).get(DIGEST) != file.digest.encode():
-            raise InputError(f"{storage.public(file.uri)} has other rows than this run: delete it")
+            raise InputError(
+                f"{storage.redacted(file.uri)} has other rows than this run: delete it"
+            )
         self.columns = [self.table.column(name) for name in ROWS.names[:-1]]
         self.kept = np.flatnonzero(self.table.column("usable").to_numpy())
 
@@ -87,16 +89,16 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, position: Any) -> Any:
         return _row(column[int(position)].as_py() for column in self.columns)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[TrainingRow]:
         for batch in self.table.select(ROWS.names[:-1]).to_batches():
             yield from map(
                 _row, zip(*(column.to_pylist() for column in batch.columns), strict=True)
             )
 
 
-def _row(values: Iterable[Any]) -> Row:
+def _row(values: Iterable[Any]) -> TrainingRow:
     image, caption, captions, images = values
-    return Row(image, caption, tuple(captions), tuple(images))
+    return TrainingRow(image, caption, tuple(captions), tuple(images))
 
 
 def _mapped(uri: str) -> pa.Table:

@@ -21,7 +21,7 @@ LISTS = ("negative_captions", "negative_images")
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """An image below the data root, its caption, and captions and images that do not fit."""
 
     image: str
@@ -42,18 +42,18 @@ class Row:
         return None
 
 
-def read_rows(uri: str, option: str = "--data") -> list[Row]:
+def read_rows(uri: str, option: str = "--data") -> list[TrainingRow]:
     """Rows of a file in the NegCLIP layout (.tsv) or of Parquet with the columns image, caption and,
     if there are any, negative_captions and negative_images (lists of texts).
 
     Raises InputError that names file, row and what is right; `option` is what the user gave the file
     with.
     """
-    if storage.bare(uri).endswith(".tsv"):
+    if storage.without_query(uri).endswith(".tsv"):
         malformed = malformed_in(uri)
         pairs = read_pairs(csv_table(_text(uri, option), uri, malformed, "\t"), malformed)
         return [
-            Row(
+            TrainingRow(
                 pair.image,
                 pair.title,
                 tuple(pair.neg_captions),
@@ -64,7 +64,7 @@ def read_rows(uri: str, option: str = "--data") -> list[Row]:
     return _read_parquet(uri, option)
 
 
-def drop_equal(rows: Sequence[Row]) -> tuple[list[Row], int]:
+def drop_equal(rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], int]:
     """The rows without negatives that are empty or equal the row's own caption or image, and how many
     negatives that were."""
     kept = [
@@ -80,7 +80,7 @@ def drop_equal(rows: Sequence[Row]) -> tuple[list[Row], int]:
     return kept, sum(map(_negatives, rows)) - sum(map(_negatives, kept))
 
 
-def _negatives(row: Row) -> int:
+def _negatives(row: TrainingRow) -> int:
     return len(row.negative_captions) + len(row.negative_images)
 
 
@@ -93,7 +93,7 @@ def _text(uri: str, option: str) -> str:
         raise InputError(f"{option}: {uri} cannot be read: {error}") from error
 
 
-def _read_parquet(uri: str, option: str) -> list[Row]:
+def _read_parquet(uri: str, option: str) -> list[TrainingRow]:
     found, path = storage.filesystem(uri)
     try:
         table = parquet.read_table(path, filesystem=found)
@@ -111,21 +111,21 @@ def _read_parquet(uri: str, option: str) -> list[Row]:
         if not all(isinstance(text, str) for text in (*texts, *lists[0], *lists[1])):
             wanted = f"texts in {', '.join(COLUMNS)}, lists of texts in {', '.join(LISTS)}"
             raise InputError(f"{uri}, row {number}: expects {wanted}, found {str(line)[:120]}")
-        rows.append(Row(texts[0], texts[1], tuple(lists[0]), tuple(lists[1])))
+        rows.append(TrainingRow(texts[0], texts[1], tuple(lists[0]), tuple(lists[1])))
     return rows
 
 
-def images_of(rows: Sequence[Row]) -> list[str]:
+def images_of(rows: Sequence[TrainingRow]) -> list[str]:
     """Every image once, sorted: whichever of them an objective needs, runs share what is encoded."""
     return sorted({path for row in rows for path in (row.image, *row.negative_images) if path})
 
 
-def texts_of(rows: Sequence[Row]) -> list[str]:
+def texts_of(rows: Sequence[TrainingRow]) -> list[str]:
     """Every text once, sorted, with '', the unconditional one."""
     return sorted({"", *(text for row in rows for text in (row.caption, *row.negative_captions))})
 
 
-def usable(rows: Sequence[Row], negatives: str, uri: str) -> tuple[list[int], Counter[str]]:
+def usable(rows: Sequence[TrainingRow], negatives: str, uri: str) -> tuple[list[int], Counter[str]]:
     """Positions of the rows that training can use, and why how many others cannot.
 
     Raises InputError if none can.
@@ -134,12 +134,12 @@ def usable(rows: Sequence[Row], negatives: str, uri: str) -> tuple[list[int], Co
     kept = [position for position, reason in enumerate(reasons) if reason is None]
     lost = Counter(reason for reason in reasons if reason is not None)
     if not kept:
-        why = told(lost) or "it holds no row"
+        why = summarise_dropped(lost) or "it holds no row"
         raise InputError(f"{uri}: no row is usable with --negatives {negatives}: {why}")
     return kept, lost
 
 
-def told(lost: Iterable[tuple[str, int]] | Counter[str]) -> str:
+def summarise_dropped(lost: Iterable[tuple[str, int]] | Counter[str]) -> str:
     """'3 rows: no image, 1 row: no caption'."""
     found = lost.items() if isinstance(lost, Counter) else lost
     return ", ".join(f"{n:,} row{'s' * (n > 1)}: {reason}" for reason, n in found)

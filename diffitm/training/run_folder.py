@@ -32,21 +32,21 @@ CHECKPOINTS = "train"  # Ray Train's folder
 
 
 @dataclass(frozen=True)
-class Known:
+class RunState:
     """What OUT holds of a run: whether its result, and the name that trackers know it by."""
 
     done: bool
     key: str
 
 
-def open_run(out: str, settings: dict[str, Any]) -> Known:
+def open_run(out: str, settings: dict[str, Any]) -> RunState:
     """Begin a run in OUT, or find the one that it holds.
 
     Raises InputError that names what differs if that is a run of other settings.
     """
     path = storage.join(out, NOTE)
     if not storage.exists(path):
-        made = Known(False, secrets.token_hex(6))
+        made = RunState(False, secrets.token_hex(6))
         write_note(out, settings, made)
         return made
     known = json.loads(storage.read_text(path))
@@ -57,11 +57,11 @@ def open_run(out: str, settings: dict[str, Any]) -> Known:
         differ = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
         told = ", ".join(f"{k} was {old.get(k)!r} and is {settings.get(k)!r}" for k in differ)
         raise InputError(f"{out} holds a run with other settings ({told}): give another --out")
-    return Known(bool(known["done"]), known["key"])
+    return RunState(bool(known["done"]), known["key"])
 
 
 @contextmanager
-def refusable(out: str) -> Iterator[None]:
+def release_on_refusal(out: str) -> Iterator[None]:
     """A run that bad input ends before its first checkpoint leaves OUT to one of other settings."""
     try:
         yield
@@ -71,7 +71,7 @@ def refusable(out: str) -> Iterator[None]:
         raise
 
 
-def write_note(out: str, settings: dict[str, Any], known: Known, **more: Any) -> None:
+def write_note(out: str, settings: dict[str, Any], known: RunState, **more: Any) -> None:
     """training.json: what a resume must have in common with the run."""
     note = {"settings": settings, **asdict(known), **more}
     storage.write_text(storage.join(out, NOTE), json.dumps(note, indent=2))
@@ -81,7 +81,7 @@ def write_result(
     checkpoint: Path,
     rank: int,
     settings: dict[str, Any],
-    known: Known,
+    known: RunState,
     provenance: dict[str, Any],
     lost: dict[str, int],
     out: str,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffitm.training.rows import Row
+from diffitm.training.rows import TrainingRow
 
 # DiffusionITM's: half of the micro-batches a near image, a quarter each kind of caption.
 MIXED = {"hard-image": 0.5, "hard-text": 0.25, "random-text": 0.25}
@@ -39,7 +39,7 @@ def images_in(items: Sequence[Item]) -> list[str]:
 
 
 @dataclass
-class Schedule:
+class BatchSampler:
     """Which rows make up which step.
 
     A step has `micro` batches of `size` examples. An epoch is a permutation of the rows that its seed
@@ -47,7 +47,7 @@ class Schedule:
     'mixed' is drawn for each micro-batch or, with `per_example`, for each example.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[TrainingRow]
     kept: Sequence[int] | np.ndarray
     size: int
     micro: int
@@ -99,7 +99,7 @@ class Schedule:
             caption = self._random_caption(row, rng)
         return Item(position, row.image, row.caption, image, caption, seed)
 
-    def _random_caption(self, row: Row, rng: np.random.Generator) -> str:
+    def _random_caption(self, row: TrainingRow, rng: np.random.Generator) -> str:
         """Another row's caption; captions equal to the row's own are drawn again."""
         for _ in range(100):
             other = self.rows[self.kept[int(rng.integers(len(self.kept)))]]

@@ -31,7 +31,7 @@ def track_problems(names: Sequence[str]) -> list[str]:
     return found
 
 
-class Curves:
+class RunTracker:
     """Passes lines of the log on to TensorBoard (below a local OUT) and to the trackers `names`.
 
     `key` identifies the run, so that one that goes on continues its W&B run. `listen` gets each line

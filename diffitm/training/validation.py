@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from diffitm.core.schema import Example, Work
+from diffitm.core.schema import Example, PairRow
 from diffitm.scoring.scorer import Scorer
-from diffitm.store.join import Scored
+from diffitm.store.join import ScoredExample
 from diffitm.tasks.base import Task
 
 
@@ -24,7 +24,7 @@ def credits(task: Task, examples: Sequence[Example], scorer: Scorer) -> list[flo
         for image in example.images if example.failure is None else ():
             wanted = dict.fromkeys([*example.texts, *([""] if example.needs_unconditional else [])])
             texts.setdefault(image, {}).update(wanted)
-    work = [Work(row, image, list(found)) for row, (image, found) in enumerate(texts.items())]
+    work = [PairRow(row, image, list(found)) for row, (image, found) in enumerate(texts.items())]
     lines = scorer.score(work) if work else []
     kind = "similarity" if lines and lines[0]["l2"] is None else "l2"
     values = {
@@ -41,17 +41,17 @@ def _credit(
         return None
     if kind == "similarity":
         similarity = np.array([errors[pair] for pair in pairs]).reshape(len(example.images), -1)
-        return _first(task, example, Scored(example, similarity=similarity))
+        return _first(task, example, ScoredExample(example, similarity=similarity))
     shape = (len(example.images), len(example.texts), -1)
     conditional = np.array([errors[pair] for pair in pairs], float).reshape(shape)
     unconditional = np.zeros_like(conditional)
     if example.needs_unconditional:
         empty = [errors[image, ""] for image, _ in pairs]
         unconditional = np.array(empty, float).reshape(shape)
-    return _first(task, example, Scored(example, None, conditional, unconditional))
+    return _first(task, example, ScoredExample(example, None, conditional, unconditional))
 
 
-def _first(task: Task, example: Example, scored: Scored) -> float:
+def _first(task: Task, example: Example, scored: ScoredExample) -> float:
     """The credit in the task's first metric under the last kind of score."""
     scores = list(scored.scores().values())[-1]
     return next(iter(task.credits(example, scores).values())).value

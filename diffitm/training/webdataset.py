@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.images import member_of
-from diffitm.training.rows import LISTS, Row
+from diffitm.training.rows import LISTS, TrainingRow
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -20,7 +20,7 @@ Sample = dict[str, str]  # ending -> the reference of an image, else content
 
 def is_webdataset(uri: str) -> bool:
     """Whether a path, glob or range of shards ({0000..0009}) is meant."""
-    return storage.bare(uri).endswith(".tar")
+    return storage.without_query(uri).endswith(".tar")
 
 
 def shards(uri: str) -> list[str]:
@@ -37,8 +37,8 @@ def shards(uri: str) -> list[str]:
             f"{uri[: found.start()]}{number:0{len(first)}}{uri[found.end() :]}"
             for number in range(int(first), int(last) + 1)
         ]
-    elif set(storage.bare(uri)) & set("*?["):
-        folder, pattern = storage.parent(uri), storage.bare(uri).rpartition("/")[2]
+    elif set(storage.without_query(uri)) & set("*?["):
+        folder, pattern = storage.parent(uri), storage.without_query(uri).rpartition("/")[2]
         known = (path.rpartition("/")[2] for path in storage.files(folder, ".tar"))
         names = [storage.join(folder, name) for name in fnmatch.filter(known, pattern)]
     else:
@@ -49,7 +49,7 @@ def shards(uri: str) -> list[str]:
     return names
 
 
-def read_shards(uri: str) -> list[Row]:
+def read_shards(uri: str) -> list[TrainingRow]:
     """A row for each sample: its image (.jpg, .jpeg, .png, .webp), its caption (.txt, or `caption` of
     its .json) and, of the .json, negative_captions and the keys in negative_images.
 
@@ -73,7 +73,7 @@ def members(shard: str, texts: bool = True) -> Iterator[tuple[str, str, str]]:
     Raises InputError, after what comes before, where the shard cannot be read, or a text is not UTF-8.
     """
     found, path = storage.filesystem(shard)
-    name = storage.bare(shard).rpartition("/")[2]
+    name = storage.without_query(shard).rpartition("/")[2]
     wanted = (*IMAGES, "txt", "json") if texts else IMAGES
     try:
         with (
@@ -97,7 +97,7 @@ def members(shard: str, texts: bool = True) -> Iterator[tuple[str, str, str]]:
         if storage.read_range(shard, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"it breaks off at byte {end:,}")
     except (tarfile.TarError, OSError) as error:
-        where = storage.public(shard)
+        where = storage.redacted(shard)
         if isinstance(error, OSError):
             raise InputError(f"{where}: cannot be read: {error}") from error
         raise InputError(f"{where}: is no whole, uncompressed tar: {error}") from error
@@ -107,11 +107,11 @@ def _decoded(content: bytes, shard: str, member: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        where = f"{storage.public(shard)}: {member}"
+        where = f"{storage.redacted(shard)}: {member}"
         raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start:,}") from error
 
 
-def _row(shard: str, key: str, samples: dict[tuple[str, str], Sample]) -> Row:
+def _row(shard: str, key: str, samples: dict[tuple[str, str], Sample]) -> TrainingRow:
     where, sample = f"{shard}: sample {key}", samples[shard, key]
     try:
         known = json.loads(sample.get("json", "{}"))
@@ -126,7 +126,7 @@ def _row(shard: str, key: str, samples: dict[tuple[str, str], Sample]) -> Row:
     if not isinstance(caption, str):
         raise InputError(f"{where}: expects a text in caption, found {str(caption)[:80]}")
     others = tuple(_image_of(other, shard, samples, where) for other in lists[1])
-    return Row(sample.get("image", ""), caption.strip(), tuple(lists[0]), others)
+    return TrainingRow(sample.get("image", ""), caption.strip(), tuple(lists[0]), others)
 
 
 def _image_of(key: str, shard: str, samples: dict[tuple[str, str], Sample], where: str) -> str:

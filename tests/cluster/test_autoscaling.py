@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.models.loading import resolve
 from diffitm.scoring.specs import DiffusionSpec
 from tests import pipeline
@@ -52,7 +52,7 @@ def test_from_zero_workers_and_back(tmp_path: Path) -> None:
 def _without_ray(out: Path) -> dict:
     (table,) = out.glob("work/*/*/work.parquet")
     spec = DiffusionSpec(resolve("shapes"), str(out / "world"), "diffusionitm", STEPS)
-    rows = [Work(**line) for line in pq.read_table(table).to_pylist()]
+    rows = [PairRow(**line) for line in pq.read_table(table).to_pylist()]
     return {(s["image"], s["text"]): s["l2"] for s in spec.build("cpu").score(rows)}
 
 

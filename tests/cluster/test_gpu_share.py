@@ -13,7 +13,7 @@ import ray
 from diffitm.commands import candidates, gdbench, negatives
 from diffitm.commands.stages.encode import Encoder, encode
 from diffitm.core.config import make
-from diffitm.distributed.session import Pool
+from diffitm.distributed.session import ActorPool
 from diffitm.models.loading import resolve
 from tests import pipeline, tiny_language
 from tests.processors import WITHOUT_CUDA
@@ -42,7 +42,7 @@ def test_gdbench(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"model": ["shapes"], "clip": ["shapes"], "tasks": ["winoground"], "out": str(out)}
     options |= {"scenes": 10, "timesteps": [2], "prompts": ["a red cube"], "samples": 1}
-    gdbench.run(make(gdbench.Config, {**options, **POOL, "sampling_steps": 2}))
+    gdbench.run(make(gdbench.GdbenchConfig, {**options, **POOL, "sampling_steps": 2}))
     assert {row["task"] for row in pipeline.rows(out)} == {"winoground"}
     assert not [row for row in pipeline.rows(out) if row["failures"]]
     note = pipeline.store_folder(out) / "_config.json"
@@ -57,12 +57,14 @@ def test_candidates_and_negatives(world: Path, tmp_path: Path) -> None:
         (world / "flickr30k" / "images" / "1001.jpg").read_bytes()
     )
     given = {"clip": "shapes", "images": images, "captions": str(world / "captions.json")}
-    candidates.run(make(candidates.Config, {**given, **POOL, "top_k": 3, "out": str(out)}))
+    candidates.run(
+        make(candidates.CandidatesConfig, {**given, **POOL, "top_k": 3, "out": str(out)})
+    )
     assert len(next(iter(json.loads(out.read_text()).values()))) == 3
     llm = tiny_language.write_llama(tmp_path / "llm", ["a red cube"])
     made = tmp_path / "negatives.parquet"
     given |= {"kinds": ["llm", "images"], "llm": str(llm), "out": str(made), "max_new_tokens": 3}
-    negatives.run(make(negatives.Config, {**given, **POOL, "near": 1}))
+    negatives.run(make(negatives.NegativesConfig, {**given, **POOL, "near": 1}))
     assert all(len(line) == 1 for line in pq.read_table(made)["negative_images"].to_pylist())
 
 
@@ -70,7 +72,7 @@ def test_cached_latents(world: Path, tmp_path: Path) -> None:
     encoder = Encoder(
         resolve("shapes"), None, "fp32", str(world / "flickr30k" / "images"), "squash"
     )
-    pool = Pool(1, 1, 1.0, 0.5)
+    pool = ActorPool(1, 1, 1.0, 0.5)
     for kind, names in (("image", ["1000.jpg", "1001.jpg"]), ("text", ["", "a red cube"])):
         folder = encode(str(tmp_path / "out"), kind, names, encoder, pool)
         table = pq.read_table(folder)

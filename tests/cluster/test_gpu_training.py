@@ -15,9 +15,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from diffitm.commands import finetune
 from diffitm.core.config import make
 from diffitm.core.errors import InputError
-from diffitm.distributed.capacity import Places
+from diffitm.distributed.capacity import Capacity
 from diffitm.distributed.monitor import Line
-from diffitm.training.lora.options import Config
+from diffitm.training.lora.options import FinetuneConfig
 from tests import pipeline
 
 pytestmark = pytest.mark.slow
@@ -78,7 +78,7 @@ def test_each_worker_takes_a_gpu(flag: Path, tmp_path: Path) -> None:
     def listen(line: Line) -> None:
         free.append(ray.available_resources().get("GPU", 0.0))
 
-    finetune.run(make(Config, {**SMALL, "out": str(tmp_path / "out")}), listen)
+    finetune.run(make(FinetuneConfig, {**SMALL, "out": str(tmp_path / "out")}), listen)
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert len(free) == 3 and free[0] == 0.0
@@ -96,7 +96,7 @@ def test_room_for_workers(flag: Path) -> None:
     free, and what waits for it goes when no more is asked for."""
     others = placement_group([{"GPU": 1}])
     ray.get(others.ready())
-    places = Places({"CPU": 0.5, "GPU": 1.0}, 1, GPUS)
+    places = Capacity({"CPU": 0.5, "GPU": 1.0}, 1, GPUS)
     assert places.take() == 1
     assert "1 workers of 0.5 processors and 1 GPUs each have it" in places.standing()
     worker = placement_group([{"CPU": 0.5, "GPU": 1}])
@@ -119,10 +119,10 @@ def test_a_gpu_that_torch_does_not_see(flag: Path, tmp_path: Path) -> None:
     options = {**SMALL, "workers": 1, "gpus_per_worker": 0.5, "out": str(tmp_path / "out")}
     told = r"Ray gave this worker a GPU, but torch .* sees none.* --gpus-per-worker 0 .*\(on node .*GPU"
     with pytest.raises(InputError, match=told):
-        finetune.run(make(Config, options))
+        finetune.run(make(FinetuneConfig, options))
 
 
 def test_more_gpus_than_there_are(flag: Path, tmp_path: Path) -> None:
     options = {**SMALL, "workers": 3, "gpus_per_worker": 1.0, "out": str(tmp_path / "out")}
     with pytest.raises(InputError, match="--workers 3 with 1 GPUs each: the cluster has 2"):
-        finetune.run(make(Config, options))
+        finetune.run(make(FinetuneConfig, options))

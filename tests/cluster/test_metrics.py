@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from diffitm.commands.gdbench import Config, run
+from diffitm.commands.gdbench import GdbenchConfig, run
 from diffitm.core.errors import Incomplete
 from diffitm.shapes.layouts import write_world
 from tests import pipeline
@@ -54,7 +54,7 @@ def test_metrics_of_a_run(port: int, tmp_path: Path) -> None:
     broken = next((data / "clevr" / "images").iterdir())
     broken.write_bytes(b"no image")
     out = tmp_path / "out"
-    config = Config(
+    config = GdbenchConfig(
         model=["shapes"],
         data=str(data),
         tasks=["clevr"],

@@ -21,8 +21,8 @@ from ray.cluster_utils import Cluster
 from diffitm.core.config import parse
 from diffitm.shapes.layouts import write_world
 from diffitm.shapes.training import write_training
-from diffitm.training.diva.options import Config as DivaConfig
-from diffitm.training.lora.options import Config as FinetuneConfig
+from diffitm.training.diva.options import DivaConfig
+from diffitm.training.lora.options import FinetuneConfig
 from tests import pipeline
 
 pytestmark = pytest.mark.slow

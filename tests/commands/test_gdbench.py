@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffitm.commands.gdbench import Config, run
+from diffitm.commands.gdbench import GdbenchConfig, run
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError
 from diffitm.core.lease import held
@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "pipelines" / "gdbench.py"
 def message(*options: object) -> str:
     """What the pipeline says of these options."""
     with pytest.raises(InputError) as raised:
-        run(parse(Config, [str(option) for option in options]))
+        run(parse(GdbenchConfig, [str(option) for option in options]))
     return str(raised.value)
 
 
@@ -48,7 +48,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
 
 def test_unknown_option_and_value() -> None:
     with pytest.raises(InputError) as raised:
-        parse(Config, ["--modle", "shapes", "--dtype", "fp8", "--timesteps", "many"])
+        parse(GdbenchConfig, ["--modle", "shapes", "--dtype", "fp8", "--timesteps", "many"])
     told = str(raised.value)
     assert "unknown option '--modle'; did you mean '--model'?" in told
     assert "dtype: 'fp8' is not one of auto, fp32, bf16, fp16" in told
@@ -115,11 +115,11 @@ def test_config_file(tmp_path: Path) -> None:
     """A YAML file fills the options, the command line wins, unknown keys are told with the near one."""
     file = tmp_path / "run.yaml"
     file.write_text("model: [shapes]\ntimesteps: 20\nseed: 3\n")
-    config = parse(Config, ["--config", str(file), "--timesteps", "5"])
+    config = parse(GdbenchConfig, ["--config", str(file), "--timesteps", "5"])
     assert (config.model, config.timesteps, config.seed) == (["shapes"], [5], 3)
     file.write_text(json.dumps({"timestep": 20}))
     with pytest.raises(InputError, match="unknown key 'timestep'; did you mean 'timesteps'"):
-        parse(Config, ["--config", str(file)])
+        parse(GdbenchConfig, ["--config", str(file)])
 
 
 def test_models_are_looked_at_before_actors_start(
@@ -127,7 +127,7 @@ def test_models_are_looked_at_before_actors_start(
 ) -> None:
     """A download that was cut off, and a LoRA of another model, each named with its file."""
     monkeypatch.setattr(session, "connect", lambda *_, **__: None)
-    monkeypatch.setattr(session, "choose_pool", lambda *_: session.Pool(1, 1, 1.0, 0.0))
+    monkeypatch.setattr(session, "choose_pool", lambda *_: session.ActorPool(1, 1, 1.0, 0.0))
     monkeypatch.setattr(session, "is_elsewhere", lambda _: False)
     options = ("--data", world, "--tasks", "clevr", "--out", tmp_path / "out")
     add_lora(unet := load_denoiser(resolve("shapes")).unet, 2, 0)

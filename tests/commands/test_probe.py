@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffitm.commands.stages.probe import Probe, add_probes, find_probes, measure
-from diffitm.evaluation.evaluate import Evaluation, Row, write_results
+from diffitm.evaluation.evaluate import Evaluation, ResultRow, write_results
 from diffitm.models.clip import resolve_clip
 from diffitm.probes.segmentation import SegmentationResult
 from diffitm.report.html import write_report
@@ -46,7 +46,9 @@ def evaluation(out: Path) -> Evaluation:
     found = Evaluation()
     for model in ("CLIP a", "CLIP b"):
         shared = {"group": "all", "metric": "pair", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-        found.rows.append(Row(**shared, chance=0.25, model=model, task="mmvp_vlm", score="cosine"))
+        found.rows.append(
+            ResultRow(**shared, chance=0.25, model=model, task="mmvp_vlm", score="cosine")
+        )
     files = {"CLIP a": [write(out, "a.json", "a", 4)], "CLIP b": [write(out, "b.json", "b", 9)]}
     add_probes(found, str(out), files)
     return found

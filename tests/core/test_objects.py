@@ -22,7 +22,7 @@ from diffitm.core import images, outside, storage
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError, Unavailable
 from diffitm.core.provenance import redact
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.models.clip import load_clip, resolve_clip
 from diffitm.models.loading import SHAPES, load_denoiser, lora_digest, resolve
 from diffitm.models.lora import add_lora, locate, lora_file, lora_weights, save_lora, unpinned
@@ -31,7 +31,7 @@ from diffitm.scoring.scorer import load_images
 from diffitm.scoring.specs import ClipSpec
 from diffitm.store.work_table import mend
 from diffitm.training.image_pool import in_parquet
-from diffitm.training.lora.options import Config as FinetuneConfig
+from diffitm.training.lora.options import FinetuneConfig
 from tests.loopback import picture
 from tests.objects import Objects, reachable, serve
 from tests.pipeline import ROOT, environment
@@ -191,7 +191,7 @@ def test_images_of_a_store_that_answers_no_more(
     """Are not written off: the block is refused. One image that is missing is its own failure."""
     monkeypatch.setattr(outside, "DELAYS", (0.01,))
     root = bucket.upload(write_pictures(tmp := Path(os.environ["DIFFITM_CACHE"]), 3), "stays")
-    rows = [Work(i, f"{i}.jpg", [""]) for i in range(4)]
+    rows = [PairRow(i, f"{i}.jpg", [""]) for i in range(4)]
     loaded = load_images(rows, root, lambda image: image.size)
     assert [item.failure for item in loaded] == [None, None, None, "there is no such file"]
     assert load_images(rows[3:], root, lambda image: image)[0].failure == "there is no such file"
@@ -209,7 +209,7 @@ def test_images_of_a_folder_that_is_gone(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "data", 2)
     (folder / "0.jpg").write_bytes(b"no image")
     (folder / "1.jpg").write_bytes(picture()[:100])
-    rows = [Work(i, f"{i}.jpg", [""]) for i in range(2)]
+    rows = [PairRow(i, f"{i}.jpg", [""]) for i in range(2)]
     failures = [item.failure or "" for item in load_images(rows, str(folder), lambda image: image)]
     assert all(failure.startswith("unreadable image") for failure in failures)
     shutil.rmtree(folder)
@@ -243,11 +243,11 @@ def test_what_cannot_be_reached(bucket: Objects, monkeypatch: pytest.MonkeyPatch
 
 def test_what_people_read_holds_no_keys() -> None:
     uri = "s3://KEY:SEC%2FRET@bucket/a/b?region=x"
-    assert storage.public(uri) == "s3://bucket/a/b?region=x"
-    assert storage.title(uri) == "s3://bucket/a/b"
-    assert storage.title(f"ViT-B-32:{uri}") == "ViT-B-32:s3://bucket/a/b"
+    assert storage.redacted(uri) == "s3://bucket/a/b?region=x"
+    assert storage.identity(uri) == "s3://bucket/a/b"
+    assert storage.identity(f"ViT-B-32:{uri}") == "ViT-B-32:s3://bucket/a/b"
     secret = "abfs://c@a/b?tenant_id=1&client_secret=hush"
-    assert "hush" not in storage.public(secret) + redact(f"x {secret} y")
+    assert "hush" not in storage.redacted(secret) + redact(f"x {secret} y")
     assert redact("x s3://KEY:SEC/RET+x@bucket/a y") == "x s3://***@bucket/a y"
     assert redact("s3://bucket/a@b and http://h/x") == "s3://bucket/a@b and http://h/x"
     assert storage.below(uri, "s3://KEY:SEC%2FRET@bucket/a?region=x") == "b"
@@ -385,7 +385,9 @@ def test_clip(bucket: Objects, tmp_path: Path) -> None:
     assert all(torch.equal(one[key], two[key]) for key in two)
     storage.write_bytes(bucket.uri("picture/a.jpg"), picture())
     rows = (
-        ClipSpec(found, bucket.uri("picture")).build("cpu").score([Work(0, "a.jpg", ["a circle"])])
+        ClipSpec(found, bucket.uri("picture"))
+        .build("cpu")
+        .score([PairRow(0, "a.jpg", ["a circle"])])
     )
     assert rows[0]["failure"] is None and -1 <= rows[0]["similarity"] <= 1
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")

@@ -14,8 +14,8 @@ from diffitm.commands import prepare
 from diffitm.commands.stages import fetch as fetch_on_ray
 from diffitm.core.errors import InputError
 from diffitm.datasets import options, recipe, sources, status
-from diffitm.datasets.options import Config
-from diffitm.datasets.recipe import Download, Hub, ImageList, Named, Need, Rule, Source
+from diffitm.datasets.options import DataConfig
+from diffitm.datasets.recipe import DatasetRecipe, Download, Hub, ImageList, Named, Need, Rule
 from diffitm.datasets.unpack import whole
 from tests.loopback import (
     zipped,
@@ -74,7 +74,7 @@ def test_every_task_of_gdbench_has_a_source() -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    source = Source(
+    source = DatasetRecipe(
         steps=(),
         needs=(Need("a/images", 2), Named("a/list.json", "a/images", "image"), Need("a/c.txt")),
         licence="-",
@@ -121,13 +121,15 @@ def test_command_line() -> None:
 def test_options_are_checked_together(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         prepare.run(
-            Config(tasks=["pest"], data="s3://b/x", per_host=0, proxy="http://me:secret@proxy:1")
+            DataConfig(
+                tasks=["pest"], data="s3://b/x", per_host=0, proxy="http://me:secret@proxy:1"
+            )
         )
     for word in ("did you mean 'pets'", "must be a folder", "--per-host 0", "--proxy"):
         assert word in str(caught.value)
     assert "secret" not in str(caught.value)
     with pytest.raises(InputError, match="name what to fetch: all, or some of winoground"):
-        prepare.run(Config(data=str(tmp_path)))
+        prepare.run(DataConfig(data=str(tmp_path)))
 
 
 HUB = Hub(
@@ -139,7 +141,7 @@ HUB = Hub(
     unpacked=1000,
     gated=True,
 )
-HUB_SOURCE = Source((HUB,), (Need("hub/data/e.jsonl"), Need("hub/images", 2)), "-")
+HUB_SOURCE = DatasetRecipe((HUB,), (Need("hub/data/e.jsonl"), Need("hub/images", 2)), "-")
 
 
 def test_hub_files_are_placed(
@@ -157,7 +159,7 @@ def test_hub_files_are_placed(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(sources, "SOURCES", {"hub": HUB_SOURCE})
     for _ in range(2):
-        prepare.run(Config(tasks=["hub"], data=str(tmp_path)))
+        prepare.run(DataConfig(tasks=["hub"], data=str(tmp_path)))
     assert not (tmp_path / ".prepare/hub/org__set").exists()
     assert calls == [("org/set", {"repo_type": "dataset", "allow_patterns": ["data/*"]})]
     placed = [p for p in (tmp_path / "hub").rglob("*") if p.is_file()]
@@ -179,13 +181,13 @@ def test_hub_files_brought_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "hub/data/e.jsonl").write_text("my own notes")
     (tmp_path / "hub/data/images.zip").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"e\.jsonl is there with 12 bytes instead of 2: move it"):
-        prepare.run(Config(tasks=["hub"], data=str(tmp_path)))
+        prepare.run(DataConfig(tasks=["hub"], data=str(tmp_path)))
     assert (tmp_path / "hub/data/e.jsonl").read_text() == "my own notes"
     (tmp_path / "hub/images").mkdir(exist_ok=True)
     for name in "ab":
         (tmp_path / "hub/images" / f"{name}.png").write_bytes(b"whole")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    prepare.run(Config(tasks=["hub"], data=str(tmp_path)))
+    prepare.run(DataConfig(tasks=["hub"], data=str(tmp_path)))
     assert (tmp_path / "hub/data/images.zip").read_bytes() == b"mine"
 
 
@@ -211,13 +213,13 @@ def test_gated_repository(
     monkeypatch.setattr(sources, "SOURCES", {"hub": HUB_SOURCE})
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(InputError, match="not complete"):
-        prepare.run(Config(tasks=["hub"], data=str(tmp_path)))
+        prepare.run(DataConfig(tasks=["hub"], data=str(tmp_path)))
     shown = capsys.readouterr().out
     assert "accept its terms at https://huggingface.co/datasets/org/set" in shown
     assert "HF_TOKEN" in shown
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(InputError) as caught:
-        prepare.run(Config(tasks=["hub"], data=str(tmp_path)))
+        prepare.run(DataConfig(tasks=["hub"], data=str(tmp_path)))
     shown = capsys.readouterr().out + str(caught.value)
     assert "connection with *** failed" in shown
     assert "hf_secret" not in shown

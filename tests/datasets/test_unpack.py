@@ -13,7 +13,7 @@ import pytest
 from diffitm.commands import prepare
 from diffitm.datasets.client import Client
 from diffitm.datasets.network import RefusedError
-from diffitm.datasets.recipe import Download, Need, Rule, Source
+from diffitm.datasets.recipe import DatasetRecipe, Download, Need, Rule
 from diffitm.datasets.unpack import UnsafeError, place, unpack, unpacked
 from tests.loopback import (
     CONTENT,
@@ -192,7 +192,7 @@ def test_data_brought_by_hand_is_not_fetched(tmp_path: Path) -> None:
     """But an archive that was begun is, though enough of its files seem to be there."""
     listed = Download("d/c.txt", ("http://127.0.0.1:9/c",))
     step = Download("d/a.zip", ("http://127.0.0.1:9/a",), rules=ALL, unpacked=1000)
-    chosen = {"d": Source((listed, step), (Need("d/images"),), "-")}
+    chosen = {"d": DatasetRecipe((listed, step), (Need("d/images"),), "-")}
     assert prepare._needed(chosen, tmp_path) == [listed, step]
     (tmp_path / "d/images").mkdir(parents=True)
     (tmp_path / "d/images/1.jpg").touch()

@@ -16,7 +16,7 @@ from ray.train.v2._internal.exceptions import (
 
 from diffitm.core.errors import InputError
 from diffitm.distributed import elastic, restarts
-from diffitm.distributed.elastic import Relay
+from diffitm.distributed.elastic import ElasticTraining
 from diffitm.distributed.monitor import Monitor
 from tests.ranks import Handle
 
@@ -62,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         monkeypatch.setattr(restarts.time, "sleep", lambda seconds: None)
         monkeypatch.setattr(restarts, "PATIENCE", 0)
         plan: Any = SimpleNamespace(job=SimpleNamespace(steps=STEPS))
-        found = Relay(plan, Room(), Handle(monitor), retries)  # type: ignore[arg-type]
+        found = ElasticTraining(plan, Room(), Handle(monitor), retries)  # type: ignore[arg-type]
         found.restarts.living = lambda nodes: set(nodes) & living
         return found, found.to_end(), sizes
 

@@ -17,12 +17,12 @@ from diffitm.distributed.trainer import hand_over
 from diffitm.models.clip import resolve_clip
 from diffitm.models.loading import resolve
 from diffitm.shapes.training import write_training
-from diffitm.training.diva.options import Config as DivaConfig
+from diffitm.training.diva.options import DivaConfig
 from diffitm.training.image_pool import Paths, in_folder
 from diffitm.training.job import DivaJob, Job
 from diffitm.training.lora.objectives import Objective
-from diffitm.training.lora.options import Config
-from diffitm.training.rows import Row, read_rows
+from diffitm.training.lora.options import FinetuneConfig
+from diffitm.training.rows import TrainingRow, read_rows
 from tests.ranks import Ranks
 from tests.training_runs import norm
 
@@ -34,18 +34,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn scenes, of which the images of a whole micro-batch of the first update cannot be read."""
     root = tmp_path_factory.mktemp("ranks") / "data"
     write_training(str(root), 30)
-    batches = lora_job(root).plan().batches(0)
+    batches = lora_job(root).sampler().batches(0)
     for item in batches[1]:
         (root / item.image).write_bytes(b"no image")
     return root
 
 
 def lora_job(root: Path, **more: Any) -> Job:
-    config = Config(
+    config = FinetuneConfig(
         batch_size=SIZE, effective_batch=SIZE * MICRO, steps=STEPS, lr=1e-2, checkpoint_every=100,
         log_every=1,
     )  # fmt: skip
-    rows: list[Row] = read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))
+    rows: list[TrainingRow] = read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))
     file = hand_over(str(root.parent / "out"), rows, range(len(rows)))
     objective = Objective("hard-neg", clip_over="microbatch")
     model = resolve("shapes")
@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_stops_all_workers_alike(
 ) -> None:
     """At the update after the one that spoiled the weights; the checkpoint before stays."""
     ranks = Ranks(tmp_path, monkeypatch)
-    job = lora_job(world, rate=1e30, clip=1e30, checkpoint_every=1)
+    job = lora_job(world, lr=1e30, max_grad_norm=1e30, checkpoint_every=1)
     assert len(set(ranks.train(LoraRun, job, 2))) == 1
     assert ranks.monitor.stopped is not None
     assert "the loss of row" in ranks.monitor.stopped or "gradient" in ranks.monitor.stopped

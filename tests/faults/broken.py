@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from diffitm.core.errors import InputError, Unavailable
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from tests.faults.sleeping import Sleeper, SleepSpec
 
 
@@ -46,7 +46,7 @@ class Broken(Sleeper):
         super().__init__(spec)
         self.away = is_here(spec.away)
 
-    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         if self.away:
             raise Unavailable("none of 32 images could be read")
         numbers = [row.row for row in rows]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffitm.core.schema import Example, Work
+from diffitm.core.schema import Example, PairRow
 
 
 class Block(NamedTuple):
@@ -63,14 +63,14 @@ class Sleeper:
     def measure_rate(self) -> float:
         return self.cost / self.spec.seconds if self.spec.seconds else 0.0
 
-    def score(self, rows: Sequence[Work]) -> list[dict[str, Any]]:
+    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         start = time.time()
         lines = [self._one(row, text) for row in rows for text in row.texts]
         with self.file.open("a") as file:
             file.write(f"{start} {time.time()} {len(lines)}\n")
         return lines
 
-    def _one(self, row: Work, text: str) -> dict[str, Any]:
+    def _one(self, row: PairRow, text: str) -> dict[str, Any]:
         time.sleep(self.spec.seconds)
         line = {"row": row.row, "image": row.image, "text": text, "failure": None}
         value = similarity(row.image, text)

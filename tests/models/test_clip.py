@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.models.clip import resolve_clip
 from diffitm.models.loading import SHAPES
 from diffitm.scoring.clip import ClipScorer
@@ -69,7 +69,7 @@ def cosines(model_name: str, pretrained: str | None, root: Path) -> np.ndarray:
 
 
 def scored(scorer: ClipScorer) -> np.ndarray:
-    lines = scorer.score([Work(i, f"{i}.png", TEXTS) for i in range(3)])
+    lines = scorer.score([PairRow(i, f"{i}.png", TEXTS) for i in range(3)])
     assert [line["failure"] for line in lines] == [None] * 6
     assert [(line["row"], line["text"]) for line in lines] == [
         (i, t) for i in range(3) for t in TEXTS
@@ -108,7 +108,11 @@ def test_texts_are_encoded_once(root: Path) -> None:
 def test_unreadable_images_fail_alone(root: Path) -> None:
     (root / "bad.png").write_text("<html>")
     scorer = ClipScorer(resolve_clip("shapes"), str(root))
-    rows = [Work(5, "none.png", TEXTS), Work(6, "1.png", TEXTS[:1]), Work(7, "bad.png", TEXTS[:1])]
+    rows = [
+        PairRow(5, "none.png", TEXTS),
+        PairRow(6, "1.png", TEXTS[:1]),
+        PairRow(7, "bad.png", TEXTS[:1]),
+    ]
     lines = scorer.score(rows)
     assert [line["row"] for line in lines] == [5, 5, 6, 7]
     assert lines[0]["failure"] == lines[1]["failure"] == "there is no such file"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.models.dit import Dit
 from diffitm.models.loading import DTYPES, load_denoiser, resolve
 from diffitm.scoring.diffusion import DiffusionScorer
@@ -145,8 +145,8 @@ def test_gradients_reach_the_condition(folder: Path) -> None:
 def test_scores_do_not_depend_on_the_batch(folder: Path, root: Path) -> None:
     """Nor on refused texts beside them, which become failures with a reason."""
     texts = ["a tench", "", "a dog", "a crane"]
-    rows = [Work(i, f"{i}.png", texts[i:]) for i in range(3)]
-    rows += [Work(3, "none.png", ["a dog", "a cat"]), Work(4, "0.png", ["a dog"])]
+    rows = [PairRow(i, f"{i}.png", texts[i:]) for i in range(3)]
+    rows += [PairRow(3, "none.png", ["a dog", "a cat"]), PairRow(4, "0.png", ["a dog"])]
     found = []
     for size in (64, 3):
         spec = DiffusionSpec(
@@ -165,7 +165,7 @@ def test_scores_do_not_depend_on_the_batch(folder: Path, root: Path) -> None:
         if pair not in failed:
             np.testing.assert_allclose(found[1][pair]["l2"], line["l2"], rtol=1e-5)
     assert not np.allclose(found[0][0, "a tench"]["l2"], found[0][0, ""]["l2"], rtol=1e-4)
-    clean = spec.build("cpu").score([Work(0, "0.png", ["a tench", "", "a crane"])])
+    clean = spec.build("cpu").score([PairRow(0, "0.png", ["a tench", "", "a crane"])])
     for line in clean:
         np.testing.assert_allclose(line["l2"], found[0][0, line["text"]]["l2"], rtol=1e-5)
 
@@ -177,7 +177,7 @@ def test_each_text_is_asked_once(folder: Path, root: Path, monkeypatch: pytest.M
     asked: list[str] = []
     monkeypatch.setattr(scorer.denoiser, "refuses", lambda text: asked.append(text) or "no")
     monkeypatch.setattr(scorer.denoiser, "encode_images", None)
-    lines = scorer.score([Work(i, f"{i}.png", ["a dog", "a cat"]) for i in range(3)])
+    lines = scorer.score([PairRow(i, f"{i}.png", ["a dog", "a cat"]) for i in range(3)])
     assert [line["failure"] for line in lines] == ["no"] * 6
     assert all(line["digest"] for line in lines)
     assert sorted(asked) == ["a cat", "a dog"]

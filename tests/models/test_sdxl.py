@@ -15,7 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.models.loading import DTYPES, SHAPES, load_denoiser, resolve
 from diffitm.models.sdxl import StableDiffusionXL
 from diffitm.models.stable_diffusion import StableDiffusion
@@ -119,7 +119,7 @@ def test_decode(sdxl: StableDiffusionXL) -> None:
 def test_scores_do_not_depend_on_the_batch(folder: Path, tmp_path: Path) -> None:
     for i in range(2):
         tiny.write_image(tmp_path / f"{i}.png", seed=i)
-    rows = [Work(i, f"{i}.png", TEXTS[i:]) for i in range(2)]
+    rows = [PairRow(i, f"{i}.png", TEXTS[i:]) for i in range(2)]
     source, found = resolve(str(folder)), []
     for size in (64, 3):
         spec = DiffusionSpec(source, str(tmp_path), "diffusionitm", (10, 900), batch_size=size)

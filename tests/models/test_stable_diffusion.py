@@ -18,7 +18,7 @@ from diffitm.models import loading
 from diffitm.models.denoiser import Denoiser, select
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.noise_plan import make_plan
-from diffitm.scoring.pair_errors import Errors, pair_errors
+from diffitm.scoring.pair_errors import PairErrors, pair_errors
 from tests import tiny
 
 TEXTS = ["a red circle", "a blue square", ""]
@@ -29,7 +29,7 @@ def pixels() -> Tensor:
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def all_errors(model: Denoiser) -> Errors:
+def all_errors(model: Denoiser) -> PairErrors:
     plan = make_plan([10, 400, 900], model.latent_shape)
     latents, condition = model.encode_images(pixels()), model.encode_texts(TEXTS)
     return pair_errors(model, latents, condition, plan, PAIRS)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from diffitm.commands.negatives import PROMPT, Config, _check, _info_uri, _read, _related
+from diffitm.commands.negatives import PROMPT, NegativesConfig, _check, _info_uri, _read, _related
 from diffitm.commands.stages.propose import AnswerActor, Question
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError
@@ -27,7 +27,7 @@ from diffitm.negatives.merge import GIVEN, MODEL, Rejected, mine, read_pairs, wr
 from diffitm.negatives.rules import SWAPS, checker, normal, rules, tidy
 from diffitm.tasks.coco_neg import CocoNegText
 from diffitm.tasks.perturb import KINDS, foils
-from diffitm.training.rows import Row, read_rows
+from diffitm.training.rows import TrainingRow, read_rows
 from tests.tiny_language import write_llama
 
 CAPTIONS = [
@@ -146,9 +146,9 @@ def test_the_default_prompt() -> None:
 
 
 ROWS = [
-    Row("a.jpg", "a dog near a cat", ("a cat near a dog", "A dog near a cat!"), ("b.jpg",)),
-    Row("a.jpg", "a big dog", ("a dog near a cat", "...")),
-    Row("b.jpg", 'it\'s "x"\tand\ny', ()),
+    TrainingRow("a.jpg", "a dog near a cat", ("a cat near a dog", "A dog near a cat!"), ("b.jpg",)),
+    TrainingRow("a.jpg", "a big dog", ("a dog near a cat", "...")),
+    TrainingRow("b.jpg", 'it\'s "x"\tand\ny', ()),
 ]
 
 
@@ -173,7 +173,7 @@ def test_mine() -> None:
 @pytest.mark.parametrize("ending", ["tsv", "parquet"])
 def test_files_come_back_as_they_were(tmp_path: Path, ending: str) -> None:
     """Quotes, tabs and line ends too; training's reader and this one agree."""
-    rows = [ROWS[0], Row("a.jpg", "a big dog", ("a 'small' dog",)), ROWS[2]]
+    rows = [ROWS[0], TrainingRow("a.jpg", "a big dog", ("a 'small' dog",)), ROWS[2]]
     path = tmp_path / "new" / f"out.{ending}"
     write_rows(str(path), rows, [(GIVEN, "llm"), ("llm",), ()])
     assert read_rows(str(path)) == read_pairs(str(path)) == rows
@@ -184,8 +184,12 @@ def test_files_come_back_as_they_were(tmp_path: Path, ending: str) -> None:
 
 
 def test_a_negative_image_is_the_first_line_that_has_it(tmp_path: Path) -> None:
-    rows = [Row("a.jpg", "x"), Row("b.jpg", "y"), Row("b.jpg", "z", (), ("a.jpg",))]
-    rows.append(Row("c.jpg", "w", ("it's",), ("b.jpg", "a.jpg")))
+    rows = [
+        TrainingRow("a.jpg", "x"),
+        TrainingRow("b.jpg", "y"),
+        TrainingRow("b.jpg", "z", (), ("a.jpg",)),
+    ]
+    rows.append(TrainingRow("c.jpg", "w", ("it's",), ("b.jpg", "a.jpg")))
     write_rows(str(tmp_path / "out.tsv"), rows, [()] * 4)
     lines = (tmp_path / "out.tsv").read_text().splitlines()
     assert lines[0] == "\ttitle\tfilepath\tneg_caption\tneg_image"
@@ -217,7 +221,10 @@ def test_captions_files_of_candidates(tmp_path: Path) -> None:
     """The Karpathy layout gives a row a caption."""
     path = tmp_path / "karpathy.json"
     path.write_text(json.dumps([{"image": "x/a.jpg", "caption": ["a dog", "a cat"]}]))
-    assert read_pairs(str(path)) == [Row("x/a.jpg", "a dog"), Row("x/a.jpg", "a cat")]
+    assert read_pairs(str(path)) == [
+        TrainingRow("x/a.jpg", "a dog"),
+        TrainingRow("x/a.jpg", "a cat"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -244,13 +251,13 @@ def test_a_tsv_of_another_layout(tmp_path: Path) -> None:
         read_pairs(str(tmp_path / "other.tsv"))
 
 
-def config(tmp_path: Path, *more: str) -> Config:
+def config(tmp_path: Path, *more: str) -> NegativesConfig:
     path = tmp_path / "rows.parquet"
     lists = [["far.jpg"], []]
     names = {"image": ["a.jpg", "b.jpg"], "caption": ["a dog", "a cat"], "negative_images": lists}
     pq.write_table(pa.table(names), path)
     options = ("--captions", str(path), "--out", str(tmp_path / "out.parquet"))
-    return parse(Config, [*options, *more])
+    return parse(NegativesConfig, [*options, *more])
 
 
 def test_all_problems_of_options_together(tmp_path: Path) -> None:
@@ -268,7 +275,7 @@ def test_all_problems_of_options_together(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--llm is for --kinds llm"):
         _check(config(tmp_path, "--llm", "org/name"))
     with pytest.raises(InputError, match="give --captions"):
-        _check(Config())
+        _check(NegativesConfig())
     with pytest.raises(InputError, match="kinds"):
         config(tmp_path, "--kinds", "rule")
 
@@ -302,7 +309,13 @@ def test_the_info_beside_the_file() -> None:
 
 
 def test_images_that_share_a_caption_are_no_negatives() -> None:
-    rows = [Row("a", "A dog."), Row("a", "x"), Row("b", "a dog"), Row("c", "y"), Row("d", "X")]
+    rows = [
+        TrainingRow("a", "A dog."),
+        TrainingRow("a", "x"),
+        TrainingRow("b", "a dog"),
+        TrainingRow("c", "y"),
+        TrainingRow("d", "X"),
+    ]
     assert _related(rows, ["a", "b", "c", "d"]) == [[0, 1, 3], [0, 1], [2], [0, 3]]
 
 
@@ -460,7 +473,7 @@ def test_answers_of_a_model_that_knows_some(tmp_path: Path) -> None:
     assert [line["text"] for line in found] == list(wanted.values())
     answers = {c: (line["text"], line["problem"]) for c, line in zip(wanted, found, strict=True)}
     rows, kinds, rejected = mine(
-        [Row("a.jpg", c) for c in wanted], {}, answers, {}, checker(TEMPLATE)
+        [TrainingRow("a.jpg", c) for c in wanted], {}, answers, {}, checker(TEMPLATE)
     )
     assert [len(row.negative_captions) for row in rows] == [1, 1, 0, 0, 1]
     assert kinds == [("llm",), ("llm",), (), (), ("llm",)]

@@ -16,10 +16,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from diffitm.evaluation import evaluate
-from diffitm.evaluation.evaluate import Evaluation, Row
+from diffitm.evaluation.evaluate import Evaluation, ResultRow
 from diffitm.report import charts, html, terminal
 from diffitm.report.published_figures import LABEL
-from diffitm.report.table import Line, cell, latex, make_table, markdown
+from diffitm.report.table import TableLine, cell, latex, make_table, markdown
 from diffitm.shapes.layouts import write_world
 from diffitm.store import pair_table
 from diffitm.store.score_store import Store, open_store
@@ -168,13 +168,13 @@ def test_phone(written: tuple[Path, Evaluation], tmp_path: Path) -> None:
     assert widths[0] <= widths[1]
 
 
-def a_row(**changed: Any) -> Row:
+def a_row(**changed: Any) -> ResultRow:
     known: dict[str, Any] = {
         "model": "sd", "task": "winoground", "group": "all", "metric": "image", "score": "normalised",
         "value": 0.25, "low": 0.2, "high": 0.3, "n": 400, "chance": 0.25,
         "protocol": "diffusionitm", "timesteps": 10,
     }  # fmt: skip
-    return Row(**(known | changed))
+    return ResultRow(**(known | changed))
 
 
 def test_published_figures_stand_beside_their_like_alone() -> None:
@@ -311,5 +311,5 @@ def test_labels_may_hold_anything(tmp_path: Path) -> None:
 
 def test_line_of_effects_is_no_share() -> None:
     row = a_row(unit="effect size")
-    assert not Line("t", "g", "m", 1, 0.0, {"a": row}).is_share
-    assert Line("t", "g", "m", 1, 0.0, {"a": None}).is_share
+    assert not TableLine("t", "g", "m", 1, 0.0, {"a": row}).is_share
+    assert TableLine("t", "g", "m", 1, 0.0, {"a": None}).is_share

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from diffitm.commands.candidates import Config, _beside, _check
+from diffitm.commands.candidates import CandidatesConfig, _beside, _check
 from diffitm.commands.stages.embed import GROUP, EmbedActor, located
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError
@@ -302,7 +302,7 @@ def test_bad_captions_files(tmp_path: Path, name: str, text: str, told: str) -> 
 def test_all_problems_at_once(tmp_path: Path) -> None:
     options = ["--captions", str(tmp_path / "none.json"), "--top-k", "1", "--out", "x_text.json"]
     with pytest.raises(InputError) as raised:
-        _check(parse(Config, [*options, "--images", str(tmp_path / "none")]))
+        _check(parse(CandidatesConfig, [*options, "--images", str(tmp_path / "none")]))
     told = str(raised.value)
     for part in ("give --clip", "no folder", "no file", "--top-k 1: must be at least 2", "--out"):
         assert part in told
@@ -328,14 +328,14 @@ def test_images_by_path_or_by_name(tmp_path: Path) -> None:
 
 
 def test_out_never_replaces_the_captions(tmp_path: Path) -> None:
-    from diffitm.commands.candidates import Config, _check
+    from diffitm.commands.candidates import CandidatesConfig, _check
 
     captions = tmp_path / "x_text.json"
     captions.write_text("{}")
     options = {"clip": "shapes", "images": str(tmp_path), "captions": str(captions)}
     with pytest.raises(InputError, match="would replace the captions file"):
-        _check(Config(**options, out=str(tmp_path / "x.json")))
-    _check(Config(**options, out=str(tmp_path / "y.json")))
+        _check(CandidatesConfig(**options, out=str(tmp_path / "x.json")))
+    _check(CandidatesConfig(**options, out=str(tmp_path / "y.json")))
 
 
 def test_way_from_the_data_root() -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffitm.commands.stages.score import Counter, ScoringActor, _Lines
+from diffitm.commands.stages.score import ScoringActor, ScoringCounter, _Lines
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.models.clip import resolve_clip
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.batching import TOLD, Batch
@@ -36,8 +36,8 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def works() -> list[Work]:
-    return [Work(i, f"{i}.png", TEXTS) for i in range(4)]
+def works() -> list[PairRow]:
+    return [PairRow(i, f"{i}.png", TEXTS) for i in range(4)]
 
 
 def limit(patch: pytest.MonkeyPatch, model: Any, name: str, most: int) -> list[int]:
@@ -187,7 +187,7 @@ class Remote:
     """A counter that is called as an actor is, in this process."""
 
     def __init__(self) -> None:
-        self.counter, self.add = Counter(), self
+        self.counter, self.add = ScoringCounter(), self
         self.remote = self.counter.add
 
 

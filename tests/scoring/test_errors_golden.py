@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.metrics.score import averaged, conditional_score, normalised_score
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.diffusion import DiffusionScorer
-from diffitm.scoring.noise_plan import Plan, plan_timesteps
-from diffitm.scoring.pair_errors import Errors, pair_errors
+from diffitm.scoring.noise_plan import NoisePlan, plan_timesteps
+from diffitm.scoring.pair_errors import PairErrors, pair_errors
 from tests.conftest import DATA
 
 Golden = dict[str, np.ndarray]
@@ -22,14 +22,14 @@ IMAGES = ("0_landscape_rgb.png", "1_portrait_rgb.png", "2_square128_rgb.png")
 
 
 @pytest.fixture(scope="module")
-def plan(golden: Golden) -> Plan:
-    return Plan(torch.from_numpy(golden["timesteps"]), torch.from_numpy(golden["noise"]))
+def plan(golden: Golden) -> NoisePlan:
+    return NoisePlan(torch.from_numpy(golden["timesteps"]), torch.from_numpy(golden["noise"]))
 
 
 @pytest.fixture(scope="module")
 def errors(
-    golden: Golden, golden_sd: StableDiffusion, golden_texts: list[str], plan: Plan
-) -> Errors:
+    golden: Golden, golden_sd: StableDiffusion, golden_texts: list[str], plan: NoisePlan
+) -> PairErrors:
     """All 3 images x (3 captions and the empty text), from pixels to errors."""
     latents = golden_sd.encode_images(torch.from_numpy(golden["pixels"]))
     return pair_errors(golden_sd, latents, golden_sd.encode_texts(golden_texts), plan, PAIRS)
@@ -57,7 +57,7 @@ def test_text_embeddings(
     close(golden_sd.encode_texts(golden_texts)["hidden"], golden["text_embeds"])
 
 
-def test_conditional_and_unconditional_errors(golden: Golden, errors: Errors) -> None:
+def test_conditional_and_unconditional_errors(golden: Golden, errors: PairErrors) -> None:
     l2, mse = errors.l2.view(3, 4, 10), errors.mse.view(3, 4, 10)
     close(l2[:, :3], golden["err_cond"])
     close(l2[:, 3], golden["err_uncond"])
@@ -66,7 +66,7 @@ def test_conditional_and_unconditional_errors(golden: Golden, errors: Errors) ->
     close(mse[:, 3], golden["mse_uncond"])
 
 
-def test_scores(golden: Golden, errors: Errors) -> None:
+def test_scores(golden: Golden, errors: PairErrors) -> None:
     mean = averaged(errors.l2.numpy().reshape(3, 4, 10))
     close(conditional_score(mean[:, :3]), golden["score_cond"])
     close(normalised_score(mean[:, :3], mean[:, 3:]), golden["score_rel"])
@@ -84,8 +84,8 @@ def test_batch_size_does_not_matter(
     golden: Golden,
     golden_sd: StableDiffusion,
     golden_texts: list[str],
-    plan: Plan,
-    errors: Errors,
+    plan: NoisePlan,
+    errors: PairErrors,
     batch_size: int,
 ) -> None:
     """Batches that cut through a pair's timesteps give the same errors, in any pair order."""
@@ -99,11 +99,11 @@ def test_batch_size_does_not_matter(
 
 
 def test_from_image_files(
-    golden: Golden, golden_sd: StableDiffusion, golden_texts: list[str], plan: Plan
+    golden: Golden, golden_sd: StableDiffusion, golden_texts: list[str], plan: NoisePlan
 ) -> None:
     """The scorer that actors run reaches the published errors from the image files themselves."""
     scorer = DiffusionScorer(golden_sd, plan, str(DATA / "golden_images"))
-    lines = scorer.score([Work(i, name, golden_texts) for i, name in enumerate(IMAGES)])
+    lines = scorer.score([PairRow(i, name, golden_texts) for i, name in enumerate(IMAGES)])
     assert [line["failure"] for line in lines] == [None] * 12
     found = np.array([line["l2"] for line in lines]).reshape(3, 4, 10)
     close(found[:, :3], golden["err_cond"])

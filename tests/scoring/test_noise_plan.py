@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffitm.core.errors import InputError
-from diffitm.scoring.noise_plan import Plan, make_plan, plan_timesteps, standard_noise
+from diffitm.scoring.noise_plan import NoisePlan, make_plan, plan_timesteps, standard_noise
 from diffitm.scoring.pair_errors import pair_errors
 from tests import tiny
 
@@ -108,14 +108,14 @@ def test_make_plan_joins_both() -> None:
 )
 def test_plan_rejects(timesteps: torch.Tensor, noise: torch.Tensor, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        Plan(timesteps, noise)
+        NoisePlan(timesteps, noise)
 
 
 def test_callers_own_timesteps_and_noise() -> None:
     """A predictor of zero shows the caller's noise as its error, at the caller's timesteps."""
     model = tiny.Fixed(tiny.schedule())
     noise = torch.stack([torch.full((2, 4, 4), 1.0), torch.full((2, 4, 4), -3.0)])
-    plan = Plan(torch.tensor([7, 900]), noise)
+    plan = NoisePlan(torch.tensor([7, 900]), noise)
     condition = model.encode_texts(["a"])
     found = pair_errors(model, torch.ones(1, 2, 4, 4), condition, plan, torch.tensor([[0, 0]]))
     assert found.elements == 32

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffitm.core.schema import Example, Work
+from diffitm.core.schema import Example, PairRow
 from diffitm.metrics.score import averaged, conditional_score, normalised_score
 from diffitm.models.loading import SHAPES, resolve
 from diffitm.scoring.noise_plan import plan_timesteps
@@ -55,7 +55,7 @@ def ours(root: str, examples: Sequence[Example]) -> dict[tuple[str, str], dict[s
     for example in examples:
         for image in example.images:
             texts.setdefault(image, [""]).extend(example.texts)
-    rows = [Work(i, image, list(dict.fromkeys(t))) for i, (image, t) in enumerate(texts.items())]
+    rows = [PairRow(i, image, list(dict.fromkeys(t))) for i, (image, t) in enumerate(texts.items())]
     steps = tuple(plan_timesteps("diffusionitm", COUNT))
     spec = DiffusionSpec(resolve("shapes"), root, "diffusionitm", steps)
     return {(line["image"], line["text"]): line for line in spec.build("cpu").score(rows)}

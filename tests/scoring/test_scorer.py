@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diffitm.core import images
-from diffitm.core.schema import SCORES, Work
+from diffitm.core.schema import SCORES, PairRow
 from diffitm.models.loading import resolve
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.diffusion import DiffusionScorer
@@ -38,8 +38,8 @@ def scorer(sd: StableDiffusion, root: Path, **options: Any) -> DiffusionScorer:
     return DiffusionScorer(sd, make_plan(STEPS, sd.latent_shape), str(root), **options)
 
 
-def works() -> list[Work]:
-    return [Work(i, f"images/{i}.png", TEXTS[i % 2 :]) for i in range(4)]
+def works() -> list[PairRow]:
+    return [PairRow(i, f"images/{i}.png", TEXTS[i % 2 :]) for i in range(4)]
 
 
 def by_pair(lines: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -81,11 +81,11 @@ def test_unreadable_images_fail_alone(sd: StableDiffusion, root: Path) -> None:
     (root / "images" / "empty.png").touch()
     (root / "images" / "page.png").write_text("<html>")
     rows = [
-        Work(7, "images/none.png", ["x", ""]),
+        PairRow(7, "images/none.png", ["x", ""]),
         *works()[:1],
-        Work(8, "images/empty.png", ["x"]),
-        Work(9, "images/page.png", ["x"]),
-        Work(10, "images/0.png#xywh=500,0,5,5", ["x"]),
+        PairRow(8, "images/empty.png", ["x"]),
+        PairRow(9, "images/page.png", ["x"]),
+        PairRow(10, "images/0.png#xywh=500,0,5,5", ["x"]),
     ]
     lines = by_pair(scorer(sd, root).score(rows))
     reasons = {pair: line["failure"] for pair, line in lines.items() if line["failure"]}
@@ -103,7 +103,7 @@ def test_unreadable_images_fail_alone(sd: StableDiffusion, root: Path) -> None:
 
 
 def test_only_unreadable_images(sd: StableDiffusion, root: Path) -> None:
-    lines = scorer(sd, root).score([Work(0, "a.png", ["x"]), Work(1, "b.png", ["y"])])
+    lines = scorer(sd, root).score([PairRow(0, "a.png", ["x"]), PairRow(1, "b.png", ["y"])])
     assert [line["failure"] for line in lines] == ["there is no such file"] * 2
 
 

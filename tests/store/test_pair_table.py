@@ -360,7 +360,7 @@ def test_pair_written_twice_counts_once_and_success_wins(tmp_path: Path) -> None
 # --- results
 
 
-def rows_by(evaluation: evaluate.Evaluation) -> dict[tuple[str, str, str], evaluate.Row]:
+def rows_by(evaluation: evaluate.Evaluation) -> dict[tuple[str, str, str], evaluate.ResultRow]:
     return {(row.group, row.metric, row.score): row for row in evaluation.rows}
 
 

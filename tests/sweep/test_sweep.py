@@ -18,8 +18,8 @@ from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
 from diffitm.distributed.tuner import stopper
 from diffitm.sweep.options import Kind, read_sweep
-from diffitm.sweep.result import Row, open_sweep, ranked, write_best, write_table
-from diffitm.sweep.score_settings import Errors, half_of, measure, parse_range
+from diffitm.sweep.result import TrialResult, open_sweep, ranked, write_best, write_table
+from diffitm.sweep.score_settings import TaskErrors, half_of, measure, parse_range
 from diffitm.sweep.space import Axis, describe, draw, grid, read_axis
 from diffitm.sweep.timestep_weights import Contrasts, learn
 from diffitm.tasks.base import RetrievalTask
@@ -170,7 +170,7 @@ class Choice(RetrievalTask):
         return iter(())
 
 
-def _table(errors: np.ndarray, seed: int = 0) -> Errors:
+def _table(errors: np.ndarray, seed: int = 0) -> TaskErrors:
     """An image and two texts an example, the first right; `errors` [n, 2, N]."""
     examples = [
         Example(id=str(i), images=(f"{i}.png",), texts=("a", "b"), direction="text", gold=0,
@@ -185,7 +185,7 @@ def _table(errors: np.ndarray, seed: int = 0) -> Errors:
     starts = np.arange(len(chosen))
     contrasts = Contrasts(chosen[:, 1] - chosen[:, 0], starts, folds, clusters[chooses])
     values = errors.reshape(-1, errors.shape[-1]).astype(np.float32)
-    return Errors(Choice(), examples, values, contrasts, chooses, clusters, {})
+    return TaskErrors(Choice(), examples, values, contrasts, chooses, clusters, {})
 
 
 def _errors(n: int, useful: list[int], steps: int, seed: int = 0) -> np.ndarray:
@@ -340,16 +340,19 @@ def test_keys_in_out_are_refused() -> None:
         run(read_sweep(KINDS, ["lambda", "out=s3://KEY:SECRET@bucket/x"]))
 
 
-def _row(number: int, accuracy: float | None, steps: int, **more: object) -> Row:
+def _row(number: int, accuracy: float | None, steps: int, **more: object) -> TrialResult:
     state = "failed" if accuracy is None else "done"
     timesteps, weights = list(range(steps)), [1 / steps] * steps
-    return Row({"number": number}, state, accuracy=accuracy, timesteps=timesteps,
+    return TrialResult({"number": number}, state, accuracy=accuracy, timesteps=timesteps,
                weights=weights, **more)  # fmt: skip
 
 
 def test_a_training_that_was_stopped_is_not_the_best() -> None:
     """At its end the other one may have fallen below it."""
-    rows = [Row({"lr": 1}, "stopped early", accuracy=0.58), Row({"lr": 2}, "done", accuracy=0.5)]
+    rows = [
+        TrialResult({"lr": 1}, "stopped early", accuracy=0.58),
+        TrialResult({"lr": 2}, "done", accuracy=0.5),
+    ]
     assert [row.setting["lr"] for row in ranked(rows, [Axis("lr", (1, 2))])] == [2, 1]
 
 
@@ -362,8 +365,10 @@ def test_the_best_comes_first_and_the_cheaper_of_equals() -> None:
 def test_table_and_best_setting_are_files_that_others_read(tmp_path: Path) -> None:
     axes = [Axis("lambda_", (0.5, 1.0))]
     rows = [
-        Row({"lambda_": 1.0}, "done", accuracy=0.6, base=0.5, step=8, curve=[[0, 0.5], [8, 0.6]]),
-        Row({"lambda_": 0.5}, "failed", failure="no images"),
+        TrialResult(
+            {"lambda_": 1.0}, "done", accuracy=0.6, base=0.5, step=8, curve=[[0, 0.5], [8, 0.6]]
+        ),
+        TrialResult({"lambda_": 0.5}, "failed", failure="no images"),
     ]
     table = pq.read_table(write_table(rows, axes, str(tmp_path))).to_pylist()
     assert [line["lambda"] for line in table] == [1.0, 0.5]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffitm.commands.gdbench import Config, run
+from diffitm.commands.gdbench import GdbenchConfig, run
 from diffitm.core.errors import InputError
 from diffitm.shapes.layouts import write_world
 from diffitm.tasks.base import Task
@@ -89,13 +89,13 @@ def test_absent_and_incomplete_files(world: Path, tmp_path: Path) -> None:
 def test_check_command(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A line a task, with where its files come from; refuses when a chosen task cannot run."""
     chosen = ["winoground", "clevr", "pets"]
-    run(Config(tasks=chosen, data=str(world), out=str(world / "out"), check=True))
+    run(GdbenchConfig(tasks=chosen, data=str(world), out=str(world / "out"), check=True))
     text = capsys.readouterr().out
     assert text.count(" ready ") == 3
     assert "all 3 tasks can run" in text
     (world / "clevr" / "captions" / "spatial.json").unlink()
     with pytest.raises(InputError, match="1 of 3 tasks cannot run: clevr"):
-        run(Config(tasks=chosen, data=str(world), out=str(world / "out"), check=True))
+        run(GdbenchConfig(tasks=chosen, data=str(world), out=str(world / "out"), check=True))
     text = capsys.readouterr().out
     assert "spatial.json" in text
     assert find_task("clevr").source in text
@@ -148,7 +148,7 @@ def test_task_of_an_installed_package(own: Path, tmp_path: Path) -> None:
 
 def test_own_task_beside_ours_needs_another_name(own: Path, world: Path) -> None:
     own.write_text(OWN_TASK.replace('name = "mine"', 'name = "clevr"'))
-    config = Config(model=["shapes"], tasks=["clevr", f"{own}:Mine"], data=str(world))
+    config = GdbenchConfig(model=["shapes"], tasks=["clevr", f"{own}:Mine"], data=str(world))
     with pytest.raises(InputError, match="two tasks have the name 'clevr'"):
         run(config)
 
@@ -157,7 +157,7 @@ def test_everything_missing_is_told_at_once(world: Path, tmp_path: Path) -> None
     """Before anything is scored, with the way out."""
     (world / "pets" / "classes.txt").unlink()
     (world / "clevr" / "captions" / "spatial.json").unlink()
-    config = Config(model=["shapes"], data=str(world), out=str(tmp_path / "out"))
+    config = GdbenchConfig(model=["shapes"], data=str(world), out=str(tmp_path / "out"))
     with pytest.raises(InputError) as raised:
         run(config)
     told = str(raised.value)
@@ -168,6 +168,6 @@ def test_everything_missing_is_told_at_once(world: Path, tmp_path: Path) -> None
 
 
 def test_all_stands_for_every_task(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(Config(data=str(world), out=str(world / "out"), check=True, tasks=["all", "clevr"]))
+    run(GdbenchConfig(data=str(world), out=str(world / "out"), check=True, tasks=["all", "clevr"]))
     assert f"all {len(TASKS)} tasks can run" in capsys.readouterr().out
     assert json.loads((world / "world.json").read_text())["scenes"] == 10

@@ -12,8 +12,8 @@ import pytest
 from diffitm.core import images
 from diffitm.training.crops import Views
 from diffitm.training.dataloader import Images, Loader
-from diffitm.training.rows import Row
-from diffitm.training.sampler import Schedule, images_in
+from diffitm.training.rows import TrainingRow
+from diffitm.training.sampler import BatchSampler, images_in
 from tests.tiny import write_image
 
 VIEW = Views(16, 8, 0.5)
@@ -31,14 +31,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def schedule() -> Schedule:
+def schedule() -> BatchSampler:
     count = STEPS * SIZE * MICRO
-    rows = [Row(f"{i}.png", "c", ("n",), (f"{count + i}.png",)) for i in range(count)]
-    return Schedule(rows, range(count), SIZE, MICRO, "hard-image", False, 0)
+    rows = [TrainingRow(f"{i}.png", "c", ("n",), (f"{count + i}.png",)) for i in range(count)]
+    return BatchSampler(rows, range(count), SIZE, MICRO, "hard-image", False, 0)
 
 
 def load(root: Path, rank: int, world: int, processors: float, start: int = 0) -> list[Any]:
-    job: Any = SimpleNamespace(root=str(root), plan=schedule, steps=STEPS, micro=MICRO)
+    job: Any = SimpleNamespace(
+        root=str(root), sampler=schedule, steps=STEPS, grad_accum_steps=MICRO
+    )
     return list(Loader(job, rank, world, VIEW, processors).steps(start))
 
 

@@ -27,12 +27,12 @@ from diffitm.models.clip_tokens import (
 )
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.loading import load_denoiser, resolve
-from diffitm.training.diva.options import Config, find_problems, micro_batch
+from diffitm.training.diva.options import DivaConfig, find_problems, micro_batch
 from diffitm.training.diva.recap import parse_recap
 from diffitm.training.diva.reconstructions import row_of_pictures, write_pictures
 from diffitm.training.diva.step import Diva, load_tower
 from diffitm.training.lora.step import Posterior
-from diffitm.training.run_folder import open_run, refusable
+from diffitm.training.run_folder import open_run, release_on_refusal
 from tests import tiny, tiny_clip
 from tests.tiny import write_dit, write_sd, write_sdxl
 
@@ -116,7 +116,7 @@ def test_every_kind_of_teacher(tmp_path: Path, kind: str) -> None:
     assert not torch.allclose(errors, found.errors(pixels, posterior, [1, 2, 3], blind=True))
     errors.mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in found.parameters)
-    first = Posterior(posterior.mean[:1], posterior.deviation[:1])
+    first = Posterior(posterior.mean[:1], posterior.std[:1])
     columns = row_of_pictures(found, pixels[:1], first, 1)
     assert all(c.shape == (3, 32, 32) and c.abs().max() <= 1 for c in columns)
 
@@ -140,7 +140,7 @@ def test_an_image_is_independent_of_its_batch(teacher: Denoiser) -> None:
     found = diva(teacher)
     pixels, posterior = batch(teacher)
     together = found.errors(pixels, posterior, [1, 2, 3])
-    alone = Posterior(posterior.mean[1:2], posterior.deviation[1:2])
+    alone = Posterior(posterior.mean[1:2], posterior.std[1:2])
     torch.testing.assert_close(found.errors(pixels[1:2], alone, [2])[0], together[1])
 
 
@@ -301,7 +301,7 @@ def test_pictures(teacher: Denoiser, tmp_path: Path) -> None:
     assert all(not np.array_equal(columns[i], columns[j]) for i in range(4) for j in range(i))
 
 
-GIVEN = Config(clip="shapes", teacher="shapes", data="shapes")
+GIVEN = DivaConfig(clip="shapes", teacher="shapes", data="shapes")
 
 
 @pytest.mark.parametrize(
@@ -356,9 +356,9 @@ PUBLISHED = {  # of the paper and its code: model, (weights, how the text is add
 
 
 def test_presets_hold_what_was_published() -> None:
-    assert Config.PRESETS.keys() == {"shapes", *PUBLISHED}
+    assert DivaConfig.PRESETS.keys() == {"shapes", *PUBLISHED}
     for name, (model, (tag, add), recap) in PUBLISHED.items():
-        config = parse(Config, ["--preset", name, "--data", "x"])
+        config = parse(DivaConfig, ["--preset", name, "--data", "x"])
         assert (config.clip, config.add_prompt, config.recap) == (f"{model}:{tag}", add, recap)
         assert config.teacher == "stabilityai/stable-diffusion-2-1-base"
         assert (config.prompt, config.crop_scale) == ("a photo of a .", 0.9)
@@ -370,9 +370,9 @@ def test_presets_hold_what_was_published() -> None:
 
 def test_presets_are_plain_parameters() -> None:
     """Each a set of options that the command line can give, too."""
-    for name, values in Config.PRESETS.items():
+    for name, values in DivaConfig.PRESETS.items():
         given = [] if "data" in values else ["--data", "x"]
-        config = parse(Config, ["--preset", name, *given])
+        config = parse(DivaConfig, ["--preset", name, *given])
         assert {key: getattr(config, key) for key in values} == values
         assert find_problems(config) == []
         model, _, tag = config.clip.partition(":")
@@ -385,7 +385,7 @@ def test_a_refused_run_leaves_its_folder_to_others(tmp_path: Path) -> None:
 
     def refused(settings: dict[str, Any]) -> None:
         open_run(out, settings)
-        with refusable(out):
+        with release_on_refusal(out):
             raise InputError("the recap does not fit")
 
     for recap in ("a", "b"):

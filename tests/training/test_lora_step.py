@@ -26,7 +26,7 @@ from torch import Tensor
 from diffitm.core import images, storage
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.evaluation import evaluate
 from diffitm.models.lora import lora_weights, merge_lora, read_lora, save_lora
 from diffitm.models.stable_diffusion import StableDiffusion
@@ -39,12 +39,12 @@ from diffitm.store.score_store import open_store
 from diffitm.tasks.registry import find_task
 from diffitm.training.latent_cache import CACHED, Cache
 from diffitm.training.lora.objectives import OBJECTIVES, Objective
-from diffitm.training.lora.options import Config, find_problems
+from diffitm.training.lora.options import FinetuneConfig, find_problems
 from diffitm.training.lora.step import Posterior, Tuner
-from diffitm.training.rows import Row, drop_equal, images_of, read_rows, texts_of, usable
+from diffitm.training.rows import TrainingRow, drop_equal, images_of, read_rows, texts_of, usable
 from diffitm.training.run_folder import open_run
-from diffitm.training.sampler import MIXED, Item, Schedule, draw_noise, seed_of
-from diffitm.training.tracking import Curves, track_problems, write_events
+from diffitm.training.sampler import MIXED, BatchSampler, Item, draw_noise, seed_of
+from diffitm.training.tracking import RunTracker, track_problems, write_events
 from diffitm.training.validation import credits
 from diffitm.training.webdataset import read_shards, shards
 from tests import tiny
@@ -65,10 +65,10 @@ def test_rows_of_the_negclip_layout(tmp_path: Path) -> None:
     )
     rows = read_rows(str(file))
     assert rows == [
-        Row("a.jpg", "a cup", ("a cup", "a cap"), ("b.jpg", "a.jpg")),
-        Row("b.jpg", "a dog", (), ("a.jpg",)),
+        TrainingRow("a.jpg", "a cup", ("a cup", "a cap"), ("b.jpg", "a.jpg")),
+        TrainingRow("b.jpg", "a dog", (), ("a.jpg",)),
     ]
-    kept = [Row("a.jpg", "a cup", ("a cap",), ("b.jpg",)), rows[1]]
+    kept = [TrainingRow("a.jpg", "a cup", ("a cap",), ("b.jpg",)), rows[1]]
     assert drop_equal(rows) == (kept, 2)
 
 
@@ -76,7 +76,7 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     table = {"image": ["a", None], "caption": ["x", "y"], "negative_captions": [["z"], None]}
     parquet.write_table(pa.table(table), tmp_path / "r.parquet")
     rows = read_rows(str(tmp_path / "r.parquet"))
-    assert rows == [Row("a", "x", ("z",)), Row("", "y")]
+    assert rows == [TrainingRow("a", "x", ("z",)), TrainingRow("", "y")]
     assert usable(rows, "random-text", "f") == ([0], Counter({"no image": 1}))
     with pytest.raises(
         InputError, match="f: no row is usable with --negatives mixed: 1 row: no im"
@@ -206,7 +206,11 @@ def test_shards_may_use_a_key_again(tmp_path: Path) -> None:
 
 def test_what_training_can_see() -> None:
     """Every image and text of the rows once, whatever their order; the empty text always."""
-    rows = [Row("c", "x", ("y",), ("b",)), Row("b", "y", ("w",), ("c", "d")), Row("", "y")]
+    rows = [
+        TrainingRow("c", "x", ("y",), ("b",)),
+        TrainingRow("b", "y", ("w",), ("c", "d")),
+        TrainingRow("", "y"),
+    ]
     for order in (rows, rows[::-1]):
         assert images_of(order) == ["b", "c", "d"]
         assert texts_of(order) == ["", "w", "x", "y"]
@@ -254,7 +258,7 @@ def test_trackers_get_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    curves = Curves(["wandb", "mlflow"], str(tmp_path), "key", {"lr": 1})
+    curves = RunTracker(["wandb", "mlflow"], str(tmp_path), "key", {"lr": 1})
     curves.add({"step": 5, "loss": 0.5})
     (written,) = (tmp_path / "tensorboard").iterdir()
     end = time.monotonic() + 20
@@ -281,7 +285,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
 
     run = SimpleNamespace(log=log, finish=lambda: shown.append(-1))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
-    curves = Curves(["wandb"], str(tmp_path), "key", {})
+    curves = RunTracker(["wandb"], str(tmp_path), "key", {})
     for step in range(3):
         curves.add({"step": step, "loss": 0.5})
     curves.close()
@@ -315,10 +319,12 @@ def test_trackers_that_are_not_there() -> None:
 # Draws -------------------------------------------------------------------------------------------
 
 
-def a_schedule(**more: Any) -> Schedule:
-    rows = [Row(f"{i}.jpg", f"c{i}", (f"n{i}", f"m{i}"), (f"{i}-x.jpg",)) for i in range(40)]
+def a_schedule(**more: Any) -> BatchSampler:
+    rows = [
+        TrainingRow(f"{i}.jpg", f"c{i}", (f"n{i}", f"m{i}"), (f"{i}-x.jpg",)) for i in range(40)
+    ]
     options = {"size": 4, "micro": 2, "negatives": "mixed", "per_example": False, "seed": 0}
-    return Schedule(rows, list(range(37)), **{**options, **more})
+    return BatchSampler(rows, list(range(37)), **{**options, **more})
 
 
 def test_an_epoch_sees_every_row_once() -> None:
@@ -413,7 +419,7 @@ def plain_error(model: StableDiffusion, p: Posterior, item: Item, i: int, text: 
     folder = model.unet.config._name_or_path.removesuffix("/unet")
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     drawn = draw_noise([item.seed], SHAPE, 1000)
-    z0 = p.mean[i : i + 1] + p.deviation[i : i + 1] * drawn.posterior
+    z0 = p.mean[i : i + 1] + p.std[i : i + 1] * drawn.posterior
     noised = scheduler.add_noise(z0, drawn.noise, drawn.timesteps)
     hidden = model.encode_texts([text])["hidden"].clone()
     predicted = model.unet(noised, drawn.timesteps, hidden).sample
@@ -524,7 +530,7 @@ def test_validation_equals_gdbench(tmp_path: Path, name: str) -> None:
     for example in examples:
         for image in example.images:
             pairs.setdefault(image, set()).update([*example.texts, ""])
-    work = [Work(i, image, sorted(texts)) for i, (image, texts) in enumerate(pairs.items())]
+    work = [PairRow(i, image, sorted(texts)) for i, (image, texts) in enumerate(pairs.items())]
     write_scores(store, scorer.score(work))
     rows = evaluate.evaluate({name: uri}, [store]).rows
     last = [row for row in rows if row.group == "all"][-1]
@@ -536,13 +542,15 @@ def test_validation_equals_gdbench(tmp_path: Path, name: str) -> None:
 
 def test_preset_and_lambda() -> None:
     """A preset's values are defaults; --lambda is a field although it is a keyword."""
-    config = parse(Config, ["--preset", "diffusionitm", "--batch-size", "8", "--lambda", "0.5"])
+    config = parse(
+        FinetuneConfig, ["--preset", "diffusionitm", "--batch-size", "8", "--lambda", "0.5"]
+    )
     assert (config.effective_batch, config.clip_over, config.epochs) == (112, "microbatch", 8)
     assert (config.batch_size, config.lambda_) == (8, 0.5)
-    soft = parse(Config, ["--preset", "softneg-sd15", "--data", "x"])
+    soft = parse(FinetuneConfig, ["--preset", "softneg-sd15", "--data", "x"])
     assert (soft.objective, soft.model[-4:]) == ("soft-neg", "v1-5")
     with pytest.raises(InputError, match="--preset nothing: must be one of diffusionitm"):
-        parse(Config, ["--preset", "nothing"])
+        parse(FinetuneConfig, ["--preset", "nothing"])
 
 
 def test_objectives_without_wrong_pairs_need_no_negatives() -> None:
@@ -551,12 +559,12 @@ def test_objectives_without_wrong_pairs_need_no_negatives() -> None:
     schedule = a_schedule(negatives="none")
     items = [item for batch in schedule.batches(0) for item in batch]
     assert all((i.negative_image, i.negative_caption) == (i.image, i.caption) for i in items)
-    rows = [Row("a.jpg", "x")]
+    rows = [TrainingRow("a.jpg", "x")]
     assert usable(rows, "none", "f") == ([0], Counter())
 
 
 def test_problems_are_told_together() -> None:
-    config = Config(
+    config = FinetuneConfig(
         lambda_=-1, lr=0, workers="3:2", ema=2, steps=0, objective="hardneg", effective_batch=30
     )
     told = "\n".join(find_problems(config))
@@ -571,4 +579,4 @@ def test_problems_are_told_together() -> None:
         "--steps 0: must be at least 1",
     ):
         assert part in told
-    assert "--lambda -1: must be 0 or more" in find_problems(Config(lambda_=-1))[-1]
+    assert "--lambda -1: must be 0 or more" in find_problems(FinetuneConfig(lambda_=-1))[-1]

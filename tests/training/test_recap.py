@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffitm.core.errors import InputError
 from diffitm.models.clip_tokens import join_tokens, project
-from diffitm.training.diva.options import Config
+from diffitm.training.diva.options import DivaConfig
 from diffitm.training.diva.recap import Recap, add_text, parse_recap
 from tests.conftest import DATA
 
@@ -40,7 +40,7 @@ def test_openai_condition() -> None:
     norm = nn.LayerNorm(16)
     norm.load_state_dict({k: golden(f"openai224_ln_post_{k}") for k in ("weight", "bias")})
     projected = project(golden("openai224_tokens"), norm, golden("openai224_proj"))
-    recap = parse_recap(Config.PRESETS["openai-224"]["recap"])
+    recap = parse_recap(DivaConfig.PRESETS["openai-224"]["recap"])
     indices = golden("openai224_indices")
     assert indices.shape[1] == recap.kept(256)
     torch.testing.assert_close(
@@ -51,18 +51,18 @@ def test_openai_condition() -> None:
 def test_siglip_condition() -> None:
     """The attention-pooled token, then 42 windows of 6, the last 4 tokens dropped."""
     joined = join_tokens(golden("siglip224_attn_pooled"), golden("siglip224_tokens"))
-    recap = parse_recap(Config.PRESETS["siglip-224"]["recap"])
+    recap = parse_recap(DivaConfig.PRESETS["siglip-224"]["recap"])
     torch.testing.assert_close(recap(joined), golden("siglip224_condition"), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_keep_the_published_number_of_tokens(preset: str) -> None:
     patches, kept = PRESETS[preset]
-    assert parse_recap(Config.PRESETS[preset]["recap"]).kept(patches) == kept
+    assert parse_recap(DivaConfig.PRESETS[preset]["recap"]).kept(patches) == kept
 
 
 def test_every_preset_is_known() -> None:
-    assert set(PRESETS) == set(Config.PRESETS) - {"shapes"}
+    assert set(PRESETS) == set(DivaConfig.PRESETS) - {"shapes"}
 
 
 @pytest.mark.parametrize(

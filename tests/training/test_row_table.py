@@ -13,13 +13,13 @@ from diffitm.core.errors import InputError
 from diffitm.distributed.trainer import hand_over
 from diffitm.training.image_pool import Paths
 from diffitm.training.row_table import TOGETHER, StoredRows, digest_of, write_rows
-from diffitm.training.rows import Row
-from diffitm.training.sampler import Schedule
+from diffitm.training.rows import TrainingRow
+from diffitm.training.sampler import BatchSampler
 
 ROWS = [
-    Row("a/\u00e9 #1.jpg", "a 'red' cup", ("a cap", ""), ("b.jpg",)),
-    Row("", "no image"),
-    Row("x.tar#bytes=3,4", "", (), ("c", "d")),
+    TrainingRow("a/\u00e9 #1.jpg", "a 'red' cup", ("a cap", ""), ("b.jpg",)),
+    TrainingRow("", "no image"),
+    TrainingRow("x.tar#bytes=3,4", "", (), ("c", "d")),
 ]
 
 
@@ -54,18 +54,18 @@ def test_other_rows_than_the_runs_are_refused(tmp_path: Path) -> None:
 
 def test_many_rows(tmp_path: Path) -> None:
     """More than are decoded at once; a job carries their place alone."""
-    paths: Sequence[Row] = Paths([f"{i:07}.jpg" for i in range(TOGETHER + 5)])
+    paths: Sequence[TrainingRow] = Paths([f"{i:07}.jpg" for i in range(TOGETHER + 5)])
     file = hand_over(str(tmp_path / "out"), paths, range(len(paths)))
     stored = StoredRows(file)
-    assert stored[TOGETHER + 4] == Row(f"{TOGETHER + 4:07}.jpg", "")
+    assert stored[TOGETHER + 4] == TrainingRow(f"{TOGETHER + 4:07}.jpg", "")
     assert len(stored.kept) == TOGETHER + 5
     assert len(pickle.dumps(file)) < 1000
 
 
 def test_a_schedule_of_stored_rows_is_that_of_the_rows(tmp_path: Path) -> None:
-    rows = [Row(f"{i}.jpg", f"c{i}", (f"n{i}",), (f"{i}-x.jpg",)) for i in range(30)]
+    rows = [TrainingRow(f"{i}.jpg", f"c{i}", (f"n{i}",), (f"{i}-x.jpg",)) for i in range(30)]
     kept = [i for i in range(30) if i % 7]
     stored = StoredRows(hand_over(str(tmp_path / "out"), rows, kept))
-    plain = Schedule(rows, kept, 4, 2, "mixed", False, 0)
+    plain = BatchSampler(rows, kept, 4, 2, "mixed", False, 0)
     read = replace(plain, rows=stored, kept=stored.kept)
     assert all(read.batches(step) == plain.batches(step) for step in range(6))

@@ -17,9 +17,9 @@ import torch
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.distributed.groups import BLOCKS_PER_ACTOR, run_groups
-from diffitm.distributed.session import Pool
+from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import Stage, run_stage, whole_files
 from diffitm.retrieval import exact_knn
 from diffitm.retrieval.candidate_lists import FOUND
@@ -70,7 +70,7 @@ class EmbedActor:
         return exact_knn.to_table(row, positions, truth, failures, values)
 
     def _images(self, names: list[str]) -> tuple[list[str | None], np.ndarray | None]:
-        rows = [Work(i, name, []) for i, name in enumerate(names)]
+        rows = [PairRow(i, name, []) for i, name in enumerate(names)]
         loaded = load_images(rows, self.root, self.clip.preprocess)
         good = [item.value for item in loaded if item.failure is None]
         failures = [item.failure for item in loaded]
@@ -120,7 +120,7 @@ def _lines(positions: np.ndarray, found: np.ndarray) -> Iterator[tuple[int, list
 
 def embed(
     work: str, kind: str, names: list[str], truth: list[list[int]],
-    source: ClipSource, root: str, pool: Pool,
+    source: ClipSource, root: str, pool: ActorPool,
 ) -> Gallery:  # fmt: skip
     """Embed all images or texts (`kind`) that are not embedded yet, below the folder `work`."""
     what = f"embedding {'images' if kind == 'image' else 'captions'}"
@@ -133,7 +133,7 @@ def embed(
 
 def search(
     what: str, name: str, queries: Gallery, gallery: Gallery, k: int, keep: int | None,
-    pool: Pool, block_size: int | None = None,
+    pool: ActorPool, block_size: int | None = None,
 ) -> str:  # fmt: skip
     """Search the k nearest of all queries that are not searched yet; the folder of what was found.
 

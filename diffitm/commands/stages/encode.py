@@ -13,11 +13,11 @@ from safetensors.torch import save
 
 from diffitm.core import storage
 from diffitm.core.provenance import fingerprint
-from diffitm.core.schema import Work
+from diffitm.core.schema import PairRow
 from diffitm.core.storage import join
 from diffitm.distributed.groups import run_groups, work_folder
-from diffitm.distributed.session import Pool
-from diffitm.models.loading import Source, load_denoiser
+from diffitm.distributed.session import ActorPool
+from diffitm.models.loading import ModelSource, load_denoiser
 from diffitm.scoring.diffusion import to_input
 from diffitm.scoring.scorer import load_images
 from diffitm.training.latent_cache import CACHED, ROWS_TOGETHER
@@ -31,7 +31,7 @@ AT_ONCE = {"image": 16, "text": 64}  # items of a forward
 class Encoder:
     """What an encoded image or text depends on, beside itself."""
 
-    source: Source
+    source: ModelSource
     variant: str | None
     dtype: str
     root: str
@@ -61,7 +61,7 @@ class EncodeActor:
     def _images(self, names: list[str]) -> list[tuple[bytes | None, str | None]]:
         """Mean and deviation of each image's latents."""
         model = self.denoiser
-        rows = [Work(i, name, []) for i, name in enumerate(names)]
+        rows = [PairRow(i, name, []) for i, name in enumerate(names)]
         loaded = load_images(
             rows, self.encoder.root, lambda image: to_input(image, model, self.encoder.resize)
         )
@@ -88,7 +88,7 @@ def encode(
     kind: str,
     names: list[str],
     encoder: Encoder,
-    pool: Pool,
+    pool: ActorPool,
     first: Callable[[], None] | None = None,
 ) -> str:
     """Encode the images or texts (`kind`) that are not encoded yet; the folder of all of them.
@@ -105,7 +105,7 @@ def encode(
     }
     if kind == "image":
         stamp = storage.stamp(encoder.root, sorted({name.split("#")[0] for name in names}))
-        root = storage.title(encoder.root)
+        root = storage.identity(encoder.root)
         settings |= {"root": root, "resize": encoder.resize, "files": stamp}
     what = "latents" if kind == "image" else "texts"
     folder = join(work_folder(out, f"cache-{what}", settings), "encoded")

@@ -27,7 +27,7 @@ from diffitm.datasets.image_fetch import (
     shards,
 )
 from diffitm.datasets.network import BrokenError, RefusedError
-from diffitm.datasets.options import Config
+from diffitm.datasets.options import DataConfig
 from diffitm.datasets.recipe import Download, ImageList
 from diffitm.datasets.status import Outcome
 from diffitm.datasets.unpack import STATE, UnsafeError, place
@@ -122,7 +122,7 @@ def fetch_batch(
     return pa.Table.from_pylist(lines, RESULT)
 
 
-class Tally:
+class FetchCounter:
     """An actor that adds up what the tasks report, for the progress lines."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class Tally:
         return self.counts
 
 
-def fetch_images(listing: ImageList, reach: Reach, config: Config) -> Outcome:
+def fetch_images(listing: ImageList, reach: Reach, config: DataConfig) -> Outcome:
     """Fetch the images of a list that are neither there nor known to be dead."""
     root = Path(reach.root)
     results = root / STATE / "images" / "results"
@@ -160,7 +160,7 @@ def fetch_images(listing: ImageList, reach: Reach, config: Config) -> Outcome:
 
 
 def _run_on_ray(
-    todo: list[tuple[str, str]], listing: ImageList, reach: Reach, config: Config, results: Path
+    todo: list[tuple[str, str]], listing: ImageList, reach: Reach, config: DataConfig, results: Path
 ) -> None:
     """Ray Data from a Parquet table of shards to Parquet results."""
     import ray
@@ -180,7 +180,7 @@ def _run_on_ray(
     free = max(0.5, ray.cluster_resources().get("CPU", 0) - SPARE_CPUS)
     tasks = max(1, min(config.connections // THREADS, len(groups), int(free * 4)))
     threads = min(THREADS, max(1, config.connections // tasks))
-    tally = ray.remote(num_cpus=0)(Tally).remote()
+    tally = ray.remote(num_cpus=0)(FetchCounter).remote()
     read = ray.data.read_parquet(str(work), override_num_blocks=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint
-from diffitm.evaluation.evaluate import Comparison, Evaluation, Row
+from diffitm.evaluation.evaluate import Comparison, Evaluation, ResultRow
 from diffitm.models.weight_cache import content_digest
 
 if TYPE_CHECKING:
-    from diffitm.distributed.session import Pool
+    from diffitm.distributed.session import ActorPool
     from diffitm.models.clip import ClipSource
     from diffitm.probes.mllm import Measured
 
@@ -100,7 +100,7 @@ def find_probes(
     return found
 
 
-def probe(probes: Sequence[Probe], clip: ClipSource, out: str, pool: Pool) -> list[str]:
+def probe(probes: Sequence[Probe], clip: ClipSource, out: str, pool: ActorPool) -> list[str]:
     """Measure what OUT does not hold yet; the files of all results.
 
     Raises InputError for what a probe finds wrong; results before that are kept.
@@ -158,7 +158,7 @@ def add_probes(evaluation: Evaluation, out: str, files: dict[str, list[str]]) ->
                 figures = {"metric": metric, "value": value, "low": low, "high": high}
                 figures["unit"] = "number" if found["raw"] else "share"
                 task = {"model": model, "task": found["task"], "score": SCORE, "protocol": SCORE}
-                evaluation.rows.append(Row(**shared, **figures, **task))
+                evaluation.rows.append(ResultRow(**shared, **figures, **task))
             if found["segmentation"] is not None:
                 kept.append((model, found["task"], found["segmentation"]))
     for one, two in itertools.combinations(kept, 2):

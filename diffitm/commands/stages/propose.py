@@ -12,7 +12,7 @@ from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint
 from diffitm.core.storage import join
 from diffitm.distributed.groups import run_groups, work_folder
-from diffitm.distributed.session import Pool
+from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import whole_files
 from diffitm.negatives import rules
 
@@ -40,7 +40,7 @@ ANSWERS = pa.schema(
 )
 
 
-def by_rule(out: str, captions: list[str], seed: int, pool: Pool) -> dict[str, dict[str, str]]:
+def by_rule(out: str, captions: list[str], seed: int, pool: ActorPool) -> dict[str, dict[str, str]]:
     """Captions by rule, caption -> kind -> text; what is made already lies below work/ beside `out`."""
     settings = {"version": VERSION, "captions": fingerprint(captions), "seed": seed}
     folder = join(work_folder(out, "negatives-rules", settings), "made")
@@ -84,7 +84,7 @@ class Question:
 
 
 def by_model(
-    out: str, captions: list[str], question: Question, batch_size: int | None, pool: Pool
+    out: str, captions: list[str], question: Question, batch_size: int | None, pool: ActorPool
 ) -> dict[str, tuple[str, str | None]]:
     """A language model's answers, caption -> text and problem; what is there already is kept.
 

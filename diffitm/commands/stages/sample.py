@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from diffitm.core.provenance import fingerprint
 from diffitm.distributed.groups import run_groups
-from diffitm.distributed.session import Pool
+from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import whole_files
 from diffitm.models.loading import load_denoiser
 from diffitm.scoring.specs import DiffusionSpec
@@ -71,7 +71,12 @@ def samples_folder(spec: DiffusionSpec, prompts: Sequence[str], how: Sampling) -
 
 
 def sample(
-    folder: str, name: str, spec: DiffusionSpec, prompts: Sequence[str], how: Sampling, pool: Pool
+    folder: str,
+    name: str,
+    spec: DiffusionSpec,
+    prompts: Sequence[str],
+    how: Sampling,
+    pool: ActorPool,
 ) -> None:
     """Generate the images of all prompts that the folder lacks."""
     run_groups(

@@ -11,12 +11,11 @@ import pyarrow as pa
 import ray
 
 from diffitm.core import storage
-from diffitm.core.schema import SCORES
-from diffitm.core.schema import Work as WorkRow
+from diffitm.core.schema import SCORES, PairRow
 from diffitm.distributed.actors import WorkerSpec
 from diffitm.distributed.metrics import Metrics, gpu_memory
 from diffitm.distributed.progress import REPORT_EVERY, Watch, clock
-from diffitm.distributed.session import Pool, standing, start_here
+from diffitm.distributed.session import ActorPool, standing, start_here
 from diffitm.distributed.stages import Build, checkpoint, in_rounds, read_rows, through_actors
 from diffitm.store.pair_table import remaining
 from diffitm.store.run_summary import Done
@@ -25,7 +24,7 @@ if TYPE_CHECKING:  # an actor imports this module, and its spec what else it nee
     from diffitm.scoring.batching import Batch
     from diffitm.scoring.specs import Spec
     from diffitm.store.score_store import Store
-    from diffitm.store.work_table import Work
+    from diffitm.store.work_table import OpenWork
 
 log = logging.getLogger("diffitm")
 # A block is what a kill costs an actor, and what moves the progress on.
@@ -35,7 +34,7 @@ BLOCKS_PER_ACTOR = 8
 PATIENCE = 20  # half seconds that the estimate waits for the other actors
 
 
-class Counter:
+class ScoringCounter:
     """Adds up what the actors report, for the progress lines."""
 
     def __init__(self) -> None:
@@ -65,7 +64,7 @@ class ScoringActor:
     def __call__(self, table: pa.Table) -> pa.Table:
         start = time.perf_counter()
         self.counter.add.remote(Done(begun=1))
-        rows = [WorkRow(**line) for line in table.select(["row", "image", "texts"]).to_pylist()]
+        rows = [PairRow(**line) for line in table.select(["row", "image", "texts"]).to_pylist()]
         lines = self.scorer.score(rows)
         self._tell(lines, start)
         return pa.Table.from_pylist(lines, SCORES)
@@ -90,12 +89,12 @@ class ScoringActor:
         self.metrics.add(done)
 
 
-def score(spec: Spec, work: Work, store: Store, pool: Pool) -> Done:
+def score(spec: Spec, work: OpenWork, store: Store, pool: ActorPool) -> Done:
     """Score the rows of the work table that the checkpoint does not hold yet.
 
     Raises whatever ended the run; every block written before stays and is not done again.
     """
-    start, counter = time.monotonic(), start_here(Counter)
+    start, counter = time.monotonic(), start_here(ScoringCounter)
     build = Build(ScoringActor, (spec, store.model), counter)
     rows = _block_rows(work, spec.cost, pool)
     lines = _Lines(store.model, work.pairs_left, spec.cost, pool.min_actors)
@@ -120,7 +119,7 @@ def score(spec: Spec, work: Work, store: Store, pool: Pool) -> Done:
     return replace(done, seconds=time.monotonic() - start)
 
 
-def _block_rows(work: Work, cost: int, pool: Pool) -> int:
+def _block_rows(work: OpenWork, cost: int, pool: ActorPool) -> int:
     """Rows of a block: enough blocks for every actor, none of them too long."""
     per_actor = -(-work.rows_left // (BLOCKS_PER_ACTOR * pool.min_actors))
     affordable = FORWARDS_PER_BLOCK * work.rows_left // (work.pairs_left * cost)

@@ -32,11 +32,11 @@ SHOWN = 6  # images of the picture
 
 def build(job: DivaJob, device: torch.device | str) -> tuple[LoadedClip, Diva]:
     """CLIP, and what trains its tower. Raises InputError if the parts cannot be loaded or do not fit."""
-    parts = load_clip(job.tower, device)
+    parts = load_clip(job.clip, device)
     teacher = load_denoiser(job.source, job.dtype, str(device), job.variant)
     return parts, Diva(
         parts.model,
-        job.tower.name,
+        job.clip.name,
         teacher,
         job.recap,
         job.prompt,
@@ -60,9 +60,9 @@ class DivaRun(Run):
         self.passes = job.repeats
         self.cache = Cache(job.latents) if job.latents else None
         cached = self.cache is not None
-        view = Views(self.diva.teacher.resolution, self.diva.side, job.crop, both=not cached)
+        view = Views(self.diva.teacher.resolution, self.diva.side, job.crop_scale, both=not cached)
         tower, projection = self.diva.parts()
-        rates = [(tower, job.rate), (projection, job.projection_rate)]
+        rates = [(tower, job.lr), (projection, job.projection_lr)]
         self.begin(rates, Loader(job, self.rank, self.world, view, self.processors))
         self.held: list[tuple[int, list[np.ndarray]]] | None = None
 
@@ -128,7 +128,7 @@ class DivaRun(Run):
         kinds = (False, True) if self.progress.step == 0 else (False,)
         sums = [0.0, *(0.0 for _ in kinds)]
         views = self._held()
-        size = self.job.size
+        size = self.job.micro_batch_size
         for begin in range(0, len(views), size):
             numbers, squares = zip(*views[begin : begin + size], strict=True)
             posterior = self._posterior([pair[0] for pair in squares])
@@ -150,8 +150,8 @@ class DivaRun(Run):
         if self.held is None:
             view = Views(self.diva.teacher.resolution, self.diva.side, 1.0)
             self.held = []
-            for number in range(self.rank, len(self.job.held), self.world):
-                path = self.job.held[number]
+            for number in range(self.rank, len(self.job.held_out), self.world):
+                path = self.job.held_out[number]
                 try:
                     image, _ = images.load(self.job.root, path)
                     self.held.append((number, view(image, 0)))

@@ -40,7 +40,7 @@ class LoraRun(Run):
         else:
             view = Whole(denoiser.resolution, job.resize)
             loader = Loader(job, self.rank, self.world, view, self.processors)
-        self.begin([(self.tuner.parameters, job.rate)], loader)
+        self.begin([(self.tuner.parameters, job.lr)], loader)
 
     def losses(
         self, items: list[Item], found: dict[str, Any]
@@ -57,7 +57,7 @@ class LoraRun(Run):
             return Posterior(mean.clone()[rows], deviation.clone()[rows])
 
         made = self.tuner.losses(items, pick(right), pick(wrong) if wrong != right else None)
-        yield made.loss, (made.loss.detach(), made.right, made.contrast, made.held)
+        yield made.loss, (made.loss.detach(), made.right, made.contrast, made.clipped_share)
 
     def _posteriors(self, images: list[Any]) -> tuple[Tensor, Tensor]:
         """Mean and deviation of latents [N, C, h, w], of pixels or as they were cached."""

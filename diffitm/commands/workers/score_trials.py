@@ -7,16 +7,16 @@ from typing import Any
 from ray import tune
 
 from diffitm.core import storage
-from diffitm.sweep.score_settings import Errors, measure
+from diffitm.sweep.score_settings import TaskErrors, measure
 
 Key = tuple[str, str, str, str]  # model, LoRA, protocol, kind of error
-Table = tuple[list[int], list[Errors]]  # timesteps, and the tasks' errors at them
+Table = tuple[list[int], list[TaskErrors]]  # timesteps, and the tasks' errors at them
 
 
 def score_trial(config: dict[str, Any], fixed: dict[str, Any], tables: dict[Key, Table]) -> None:
     """Tell what a setting reaches."""
     values = {**fixed, **config["setting"]}
-    names = storage.title(values["model"]), storage.title(values["lora"])
+    names = storage.identity(values["model"]), storage.identity(values["lora"])
     timesteps, errors = tables[*names, values["protocol"], values["error"]]
     found = measure(errors, timesteps, values["number"], values["range"], values["weighting"])
     tune.report({**found, "finished": True})

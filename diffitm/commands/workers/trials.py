@@ -16,8 +16,8 @@ from diffitm.core.config import make
 from diffitm.core.errors import Incomplete
 from diffitm.core.provenance import fingerprint
 from diffitm.distributed.monitor import Line
-from diffitm.training.diva.options import Config as DivaConfig
-from diffitm.training.lora.options import Config as FinetuneConfig
+from diffitm.training.diva.options import DivaConfig
+from diffitm.training.lora.options import FinetuneConfig
 
 
 def trial_config(kind: str, fixed: dict[str, Any], setting: dict[str, Any], folder: str) -> Any:
@@ -33,7 +33,7 @@ def trial_config(kind: str, fixed: dict[str, Any], setting: dict[str, Any], fold
     return make(FinetuneConfig if kind == "lambda" else DivaConfig, values)
 
 
-class Told:
+class ValidationReporter:
     """Passes validations on to Tune: the mean accuracy of the tasks at each, but for the one at `end`,
     after which nothing is left to stop. `best`: a training's result is its best weights, so its value
     is the best accuracy so far, else the last one."""
@@ -77,14 +77,14 @@ def train_trial(
     if own:
         trial = f"{storage.name(config.out)}-{tune.get_context().get_trial_id()}"
         config = replace(config, out=storage.join(folder, trial))
-    told = Told(kind == "lambda", config.steps or steps)
+    told = ValidationReporter(kind == "lambda", config.steps or steps)
     unread = None
     try:
         (finetune.run if kind == "lambda" else diva.run)(config, told)
     except Incomplete as error:
         unread = str(error)
     lines = [json.loads(s) for s in storage.read_text(storage.join(config.out, LOG)).splitlines()]
-    whole = Told(told.best, told.end)
+    whole = ValidationReporter(told.best, told.end)
     for line in lines:
         whole.add(line)
     tune.report(whole.metrics(finished=True, folder=config.out, unread=unread))

@@ -31,7 +31,7 @@ def _preset(clip: str, recap: str, add: str = "mean") -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Config(Shared):
+class DivaConfig(Shared):
     """Options of pipelines/diva.py."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -115,7 +115,7 @@ class Config(Shared):
     validation_examples: int = option(300, "examples of each, evenly spread")
 
 
-def micro_batch(config: Config) -> int:
+def micro_batch(config: DivaConfig) -> int:
     """Images of a micro-batch: as many as --batch-size allows, as divide an update, and as leave the most
     workers one each."""
     _, workers = span(config.workers)
@@ -123,7 +123,7 @@ def micro_batch(config: Config) -> int:
     return next(n for n in range(most, 0, -1) if config.effective_batch % n == 0)
 
 
-def find_problems(config: Config) -> list[str]:
+def find_problems(config: DivaConfig) -> list[str]:
     """What is wrong with the options, all of it."""
     examples = {"clip": "shapes", "teacher": "shapes", "data": "shapes"}
     found = lacking(config, examples)

@@ -134,15 +134,15 @@ class Diva:
         if at is not None:
             steps = torch.full_like(steps, at)
         noise = drawn.noise.to(device)
-        mean, deviation = posterior.mean.to(device), posterior.deviation.to(device)
-        latents = mean + deviation * drawn.posterior.to(device)
+        mean, std = posterior.mean.to(device), posterior.std.to(device)
+        latents = mean + std * drawn.posterior.to(device)
         noised = schedule.add_noise(latents, noise, steps)
         return noised, steps, schedule.target(latents, noise, steps)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """CLIP's input, float32, of uint8 [B, 3, H, W]."""
-        mean, deviation = self.normal
-        return (pixels.to(self.teacher.device).float() / CLIP_SCALE - mean) / deviation
+        mean, std = self.normal
+        return (pixels.to(self.teacher.device).float() / CLIP_SCALE - mean) / std
 
     def weights(self) -> dict[str, Tensor]:
         """Tower and projection, by name."""
@@ -170,10 +170,10 @@ def load_tower(clip: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _normalisation(tower: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [3, 1, 1] of the images that the tower was trained on."""
+    """Mean and std [3, 1, 1] of the images that the tower was trained on."""
     found: Any = tower.preprocess_cfg
-    mean, deviation = (torch.tensor(found[key], device=device) for key in ("mean", "std"))
-    return mean.view(3, 1, 1), deviation.view(3, 1, 1)
+    mean, std = (torch.tensor(found[key], device=device) for key in ("mean", "std"))
+    return mean.view(3, 1, 1), std.view(3, 1, 1)
 
 
 def _width_and_patches(tower: nn.Module, side: int, device: torch.device) -> tuple[int, int]:

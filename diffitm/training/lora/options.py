@@ -12,7 +12,7 @@ from diffitm.training.options import Shared, shared_problems
 
 
 @dataclass(frozen=True)
-class Config(Shared):
+class FinetuneConfig(Shared):
     """Options of pipelines/finetune.py."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -83,7 +83,7 @@ class Config(Shared):
     validation_timesteps: int = option(4, "timesteps of a validation score")
 
 
-def find_problems(config: Config) -> list[str]:
+def find_problems(config: FinetuneConfig) -> list[str]:
     """What is wrong with the options, all of it."""
     found = lacking(config, {"model": "shapes", "data": "shapes"})
     try:

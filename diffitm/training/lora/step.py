@@ -21,10 +21,10 @@ TEXT_BATCH = 64
 
 @dataclass(frozen=True)
 class Posterior:
-    """Mean and deviation of latents, [B, C, h, w] each."""
+    """Mean and std of latents, [B, C, h, w] each."""
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Losses:
     loss: Tensor
     right: Tensor
     contrast: Tensor
-    held: Tensor
+    clipped_share: Tensor
 
 
 class Tuner:
@@ -109,8 +109,8 @@ class Tuner:
 
     def _latents(self, posterior: Posterior, noise: Tensor) -> Tensor:
         device = self.denoiser.device
-        mean, deviation = posterior.mean.to(device), posterior.deviation.to(device)
-        return mean + deviation * noise.to(device)
+        mean, std = posterior.mean.to(device), posterior.std.to(device)
+        return mean + std * noise.to(device)
 
     def _errors(
         self, latents: Tensor, texts: list[str], at: Tensor, noise: Tensor
