@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
 
-.PHONY: demo sweep-demo test test-slow test-long lint clean
+.PHONY: demo sweep-demo test test-slow test-long lint rooms clean
 
 demo: $(READY)
 	$(BIN)/python pipelines/gdbench.py --model shapes --clip shapes --data shapes --out out/demo
@@ -28,6 +28,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python tools/rooms.py --check
+
+rooms: $(READY)
+	$(BIN)/python tools/rooms.py --write
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffitm needs Python 3.11 or newer")'

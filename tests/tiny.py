@@ -30,8 +30,8 @@ from diffitm.core import storage
 from diffitm.core.schema import SCORES
 from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.noise_schedule import NoiseSchedule
-from diffitm.shapes.architecture import LENGTH, write_tokenizer
 from diffitm.store.score_store import Store
+from tools.shapes.architecture import LENGTH, write_tokenizer
 
 WIDTH = 32
 POOLED = 24

@@ -1,1 +1,1 @@
-"""The applications: options to stages to report, one file a command."""
+"""The applications, a file a command: options, stages (of actors), workers (of trainings)."""

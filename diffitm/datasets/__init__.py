@@ -1,1 +1,1 @@
-"""Fetching the published data: what there is, one safe download, safe unpacking."""
+"""What is fetched of the published data, and how: one safe download, safe unpacking."""

@@ -1,1 +1,1 @@
-"""The only place that imports ray."""
+"""Ray, and nothing else: it knows no task, no model family and no command."""

@@ -1,1 +1,1 @@
-"""From the store to figures."""
+"""Stored scores to figures, tests between models and diagnostics."""

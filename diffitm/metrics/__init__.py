@@ -1,1 +1,1 @@
-"""Credits of decisions, means with intervals, paired tests. numpy and scipy."""
+"""Numbers to numbers: the score of errors, credits of decisions, figures, intervals, paired tests."""

@@ -1,1 +1,1 @@
-"""Diffusion models behind one contract, and CLIP."""
+"""Networks and weights, one file a family: diffusion models behind one contract, CLIP, language models."""

@@ -1,1 +1,1 @@
-"""Hard negative captions: by rule, from proposals, and merged into rows."""
+"""Hard negative captions: by rule, from proposals, merged into rows."""

@@ -1,1 +1,1 @@
-"""Results as people look at them."""
+"""Figures as people look at them: terminal, tables, charts, one HTML page."""

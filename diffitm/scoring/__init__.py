@@ -1,1 +1,1 @@
-"""One (image, text) pair to its errors or its similarity: pure torch, what an actor runs."""
+"""Rows of the pair table to errors or similarities: noise, batches, scorers. Pure torch, without Ray."""

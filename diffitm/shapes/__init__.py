@@ -1,1 +1,1 @@
-"""The embedded default: a small world of drawn scenes and tiny models trained on it."""
+"""The embedded default: a small world of drawn scenes, and tiny models trained on it."""

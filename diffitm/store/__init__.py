@@ -1,1 +1,1 @@
-"""The table between models and tasks: pairs, scores, what is still missing, and the join back to examples."""
+"""The table between models and tasks: pairs, scores, what is still missing, the join back to examples."""

@@ -1,1 +1,1 @@
-"""Sweeps over settings: what is turned, what comes out. Without Ray; diffitm/distributed runs them."""
+"""What a sweep turns and what comes out of it."""

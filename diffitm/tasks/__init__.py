@@ -1,1 +1,1 @@
-"""Benchmarks: one file each, from the published files to examples."""
+"""Benchmarks, one file each: from published files to examples and their credits."""

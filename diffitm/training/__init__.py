@@ -1,1 +1,1 @@
-"""Objectives and update steps of tuning, pure torch."""
+"""What a tuning is made of, without a loop: rows, draws, objectives and update steps (lora/, diva/)."""

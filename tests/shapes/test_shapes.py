@@ -14,7 +14,6 @@ from PIL import Image
 from diffitm.core import images
 from diffitm.models import loading
 from diffitm.shapes import language, layouts
-from diffitm.shapes.architecture import LENGTH, write_tokenizer
 from diffitm.shapes.drawing import World
 from diffitm.shapes.language import PLACES, RELATIONS, Caption, Mention, full
 from diffitm.shapes.world import (
@@ -29,6 +28,7 @@ from diffitm.shapes.world import (
 )
 from diffitm.tasks.aro import VgRelation
 from diffitm.tasks.registry import find_task
+from tools.shapes.architecture import LENGTH, write_tokenizer
 
 WEIGHTS = loading.SHAPES
 MAX_WEIGHTS = 12 * 2**20

@@ -1,4 +1,4 @@
-"""Train the embedded default: `python -m diffitm.shapes.train --work DIR`.
+"""Train the embedded default: `python -m tools.shapes.train --work DIR`.
 
 Stages, each resumed from its own checkpoint in the work folder: the VAE; CLIP; the text encoder and
 U-Net on the VAE's cached latents; then the export as fp16 safetensors in the standard layouts. What a
@@ -30,11 +30,12 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTokenizer
 
-from diffitm.shapes import architecture as arch
+from diffitm import shapes
 from diffitm.shapes.language import training_caption
 from diffitm.shapes.world import render, sample_scene
+from tools.shapes import architecture as arch
 
-log = logging.getLogger("diffitm.shapes.train")
+log = logging.getLogger("tools.shapes.train")
 SEED = 20
 CAPTIONS = 6
 STEPS = {"vae": 5000, "clip": 1200, "diffusion": 5500}
@@ -285,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(tempfile.gettempdir()) / "diffitm-shapes"
     parser.add_argument("--work", type=Path, default=default, help="checkpoints and cached data")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
+    parser.add_argument("--out", type=Path, default=Path(shapes.__file__).parent / "weights")
     parser.add_argument("--processes", type=int, default=2, help="one-thread gloo processes")
     parser.add_argument("--scenes", type=int, default=40000)
     parser.add_argument(

@@ -1,6 +1,6 @@
 """The shapes world as a contact sheet: an example of every task, read by the tasks' own readers.
 
-`python -m diffitm.shapes.sheet sheet.png` draws a world of its own; `--data DIR` takes one that
+`python -m tools.shapes.sheet sheet.png` draws a world of its own; `--data DIR` takes one that
 `diffitm.shapes.layouts` wrote, or any other data root.
 """
 
