@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Else the first ray.init of this process turns token mode on for all that follow, of which the pipelines that
+# join a test's cluster know nothing. Pipelines themselves run with Ray's default.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import numpy as np
 import pytest

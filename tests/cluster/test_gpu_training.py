@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import ray
+import ray.train
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from diffitm.commands import finetune
 from diffitm.core.config import make
 from diffitm.core.errors import InputError
 from diffitm.distributed.capacity import Capacity
-from diffitm.distributed.monitor import Line
 from diffitm.training.lora.options import FinetuneConfig
 from tests import pipeline
 
@@ -38,7 +38,8 @@ FLAG = "DIFFITM_TEST_ON_PROCESSORS"
 
 
 def processors_for_gpus() -> None:
-    """In a worker: whatever Ray gave it, it trains on the processor while the file named by FLAG is there."""
+    """In a worker: whatever Ray gave it, it trains on the processor while the file named by FLAG is there.
+    What it was given is told beside that file."""
     from diffitm.distributed import devices
 
     choose = devices.choose_device
@@ -46,7 +47,10 @@ def processors_for_gpus() -> None:
     def choose_processor() -> object:
         import torch
 
-        return torch.device("cpu") if Path(os.environ[FLAG]).exists() else choose()
+        flag = Path(os.environ[FLAG])
+        rank = ray.train.get_context().get_world_rank()
+        (flag.parent / f"worker-{rank}").write_text(str(ray.get_gpu_ids()))
+        return torch.device("cpu") if flag.exists() else choose()
 
     devices.choose_device = choose_processor  # type: ignore[assignment]
 
@@ -72,16 +76,12 @@ def flag(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_each_worker_takes_a_gpu(flag: Path, tmp_path: Path) -> None:
-    """Without a word, where the cluster has any; none is free while they train."""
-    free: list[float] = []
-
-    def listen(line: Line) -> None:
-        free.append(ray.available_resources().get("GPU", 0.0))
-
-    finetune.run(make(FinetuneConfig, {**SMALL, "out": str(tmp_path / "out")}), listen)
+    """Without a word, where the cluster has any: one of its own."""
+    finetune.run(make(FinetuneConfig, {**SMALL, "out": str(tmp_path / "out")}))
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-    assert len(free) == 3 and free[0] == 0.0
+    given = sorted((flag.parent / f"worker-{rank}").read_text() for rank in range(GPUS))
+    assert given == ["[0]", "[1]"]
 
 
 def until(condition: Callable[[], bool]) -> None:
