@@ -1,16 +1,20 @@
-"""What lies beside the scores and comes into the report: images, a training's log and picture, probes."""
+"""What a run reports on, as run.json keeps it: examples, stores, and what lies beside the scores."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.store.score_store import Store, read_store
 
 log = logging.getLogger("diffitm")
 LOG = "log.jsonl"
+RUN = "run.json"
 
 
 class RunArtifacts(NamedTuple):
@@ -29,6 +33,57 @@ class RunArtifacts(NamedTuple):
         return self._asdict() | public
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """What a report is made of: the examples' files by task, the stores, the data root (`drawn`: it is
+    the shapes world)."""
+
+    out: str
+    examples: dict[str, str]
+    stores: list[Store]
+    root: str
+    drawn: bool
+    artifacts: RunArtifacts
+    provenance: dict[str, Any]
+
+    def write(self) -> None:
+        """What --report-only needs to find; from here on it reports on this run."""
+        note = {
+            "examples": {task: storage.name(uri) for task, uri in self.examples.items()},
+            "stores": [store.name for store in self.stores],
+            # Below OUT it moves with OUT.
+            "root": storage.below(self.root, self.out),
+            "drawn": self.drawn,
+            **self.artifacts.noted(),
+            "provenance": self.provenance,
+        }
+        storage.write_text(storage.join(self.out, RUN), json.dumps(note, indent=2))
+
+
+def read_record(out: str) -> RunRecord:
+    """The record of the last run at OUT. Raises InputError where there is none."""
+    path = storage.join(out, RUN)
+    try:
+        note = json.loads(storage.read_text(path))
+    except FileNotFoundError:
+        raise InputError(f"--report-only: {out} holds no run; give the --out of one") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"--report-only: {path} cannot be read: {error}") from error
+    root = note["root"]
+    below = "://" not in root and not root.startswith("/")
+    return RunRecord(
+        out=out,
+        examples={
+            task: storage.join(out, "examples", name) for task, name in note["examples"].items()
+        },
+        stores=[read_store(storage.join(out, "scores", name)) for name in note["stores"]],
+        root=storage.join(out, root) if below else root,
+        drawn=note["drawn"],
+        artifacts=RunArtifacts(*(note.get(name, {}) for name in RunArtifacts._fields)),
+        provenance=note["provenance"],
+    )
+
+
 def log_of(lora: str) -> str:
     """Where finetune.py leaves the log of a LoRA: beside it or, of last/, above."""
     folder = storage.parent(lora)
@@ -36,30 +91,30 @@ def log_of(lora: str) -> str:
     return above if storage.name(folder) == "last" else storage.join(folder, LOG)
 
 
-def read_pictures(beside: RunArtifacts) -> dict[str, bytes]:
+def read_pictures(artifacts: RunArtifacts) -> dict[str, bytes]:
     """Model -> the PNG that diva.py left beside it, where there is one."""
-    found = {}
-    for name, uri in beside.pictures.items():
+    pictures = {}
+    for name, uri in artifacts.pictures.items():
         with contextlib.suppress(OSError):
-            found[name] = storage.read_bytes(uri)
-    return found
+            pictures[name] = storage.read_bytes(uri)
+    return pictures
 
 
-def read_images(out: str, beside: RunArtifacts) -> dict[str, dict[str, list[bytes]]]:
+def read_images(out: str, artifacts: RunArtifacts) -> dict[str, dict[str, list[bytes]]]:
     """Model -> prompt -> PNGs."""
     from diffitm.commands.stages.sample import read_samples
 
-    folders = {name: storage.join(out, folder) for name, folder in beside.samples.items()}
+    folders = {name: storage.join(out, folder) for name, folder in artifacts.samples.items()}
     return {name: read_samples(f) for name, f in folders.items() if storage.exists(f)}
 
 
-def read_curves(beside: RunArtifacts) -> dict[str, list[dict[str, float]]]:
+def read_curves(artifacts: RunArtifacts) -> dict[str, list[dict[str, float]]]:
     """Model -> lines of its training's log, where there is one that a training wrote."""
-    found = {}
-    for name, uri in beside.logs.items():
+    curves = {}
+    for name, uri in artifacts.logs.items():
         try:
             lines = [json.loads(line) for line in storage.read_text(uri).splitlines()]
-            found[name] = [{"step": int(line["step"]), **line} for line in lines]
+            curves[name] = [{"step": int(line["step"]), **line} for line in lines]
         except (OSError, ValueError, TypeError, KeyError):
             log.info("%s: no training curves, %s is not there or not ours", name, uri)
-    return found
+    return curves

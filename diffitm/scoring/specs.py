@@ -36,6 +36,11 @@ class DiffusionSpec:
     batch_size: int = 64
 
     @property
+    def label(self) -> str:
+        """The model's name in tables, with its LoRA file as typed."""
+        return self.source.name + (f" + {self.lora_name}" if self.lora_name else "")
+
+    @property
     def cost(self) -> int:
         """Forwards of the U-Net a pair."""
         return len(self.timesteps)
@@ -77,6 +82,11 @@ class ClipSpec:
     root: str
     batch_size: int = 64
     cost = 1
+
+    @property
+    def label(self) -> str:
+        """The model's name in tables."""
+        return f"CLIP {self.source.name}"
 
     def store_config(self) -> dict[str, Any]:
         """Everything that a score depends on."""

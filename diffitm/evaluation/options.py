@@ -1,0 +1,174 @@
+"""Options of the main pipeline, and what is wrong with them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from diffitm.core.config import OnRay, option
+from diffitm.core.errors import InputError
+from diffitm.models.lora import lora_file
+from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.tasks.registry import TASKS, find_task
+
+TRAINED = 1000  # timesteps that diffusion models are trained with, and slices of the noise table
+MOST = 2**63  # what a generator takes as a seed, and far beyond any sane number
+
+
+@dataclass(frozen=True)
+class GdbenchConfig(OnRay):
+    """Options of pipelines/gdbench.py."""
+
+    model: list[str] = option(
+        [], "diffusion models: shapes, a diffusers folder (or URI of one) or a Hub id"
+    )
+    clip: list[str] = option(
+        [], "CLIP baselines: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs"
+    )
+    tasks: list[str] = option(
+        ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"
+    )
+    data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
+    out: str = option("out/gdbench", "folder or URI for scores, results and the report")
+    protocol: Literal["diffusionitm", "paper", "diffusion-classifier"] = option(
+        "diffusionitm", "how timesteps and noise are chosen"
+    )
+    timesteps: list[int] = option(
+        [10], "how many timesteps to ask the protocol for; several are compared"
+    )
+    timestep_list: list[int] = option(
+        [], "these timesteps instead of the protocol's, such as a sweep's best"
+    )
+    timestep_weights: list[float] = option(
+        [],
+        "their weights in a score, such as those that a sweep has learned (default: all the same)",
+    )
+    seed: int = option(0, "seed of the noise (and of the timesteps of 'paper')")
+    error: Literal["auto", "l2", "mse", "l1", "huber"] = option(
+        "auto", "error that is averaged; auto: l2 norm for diffusionitm, mse otherwise"
+    )
+    resize: Literal["auto", "squash", "crop"] = option(
+        "auto", "squash to a square, or crop the centre; auto: crop for diffusion-classifier"
+    )
+    latents: Literal["mean", "sample"] = option("mean", "posterior mean, or one seeded sample")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto: fp16 on a GPU, else fp32"
+    )
+    variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
+    lora: list[str] = option(
+        [],
+        "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",
+    )
+    prompts: list[str] = option(
+        [], "texts that every diffusion model generates images of, from the same seeds"
+    )
+    samples: int = option(4, "images of a prompt")
+    sampling_steps: int = option(25, "steps of DPM-Solver++ for an image")
+    guidance: float = option(7.5, "classifier-free guidance of the images")
+    segmentation: str | None = option(
+        None,
+        "shapes or a folder with train/ and val/: a linear probe of every CLIP's patch features",
+    )
+    clip_benchmark: list[str] = option(
+        [], "data sets of the clip-benchmark package that every CLIP is measured on"
+    )
+    clip_benchmark_root: str = option("data/clip-benchmark", "where that package keeps them")
+    mllm: str | None = option(
+        None, "file.py:function of yours that measures a vision tower in a multimodal LLM"
+    )
+    limit: int | None = option(None, "at most this many examples a task, evenly spread")
+    scenes: int = option(100, "scenes that --data shapes draws")
+    batch_size: int = option(64, "forwards of the model in one batch")
+    actors: int | None = option(None, "scoring actors (default: one a GPU, else one a processor)")
+    max_actors: int | None = option(None, "let the pool grow to this many")
+    cpus_per_actor: float | None = option(
+        None, "processors (and threads) of an actor (default: 1, less on a tiny cluster)"
+    )
+    gpus_per_actor: float | None = option(
+        None, "GPU share of an actor (default: 1 if there are any)"
+    )
+    published_bias: bool = option(
+        False, "also show mmbias as the published code pools two of its pairs"
+    )
+    check: bool = option(
+        False, "say which tasks DATA has, with all their images, and score nothing"
+    )
+    report_only: bool = option(False, "recompute everything from OUT's scores, without a model")
+
+
+def lora_names(config: GdbenchConfig) -> list[str | None]:
+    """Each --lora once; without any, or for 'none', the base model."""
+    return [None if name == "none" else name for name in dict.fromkeys(config.lora or ["none"])]
+
+
+def task_names(config: GdbenchConfig) -> list[str]:
+    """The chosen tasks, each once; 'all' stands for every task of ours."""
+    named = [TASKS if name == "all" else [name] for name in config.tasks]
+    return list(dict.fromkeys(itertools.chain.from_iterable(named)))
+
+
+def check_options(config: GdbenchConfig) -> list[tuple[int, ...]]:
+    """All problems of the options together; the timesteps really used, for each --timesteps."""
+    problems = []
+    if not config.model and not config.clip:
+        problems.append("give at least one --model or --clip (shapes is the embedded default)")
+    if not config.clip and (config.segmentation or config.clip_benchmark or config.mllm):
+        problems.append("--segmentation, --clip-benchmark and --mllm measure CLIPs: give a --clip")
+    problems += task_problems(config)
+    least = {"batch_size": 1, "limit": 1, "scenes": 10, "seed": 0, "actors": 1, "max_actors": 1}
+    least |= {"cpus_per_actor": 0, "gpus_per_actor": 0, "samples": 1, "sampling_steps": 1}
+    for key, bound in least.items():
+        value = getattr(config, key)
+        if value is not None and not bound <= value < MOST:
+            problems.append(f"--{key.replace('_', '-')} {value}: must be at least {bound}")
+    for lora in lora_names(config):
+        try:
+            _ = lora and lora_file(lora)
+        except InputError as error:
+            problems.append(str(error))
+    problems += _list_problems(config)
+    timesteps = {}
+    for count in config.timesteps:
+        try:
+            timesteps[tuple(plan_timesteps(config.protocol, count, config.seed))] = count
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return [tuple(config.timestep_list)] if config.timestep_list else list(timesteps)
+
+
+def _list_problems(config: GdbenchConfig) -> list[str]:
+    """What is wrong with --timestep-list and --timestep-weights."""
+    listed, weights = config.timestep_list, config.timestep_weights
+    found = [
+        f"--timestep-list {step}: must be 0 to {TRAINED - 1}"
+        for step in listed
+        if not 0 <= step < TRAINED
+    ]
+    if len(listed) > TRAINED:
+        found.append(f"--timestep-list: {len(listed)} are too many, at most {TRAINED}")
+    if weights and len(weights) != len(listed):
+        found.append(
+            f"--timestep-weights: {len(weights)} for {len(listed)} of --timestep-list; give one each"
+        )
+    if weights and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
+        found.append("--timestep-weights: must be 0 or more, and not all of them 0")
+    return found
+
+
+def task_problems(config: GdbenchConfig) -> list[str]:
+    """Tasks that cannot be found, and two of the same name."""
+    problems, seen = [], set()
+    for name in task_names(config):
+        try:
+            task = find_task(name)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if task.name in seen:
+            problems.append(f"two tasks have the name {task.name!r}; rename yours ({name})")
+        seen.add(task.name)
+    return problems
