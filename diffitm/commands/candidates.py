@@ -10,7 +10,7 @@ from diffitm.commands.entrance import entered
 from diffitm.commands.stages import embed
 from diffitm.commands.weights import share
 from diffitm.core import storage
-from diffitm.core.config import OnRay, lacking, option, outside
+from diffitm.core.config import OnRay, find_outside, lacking, option
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
 from diffitm.distributed import session
@@ -34,7 +34,7 @@ class CandidatesConfig(OnRay):
     images: str = option("", "folder or URI that the image paths start from")
     captions: str = option("", "JSON of rows {image, caption} or {image: captions}, or tsv, csv")
     out: str = option("out/candidates/val_top10.json", "image lists; text lists end in _text.json")
-    top_k: int = option(10, "candidates of a list")
+    top_k: int = option(10, "candidates of a list", at_least=2)
     prefix: str | None = option(
         None,
         "put before image paths in the lists (default: the way from the data root, which is the "
@@ -46,11 +46,17 @@ class CandidatesConfig(OnRay):
     keep_other_captions: bool = option(
         False, "keep an image's other true captions in its text list"
     )
-    block_size: int | None = option(None, "queries searched at once: memory, never the result")
-    actors: int | None = option(None, "actors (default: one a GPU, else one a processor)")
-    max_actors: int | None = option(None, "let the pool grow to this many")
-    cpus_per_actor: float | None = option(None, "processors (and threads) of an actor")
-    gpus_per_actor: float | None = option(None, "GPU share of an actor (default: 1 if any)")
+    block_size: int | None = option(
+        None, "queries searched at once: memory, never the result", at_least=1
+    )
+    actors: int | None = option(
+        None, "actors (default: one a GPU, else one a processor)", at_least=1
+    )
+    max_actors: int | None = option(None, "let the pool grow to this many", at_least=1)
+    cpus_per_actor: float | None = option(None, "processors (and threads) of an actor", at_least=0)
+    gpus_per_actor: float | None = option(
+        None, "GPU share of an actor (default: 1 if any)", at_least=0
+    )
 
 
 def run(config: CandidatesConfig) -> None:
@@ -127,9 +133,7 @@ def _check(config: CandidatesConfig) -> None:
     written = [out, *(_beside(out, end) for end in ("_text.json", ".info.json", "_text.info.json"))]
     if config.captions and storage.absolute(config.captions) in written:
         problems.append(f"--out {config.out}: would replace the captions file {config.captions}")
-    least: dict[str, float] = {"top_k": 2, "block_size": 1, "actors": 1, "max_actors": 1}
-    least |= {"cpus_per_actor": 0, "gpus_per_actor": 0}
-    problems += outside(config, least)
+    problems += find_outside(config)
     if problems:
         raise InputError("\n".join(problems))
 

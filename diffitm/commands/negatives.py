@@ -19,7 +19,7 @@ from diffitm.commands.entrance import entered
 from diffitm.commands.stages import embed, propose
 from diffitm.commands.weights import share
 from diffitm.core import storage
-from diffitm.core.config import OnRay, lacking, option, outside
+from diffitm.core.config import OnRay, find_outside, lacking, option
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed import session
@@ -54,9 +54,15 @@ class NegativesConfig(OnRay):
     kinds: list[Literal["rules", "llm", "images"]] = option(["rules"], "rules, llm, images")
     llm: str | None = option(None, "kind llm: folder, URI or Hub id of an instruct model")
     prompt: str | None = option(None, "kind llm: text file with {caption} (default: our own)")
-    temperature: float = option(0.0, "kind llm: 0 takes the likeliest word, above it samples")
-    max_new_tokens: int = option(80, "kind llm: tokens after which an answer is cut off")
-    batch_size: int | None = option(None, "kind llm: prompts of a forward, less to save memory")
+    temperature: float = option(
+        0.0, "kind llm: 0 takes the likeliest word, above it samples", at_least=0
+    )
+    max_new_tokens: int = option(
+        80, "kind llm: tokens after which an answer is cut off", at_least=1
+    )
+    batch_size: int | None = option(
+        None, "kind llm: prompts of a forward, less to save memory", at_least=1
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "kind llm: auto is bf16 on a GPU, else fp32"
     )
@@ -64,13 +70,17 @@ class NegativesConfig(OnRay):
         None, "kind images: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs"
     )
     images: str | None = option(None, "kind images: folder or URI that image paths start from")
-    near: int = option(3, "kind images: near images of an image")
+    near: int = option(3, "kind images: near images of an image", at_least=1)
     keep_given: bool = option(True, "keep the negatives that the file has already")
-    seed: int = option(0, "of rules, and of samples at a temperature above 0")
-    actors: int | None = option(None, "actors (default: one a GPU, else one a processor)")
-    max_actors: int | None = option(None, "let the pool grow to this many")
-    cpus_per_actor: float | None = option(None, "processors (and threads) of an actor")
-    gpus_per_actor: float | None = option(None, "GPU share of an actor (default: 1 if any)")
+    seed: int = option(0, "of rules, and of samples at a temperature above 0", at_least=0)
+    actors: int | None = option(
+        None, "actors (default: one a GPU, else one a processor)", at_least=1
+    )
+    max_actors: int | None = option(None, "let the pool grow to this many", at_least=1)
+    cpus_per_actor: float | None = option(None, "processors (and threads) of an actor", at_least=0)
+    gpus_per_actor: float | None = option(
+        None, "GPU share of an actor (default: 1 if any)", at_least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -166,15 +176,7 @@ def _check(config: NegativesConfig) -> None:
         ]
         useless = [o for o in (*needed, *others) if getattr(config, o) and not asked]
         problems += [f"--{o} is for --kinds {kind}, which is not asked for" for o in useless]
-    least: dict[str, float] = {
-        "near": 1,
-        "max_new_tokens": 1,
-        "batch_size": 1,
-        "actors": 1,
-        "max_actors": 1,
-    }
-    least |= {"temperature": 0, "seed": 0, "cpus_per_actor": 0, "gpus_per_actor": 0}
-    problems += outside(config, least)
+    problems += find_outside(config)
     if problems:
         raise InputError("\n".join(problems))
 

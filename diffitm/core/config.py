@@ -22,11 +22,23 @@ from diffitm.core.errors import InputError, suggest
 C = TypeVar("C")
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the help line of its option."""
+MOST = 2**31 - 1  # of a number with a bound, unless it says otherwise
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float = MOST,
+) -> Any:
+    """A dataclass field with a default, the help line of its option and the bounds of its number,
+    which find_outside holds it to."""
+    metadata = {"help": help, "at_least": at_least, "above": above, "at_most": at_most}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +117,21 @@ def lacking(config: Any, examples: dict[str, str]) -> list[str]:
     ]
 
 
-def outside(config: Any, least: dict[str, float], most: int = 2**31 - 1) -> list[str]:
-    """A problem for each number below its least value or above `most`; None is no number."""
-    values = {name: getattr(config, name) for name in least}
-    return [
-        f"{flag(name)} {values[name]}: must be "
-        + (f"at most {most}" if values[name] > most else f"at least {bound}")
-        for name, bound in least.items()
-        if values[name] is not None and not bound <= values[name] <= most
-    ]
+def find_outside(config: Any) -> list[str]:
+    """A problem for each number that is outside of its option's bounds; None is no number."""
+    problems = []
+    for field in dataclasses.fields(config):
+        value, bounds = getattr(config, field.name), field.metadata
+        least, above, most = (bounds.get(name) for name in ("at_least", "above", "at_most"))
+        if value is None or (least is None and above is None):
+            continue
+        if value > most:
+            problems.append(f"{flag(field.name)} {value}: must be at most {most}")
+        elif least is not None and not value >= least:
+            problems.append(f"{flag(field.name)} {value}: must be at least {least}")
+        elif above is not None and not value > above:
+            problems.append(f"{flag(field.name)} {value:g}: must be above {above}")
+    return problems
 
 
 def flag(name: str) -> str:

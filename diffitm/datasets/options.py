@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 
-from diffitm.core.config import option, outside
+from diffitm.core.config import find_outside, option
 from diffitm.core.errors import InputError
 from diffitm.datasets import sources
 from diffitm.datasets.client import check_proxy
@@ -23,8 +23,8 @@ class DataConfig:
         [], "what to fetch; the bare names before the first option do the same"
     )
     data: str = option("", "data root: a folder of this machine, or one that all nodes share")
-    connections: int = option(32, "most connections for svo's single images")
-    per_host: int = option(4, "most connections to one host")
+    connections: int = option(32, "most connections for svo's single images", at_least=1)
+    per_host: int = option(4, "most connections to one host", at_least=1)
     retry_dead: bool = option(False, "try the links of svo/dead_links.csv again")
     keep_archives: bool = option(False, "do not delete an archive after unpacking it")
     allow_private: bool = option(
@@ -33,7 +33,7 @@ class DataConfig:
     proxy: str | None = option(
         None, "http://host:port of a proxy; it resolves names, so it must keep them public itself"
     )
-    limit: int | None = option(None, "at most this many of svo's images in this run")
+    limit: int | None = option(None, "at most this many of svo's images in this run", at_least=1)
     ray: str | None = option(
         None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
     )
@@ -65,7 +65,7 @@ def check(config: DataConfig) -> dict[str, DatasetRecipe]:
             f"--data {config.data}: must be a folder, local or shared; fetch into one and copy it "
             "to the store with its own tool"
         )
-    problems += outside(config, {"connections": 1, "per_host": 1, "limit": 1})
+    problems += find_outside(config)
     try:
         check_proxy(config.proxy)
     except InputError as error:

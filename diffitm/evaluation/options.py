@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from diffitm.core.config import OnRay, option
+from diffitm.core.config import OnRay, find_outside, option
 from diffitm.core.errors import InputError
 from diffitm.models.lora import lora_file
 from diffitm.scoring.noise_plan import plan_timesteps
 from diffitm.tasks.registry import TASKS, find_task
 
 TRAINED = 1000  # timesteps that diffusion models are trained with, and slices of the noise table
-MOST = 2**63  # what a generator takes as a seed, and far beyond any sane number
+MOST = 2**63 - 1  # what a generator takes as a seed
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class GdbenchConfig(OnRay):
         [],
         "their weights in a score, such as those that a sweep has learned (default: all the same)",
     )
-    seed: int = option(0, "seed of the noise (and of the timesteps of 'paper')")
+    seed: int = option(
+        0, "seed of the noise (and of the timesteps of 'paper')", at_least=0, at_most=MOST
+    )
     error: Literal["auto", "l2", "mse", "l1", "huber"] = option(
         "auto", "error that is averaged; auto: l2 norm for diffusionitm, mse otherwise"
     )
@@ -64,8 +66,8 @@ class GdbenchConfig(OnRay):
     prompts: list[str] = option(
         [], "texts that every diffusion model generates images of, from the same seeds"
     )
-    samples: int = option(4, "images of a prompt")
-    sampling_steps: int = option(25, "steps of DPM-Solver++ for an image")
+    samples: int = option(4, "images of a prompt", at_least=1)
+    sampling_steps: int = option(25, "steps of DPM-Solver++ for an image", at_least=1)
     guidance: float = option(7.5, "classifier-free guidance of the images")
     segmentation: str | None = option(
         None,
@@ -78,16 +80,20 @@ class GdbenchConfig(OnRay):
     mllm: str | None = option(
         None, "file.py:function of yours that measures a vision tower in a multimodal LLM"
     )
-    limit: int | None = option(None, "at most this many examples a task, evenly spread")
-    scenes: int = option(100, "scenes that --data shapes draws")
-    batch_size: int = option(64, "forwards of the model in one batch")
-    actors: int | None = option(None, "scoring actors (default: one a GPU, else one a processor)")
-    max_actors: int | None = option(None, "let the pool grow to this many")
+    limit: int | None = option(None, "at most this many examples a task, evenly spread", at_least=1)
+    scenes: int = option(100, "scenes that --data shapes draws", at_least=10)
+    batch_size: int = option(64, "forwards of the model in one batch", at_least=1)
+    actors: int | None = option(
+        None, "scoring actors (default: one a GPU, else one a processor)", at_least=1
+    )
+    max_actors: int | None = option(None, "let the pool grow to this many", at_least=1)
     cpus_per_actor: float | None = option(
-        None, "processors (and threads) of an actor (default: 1, less on a tiny cluster)"
+        None,
+        "processors (and threads) of an actor (default: 1, less on a tiny cluster)",
+        at_least=0,
     )
     gpus_per_actor: float | None = option(
-        None, "GPU share of an actor (default: 1 if there are any)"
+        None, "GPU share of an actor (default: 1 if there are any)", at_least=0
     )
     published_bias: bool = option(
         False, "also show mmbias as the published code pools two of its pairs"
@@ -117,12 +123,7 @@ def check_options(config: GdbenchConfig) -> list[tuple[int, ...]]:
     if not config.clip and (config.segmentation or config.clip_benchmark or config.mllm):
         problems.append("--segmentation, --clip-benchmark and --mllm measure CLIPs: give a --clip")
     problems += task_problems(config)
-    least = {"batch_size": 1, "limit": 1, "scenes": 10, "seed": 0, "actors": 1, "max_actors": 1}
-    least |= {"cpus_per_actor": 0, "gpus_per_actor": 0, "samples": 1, "sampling_steps": 1}
-    for key, bound in least.items():
-        value = getattr(config, key)
-        if value is not None and not bound <= value < MOST:
-            problems.append(f"--{key.replace('_', '-')} {value}: must be at least {bound}")
+    problems += find_outside(config)
     for lora in lora_names(config):
         try:
             _ = lora and lora_file(lora)

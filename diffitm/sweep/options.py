@@ -12,10 +12,10 @@ from diffitm.core.config import (
     OnRay,
     convert,
     field_of,
+    find_outside,
     keys,
     make,
     option,
-    outside,
     parse,
     read_yaml,
     types_of,
@@ -34,16 +34,16 @@ class SweepConfig(OnRay):
     search: Literal["grid", "random", "optuna"] = option(
         "grid", "every combination of values; or settings drawn; or proposed by Optuna's TPE"
     )
-    samples: int = option(8, "settings of search=random and search=optuna")
-    search_seed: int = option(0, "of the settings that are drawn")
+    samples: int = option(8, "settings of search=random and search=optuna", at_least=1)
+    search_seed: int = option(0, "of the settings that are drawn", at_least=0)
     parallel: int | None = option(
-        None, "trials at a time (default: as many as fit on the cluster as it is now)"
+        None, "trials at a time (default: as many as fit on the cluster as it is now)", at_least=1
     )
     early_stopping: bool = option(
         True, "ASHA: of the trainings that came as far, only the best go on"
     )
-    grace: int = option(1, "validations before a training can be stopped")
-    reduction: int = option(3, "ASHA lets the best 1/REDUCTION go on")
+    grace: int = option(1, "validations before a training can be stopped", at_least=1)
+    reduction: int = option(3, "ASHA lets the best 1/REDUCTION go on", at_least=2)
     store: str | None = option(
         None, "timesteps: OUT of a gdbench run whose stored errors are read (default: this OUT)"
     )
@@ -173,8 +173,7 @@ def _checked(
         config = make(SweepConfig, search, problems)
     except InputError as error:
         raise InputError(str(error)) from None
-    least: dict[str, float] = dict(samples=1, parallel=1, grace=1, reduction=2, search_seed=0)
-    problems += outside(config, least)
+    problems += find_outside(config)
     ranges = [str(axis) for axis in axes if axis.how]
     if ranges and config.search == "grid":
         problems.append(f"{ranges[0]}: a grid needs values; ranges need search=random or optuna")

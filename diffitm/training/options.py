@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffitm.core.config import OnRay, option, outside
+from diffitm.core.config import OnRay, find_outside, option
 from diffitm.core.errors import InputError
 from diffitm.training.tracking import track_problems
 
@@ -16,19 +16,23 @@ MOST_WORKERS = 10_000
 class Shared(OnRay):
     """Options of an update's size, of checkpoints, workers and the log."""
 
-    steps: int | None = option(None, "updates of the weights (default: those of --epochs)")
-    epochs: float = option(1.0, "how often each row or image is seen, unless --steps says")
-    effective_batch: int = option(32, "examples or images of an update, over all workers")
-    warmup_steps: int = option(
-        0, "updates until the full learning rate, where the schedule has any"
+    steps: int | None = option(
+        None, "updates of the weights (default: those of --epochs)", at_least=1
     )
-    clip_norm: float = option(1.0, "norm that the gradient is clipped to")
+    epochs: float = option(1.0, "how often each row or image is seen, unless --steps says", above=0)
+    effective_batch: int = option(
+        32, "examples or images of an update, over all workers", at_least=1
+    )
+    warmup_steps: int = option(
+        0, "updates until the full learning rate, where the schedule has any", at_least=0
+    )
+    clip_norm: float = option(1.0, "norm that the gradient is clipped to", above=0)
     variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
     gradient_checkpointing: bool = option(False, "less memory, more time")
-    seed: int = option(0, "of everything that is drawn")
-    scenes: int = option(2000, "scenes that --data shapes draws for training")
-    checkpoint_every: int = option(100, "updates between checkpoints")
-    log_every: int = option(10, "updates between lines of the log")
+    seed: int = option(0, "of everything that is drawn", at_least=0)
+    scenes: int = option(2000, "scenes that --data shapes draws for training", at_least=1)
+    checkpoint_every: int = option(100, "updates between checkpoints", at_least=1)
+    log_every: int = option(10, "updates between lines of the log", at_least=1)
     track: list[str] = option([], "wandb, mlflow: trackers of yours that show the log, too")
     workers: int | str = option(
         1,
@@ -40,7 +44,9 @@ class Shared(OnRay):
         "processors of a worker (default: it asks for 1, and decodes images on its share of the node)",
     )
     gpus_per_worker: float | None = option(None, "GPUs of a worker (default: 1 if there are any)")
-    retries: int = option(3, "how often workers are replaced that ended other than with their node")
+    retries: int = option(
+        3, "how often workers are replaced that ended other than with their node", at_least=0
+    )
 
 
 def span(workers: int | str) -> tuple[int, int]:
@@ -59,18 +65,10 @@ def span(workers: int | str) -> tuple[int, int]:
 
 
 def shared_problems(config: Any) -> list[str]:
-    """What is wrong with them, and with options of one name whose defaults differ."""
-    least: dict[str, float] = {
-        **dict.fromkeys(("batch_size", "effective_batch", "scenes", "steps"), 1),
-        **dict.fromkeys(("checkpoint_every", "log_every"), 1),
-        **dict.fromkeys(("validate_every", "warmup_steps", "retries", "weight_decay"), 0),
-    }
-    found = outside(config, least)
+    """What is wrong with them, and all numbers outside of their bounds."""
+    problems = find_outside(config)
     try:
         span(config.workers)
     except InputError as error:
-        found.append(str(error))
-    for name in ("lr", "clip_norm", "epochs"):
-        if not getattr(config, name) > 0:
-            found.append(f"--{name.replace('_', '-')} {getattr(config, name):g}: must be above 0")
-    return found + track_problems(config.track)
+        problems.append(str(error))
+    return problems + track_problems(config.track)

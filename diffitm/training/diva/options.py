@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from diffitm.core.config import lacking, option, outside
+from diffitm.core.config import lacking, option
 from diffitm.core.errors import InputError
 from diffitm.training.diva.recap import FORMS, parse_recap
 from diffitm.training.options import Shared, shared_problems, span
@@ -77,42 +77,53 @@ class DivaConfig(Shared):
     add_prompt: Literal["mean", "tokens", "none"] = option(
         "mean", "its tokens' mean added to each of the recap, its tokens one to one, or not at all"
     )
-    repeats: int = option(2, "draws of timestep, noise and patches for an image in a step")
+    repeats: int = option(
+        2, "draws of timestep, noise and patches for an image in a step", at_least=1
+    )
     repeats_reduce: Literal["mean", "published"] = option(
         "mean", "their mean gradient, or the published code's, where the first counts five times"
     )
     crop_scale: float = option(0.9, "least share of an image in its random crop; 1 is the whole")
-    max_images: int | None = option(None, "train on this many of the images, evenly spread")
+    max_images: int | None = option(
+        None, "train on this many of the images, evenly spread", at_least=1
+    )
     held_out: int = option(
-        64, "images that the reconstruction error is measured on, not trained on"
+        64, "images that the reconstruction error is measured on, not trained on", at_least=0
     )
     batch_size: int = option(
         16,
         "images of a micro-batch, at most; fewer where more workers than that have micro-batches",
+        at_least=1,
     )
     optimizer: Literal["sgd", "adamw"] = option("sgd", "SGD with momentum 0.9, or AdamW")
-    lr: float = option(1e-4, "learning rate")
-    projection_lr: float | None = option(None, "that of the projection (default: --lr)")
+    lr: float = option(1e-4, "learning rate", above=0)
+    projection_lr: float | None = option(None, "that of the projection (default: --lr)", above=0)
     projection_steps: int = option(
-        0, "updates at first that train the projection alone: CLIP learns from one that can be read"
+        0,
+        "updates at first that train the projection alone: CLIP learns from one that can be read",
+        at_least=0,
     )
     lr_schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = option(
         "cosine", "diffusers' schedules"
     )
-    weight_decay: float = option(0.0, "of the optimizer")
+    weight_decay: float = option(0.0, "of the optimizer", at_least=0)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto: bf16 on a GPU, else fp32; the trained weights are float32"
     )
     cache_latents: bool = option(
         False, "encode images for the teacher once, beforehand; needs --crop-scale 1"
     )
-    measure_every: int = option(100, "updates between reconstruction errors of held-out images")
-    validate_every: int = option(100, "updates between accuracies on --validation-data; 0 for none")
+    measure_every: int = option(
+        100, "updates between reconstruction errors of held-out images", at_least=0
+    )
+    validate_every: int = option(
+        100, "updates between accuracies on --validation-data; 0 for none", at_least=0
+    )
     validation_data: str | None = option(
         None, "data root of the tasks whose accuracy is logged (it chooses nothing)"
     )
     validation_tasks: list[str] = option(["mmvp_vlm"], "tasks of it")
-    validation_examples: int = option(300, "examples of each, evenly spread")
+    validation_examples: int = option(300, "examples of each, evenly spread", at_least=1)
 
 
 def micro_batch(config: DivaConfig) -> int:
@@ -131,13 +142,6 @@ def find_problems(config: DivaConfig) -> list[str]:
         parse_recap(config.recap)
     except InputError as error:
         found.append(str(error))
-    least: dict[str, float] = {
-        **dict.fromkeys(("repeats", "validation_examples", "max_images"), 1),
-        **dict.fromkeys(("measure_every", "held_out", "projection_steps"), 0),
-    }
-    found += outside(config, least)
-    if config.projection_lr is not None and not config.projection_lr > 0:
-        found.append(f"--projection-lr {config.projection_lr:g}: must be above 0")
     if config.steps is not None and config.projection_steps >= config.steps:
         found.append(
             f"--projection-steps {config.projection_steps}: leaves CLIP none of the {config.steps} updates"

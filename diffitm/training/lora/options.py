@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from diffitm.core.config import lacking, option, outside
+from diffitm.core.config import lacking, option
 from diffitm.core.errors import InputError
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.options import Shared, shared_problems
@@ -60,13 +60,15 @@ class FinetuneConfig(Shared):
     draw_negatives: Literal["batch", "example"] = option(
         "batch", "whether the kind of a mixed negative is drawn for a micro-batch or an example"
     )
-    batch_size: int = option(8, "examples of a micro-batch, one forward of right and wrong pairs")
-    lr: float = option(1e-4, "learning rate of AdamW")
+    batch_size: int = option(
+        8, "examples of a micro-batch, one forward of right and wrong pairs", at_least=1
+    )
+    lr: float = option(1e-4, "learning rate of AdamW", above=0)
     lr_schedule: Literal["constant", "constant_with_warmup", "cosine", "linear"] = option(
         "constant", "diffusers' schedules"
     )
-    weight_decay: float = option(1e-2, "of AdamW")
-    rank: int = option(4, "of the LoRA on every attention projection")
+    weight_decay: float = option(1e-2, "of AdamW", at_least=0)
+    rank: int = option(4, "of the LoRA on every attention projection", at_least=1)
     ema: float | None = option(None, "decay of averaged weights, which are then the result")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto: bf16 on a GPU, else fp32"
@@ -75,12 +77,14 @@ class FinetuneConfig(Shared):
         False, "encode images and texts once, beforehand, into Parquet below work/ beside OUT"
     )
     resize: Literal["squash", "crop"] = option("squash", "squash to a square, or crop the centre")
-    validate_every: int = option(100, "updates between validations; 0 for none")
+    validate_every: int = option(100, "updates between validations; 0 for none", at_least=0)
     validation_data: str | None = option(
         None, "data root with coco_neg (default: --data, if it has one)"
     )
-    validation_examples: int = option(328, "examples of each validation task, evenly spread")
-    validation_timesteps: int = option(4, "timesteps of a validation score")
+    validation_examples: int = option(
+        328, "examples of each validation task, evenly spread", at_least=1
+    )
+    validation_timesteps: int = option(4, "timesteps of a validation score", at_least=1)
 
 
 def find_problems(config: FinetuneConfig) -> list[str]:
@@ -90,10 +94,6 @@ def find_problems(config: FinetuneConfig) -> list[str]:
         Objective(config.objective, config.lambda_, config.clip_over, config.guard)
     except InputError as error:
         found.append(str(error))
-    least: dict[str, float] = {
-        **dict.fromkeys(("rank", "validation_examples", "validation_timesteps"), 1),
-    }
-    found += outside(config, least)
     if config.ema is not None and not 0 < config.ema < 1:
         found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
     if config.batch_size > 0 and config.effective_batch % config.batch_size:
