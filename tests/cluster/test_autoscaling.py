@@ -24,6 +24,7 @@ ALONE = ("unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child")
 ACTORS = 2
 
 
+@pytest.mark.long
 def test_from_zero_workers_and_back(tmp_path: Path) -> None:
     """Nodes come up for the actors, every pair gets the score that it has without Ray, and the idle
     nodes go down."""

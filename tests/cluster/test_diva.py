@@ -115,6 +115,7 @@ def test_repeat_and_changed_settings(undisturbed: Path) -> None:
     assert "recap was 'random:0.3' and is 'all'" in refused.stderr
 
 
+@pytest.mark.long
 def test_killed_worker_killed_driver_and_interrupt(undisturbed: Path, tmp_path: Path) -> None:
     """One of two workers is replaced, and they go on from the checkpoint; the same command with a single
     one goes on after a SIGKILL; Ctrl-C says that nothing is lost and exits with a code of its own. In
@@ -147,6 +148,7 @@ def test_cached_latents(tmp_path: Path) -> None:
     assert_same(tmp_path / "cached", tmp_path / "images")
 
 
+@pytest.mark.long
 def test_shards_with_broken_members(tmp_path: Path) -> None:
     """Broken images and a shard that breaks off are counted, left out and listed; a validation is
     logged meanwhile."""

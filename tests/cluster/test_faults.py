@@ -67,6 +67,7 @@ def test_actor_killed(undisturbed: dict, tmp_path: Path) -> None:
     check("actor killed", run, undisturbed, [])
 
 
+@pytest.mark.long
 def test_node_removed(undisturbed: dict, tmp_path: Path) -> None:
     """It costs the block that its actor was at, and one that was not yet written."""
     tried["node removed"] += 1
@@ -80,6 +81,7 @@ def test_node_removed(undisturbed: dict, tmp_path: Path) -> None:
     check("node removed", run, undisturbed, [hit])
 
 
+@pytest.mark.long
 def test_driver_killed(undisturbed: dict, tmp_path: Path) -> None:
     """The same command goes on; each actor's block is computed again, and one not yet written."""
     tried["driver killed"] += 1
@@ -90,6 +92,7 @@ def test_driver_killed(undisturbed: dict, tmp_path: Path) -> None:
     check("driver killed", run, undisturbed, [hit] * ACTORS)
 
 
+@pytest.mark.long
 def test_node_added(undisturbed: dict, tmp_path: Path) -> None:
     """The pool grows onto it."""
     tried["node added"] += 1
@@ -103,6 +106,7 @@ def test_node_added(undisturbed: dict, tmp_path: Path) -> None:
     check("node added", run, undisturbed, [])
 
 
+@pytest.mark.long
 def test_small_object_store(tmp_path: Path) -> None:
     """More goes through the nodes' object stores than they hold: 1,000 errors of three kinds a pair."""
     tried["object store small"] += 1
@@ -115,6 +119,7 @@ def test_small_object_store(tmp_path: Path) -> None:
     survived["object store small"] += 1
 
 
+@pytest.mark.long
 def test_actors_do_not_wait(tmp_path: Path) -> None:
     """Of 16 actors that sleep 50 ms a pair, at most 10% of the time, once they are all up."""
     figures = large(tmp_path / "out", actors=16, pairs=20_000)

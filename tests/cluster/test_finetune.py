@@ -113,6 +113,7 @@ def test_preempted_nodes(undisturbed: Path, tmp_path: Path) -> None:
     assert told.count("its node is gone: no retry") == 2
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     """It names the rows; the checkpoint before it is whole."""
     out = tmp_path / "out"
@@ -124,6 +125,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     assert list(out.glob("train/*/checkpoint_*/weights.safetensors"))
 
 
+@pytest.mark.long
 def test_unreadable_images_cost_their_own_examples(tmp_path: Path) -> None:
     """With cached latents; test_diva_slow.py has broken images that are read in training. Averaged
     weights are the result: they lag behind those that are trained."""
@@ -150,6 +152,7 @@ def test_unreadable_images_cost_their_own_examples(tmp_path: Path) -> None:
     assert all(torch.equal(found[key], last[key]) for key in found)
 
 
+@pytest.mark.long
 def test_a_wrong_folder_of_images_ends_the_run(tmp_path: Path) -> None:
     """Not one update is made of nothing."""
     from diffitm.shapes.training import write_training

@@ -147,6 +147,7 @@ def test_unreadable_weights(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_actors_that_would_starve_the_readers(tmp_path: Path) -> None:
     done = pipeline.run(
         "--model", "shapes", "--data", "shapes", "--scenes", 10, "--out", tmp_path / "out",

@@ -125,6 +125,7 @@ def cut_in_two(bucket: Objects, out: Path) -> None:
     storage.write_bytes(storage.join(where, pending), content)
 
 
+@pytest.mark.long
 def test_sweeps(bucket: Objects, tmp_path: Path) -> None:
     """Over scores, then over trainings that Optuna proposes: results in the bucket, and keys of the
     environment neither there nor in Ray's logs, where Tune would have them written."""
@@ -191,6 +192,7 @@ def test_finetune(bucket: Objects, tuned: Path, tmp_path: Path) -> None:
     assert holding(bucket.secret, tuned) == []
 
 
+@pytest.mark.long
 def test_diva(bucket: Objects, taught: Path) -> None:
     """Images of a folder and of shards in the bucket, as teacher and CLIP."""
     files = sorted((bucket.folder / "train" / "coco" / "train").glob("*.jpg"))
@@ -211,6 +213,7 @@ def test_diva(bucket: Objects, taught: Path) -> None:
     assert holding(bucket.secret, bucket.folder / "diva") == []
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("tuned", "taught")
 def test_a_cluster_that_knows_keys_alone(bucket: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its nodes learn from the driver where the bucket is; what the tunings left is scored and shown."""

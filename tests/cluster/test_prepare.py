@@ -154,6 +154,7 @@ def test_private_addresses_are_not_asked(routes: Server, tmp_path: Path) -> None
     assert not routes.visits
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on(routes: Server, tmp_path: Path) -> None:
     """SIGKILL while images come: those that are there are whole and are not asked for again."""
     urls = [f"{routes.url}/slow?{i}" for i in range(60)]
@@ -181,6 +182,7 @@ def test_a_killed_run_goes_on(routes: Server, tmp_path: Path) -> None:
     assert not {f"/slow?{name[:-4]}" for name in kept} & set(routes.visits)
 
 
+@pytest.mark.long
 def test_interrupt(routes: Server, tmp_path: Path) -> None:
     """Ctrl-C ends with 130 and the word that the same command goes on."""
     routes.probes = probes(*(f"{routes.url}/slow?{i}" for i in range(400)))  # type: ignore[attr-defined]

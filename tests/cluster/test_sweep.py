@@ -69,6 +69,7 @@ def test_a_sweep_over_timesteps_reads_what_is_stored(scored: Path, tmp_path: Pat
     assert "timestep_list" in report
 
 
+@pytest.mark.long
 def test_a_mended_image_counts_again(tmp_path: Path) -> None:
     """One that cannot be read costs its examples: exit 3, and they are listed. Mended, the same command
     scores them, and no setting keeps the figures of before."""
@@ -140,6 +141,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     assert "<svg" in (out / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_a_training_that_is_stopped_gives_its_share_back(tmp_path: Path) -> None:
     """The second one's accuracy falls at once; ASHA ends it, and Ray Train frees its workers. The data
     are given by a relative path."""
@@ -160,6 +162,7 @@ def test_a_training_that_is_stopped_gives_its_share_back(tmp_path: Path) -> None
     assert free and free[1] == free[2]
 
 
+@pytest.mark.long
 def test_optuna_turns_the_density(tmp_path: Path) -> None:
     """Two settings that Optuna proposes."""
     out = tmp_path / "out"
@@ -172,6 +175,7 @@ def test_optuna_turns_the_density(tmp_path: Path) -> None:
     assert best.recap == f"random:{rows[0]['density']}"
 
 
+@pytest.mark.long
 def test_two_sweeps_at_once_in_one_cluster(scored: Path, tmp_path: Path) -> None:
     """Each has the store that it has alone, and its own table."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6})
