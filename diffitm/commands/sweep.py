@@ -216,7 +216,7 @@ def _try_trainings(sweep: Sweep, out: str) -> tuple[list[TrialResult], str, str]
         write_world(sweep.fixed["validation_data"], SCENES, seed=SEED)
     first = _trial(sweep, next(grid(sweep.axes)), out)
     pipeline: Any = finetune if sweep.kind.name == "lambda" else diva
-    job = pipeline.settle(first)[0]
+    job = pipeline.build_job(first)[0]
     if job.validation is None:
         raise InputError("validation_data: give the data root of the tasks that choose")
     workers = workers_of(first)

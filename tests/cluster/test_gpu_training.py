@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.train
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from diffitm.commands import finetune
+from diffitm.commands import finetune, sweep
 from diffitm.core.config import make
 from diffitm.core.errors import InputError
 from diffitm.distributed.capacity import Capacity
+from diffitm.sweep.options import read_sweep
 from diffitm.training.lora.options import FinetuneConfig
 from tests import pipeline
 
@@ -82,6 +84,19 @@ def test_each_worker_takes_a_gpu(flag: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     given = sorted((flag.parent / f"worker-{rank}").read_text() for rank in range(GPUS))
     assert given == ["[0]", "[1]"]
+
+
+def test_a_trial_of_a_sweep_takes_a_gpu(flag: Path, tmp_path: Path) -> None:
+    """Its workers do; Tune's own share holds none, or a cluster of one GPU would wait for ever."""
+    report = flag.parent / "worker-0"
+    report.unlink(missing_ok=True)
+    options = {**SMALL, "workers": 1, "steps": 1, "validate_every": 1, "validation_examples": 2}
+    words = [f"{key}={value}" for key, value in options.items()]
+    words += ["lambda=1.0", "parallel=2", f"out={tmp_path / 'out'}"]
+    sweep.run(read_sweep(sweep.KINDS, ["lambda", *words]))
+    assert report.read_text() in {"[0]", "[1]"}
+    (row,) = pq.read_table(tmp_path / "out" / "table.parquet").to_pylist()
+    assert row["state"] == "done"
 
 
 def until(condition: Callable[[], bool]) -> None:
