@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +14,12 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save
 from transformers.utils.logging import disable_progress_bar
 
-from diffitm.commands.entrance import entered
+from diffitm.commands.tuning import Listener, Plan, common, hold, train
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed.monitor import Line
-from diffitm.distributed.trainer import fit, hand_over, settings_of, workers_of
+from diffitm.distributed.trainer import hand_over, settings_of
 from diffitm.models.clip import ClipSource, load_clip, resolve_clip
 from diffitm.models.clip_export import (
     stock_name,
@@ -41,12 +39,9 @@ from diffitm.training.run_folder import (
     PICTURES,
     WEIGHTS,
     check_complete,
-    open_run,
-    release_on_refusal,
     write_log,
     write_note,
 )
-from diffitm.training.tracking import RunTracker
 from diffitm.training.webdataset import is_webdataset, shards
 
 log = logging.getLogger("diffitm")
@@ -59,48 +54,35 @@ LISTED = pa.schema(
 )
 
 
-def run(config: DivaConfig, listen: Callable[[Line], None] | None = None) -> None:
+def run(config: DivaConfig, listen: Listener | None = None) -> None:
     """Train, and write the tuned CLIP to OUT and OUT/transformers. `listen` gets every line of the log.
 
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
     the end if images or shards could not be read.
     """
-    problems = find_problems(config)
-    if problems:
-        raise InputError("\n".join(problems))
-    out = storage.absolute(config.out)
-    read = [(f"--{n.replace('_', '-')}", getattr(config, n)) for n in READ]
-    read.append(("--clip", config.clip.partition(":")[2]))
-    # A sweep, which listens, holds what its trials write to.
-    with entered(config, out, read) if listen is None else contextlib.nullcontext():
-        _run(config, out, listen)
+    with hold(config, find_problems(config), READ, listen):
+        _run(config, listen)
 
 
-def _run(config: DivaConfig, out: str, listen: Callable[[Line], None] | None) -> None:
+def _run(config: DivaConfig, listen: Listener | None) -> None:
     """See run, with OUT held."""
-    job, settings, lost = build_job(config)
-    known = open_run(out, settings)
-    if known.done:
-        log.info("%s holds this run already; give another --out to train again", out)
-        check_complete(out)
+    out = storage.absolute(config.out)
+    plan = build_plan(config)
+    encode = encoded if config.cache_latents else None
+    trained = train(config, plan, LOOP, encode, _describe, listen)
+    if trained is None:
         return
-    name = fingerprint(settings)[:12]
-    with release_on_refusal(out):
-        if config.cache_latents:
-            job = cached(job, out)
-        curves = RunTracker(config.track, storage.redacted(out), known.key, settings, listen)
-        result, unread = fit(LOOP, job, workers_of(config), name, curves, out, _describe)
-    lost |= unread
+    job, result = trained.job, trained.result
     with result.checkpoint.as_directory() as folder:
         reason, preprocessing = _write_clip(Path(folder), job.clip, out)
-        progress = write_log(Path(folder), record(asdict(config)), lost, out)
-    write_note(out, settings, replace(known, done=True))
+        progress = write_log(Path(folder), record(asdict(config)), trained.lost, out)
+    write_note(out, plan.settings, replace(trained.state, done=True))
     _tell(config, job.clip, out, reason, preprocessing, progress["history"])
     check_complete(out)
 
 
-def build_job(config: DivaConfig) -> tuple[DivaJob, dict[str, Any], Lost]:
-    """What the workers do, the settings that the weights depend on, and shards read in part only.
+def build_plan(config: DivaConfig) -> Plan[DivaJob]:
+    """What a run trains.
 
     Raises InputError for bad input.
     """
@@ -131,7 +113,7 @@ def build_job(config: DivaConfig) -> tuple[DivaJob, dict[str, Any], Lost]:
         images=fingerprint([trained, held]),
         dtype=job.dtype,
     )
-    return job, settings, lost
+    return Plan(job, settings, lost)
 
 
 def _roots(config: DivaConfig, out: str) -> tuple[str, str | None]:
@@ -222,37 +204,16 @@ def _job(
     gpus: float,
 ) -> DivaJob:
     """The settings that travel to the workers. Raises InputError where images are too few."""
-    per_epoch = rows.usable // config.effective_batch
-    if per_epoch == 0:
-        raise InputError(
-            f"--effective-batch {config.effective_batch}: there are only {rows.usable:,} images"
-        )
-    steps = config.steps or max(1, round(config.epochs * per_epoch))
+    shared = common(config, teacher, rows, micro_batch(config), gpus, "images")
+    steps = shared["steps"]
     if config.projection_steps >= steps:
         raise InputError(
             f"--projection-steps {config.projection_steps}: leaves CLIP none of the {steps} updates"
         )
-    size = micro_batch(config)
-    on_gpu = gpus > 0 if config.gpus_per_worker is None else config.gpus_per_worker > 0
     return DivaJob(
-        source=teacher,
-        variant=config.variant,
-        dtype=config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
-        rows=rows,
+        **shared,
         root=root,
-        micro_batch_size=size,
-        grad_accum_steps=config.effective_batch // size,
-        steps=steps,
         optimizer=config.optimizer,
-        lr=config.lr,
-        lr_scheduler=config.lr_schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.clip_norm,
-        checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every,
         validation=check,
         latents=None,
         clip=clip,
@@ -276,7 +237,7 @@ def _try(job: DivaJob, device: str) -> None:
     build(job, device)
 
 
-def cached(job: DivaJob, out: str) -> DivaJob:
+def encoded(job: DivaJob, out: str) -> DivaJob:
     """The job with its images encoded for the teacher beforehand."""
     from diffitm.commands.stages.encode import Encoder, encode
     from diffitm.distributed import session

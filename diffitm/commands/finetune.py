@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from diffitm.commands.entrance import entered
+from diffitm.commands.tuning import Listener, Plan, common, hold, train
 from diffitm.core import storage
 from diffitm.core.errors import InputError
-from diffitm.core.provenance import fingerprint, record
+from diffitm.core.provenance import record
 from diffitm.distributed.monitor import Line
-from diffitm.distributed.trainer import fit, hand_over, settings_of, workers_of
+from diffitm.distributed.trainer import hand_over, settings_of
 from diffitm.models.loading import ModelSource, check_loadable, resolve
 from diffitm.training.job import Job, Validation
 from diffitm.training.lora.objectives import Objective
@@ -29,8 +26,7 @@ from diffitm.training.rows import (
     texts_of,
     usable,
 )
-from diffitm.training.run_folder import check_complete, open_run, release_on_refusal, write_result
-from diffitm.training.tracking import RunTracker
+from diffitm.training.run_folder import check_complete, write_result
 from diffitm.training.webdataset import is_webdataset, read_shards
 
 log = logging.getLogger("diffitm")
@@ -40,42 +36,30 @@ TASKS = ("coco_neg_text", "coco_neg_image")
 READ = ("model", "data", "images", "validation_data")  # options whose paths workers read
 
 
-def run(config: FinetuneConfig, listen: Callable[[Line], None] | None = None) -> None:
+def run(config: FinetuneConfig, listen: Listener | None = None) -> None:
     """Train, and write OUT/pytorch_lora_weights.safetensors. `listen` gets every line of the log.
 
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
     the end if images could not be read.
     """
-    problems = find_problems(config)
-    if problems:
-        raise InputError("\n".join(problems))
-    out = storage.absolute(config.out)
-    read = [(f"--{n.replace('_', '-')}", getattr(config, n)) for n in READ]
-    # A sweep, which listens, holds what its trials write to.
-    with entered(config, out, read) if listen is None else contextlib.nullcontext():
-        _run(config, out, listen)
+    with hold(config, find_problems(config), READ, listen):
+        _run(config, listen)
 
 
-def _run(config: FinetuneConfig, out: str, listen: Callable[[Line], None] | None) -> None:
+def _run(config: FinetuneConfig, listen: Listener | None) -> None:
     """See run, with OUT held."""
-    job, settings, valid = build_job(config)
-    known = open_run(out, settings)
-    if known.done:
-        log.info("%s holds this run already; give another --out to train again", out)
-        check_complete(out)
+    out = storage.absolute(config.out)
+    plan = build_plan(config)
+    encode = encoded if config.cache_latents else None
+    trained = train(config, plan, LOOP, encode, _describe, listen)
+    if trained is None:
         return
-    name = fingerprint(settings)[:12]
-    with release_on_refusal(out):
-        if config.cache_latents:
-            job = cached(job, out)
-        curves = RunTracker(config.track, storage.redacted(out), known.key, settings, listen)
-        decodes = job.latents is None
-        result, lost_images = fit(
-            LOOP, job, workers_of(config), name, curves, out, _describe, decodes
-        )
+    job, result = trained.job, trained.result
     with result.checkpoint.as_directory() as folder:
         provenance = record(asdict(config))
-        ended = write_result(Path(folder), job.rank, settings, known, provenance, lost_images, out)
+        ended = write_result(
+            Path(folder), job.rank, plan.settings, trained.state, provenance, trained.lost, out
+        )
     if job.validation is not None:
         means = (100 * ended["best"], 100 * ended["base"])
         text = "best at update %d: %.1f%% on validation, before training %.1f%%"
@@ -84,14 +68,14 @@ def _run(config: FinetuneConfig, out: str, listen: Callable[[Line], None] | None
     print(f"weights {storage.redacted(weights)}")
     if "://" not in out:
         command = ["--model", config.model, "--lora", "none", weights]
-        if config.data != "shapes" and valid is not None:
+        if config.data != "shapes" and (valid := _data(config, out)[2]) is not None:
             command += ["--data", valid, "--tasks", *TASKS]
         print(f"compare python pipelines/gdbench.py {shlex.join(command)}")
     check_complete(out)
 
 
-def build_job(config: FinetuneConfig) -> tuple[Job, dict[str, Any], str | None]:
-    """What the workers do, the settings that the weights depend on, and the root of validation.
+def build_plan(config: FinetuneConfig) -> Plan[Job]:
+    """What a run trains.
 
     Raises InputError for bad input.
     """
@@ -119,7 +103,7 @@ def build_job(config: FinetuneConfig) -> tuple[Job, dict[str, Any], str | None]:
     settings = settings_of(
         config, pipeline="finetune.py", weights=source.digest, rows=file.digest, dtype=job.dtype
     )
-    return job, settings, valid
+    return Plan(job, settings, {})
 
 
 def _data(config: FinetuneConfig, out: str) -> tuple[str, str, str | None]:
@@ -158,12 +142,7 @@ def _job(
     gpus: float,
 ) -> Job:
     """The settings that travel to the workers. Raises InputError where rows are too few."""
-    micro = config.effective_batch // config.batch_size
-    per_epoch = rows.usable // config.effective_batch
-    if per_epoch == 0:
-        raise InputError(
-            f"--effective-batch {config.effective_batch}: there are only {rows.usable} usable rows"
-        )
+    shared = common(config, source, rows, config.batch_size, gpus)
     validation = None
     if config.validate_every and valid is not None:
         if not storage.exists(storage.join(storage.absolute(valid), VALID)):
@@ -177,39 +156,23 @@ def _job(
         )
     elif config.validate_every:
         log.warning("no --validation-data: the last weights are kept, not the best")
-    on_gpu = gpus > 0 if config.gpus_per_worker is None else config.gpus_per_worker > 0
     return Job(
-        source=source,
-        variant=config.variant,
-        dtype=config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
+        **shared,
         objective=objective,
-        rows=rows,
         root=root,
         resize=config.resize,
         negatives=negatives,
         per_example=config.draw_negatives == "example",
-        micro_batch_size=config.batch_size,
-        grad_accum_steps=micro,
-        steps=config.steps or max(1, round(config.epochs * per_epoch)),
         optimizer="adamw",
-        lr=config.lr,
-        lr_scheduler=config.lr_schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.clip_norm,
         rank=config.rank,
         ema=config.ema,
-        checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every,
         validation=validation,
         latents=None,
         texts=None,
     )
 
 
-def cached(job: Job, out: str) -> Job:
+def encoded(job: Job, out: str) -> Job:
     """The job with its images and texts encoded beforehand."""
     from diffitm.commands.stages.encode import Encoder, encode
     from diffitm.distributed import session

@@ -216,14 +216,14 @@ def _try_trainings(sweep: Sweep, out: str) -> tuple[list[TrialResult], str, str]
         write_world(sweep.fixed["validation_data"], SCENES, seed=SEED)
     first = _trial(sweep, next(grid(sweep.axes)), out)
     pipeline: Any = finetune if sweep.kind.name == "lambda" else diva
-    job = pipeline.build_job(first)[0]
+    job = pipeline.build_plan(first).job
     if job.validation is None:
         raise InputError("validation_data: give the data root of the tasks that choose")
     workers = workers_of(first)
     cpus, gpus = share(workers)
     open_sweep(out, identity(sweep))
     if first.cache_latents:
-        pipeline.cached(job, first.out)
+        pipeline.encoded(job, first.out)
     # As the cluster is now, whatever comes up later: all trials train alike.
     sweep = replace(sweep, fixed=sweep.fixed | {"dtype": job.dtype, "gpus_per_worker": gpus})
     parallel = sweep.config.parallel or fitting(cpus, gpus, workers.most)

@@ -74,11 +74,9 @@ def fit(
     curves: RunTracker,
     out: str,
     describe: Callable[[Line], str],
-    decodes: bool = True,
 ) -> tuple[Result, dict[str, int]]:
     """Run the module's `loop` on the workers; it goes on from the last checkpoint of OUT/train/<name>.
-    Its result and the unreadable images. `describe` puts a line's values into words; `decodes`: the
-    loop reads images.
+    Its result and the unreadable images. `describe` puts a line's values into words.
 
     Raises InputError if the loop ended the run, or if workers were lost too often.
     """
@@ -95,7 +93,7 @@ def fit(
     monitor = session.start_here(Monitor)
     found, folder = storage.filesystem(storage.join(out, CHECKPOINTS))
     found.create_dir(folder, recursive=True)
-    plan = GroupSettings(module, job, decodes, bundle, workers.cpus, name, folder, found)
+    plan = GroupSettings(module, job, bundle, workers.cpus, name, folder, found)
     sizes = (f"{job.rows.usable:,}", f"{job.steps:,}", job.micro_batch_size * job.grad_accum_steps)
     log.info("%s rows, %s updates of %d examples", *sizes)
     lines = _Lines(job.steps, curves, describe)

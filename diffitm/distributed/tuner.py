@@ -222,7 +222,8 @@ def _row(result: Any) -> TrialResult:
 
 
 def _cause(error: Any) -> str:
-    """The line of an error that says what happened."""
-    text, mark = str(error).strip(), f"{InputError.__module__}.InputError: "
-    told = text.split(mark, 1)[1] if mark in text else text.rsplit("\n", 1)[-1]
-    return told.split("\n", 1)[0]
+    """The line of an error that says what happened: the first of one that a user is meant to read, else
+    the last."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return lines[0] if isinstance(cause, InputError) else lines[-1]

@@ -42,13 +42,11 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """What the groups of a run have in common: the module with the loop, the job, whether it decodes
-    images, a worker's share of the cluster, its processors if they were given, and where checkpoints
-    go."""
+    """What the groups of a run have in common: the module with the loop, the job, a worker's share of
+    the cluster, its processors if they were given, and where checkpoints go."""
 
     module: str
     job: Training
-    decodes: bool
     share: dict[str, float]
     processors: float | None
     name: str
@@ -68,7 +66,7 @@ def run_group(plan: GroupSettings, workers: int, monitor: Any) -> ray.train.Resu
         "module": plan.module,
         "job": pickle.dumps(plan.job),
         "monitor": monitor,
-        "decodes": plan.decodes,
+        "decodes": plan.job.reads_images,
         "processors": plan.processors,
     }
     return TorchTrainer(

@@ -58,7 +58,12 @@ class Training:
     checkpoint_every: int
     log_every: int
     validation: Validation | None
-    latents: str | None  # folder of training.cached, None to encode on the way
+    latents: str | None  # folder of training.latent_cache, None to encode on the way
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the loop decodes images."""
+        return True
 
     def sampler(self) -> BatchSampler:
         """Which rows make up which step."""
@@ -81,7 +86,12 @@ class Job(Training):
     objective: Objective
     resize: str
     rank: int
-    texts: str | None  # folder of training.cached
+    texts: str | None  # folder of training.latent_cache
+
+    @property
+    def reads_images(self) -> bool:
+        """See Training: not where they were encoded beforehand."""
+        return self.latents is None
 
 
 @dataclass(frozen=True, kw_only=True)

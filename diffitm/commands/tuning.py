@@ -1,0 +1,129 @@
+"""What finetune.py and diva.py do alike: hold OUT, begin a run there or go on, train to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from diffitm.commands.entrance import entered
+from diffitm.core import storage
+from diffitm.core.config import flag
+from diffitm.core.errors import InputError
+from diffitm.core.provenance import fingerprint
+from diffitm.distributed.monitor import Line
+from diffitm.distributed.trainer import fit, workers_of
+from diffitm.models.loading import ModelSource
+from diffitm.training.job import Training
+from diffitm.training.row_table import RowsFile
+from diffitm.training.run_folder import RunState, check_complete, open_run, release_on_refusal
+from diffitm.training.tracking import RunTracker
+
+if TYPE_CHECKING:
+    from ray.train import Result
+
+log = logging.getLogger("diffitm")
+J = TypeVar("J", bound=Training)
+Listener = Callable[[Line], None]
+
+
+class Plan(NamedTuple, Generic[J]):
+    """What a run trains: the job, the settings that its weights depend on, and input that is lost
+    already (what and why -> how often)."""
+
+    job: J
+    settings: dict[str, Any]
+    lost: dict[str, int]
+
+
+class Trained(NamedTuple, Generic[J]):
+    """A training at its end: the last checkpoint's result, and all input that was lost."""
+
+    result: Result
+    job: J
+    state: RunState
+    lost: dict[str, int]
+
+
+def hold(
+    config: Any, problems: list[str], read: Iterable[str], listen: Listener | None
+) -> contextlib.AbstractContextManager[None]:
+    """OUT for this run alone; `read` are options whose paths workers read. A sweep, which listens, holds
+    what its trials write to.
+
+    Raises InputError with the problems of the options.
+    """
+    if problems:
+        raise InputError("\n".join(problems))
+    if listen is not None:
+        return contextlib.nullcontext()
+    paths = [(flag(name), getattr(config, name)) for name in read]
+    # What a CLIP's NAME:FILE names.
+    paths += [(option, path.partition(":")[2]) for option, path in paths if option == "--clip"]
+    return entered(config, storage.absolute(config.out), paths)
+
+
+def train(
+    config: Any,
+    plan: Plan[J],
+    loop: str,
+    encode: Callable[[J, str], J] | None,
+    describe: Callable[[Line], str],
+    listen: Listener | None,
+) -> Trained[J] | None:
+    """Run the module's loop to its end; None where OUT holds the result. `encode` makes a job's images
+    and texts ready beforehand, `describe` puts a line of the log into words.
+
+    Raises InputError for what workers find wrong, and for an OUT of another run.
+    """
+    out = storage.absolute(config.out)
+    state = open_run(out, plan.settings)
+    if state.done:
+        log.info("%s holds this run already; give another --out to train again", out)
+        check_complete(out)
+        return None
+    name = fingerprint(plan.settings)[:12]
+    with release_on_refusal(out):
+        job = encode(plan.job, out) if encode else plan.job
+        tracker = RunTracker(config.track, storage.redacted(out), state.key, plan.settings, listen)
+        result, unread = fit(loop, job, workers_of(config), name, tracker, out, describe)
+    return Trained(result, job, state, plan.lost | unread)
+
+
+def common(
+    config: Any,
+    source: ModelSource,
+    rows: RowsFile,
+    micro_batch_size: int,
+    gpus: float,
+    what: str = "usable rows",
+) -> dict[str, Any]:
+    """What a job takes of the options that both tunings have. Raises InputError where rows are too few."""
+    per_epoch = rows.usable // config.effective_batch
+    if per_epoch == 0:
+        raise InputError(
+            f"--effective-batch {config.effective_batch}: there are only {rows.usable:,} {what}"
+        )
+    on_gpu = gpus > 0 if config.gpus_per_worker is None else config.gpus_per_worker > 0
+    same = (
+        "variant",
+        "lr",
+        "warmup_steps",
+        "weight_decay",
+        "seed",
+        "checkpoint_every",
+        "log_every",
+    )
+    return {
+        **{name: getattr(config, name) for name in same},
+        "source": source,
+        "rows": rows,
+        "dtype": config.dtype if config.dtype != "auto" else ("bf16" if on_gpu else "fp32"),
+        "micro_batch_size": micro_batch_size,
+        "grad_accum_steps": config.effective_batch // micro_batch_size,
+        "steps": config.steps or max(1, round(config.epochs * per_epoch)),
+        "lr_scheduler": config.lr_schedule,
+        "max_grad_norm": config.clip_norm,
+        "checkpointing": config.gradient_checkpointing,
+    }
