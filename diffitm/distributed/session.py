@@ -278,3 +278,12 @@ def ask(cpus: float, gpus: float, function: Callable[..., T], *given: Any) -> T:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
+
+
+def fitting(cpus: float, gpus: float) -> int:
+    """How many shares of the cluster as it is fit beside the readers, at least one."""
+    total = resources()
+    count = int((total.get("CPU", 0) - SPARE_CPUS) / cpus)
+    if gpus:
+        count = min(count, int(total.get("GPU", 0) / gpus))
+    return max(1, count)

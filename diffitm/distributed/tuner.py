@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray import tune
@@ -33,82 +34,118 @@ HEAD = {"node:__internal_head__": 0.0001}
 NOT_SCORES = {"actors", "max_actors", "cpus_per_actor", "gpus_per_actor", "batch_size", "store"}
 
 
-def run_trials(
-    sweep: Sweep,
-    trainable: Any,
-    cpus: float,
-    parallel: int,
-    stopper: Any,
-    out: str,
-    state: Sequence[Any] = (),
-) -> list[TrialResult]:
-    """Run all settings that are not done; a sweep that was interrupted goes on. A row a setting.
-    `state` is what the trials read beside their settings: with another one all are run again.
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Trials of a sweep, `parallel` of them at a time, each with so many processors.
 
-    Trials without processors stay on the head node, which outlives the others. Another `parallel`
-    begins Tune's bookkeeping anew; trainings that are complete are found by their OUT.
+    Trials without processors stay on the head node, which outlives the others. `state` is what the
+    trials read beside their settings: with another one all are run again. Another `parallel` begins
+    Tune's bookkeeping anew; trainings that are complete are found by their OUT.
     """
-    config, optuna = sweep.config, sweep.config.search == "optuna"
+
+    sweep: Sweep
+    out: str
+    trainable: Any
+    cpus: float
+    parallel: int
+    stopper: Any = None
+    state: Sequence[Any] = ()
+
+    def run(self) -> list[TrialResult]:
+        """Run all settings that are not done; a sweep that was interrupted goes on. A line a setting.
+
+        Raises InputError where Tune's own state is cut off.
+        """
+        _quiet()
+        axes = "; ".join(map(str, self.sweep.axes)) or "no option"
+        log.info("%d settings of %s, %d at a time", self.total, axes, self.parallel)
+        rows = [_row(result) for result in self._tuner().fit()]
+        if len(rows) < self.total:
+            raise InputError(
+                f"{self.place[1]}: its state is cut off, {len(rows)} of {self.total}; delete it, run again"
+            )
+        return rows
+
+    @property
+    def is_optuna(self) -> bool:
+        """Whether Optuna proposes the settings, or they stand beforehand."""
+        return self.sweep.config.search == "optuna"
+
+    @functools.cached_property
+    def settings(self) -> list[dict[str, Any]]:
+        """Those that stand beforehand."""
+        return [] if self.is_optuna else _settings(self.sweep)
+
+    @property
+    def total(self) -> int:
+        """How many trials."""
+        return self.sweep.config.samples if self.is_optuna else len(self.settings)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Of Tune's bookkeeping."""
+        content = [*identity(self.sweep).values(), self.sweep.config.parallel, *self.state]
+        return fingerprint(content)[:12]
+
+    @functools.cached_property
+    def place(self) -> tuple[Any, str]:
+        """The file system and the folder of Tune's bookkeeping."""
+        filesystem, folder = storage.filesystem(storage.join(self.out, "tune"))
+        filesystem.create_dir(folder, recursive=True)
+        return filesystem, f"{folder}/{self.name}"
+
+    def _tuner(self) -> tune.Tuner:
+        """A new one, or the one that goes on."""
+        axes = {axis.name: _domain(axis) for axis in self.sweep.axes} if self.is_optuna else None
+        space = {"setting": axes or tune.grid_search(self.settings)}
+        trainable = tune.with_resources(self.trainable, {"CPU": self.cpus} if self.cpus else HEAD)
+        filesystem, folder = self.place
+        files = storage.files(storage.join(self.out, "tune", self.name))
+        begun = any("experiment_state-" in path for path in files)
+        if begun and tune.Tuner.can_restore(folder, storage_filesystem=filesystem):
+            log.info("going on with the sweep in %s", self.out)
+            return tune.Tuner.restore(
+                folder,
+                trainable,
+                resume_unfinished=True,
+                # Optuna knows a trial by its id, which a restarted one has not.
+                resume_errored=self.is_optuna,
+                restart_errored=not self.is_optuna,
+                storage_filesystem=filesystem,
+                param_space=space,
+            )
+        return tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                search_alg=_search(self.sweep, self.parallel),
+                scheduler=self.stopper or FIFOScheduler(),
+                num_samples=self.total if self.is_optuna else 1,
+                max_concurrent_trials=self.parallel if self.is_optuna else None,
+                reuse_actors=self.sweep.kind.name == "timesteps",
+            ),
+            run_config=tune.RunConfig(
+                name=self.name,
+                storage_path=folder.rpartition("/")[0],
+                storage_filesystem=filesystem,
+                # A training has Ray Train's retries, and its driver ends with the head alone.
+                failure_config=tune.FailureConfig(max_failures=RETRIES if self.cpus else 0),
+                callbacks=[_Progress(self.sweep.axes, self.total)],
+                verbose=0,
+            ),
+        )
+
+
+def _quiet() -> None:
+    """Settings of Tune that it reads from the environment alone."""
     # Its loggers and its banner: the table and the log tell the same.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     # Its handler of SIGINT would go on to the table of a sweep that is cut off.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     # Tune would hand keys to the trials as an option of Ray, which Ray's logs show in clear.
     ENV_VARS_TO_PROPAGATE.difference_update({n for n in ENV_VARS_TO_PROPAGATE if "AWS" in n})
-    found, folder = storage.filesystem(storage.join(out, "tune"))
-    found.create_dir(folder, recursive=True)
-    name = fingerprint([*identity(sweep).values(), config.parallel, *state])[:12]
-    trainable = tune.with_resources(trainable, {"CPU": cpus} if cpus else HEAD)
-    settings = [] if optuna else _settings(sweep)
-    where, total = f"{folder}/{name}", config.samples if optuna else len(settings)
-    space = {axis.name: _domain(axis) for axis in sweep.axes} if optuna else None
-    space = {"setting": space or tune.grid_search(settings)}
-    text = "%d settings of %s, %d at a time"
-    log.info(text, total, "; ".join(map(str, sweep.axes)) or "no option", parallel)
-    known = any(
-        "experiment_state-" in path for path in storage.files(storage.join(out, "tune", name))
-    )
-    if known and tune.Tuner.can_restore(where, storage_filesystem=found):
-        log.info("going on with the sweep in %s", out)
-        tuner = tune.Tuner.restore(
-            where,
-            trainable,
-            resume_unfinished=True,
-            # Optuna knows a trial by its id, which a restarted one has not.
-            resume_errored=optuna,
-            restart_errored=not optuna,
-            storage_filesystem=found,
-            param_space=space,
-        )
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                metric=METRIC,
-                mode="max",
-                search_alg=_search(sweep, parallel),
-                scheduler=stopper or FIFOScheduler(),
-                num_samples=config.samples if optuna else 1,
-                max_concurrent_trials=parallel if optuna else None,
-                reuse_actors=sweep.kind.name == "timesteps",
-            ),
-            run_config=tune.RunConfig(
-                name=name,
-                storage_path=folder,
-                storage_filesystem=found,
-                # A training has Ray Train's retries, and its driver ends with the head alone.
-                failure_config=tune.FailureConfig(max_failures=RETRIES if cpus else 0),
-                callbacks=[_Progress(sweep.axes, total)],
-                verbose=0,
-            ),
-        )
-    rows = [_row(result) for result in tuner.fit()]
-    if len(rows) < total:
-        raise InputError(
-            f"{where}: its state is cut off, {len(rows)} of {total}; delete it, run again"
-        )
-    return rows
 
 
 def identity(sweep: Sweep) -> dict[str, Any]:

@@ -180,3 +180,9 @@ def _checked(
     if problems:
         raise InputError("\n".join(problems))
     return Sweep(kind, config, fixed, tuple(sorted(axes, key=lambda axis: axis.name)))
+
+
+def values_of(sweep: Sweep, fixed: dict[str, Any], name: str) -> tuple[Any, ...]:
+    """All values of an option, whether swept or not."""
+    axes = {axis.name: axis for axis in sweep.axes}
+    return axes[name].extremes if name in axes else (fixed[name],)

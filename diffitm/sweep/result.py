@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 import yaml
@@ -61,6 +61,14 @@ class TrialResult:
         with fewer timesteps."""
         accuracy = -1.0 if self.accuracy is None else self.accuracy
         return self.state != "done", -accuracy, len(self.timesteps or ())
+
+
+class Tried(NamedTuple):
+    """A line a setting, what their accuracy is of, and what input could not be used."""
+
+    rows: list[TrialResult]
+    title: str
+    lost: str
 
 
 def open_sweep(out: str, settings: dict[str, Any]) -> None:

@@ -60,6 +60,10 @@ class TaskErrors:
         return np.array(found)
 
 
+Key = tuple[str, str, str, str]  # model, LoRA, protocol, kind of error
+Table = tuple[list[int], list[TaskErrors]]  # timesteps, and the tasks' errors at them
+
+
 def half_of(cluster: str) -> tuple[bool, int]:
     """Whether a cluster's examples choose or measure, and their fold among those that choose."""
     number = hashlib.sha256(cluster.encode()).digest()[0]

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from diffitm.commands.sweep import KINDS, _gdbench, _placed, _scores_checked, _training_checked, run
+from diffitm.commands import sweep_scores, sweep_trainings
+from diffitm.commands.sweep import KINDS, run
 from diffitm.core.config import option
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
@@ -66,7 +67,7 @@ def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "mine.pt").touch()
     words = ["teacher=sd,org/sd", "clip=ViT-L-14:mine.pt", "data=DIR/*.tar", "recap=all"]
     words += ["validation_tasks=mmvp_vlm,my/task.py:Mine", "validation_data=file:///b/x"]
-    sweep = _placed(read_sweep(KINDS, ["recap-density", *words]))
+    sweep = sweep_trainings.placed(read_sweep(KINDS, ["recap-density", *words]))
     assert sweep.axes == (Axis("teacher", (f"{tmp_path}/sd", "org/sd")),)
     assert sweep.fixed == {
         "clip": f"ViT-L-14:{tmp_path}/mine.pt",
@@ -75,13 +76,13 @@ def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
         "validation_tasks": ["mmvp_vlm", f"{tmp_path}/my/task.py:Mine"],
         "recap": "all",
     }
-    named = _placed(read_sweep(KINDS, ["lambda", "model=shapes", "data=shapes"]))
+    named = sweep_trainings.placed(read_sweep(KINDS, ["lambda", "model=shapes", "data=shapes"]))
     assert named.fixed == {"model": "shapes", "data": "shapes"}
 
 
 def test_tasks_without_right_answers_are_not_scored() -> None:
-    sweep = _scores_checked(read_sweep(KINDS, ["timesteps", "model=shapes"]))
-    tasks = _gdbench(sweep, "diffusionitm", "out").tasks
+    sweep = sweep_scores.check(read_sweep(KINDS, ["timesteps", "model=shapes"]), "out")
+    tasks = sweep_scores.gdbench_config(sweep, "diffusionitm", "out").tasks
     assert "winoground" in tasks and not {"mmbias", "flickr30k_variance", "all"} & set(tasks)
 
 
@@ -89,10 +90,9 @@ def test_tasks_without_right_answers_are_not_scored() -> None:
 def test_the_demo_sweeps_can_be_read(kind: str, tmp_path: Path) -> None:
     """What `make sweep-demo` runs."""
     file = Path(__file__).parents[2] / "pipelines" / "sweeps" / f"{kind}.yaml"
-    sweep = _placed(read_sweep(KINDS, [kind, "--config", str(file), f"out={tmp_path}"]))
-    checked = (
-        _scores_checked(sweep) if kind == "timesteps" else _training_checked(sweep, str(tmp_path))
-    )
+    sweep = read_sweep(KINDS, [kind, "--config", str(file), f"out={tmp_path}"])
+    half = sweep_scores if kind == "timesteps" else sweep_trainings
+    checked = half.check(sweep, str(tmp_path))
     assert len(list(grid(checked.axes))) >= 4
 
 

@@ -7,10 +7,7 @@ from typing import Any
 from ray import tune
 
 from diffitm.core import storage
-from diffitm.sweep.score_settings import TaskErrors, measure
-
-Key = tuple[str, str, str, str]  # model, LoRA, protocol, kind of error
-Table = tuple[list[int], list[TaskErrors]]  # timesteps, and the tasks' errors at them
+from diffitm.sweep.score_settings import Key, Table, measure
 
 
 def score_trial(config: dict[str, Any], fixed: dict[str, Any], tables: dict[Key, Table]) -> None:
