@@ -1,6 +1,6 @@
 """What does it cost two workers to sum up the gradients of a ViT-B? Two gloo processes on the CPU.
 
-buckets  training.exchange: gradients are views of buffers of 25 MB, sent while the last backward goes on
+buckets  training.gradient_sync: gradients are views of buffers of 25 MB, sent while the last backward goes on
 flat     one copy of all gradients is summed up and taken apart, as it was before
 ddp      torch's DistributedDataParallel, no_sync for all but the last backward
 

@@ -1,6 +1,6 @@
 """How fast do images reach the training loop, and what do they cost its process? On the CPU.
 
-processes  training.loading: a torch DataLoader's processes, forked from a server that has torch imported
+processes  training.dataloader: a torch DataLoader's processes, forked from a server that has torch imported
 threads    the same decoding in threads of the loop's process
 ray-data   a task of Ray Data for every four micro-batches, as it was before
 

@@ -60,13 +60,13 @@ def run(sweep: Sweep) -> None:
     """
     out = storage.absolute(sweep.config.out)
     _refuse_keys(sweep)
-    half: Any = sweep_scores if sweep.kind.name == "timesteps" else sweep_trainings
-    sweep = half.check(sweep, out)
+    module: Any = sweep_scores if sweep.kind.name == "timesteps" else sweep_trainings
+    sweep = module.check(sweep, out)
     with entered(sweep.config, out, _read(sweep)):
-        tried = half.run(sweep, out)
+        tried = module.run(sweep, out)
         settings = {**asdict(sweep.config), "sweep": sweep.kind.name, "options": sweep.fixed}
         settings["axes"] = [str(axis) for axis in sweep.axes]
-        _leave(sweep, ranked(tried.rows, sweep.axes), out, tried.title, record(settings))
+        _write_results(sweep, ranked(tried.rows, sweep.axes), out, tried.title, record(settings))
     if tried.lost:
         raise Incomplete(tried.lost)
 
@@ -90,7 +90,7 @@ def _refuse_keys(sweep: Sweep) -> None:
             )
 
 
-def _leave(
+def _write_results(
     sweep: Sweep, rows: Sequence[TrialResult], out: str, told: str, provenance: dict[str, Any]
 ) -> None:
     """Table, best setting and report. Raises InputError if no setting has a result."""

@@ -21,7 +21,7 @@ OWN_NUMBERS = {
 OWN_WORDS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH")
 STORES = ("AWS ERROR", "GOOGLE::CLOUD", "CURL")
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP
-# torch's AcceleratorError begins with the first; memory is another matter (matching/batch.py).
+# torch's AcceleratorError begins with the first; memory is another matter (scoring/batching.py).
 CUDA = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL error", "CUDA driver")
 MEMORY = ("out of memory", "ALLOC_FAILED")
 

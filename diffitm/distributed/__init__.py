@@ -1,1 +1,1 @@
-"""Ray, and nothing else: it knows no task, no model family and no command."""
+"""Ray, and nothing else: stages and their actors, groups of training workers, trials."""

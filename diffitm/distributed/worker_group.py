@@ -29,8 +29,8 @@ KEPT = 2  # checkpoints
 # Seconds that one worker may wait for another: for a validation whose examples are slow to read, or a
 # checkpoint on a slow disk. Ray sees a worker that is gone far sooner and ends the group.
 EXCHANGE = 24 * 3600
-# Seconds from the request for workers to their room, which Places has seen to be there a moment before.
-# When it is gone again the group ends, and Places waits, for as long as it takes.
+# Seconds from the request for workers to their room, which Capacity has seen to be there a moment before.
+# When it is gone again the group ends, and Capacity waits, for as long as it takes.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
 # Seconds between two looks at the workers; each takes one report, so checkpoints are no closer.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")

@@ -16,7 +16,7 @@ from tests.pipeline import ROOT
 
 HF_TOKEN = "hf_" + "x" * 20
 LOAD = """
-from diffitm.models.load import load_denoiser, resolve
+from diffitm.models.loading import load_denoiser, resolve
 source = resolve("org/tiny").fetched()
 load_denoiser(source)
 print(source.digest)

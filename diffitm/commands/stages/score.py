@@ -13,8 +13,8 @@ import ray
 from diffitm.core import storage
 from diffitm.core.schema import SCORES, PairRow
 from diffitm.distributed.actors import WorkerSpec
-from diffitm.distributed.metrics import Metrics, gpu_memory
 from diffitm.distributed.progress import REPORT_EVERY, Watch, clock
+from diffitm.distributed.prometheus import Metrics, gpu_memory
 from diffitm.distributed.session import ActorPool, standing, start_here
 from diffitm.distributed.stages import Build, checkpoint, in_rounds, read_rows, through_actors
 from diffitm.store.pair_table import remaining
