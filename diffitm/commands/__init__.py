@@ -1,1 +1,1 @@
-"""The applications, a file a command and what they share; stages/ is what actors do, workers/ what trainings do."""
+"""The applications, a file a command, and what they share; stages/ is of actors, workers/ of trainings."""

@@ -1,4 +1,4 @@
-"""What every run that scores or tunes does first: join the cluster, refuse folders that its nodes do not share, hold OUT."""
+"""What a run does first: join the cluster, refuse folders that its nodes do not share, hold OUT."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class LanguageSource:
     weights: Weights | None = None  # of the Hub, once they are fetched
 
     def fetched(self, variant: str | None = None) -> LanguageSource:
-        """The same with its weights on this machine, if it is one of the Hub. See hub_weights.fetch for errors."""
+        """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.revision is None:
             return self
         weights = fetch(self.name, self.revision, lambda names: needed(names, ("",)), "--llm")

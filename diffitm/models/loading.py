@@ -82,7 +82,7 @@ class ModelSource:
     weights: Weights | None = None  # of the Hub, once they are fetched
 
     def fetched(self, variant: str | None = None) -> ModelSource:
-        """The same with its weights on this machine, if it is one of the Hub. See hub_weights.fetch for errors."""
+        """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.revision is None:
             return self
         parts = FAMILIES[self.family].parts

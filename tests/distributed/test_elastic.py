@@ -40,7 +40,7 @@ class Room:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs groups that come to such ends, on nodes of which some are still there; an ElasticTraining and how many
+    """Runs groups that come to such ends, on nodes of which some are still there; the training and how many
     workers each group had."""
 
     def run(ends: list[Any], retries: int = 0, living: set[str] = frozenset({"a"})) -> Any:  # type: ignore[assignment]
