@@ -37,6 +37,34 @@ def test_public_addresses_pass(address: str) -> None:
     check_address(address)
 
 
+def forms(address: str) -> dict[str, str]:
+    """The addresses of IPv6 that carry one of IPv4; the other one of Teredo is public."""
+    first, last = bytes(map(int, address.split("."))).hex(" ", 2).split()
+    client = "{:x}:{:x}".format(int(first, 16) ^ 0xFFFF, int(last, 16) ^ 0xFFFF)
+    return {
+        "mapped": f"::ffff:{address}",
+        "NAT64": f"64:ff9b::{first}:{last}",
+        "6to4": f"2002:{first}:{last}::1",
+        "Teredo's client": f"2001:0:808:808:8000:63bf:{client}",
+        "Teredo's server": f"2001:0:{first}:{last}:8000:63bf:f7f7:f7f7",
+    }
+
+
+@pytest.mark.parametrize(
+    "address",
+    """127.0.0.1 10.1.2.3 169.254.169.254 100.64.0.1 192.0.0.192 192.88.99.1 168.63.129.16
+    224.0.0.1 240.0.0.1 0.0.0.0""".split(),
+)
+def test_an_address_that_carries_another_is_judged_as_that(address: str) -> None:
+    """What is refused in plain is refused in every form that leads there, and nothing else is."""
+    for form, carrier in forms(address).items():
+        with pytest.raises(RefusedError, match="not an address of the public internet"):
+            check_address(carrier)
+            pytest.fail(f"{form}: {carrier} passed")
+    for carrier in forms("93.184.216.34").values():
+        check_address(carrier)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::1]"])
 def test_loopback_is_not_reached(server: Server, host: str) -> None:
     """However it is written: numbers that the system's resolver takes for 127.0.0.1 too."""
