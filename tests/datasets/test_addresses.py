@@ -40,7 +40,7 @@ def test_public_addresses_pass(address: str) -> None:
 def forms(address: str) -> dict[str, str]:
     """The addresses of IPv6 that carry one of IPv4; the other one of Teredo is public."""
     first, last = bytes(map(int, address.split("."))).hex(" ", 2).split()
-    client = "{:x}:{:x}".format(int(first, 16) ^ 0xFFFF, int(last, 16) ^ 0xFFFF)
+    client = f"{int(first, 16) ^ 0xFFFF:x}:{int(last, 16) ^ 0xFFFF:x}"
     return {
         "mapped": f"::ffff:{address}",
         "NAT64": f"64:ff9b::{first}:{last}",
@@ -57,10 +57,9 @@ def forms(address: str) -> dict[str, str]:
 )
 def test_an_address_that_carries_another_is_judged_as_that(address: str) -> None:
     """What is refused in plain is refused in every form that leads there, and nothing else is."""
-    for form, carrier in forms(address).items():
-        with pytest.raises(RefusedError, match="not an address of the public internet"):
+    for carrier in forms(address).values():
+        with pytest.raises(RefusedError, match=f"^{carrier} is not an address of the public"):
             check_address(carrier)
-            pytest.fail(f"{form}: {carrier} passed")
     for carrier in forms("93.184.216.34").values():
         check_address(carrier)
 
