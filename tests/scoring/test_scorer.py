@@ -330,7 +330,6 @@ def test_what_is_away_is_waited_for_once(root: Path, monkeypatch: pytest.MonkeyP
         load_images(rows[3:], "/no/where", lambda image: image)
     with pytest.raises(Unavailable, match="nowhere://"):
         load_images(rows[3:], "nowhere://a", lambda image: image)
-    assert load_images([], "/no/where", lambda image: image) == []
 
 
 def test_lines_of_similarities() -> None:

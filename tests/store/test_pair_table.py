@@ -294,8 +294,9 @@ def test_tables_are_written_in_batches(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
     example = Example("7", ("a", "b"), ("x", "y"), "both", 0, "set", {"tag": "Both", "n": "1"})
-    uri = written(tmp_path, "winoground", example)
-    assert list(read_examples(uri)) == [example]
+    other = Example("8", ("a",), ("x", "y", "z"), "text", 2, "a")
+    uri = written(tmp_path, "winoground", example, other)
+    assert list(read_examples(uri)) == [example, other]
 
 
 @pytest.mark.parametrize(
