@@ -40,10 +40,14 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
 def test_a_stream_that_broke_off_replaces_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
-    broken = storage.replacing(str(path))
-    with pytest.raises(KeyError), broken as sink:
-        sink.write(b"half")
-        raise KeyError
+
+    def break_off() -> None:
+        with storage.replacing(str(path)) as sink:
+            sink.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
     assert path.read_text() == "old"
     with storage.replacing(str(path)) as sink:
         sink.write(b"new")
