@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from diffitm.datasets import client as requests
 from diffitm.datasets import network
 from diffitm.datasets.client import Client, fetch_bytes
-from diffitm.datasets.network import BrokenError, RefusedError, check_address
+from diffitm.datasets.network import BrokenError, Deadline, RefusedError, check_address
 from tests.loopback import (
     QUICK,
     Server,
@@ -130,6 +131,60 @@ def test_a_name_with_one_private_address_is_refused(
     with pytest.raises(RefusedError, match=r"10\.0\.0\.1"):
         fetch_bytes(Client(), "https://mixed.example/x", 10**6, QUICK)
     assert connected == []
+
+
+def test_addresses_are_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the time that a connection may take; what did not answer is closed."""
+    steps = list[tuple]()
+
+    class Fake:
+        def __init__(self, family: int, *_: Any) -> None:
+            self.name = "six" if family == socket.AF_INET6 else "four"
+
+        def settimeout(self, seconds: float) -> None:
+            steps.append((self.name, seconds))
+
+        def setsockopt(self, *option: int) -> None:
+            steps.append((self.name, option))
+
+        def close(self) -> None:
+            steps.append((self.name, "closed"))
+
+        def connect(self, address: tuple) -> None:
+            steps.append((self.name, address))
+            if self.name == "six":
+                raise OSError("no route")
+
+    monkeypatch.setattr(network.socket, "socket", Fake)
+    monkeypatch.setattr(socket, "getaddrinfo", resolver(["2606:4700::1111", "93.184.216.34"]))
+    wanted = SimpleNamespace(_dns_host="a.example", port=80, timeout=3.0)
+    made: Any = network._connect(wanted, False)
+    assert made.name == "four"
+    assert steps == [
+        ("six", 3.0), ("six", ("2606:4700::1111", 80)), ("six", "closed"),
+        ("four", 3.0), ("four", ("93.184.216.34", 80)),
+        ("four", (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)),
+    ]  # fmt: skip
+
+
+def test_a_deadline_ends_at_its_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its thread and while it lasts; without seconds there is none."""
+    now = [100.0]
+    monkeypatch.setattr(network, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Deadline(60.0) as deadline:
+        Deadline.register("one")
+        now[0] = 159.9
+        deadline.check()
+        assert deadline.connections == ["one"]
+        now[0] = 160.0
+        with pytest.raises(BrokenError, match="took longer than 60 s"):
+            deadline.check()
+        with pytest.raises(BrokenError, match="took longer than 60 s"):
+            Deadline.register("two")
+    Deadline.register("three")
+    with Deadline(None) as endless:
+        endless.check()
+    assert (deadline.connections, endless.connections) == (["one"], [])
 
 
 def test_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
