@@ -235,8 +235,8 @@ def test_no_name_leads_out_of_the_root(tmp_path: Path, name: str) -> None:
 def test_images_inside_of_archives_and_tables(tmp_path: Path) -> None:
     """By their bytes, and by their row over several row groups; the digest is the image's own."""
     files = [encoded(Image.new("RGB", (4 + n, 4), (n, 0, 0))) for n in range(5)]
-    (tmp_path / "a.tar").write_bytes(b"head" + files[0] + files[1] + b"tail")
-    reference = images.member_of("a.tar", 4 + len(files[0]), len(files[1]))
+    (tmp_path / "a.tar").write_bytes(b"its head" + files[0] + files[1] + b"tail")
+    reference = images.member_of("a.tar", 8 + len(files[0]), len(files[1]))
     image, digest = images.load(str(tmp_path), reference)
     assert (image.size, digest) == ((5, 4), hashlib.sha256(files[1]).hexdigest())
     rows = {
