@@ -40,23 +40,35 @@ NOT_PUBLIC = [
 ]
 
 
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # on networks without IPv4
+
+
 def check_address(text: str) -> None:
-    """Raises RefusedError unless the IP address is one of the public internet."""
+    """Raises RefusedError unless the IP address is one of the public internet.
+
+    One of IPv6 that carries addresses of IPv4 is judged by those alone.
+    """
     address = ipaddress.ip_address(text.partition("%")[0])
-    inner: Any = address
-    if isinstance(address, ipaddress.IPv6Address):  # addresses that carry one of IPv4
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, on networks without IPv4
-            inner = ipaddress.ip_address(int(address) & 0xFFFFFFFF)
-        inner = inner or address
-    named = any(address in network for network in NOT_PUBLIC if network.version == address.version)
-    local = (
-        named or inner.is_multicast or inner.is_reserved or getattr(inner, "is_site_local", False)
-    )
-    if local or not inner.is_global:
+    inner: list[Any] = _carried(address) if address.version == 6 else []
+    if not all(map(_is_public, inner or [address])):
         raise RefusedError(
             f"{text} is not an address of the public internet (--allow-private allows it)"
         )
+
+
+def _carried(address: Any) -> list[ipaddress.IPv4Address]:
+    """The addresses of IPv4 that traffic to one of IPv6 can end at: of Teredo two, server and client."""
+    if address in NAT64:
+        return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]
+    single = address.ipv4_mapped or address.sixtofour
+    return [single] if single else list(address.teredo or ())
+
+
+def _is_public(address: Any) -> bool:
+    if any(address in network for network in NOT_PUBLIC if network.version == address.version):
+        return False
+    site_local = getattr(address, "is_site_local", False)  # of IPv6 alone
+    return address.is_global and not (address.is_multicast or address.is_reserved or site_local)
 
 
 class Deadline:

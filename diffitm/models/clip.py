@@ -68,7 +68,7 @@ class ClipSource:
         return self.model.removeprefix(LOCAL) if self.model.startswith(LOCAL) else None
 
     def fetched(self, variant: str | None = None) -> ClipSource:
-        """The same with its weights on this machine, if it is a Hub id or a tag. Raises as hub_weights.fetch."""
+        """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.model.startswith(HUB):
             repo, _, commit = self.digest.removeprefix(HUB).rpartition("@")
             weights = fetch(repo, commit, lambda names: needed(names, ("",)), "--clip")

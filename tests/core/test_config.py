@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -9,8 +10,9 @@ from typing import Literal, get_args, get_type_hints
 import pytest
 
 from diffitm.core import registry
-from diffitm.core.config import option, parse
+from diffitm.core.config import convert, find_outside, lacking, option, parse
 from diffitm.core.errors import InputError, suggest
+from diffitm.core.provenance import fingerprint, record, redact
 from diffitm.evaluation.options import GdbenchConfig
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.loading import FAMILIES
@@ -187,3 +189,108 @@ def test_every_registered_denoiser_loads(name: str) -> None:
 def test_pipeline_knows_every_protocol() -> None:
     """The choices that the user sees are those that exist."""
     assert set(get_args(get_type_hints(GdbenchConfig)["protocol"])) == set(PROTOCOLS)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A preset with values of its own."""
+
+    PRESETS = {"quick": {"steps": 3, "size": 1}, "slow": {"steps": 9}}  # noqa: RUF012
+    preset: str | None = option(None, "preset")
+    steps: int = option(5, "steps")
+    size: float | None = option(2.0, "size")
+    either: int | Literal["auto"] = option("auto", "either")
+
+
+def test_presets_speak_where_nothing_was_said() -> None:
+    assert parse(Preset, ["--preset", "quick", "--steps", "7"]) == Preset("quick", 7, 1.0)
+    assert parse(Preset, []) == Preset(None, 5, 2.0)
+    assert parse(Preset, ["--preset", "slow", "--size", "none"]) == Preset("slow", 9, None)
+    with pytest.raises(InputError, match="--preset fast: must be one of quick, slow"):
+        parse(Preset, ["--preset", "fast"])
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A config with bounds beside its numbers."""
+
+    steps: int = option(5, "steps", at_least=5)
+    rate: float | None = option(None, "rate", above=0)
+    size: float = option(2.0, "size", at_least=2, at_most=8)
+    free: int = option(-1, "no bounds")
+
+
+def test_numbers_at_their_bounds() -> None:
+    """The least and the most are allowed; what is none is no number; nor is NaN one within bounds."""
+    assert find_outside(Bounded(steps=5, size=8.0)) == []
+    assert find_outside(Bounded(steps=2**31 - 1, rate=1e-9)) == []
+    assert find_outside(Bounded(steps=4, rate=0.0, size=9.0, free=-9)) == [
+        "--steps 4: must be at least 5",
+        "--rate 0: must be above 0",
+        "--size 9.0: must be at most 8",
+    ]
+    assert find_outside(Bounded(steps=2**31)) == [f"--steps {2**31}: must be at most {2**31 - 1}"]
+    assert len(find_outside(Bounded(rate=float("nan"), size=float("nan")))) == 2
+
+
+def test_what_has_no_value_is_asked_for() -> None:
+    assert lacking(Config(), {"model": "shapes", "batch_size": "8"}) == [
+        "give --model, such as --model shapes"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        ("3", int, 3), (3.0, int, 3), ("1e-3", float, 0.001), (None, int | None, None),
+        ("none", str | None, None), ("x", list[str], ["x"]), (["1", 2], list[int], [1, 2]),
+        ("4", int | Literal["auto"], 4), ("auto", int | Literal["auto"], "auto"), (True, bool, True),
+    ],
+)  # fmt: skip
+def test_values_become_what_their_field_is(value: object, kind: object, expected: object) -> None:
+    found = convert(value, kind)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "told"),
+    [
+        (3.5, int, "a whole number"), ("3.0", int, "a whole number"), (True, int, "a number"),
+        ("x", float, "a number"), (1, bool, "true or false"), (1, str, "text"), (None, str, "text"),
+        ("z", Literal["x", "y"], "one of x, y"),
+    ],
+)  # fmt: skip
+def test_values_that_are_not(value: object, kind: object, told: str) -> None:
+    with pytest.raises(ValueError, match=f"^{told}$"):
+        convert(value, kind)
+
+
+def test_an_object_of_a_users_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("VALUE = 7\n")
+    assert registry.load(f"{tmp_path}/mine.py:VALUE") == 7
+    assert registry.load("diffitm.core.errors:InputError") is InputError
+
+
+def test_secrets_stay_out_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of variables that are named like one, the longest first, and keys in addresses."""
+    for name, value in (
+        ("A_TOKEN", "abcdefgh"),
+        ("B_KEY", "abcdefgh-more"),
+        ("C_SECRET", "abcdefg"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("KEYS", "visible-value")
+    assert redact("abcdefgh abcdefgh-more abcdefg visible-value") == "*** *** abcdefg visible-value"
+    assert redact("s3://b/a?client_secret=xy&region=z") == "s3://b/a?client_secret=***&region=z"
+    found = record({"model": "abcdefgh", "out": "s3://KEY:pass@b"})
+    assert found["config"] == {"model": "***", "out": "s3://***@b"}
+    assert found["config_sha256"] == fingerprint({"out": "s3://KEY:pass@b", "model": "abcdefgh"})
+    assert set(found["versions"]) >= {"torch", "ray", "numpy"} and found["versions"]["torch"]
+
+
+def test_a_fingerprint_is_of_values_whatever_their_order() -> None:
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    others = [{"a": 1, "b": [2, 1]}, {"a": 1}, {"a": "1", "b": [1, 2]}, {"a": 2, "b": [1, 2]}]
+    assert len({fingerprint(other) for other in others}) == 4
+    # printf '{"a":1}' | sha256sum
+    assert fingerprint({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()

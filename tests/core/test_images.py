@@ -7,8 +7,10 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from diffitm.core import images
 
@@ -211,3 +213,85 @@ def test_crop_takes_the_centre(upright: bool) -> None:
 @pytest.mark.parametrize("resize", ["squash", "crop"])
 def test_always_square(size: tuple[int, int], resize: str) -> None:
     assert images.to_pixels(Image.new("RGB", size), 33, resize).shape == (33, 33, 3)
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "a/..", "a/../b.png#xywh=0,0,1,1"])
+def test_no_name_leads_out_of_the_root(tmp_path: Path, name: str) -> None:
+    """Nor back into it: dots within a name are letters."""
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    for place in (tmp_path / "x.png", root / "b.png", root / "a..b.png"):
+        place.write_bytes(encoded(Image.new("RGB", (4, 4))))
+    with pytest.raises(ValueError, match="leads out of the data root"):
+        images.load(str(root), name)
+    assert images.problem(str(root), name.partition("#")[0]) == (
+        "ValueError: the path leads out of the data root"
+    )
+    assert images.load(str(root), "a..b.png")[0].size == (4, 4)
+    with pytest.raises(ValueError, match=r"a name with '\?' cannot be read"):
+        images.load(root.as_uri(), "b.png?x=1")
+
+
+def test_images_inside_of_archives_and_tables(tmp_path: Path) -> None:
+    """By their bytes, and by their row over several row groups; the digest is the image's own."""
+    files = [encoded(Image.new("RGB", (4 + n, 4), (n, 0, 0))) for n in range(5)]
+    (tmp_path / "a.tar").write_bytes(b"its head" + files[0] + files[1] + b"tail")
+    reference = images.member_of("a.tar", 8 + len(files[0]), len(files[1]))
+    image, digest = images.load(str(tmp_path), reference)
+    assert (image.size, digest) == ((5, 4), hashlib.sha256(files[1]).hexdigest())
+    rows = {
+        "plain.parquet": pa.table({"image": files, "other": files[::-1]}),
+        "struct.parquet": pa.table({"image": [{"bytes": f, "path": "x"} for f in files]}),
+    }
+    for name, table in rows.items():
+        parquet.write_table(table, tmp_path / name, row_group_size=2)
+        for n in range(5):
+            image, digest = images.load(str(tmp_path), images.row_of(name, n))
+            assert (image.size, digest) == ((4 + n, 4), hashlib.sha256(files[n]).hexdigest())
+        with pytest.raises(ValueError, match="no such row"):
+            images.load(str(tmp_path), images.row_of(name, 5))
+    crop, _ = images.load(str(tmp_path), f"{images.row_of('plain.parquet', 3)}#xywh=0,0,2,3")
+    assert crop.size == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("box", "fits"),
+    [
+        ("29,19,1,1", True), ("-4,-4,5,5", True), ("-5,0,6,5", True), ("0,-5,5,5", False),
+        ("30,0,1,1", False), ("0,20,1,1", False), ("0,0,60,5", True), ("0,0,61,5", False),
+        ("0,0,5,50", True), ("0,0,5,51", False), ("-30,0,31,5", True), ("-31,0,32,5", False),
+        ("0,-30,5,31", True), ("0,-31,5,32", False),
+    ],
+)  # fmt: skip
+def test_crops_at_their_bounds(tmp_path: Path, box: str, fits: bool) -> None:
+    """They must meet the 30x20 image, and stick out by no more than its longer side."""
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (30, 20))))
+    sides = tuple(map(int, box.split(",")))
+    assert (images.problem(str(tmp_path), "a.png", [(0, 0, 1, 1), sides]) is None) == fits
+    if fits:
+        assert images.load(str(tmp_path), f"a.png#xywh={box}")[0].size == sides[2:]
+        return
+    with pytest.raises(ValueError, match="crop"):
+        images.load(str(tmp_path), f"a.png#xywh={box}")
+
+
+def test_problems_are_told(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise), "JPEG")
+    (tmp_path / "a.jpg").write_bytes(data)
+    (tmp_path / "b.jpg").write_bytes(data[: len(data) // 2])
+    assert images.problem(str(tmp_path), "a.jpg") is None
+    assert "truncated" in (images.problem(str(tmp_path), "b.jpg") or "")
+    assert "FileNotFoundError" in (images.problem(str(tmp_path), "c.jpg") or "")
+
+
+def test_names_of_images() -> None:
+    names = ["a.jpg", "d.x/a.JPEG", "a.Png", "a.gif", "d/.a.jpg", ".d/a.jpg", "jpg"]
+    assert [images.is_image(name) for name in names] == [True] * 3 + [False] * 2 + [True, False]
+
+
+def test_integers_that_are_bytes_are_not_scaled() -> None:
+    values = np.array([0, 128, 255], np.int32)
+    assert pixels(encoded(Image.fromarray(np.tile(values, (4, 1))), "TIFF"))[0, :, 0].tolist() == [
+        0, 128, 255,
+    ]  # fmt: skip

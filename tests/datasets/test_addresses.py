@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from diffitm.datasets import client as requests
 from diffitm.datasets import network
 from diffitm.datasets.client import Client, fetch_bytes
-from diffitm.datasets.network import BrokenError, RefusedError, check_address
+from diffitm.datasets.network import BrokenError, Deadline, RefusedError, check_address
 from tests.loopback import (
     QUICK,
     Server,
@@ -35,6 +36,33 @@ def test_private_addresses_are_refused(address: str) -> None:
 )
 def test_public_addresses_pass(address: str) -> None:
     check_address(address)
+
+
+def forms(address: str) -> dict[str, str]:
+    """The addresses of IPv6 that carry one of IPv4; the other one of Teredo is public."""
+    first, last = bytes(map(int, address.split("."))).hex(" ", 2).split()
+    client = f"{int(first, 16) ^ 0xFFFF:x}:{int(last, 16) ^ 0xFFFF:x}"
+    return {
+        "mapped": f"::ffff:{address}",
+        "NAT64": f"64:ff9b::{first}:{last}",
+        "6to4": f"2002:{first}:{last}::1",
+        "Teredo's client": f"2001:0:808:808:8000:63bf:{client}",
+        "Teredo's server": f"2001:0:{first}:{last}:8000:63bf:f7f7:f7f7",
+    }
+
+
+@pytest.mark.parametrize(
+    "address",
+    """127.0.0.1 10.1.2.3 169.254.169.254 100.64.0.1 192.0.0.192 192.88.99.1 168.63.129.16
+    224.0.0.1 240.0.0.1 0.0.0.0""".split(),
+)
+def test_an_address_that_carries_another_is_judged_as_that(address: str) -> None:
+    """What is refused in plain is refused in every form that leads there, and nothing else is."""
+    for carrier in forms(address).values():
+        with pytest.raises(RefusedError, match=f"^{carrier} is not an address of the public"):
+            check_address(carrier)
+    for carrier in forms("93.184.216.34").values():
+        check_address(carrier)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::1]"])
@@ -103,6 +131,60 @@ def test_a_name_with_one_private_address_is_refused(
     with pytest.raises(RefusedError, match=r"10\.0\.0\.1"):
         fetch_bytes(Client(), "https://mixed.example/x", 10**6, QUICK)
     assert connected == []
+
+
+def test_addresses_are_tried_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the time that a connection may take; what did not answer is closed."""
+    steps = list[tuple]()
+
+    class Fake:
+        def __init__(self, family: int, *_: Any) -> None:
+            self.name = "six" if family == socket.AF_INET6 else "four"
+
+        def settimeout(self, seconds: float) -> None:
+            steps.append((self.name, seconds))
+
+        def setsockopt(self, *option: int) -> None:
+            steps.append((self.name, option))
+
+        def close(self) -> None:
+            steps.append((self.name, "closed"))
+
+        def connect(self, address: tuple) -> None:
+            steps.append((self.name, address))
+            if self.name == "six":
+                raise OSError("no route")
+
+    monkeypatch.setattr(network.socket, "socket", Fake)
+    monkeypatch.setattr(socket, "getaddrinfo", resolver(["2606:4700::1111", "93.184.216.34"]))
+    wanted = SimpleNamespace(_dns_host="a.example", port=80, timeout=3.0)
+    made: Any = network._connect(wanted, False)
+    assert made.name == "four"
+    assert steps == [
+        ("six", 3.0), ("six", ("2606:4700::1111", 80)), ("six", "closed"),
+        ("four", 3.0), ("four", ("93.184.216.34", 80)),
+        ("four", (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)),
+    ]  # fmt: skip
+
+
+def test_a_deadline_ends_at_its_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its thread and while it lasts; without seconds there is none."""
+    now = [100.0]
+    monkeypatch.setattr(network, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Deadline(60.0) as deadline:
+        Deadline.register("one")
+        now[0] = 159.9
+        deadline.check()
+        assert deadline.connections == ["one"]
+        now[0] = 160.0
+        with pytest.raises(BrokenError, match="took longer than 60 s"):
+            deadline.check()
+        with pytest.raises(BrokenError, match="took longer than 60 s"):
+            Deadline.register("two")
+    Deadline.register("three")
+    with Deadline(None) as endless:
+        endless.check()
+    assert (deadline.connections, endless.connections) == (["one"], [])
 
 
 def test_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,7 @@ from tests.loopback import (
     CONTENT,
     PAGE,
     QUICK,
+    Handler,
     Server,
     picture,
 )
@@ -192,3 +194,169 @@ def test_no_proxy_netrc_or_cookies(
     assert fetch_bytes(client, f"{server.url}/picture", 10**6, QUICK) == picture()
     assert not {"Authorization", "Cookie", "Proxy-Authorization"} & set(server.headers[0])
     assert "hf_secret" not in str(server.headers)
+
+
+def begun(server: Server, to: Path, have: int, route: str = "good.bin") -> str:
+    """A part file with the first bytes, of a strong tag; the address."""
+    url = f"{server.url}/{route}"
+    part = to.with_name(to.name + ".part")
+    part.write_bytes(CONTENT[:have])
+    notes = {"url": url, "validator": '"one"', "total": str(len(CONTENT))}
+    part.with_name(part.name + ".json").write_text(json.dumps(notes))
+    return url
+
+
+def test_the_limit_holds_for_what_came_before_too(
+    server: Server, client: Client, tmp_path: Path
+) -> None:
+    """60,000 bytes are there and 40,000 come: within a limit of 100,000, not of one less."""
+    url = begun(server, tmp_path / "f", 60_000)
+    with pytest.raises(RefusedError, match="40,000 bytes are more than the 39,999 allowed"):
+        save(client, url, tmp_path / "f", most=99_999, limits=QUICK)
+    save(client, url, tmp_path / "f", most=100_000, limits=QUICK)
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    assert [headers["Range"] for headers in server.headers] == ["bytes=60000-"] * 2
+    with pytest.raises(RefusedError, match="more than the 99,999"):
+        save(client, url, tmp_path / "g", size=99_999, most=10**9, limits=QUICK)
+    save(client, url, tmp_path / "g", size=100_000, most=5, limits=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("headers", "condition"),
+    [
+        ({"ETag": 'W/"one"'}, None),
+        ({}, None),
+        ({"ETag": 'W/"one"', "Last-Modified": "yesterday"}, "yesterday"),
+        ({"ETag": '"one"', "Last-Modified": "yesterday"}, '"one"'),
+    ],
+)
+def test_a_weak_tag_promises_nothing(
+    server: Server,
+    client: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    headers: dict[str, str],
+    condition: str | None,
+) -> None:
+    """What broke off is gone on with under a strong tag or a date alone, else begun again."""
+
+    def on_tagged(self: Handler) -> None:
+        begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        if self.visit == 1:
+            self.answer(CONTENT, sent=40_000, **headers)
+        elif begin:
+            place = f"bytes {begin}-99999/100000"
+            self.answer(CONTENT[begin:], 206, Content_Range=place, **headers)
+        else:
+            self.answer(CONTENT, **headers)
+
+    monkeypatch.setattr(Handler, "on_tagged", on_tagged, raising=False)
+    save(client, f"{server.url}/tagged", tmp_path / "f", limits=QUICK)
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    again = server.headers[1]
+    assert again.get("If-Range") == condition
+    assert again.get("Range") == (condition and "bytes=40000-")
+
+
+@pytest.mark.parametrize(
+    ("answer", "tries"),
+    [
+        (dict(Content_Range="bytes 40000-99999/100000", ETag='"one"'), 2),
+        (dict(Content_Range="bytes 40000-99999/*"), 2),
+        (dict(Content_Range="bytes 40000-99999/100001", ETag='"one"'), 3),
+        (dict(Content_Range="bytes 4000-63999/100000", ETag='"one"'), 3),
+        (dict(Content_Range="bytes 40000-99999/100000", ETag='"two"'), 3),
+        (dict(ETag='"one"'), 3),
+        (dict(code=416), 3),
+    ],
+)
+def test_a_range_must_go_on_where_the_part_ends(
+    server: Server,
+    client: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: dict,
+    tries: int,
+) -> None:
+    """Of the same version; else the file is fetched from its start."""
+
+    def on_ranged(self: Handler) -> None:
+        if self.visit == 1:
+            self.answer(CONTENT, sent=40_000, ETag='"one"')
+        elif "Range" in self.headers:
+            self.answer(CONTENT[40_000:], **{"code": 206, **answer})
+        else:
+            self.answer(CONTENT, ETag='"one"')
+
+    monkeypatch.setattr(Handler, "on_ranged", on_ranged, raising=False)
+    save(client, f"{server.url}/ranged", tmp_path / "f", limits=QUICK)
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    assert server.visits["/ranged"] == tries
+
+
+def test_tries_count_only_without_progress(
+    server: Server, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten pieces of 10,000 bytes are many tries; they wait longer each time that nothing comes."""
+    waits = list[float]()
+    monkeypatch.setattr(download, "PROGRESS", 9_999)
+    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=waits.append))
+
+    def on_pieces(self: Handler) -> None:
+        begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        place = f"bytes {begin}-99999/100000" if begin else None
+        code = 206 if begin else 200
+        self.answer(CONTENT[begin:], code, 10_000, ETag='"one"', Content_Range=place)
+
+    monkeypatch.setattr(Handler, "on_pieces", on_pieces, raising=False)
+    save(client, f"{server.url}/pieces", tmp_path / "f", limits=QUICK)
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    assert server.visits["/pieces"] == 10
+    assert waits == [0.02] * 9
+    waits.clear()
+    with pytest.raises(BrokenError):
+        save(
+            client,
+            f"{server.url}/breaks-always",
+            tmp_path / "g",
+            limits=Limits(backoff=1, longest_wait=9),
+        )
+    assert waits == [2.0, 4.0, 8.0, 9.0]
+
+
+def test_an_empty_file_is_none(
+    server: Server, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "on_empty", lambda self: self.answer(b""), raising=False)
+    with pytest.raises(RefusedError, match="the file is empty"):
+        save(client, f"{server.url}/empty", tmp_path / "f", limits=QUICK)
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_form_leads_on_with_its_hidden_fields_alone() -> None:
+    url = "https://drive.google.com/uc?id=1"
+    page = b"""<input type="hidden" name="before" value="0">
+    <form id="download-form" action="https://drive.usercontent.google.com/download?x=1">
+    <input type="hidden" name="id" value="1"><input type="submit" name="s" value="t"></form>"""
+    assert drive_form(page, url) == "https://drive.usercontent.google.com/download?id=1"
+    assert drive_form(page.replace(b"download-form", b"search"), url) is None
+    assert drive_form(page.replace(b"https://drive.usercontent.google.com", b""), url) == (
+        "https://drive.google.com/download?id=1"
+    )
+
+
+def test_a_page_is_told_by_its_type_or_its_beginning(
+    server: Server, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = {
+        "/typed": (b"PK <title>No</title>", "text/html; charset=utf-8"),
+        "/begun": (b"\xef\xbb\xbf \n<HTML><title>No</title>", "application/zip"),
+    }
+    for path, (content, kind) in pages.items():
+
+        def answer(self: Handler, content: bytes = content, kind: str = kind) -> None:
+            self.answer(content, Content_Type=kind)
+
+        monkeypatch.setattr(Handler, f"on_{path[1:]}", answer, raising=False)
+        with pytest.raises(RefusedError, match="web page instead of the file: 'No'"):
+            save(client, server.url + path, tmp_path / "a.zip", limits=QUICK)

@@ -120,6 +120,49 @@ def test_shards_keep_a_host_together() -> None:
     assert sorted(map(len, groups))[-2] <= 20
 
 
+def test_groups_are_filled_to_the_last_place() -> None:
+    """Large hosts first; one row too many begins another group. Within one, hosts take turns."""
+    rows = [
+        (f"{h}{i}", f"http://{h}/{i}") for h, n in (("a", 1), ("b", 3), ("c", 2)) for i in range(n)
+    ]
+    assert [[name for name, _ in group] for group in shards(rows, 5)] == [
+        ["b0", "b1", "b2", "c0", "c1"],
+        ["a0"],
+    ]
+    assert [len(group) for group in shards(rows, 4)] == [3, 3]
+    assert [name for name, _ in fetching._mixed(rows)] == ["a0", "b0", "c0", "b1", "c1", "b2"]
+
+
+def test_a_success_gives_a_host_new_tries(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failures in a row count, of each host by itself; a dead link is an answer too."""
+    tried, told = list[str](), list[tuple[str, int]]()
+
+    def fetch(_: Client, url: str, to: Path, __: Limits) -> tuple[str, str, int]:
+        assert to == tmp_path / f"{url[-2:]}.jpg"
+        tried.append(url[-2:])
+        good = {"a4": "fetched", "a9": "dead"}.get(url[-2:])
+        return (good, "", 7) if good else ("failed", "500", 0)
+
+    monkeypatch.setattr(fetching, "fetch_image", fetch)
+    rows = [(f"{h}{i}", f"http://{h}.example/{h}{i}") for h in "ab" for i in range(10)]
+    lines = fetch_shard(rows, tmp_path, client, 1, lambda *line: told.append(line), threads=1)
+    assert sum(name[0] == "a" for name in tried) == 10
+    assert sum(name[0] == "b" for name in tried) == fetching.GIVE_UP
+    assert sum(line["reason"] == "its host failed 5 times in a row" for line in lines) == 5
+    assert sorted(told)[:1] == [("dead", 7)] and told.count(("fetched", 7)) == 1
+    assert {line["id"]: line["bytes"] for line in lines}["a4"] == 7
+
+
+def test_images_that_are_there(tmp_path: Path) -> None:
+    """Whole files of the right kind; none without a folder."""
+    for name, content in (("1.jpg", b"x"), ("2.jpg", b""), ("3.png", b"x")):
+        (tmp_path / name).write_bytes(content)
+    assert fetching.fetched_ids(tmp_path) == {"1"}
+    assert fetching.fetched_ids(tmp_path / "none") == set()
+
+
 def results(folder: Path, *rows: tuple[str, str, str]) -> Path:
     folder.mkdir(parents=True)
     lines = [
@@ -141,6 +184,8 @@ def test_dead_links_are_recorded(tmp_path: Path) -> None:
         "u1": "404 Not Found",
         "u4": "unknown host u4",
     }
+    assert (dead["u4"]["image_id"], dead["u1"]["image_id"]) == ("3", "0")
+    assert not (tmp_path / "r").exists()
     again = results(tmp_path / "r2", ("u1", "fetched", ""))
     fetching.merge_results(again, tmp_path / "svo" / "images")
     assert list(fetching.read_dead(tmp_path / "svo" / "images")) == ["u4"]

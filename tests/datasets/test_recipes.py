@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError
 
 from diffitm.commands import prepare
 from diffitm.commands.stages import fetch as fetch_on_ray
-from diffitm.core.errors import InputError
+from diffitm.core.errors import Incomplete, InputError
 from diffitm.datasets import options, recipe, sources, status
 from diffitm.datasets.options import DataConfig
 from diffitm.datasets.recipe import DatasetRecipe, Download, Hub, ImageList, Named, Need, Rule
@@ -250,3 +250,70 @@ def test_classes_from_file_names(tmp_path: Path) -> None:
     assert made.read_text() == "american bulldog\negyptian mau\n"
     step = next(s for s in sources.SOURCES["pets"].steps if s.to == "pets/classes.txt")
     assert whole(step, tmp_path)  # the next run takes it for its own
+
+
+def test_what_counts_as_there(tmp_path: Path) -> None:
+    """Images by their ending, in all folders that fit; as many as needed are enough."""
+    source = DatasetRecipe((), (Need("a/*/images", 3),), "-")
+    for name in ("x/images/1.JPG", "x/images/.2.jpg", "x/images/3.txt", "y/images/4.jpeg"):
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).touch()
+    assert recipe.missing(source, tmp_path) == ["a/*/images holds 2 of 3 images"]
+    (tmp_path / "a/y/images/5.png").touch()
+    assert recipe.missing(source, tmp_path) == []
+    (tmp_path / "f").write_text("")
+    assert recipe.missing(DatasetRecipe((), (Need("f", 99),), "-"), tmp_path) == []
+
+
+def test_names_in_an_annotation_file(tmp_path: Path) -> None:
+    """Its keys, without the beginning that is no part of the path; below the data root too."""
+    named = DatasetRecipe((), (Named("l.json", "", cut="data/"),), "-")
+    (tmp_path / "l.json").write_text('\ufeff{"data/1.jpg": 0, "2.jpg": 0, "data/2.jpg": 0}')
+    (tmp_path / "1.jpg").touch()
+    told = "2 of 3 images that l.json names are not below the data root"
+    assert recipe.missing(named, tmp_path) == [told]
+    (tmp_path / "2.jpg").touch()
+    assert recipe.missing(named, tmp_path) == []
+    (tmp_path / "l.json").write_text('[{"image": "1.jpg"}, {}]')
+    field = DatasetRecipe((), (Named("l.json", "", "image"),), "-")
+    assert recipe.missing(field, tmp_path)[0].startswith("l.json cannot be read: KeyError")
+
+
+LISTED = DatasetRecipe((ImageList("svo/l.csv", (("url", "id"),), "svo/images"),), (), "free")
+
+
+def test_a_list_of_images_is_complete_but_for_dead_links(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is there (though its link died since), one is dead, one is left to fetch."""
+    folder = tmp_path / "svo" / "images"
+    folder.mkdir(parents=True)
+    (tmp_path / "svo/l.csv").write_text("url,id\nu1,1\nu2,2\nu3,3\n")
+    (folder / "1.jpg").write_bytes(b"12345")
+    (tmp_path / "svo/dead_links.csv").write_text(
+        "url,image_id,reason,when\nu1,1,404,t\nu2,2,404,t\n"
+    )
+    lacking, line, gone = status.lacking_images(LISTED, tmp_path)
+    assert lacking == ["1 images were not fetched yet: run the same command again"]
+    assert (line, gone) == ("1 of 3 images, 1 dead links (svo/dead_links.csv)", 1)
+    with pytest.raises(InputError, match=r"not complete\n  svo: 1 images were not fetched yet"):
+        status.report({"svo": LISTED}, [], tmp_path)
+    assert "svo         incomplete" in capsys.readouterr().out
+    (folder / "3.jpg").write_bytes(b"1")
+    with pytest.raises(Incomplete, match=r"^1 images have dead links"):
+        status.report({"svo": LISTED}, [], tmp_path)
+    (folder / "2.jpg").write_bytes(b"1")
+    status.report({"svo": LISTED}, [], tmp_path)
+    assert "svo         complete           0.0 MB  3 of 3 images" in capsys.readouterr().out
+
+
+def test_a_failed_step_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of its own data set alone; what the user must do comes last and is the error."""
+    one = DatasetRecipe((Download("one/f", ("u",)),), (), "free")
+    two = DatasetRecipe((Download("two/f", ("u",)),), (Need("two/f"),), "free", "ask the authors")
+    outcomes = [status.Outcome("one/f", False, "404"), status.Outcome("two/f", True, "there")]
+    with pytest.raises(InputError) as raised:
+        status.report({"one": one, "two": two}, outcomes, tmp_path)
+    assert str(raised.value) == ("not complete\n  one: one/f: 404\n  two: by hand: ask the authors")
+    printed = capsys.readouterr().out
+    assert "    one/f: 404\n" in printed and "    two/f is not there\n" in printed

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import stat
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +16,17 @@ from diffitm.commands import prepare
 from diffitm.datasets.client import Client
 from diffitm.datasets.network import RefusedError
 from diffitm.datasets.recipe import DatasetRecipe, Download, Need, Rule
-from diffitm.datasets.unpack import UnsafeError, place, unpack, unpacked
+from diffitm.datasets.unpack import (
+    SPARE,
+    UnsafeError,
+    note_members,
+    place,
+    read_note,
+    target,
+    unpack,
+    unpacked,
+    write_note,
+)
 from tests.loopback import (
     CONTENT,
     Handler,
@@ -51,6 +63,62 @@ def test_unpack_goes_on(tmp_path: Path) -> None:
     unpack(made, tmp_path, ALL, 100, {"out/b.jpg": 1})
     assert (tmp_path / "out" / "a.jpg").read_bytes() == b"kept"
     assert (tmp_path / "out" / "b.jpg").read_bytes() == b"bbbb"
+
+
+def test_a_link_in_the_place_of_a_member_is_replaced(tmp_path: Path) -> None:
+    """However large what it leads to is; that file stays as it is."""
+    made = zipped(tmp_path / "a.zip", {"a.jpg": b"aaaa"})
+    other = tmp_path / "other"
+    other.write_bytes(b"mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.jpg").symlink_to(other)
+    assert unpack(made, tmp_path, ALL, 100) == {"out/a.jpg": 4}
+    assert not (tmp_path / "out" / "a.jpg").is_symlink()
+    assert ((tmp_path / "out" / "a.jpg").read_bytes(), other.read_bytes()) == (b"aaaa", b"mine")
+
+
+def test_limits_are_met_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many members, bytes and as much disk as allowed, and one less."""
+    members = {"a.jpg": b"aaaa", "b.jpg": b"bb"}
+    for made in (
+        zipped(tmp_path / "a.zip", members),
+        tarred(tmp_path / "a.tar.gz", *((tarfile.TarInfo(name), c) for name, c in members.items())),
+    ):
+        assert unpack(made, tmp_path, ALL, 6, members=2) == {"out/a.jpg": 4, "out/b.jpg": 2}
+        with pytest.raises(UnsafeError, match="more than 1 members"):
+            unpack(made, tmp_path, ALL, 6, members=1)
+        with pytest.raises(UnsafeError, match="more than 5"):
+            unpack(made, tmp_path, ALL, 5)
+    for spare, fits in ((0, True), (-1, False)):
+        usage = SimpleNamespace(free=6 + SPARE + spare)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        if fits:
+            unpack(tmp_path / "a.zip", tmp_path, ALL, 6)
+            continue
+        with pytest.raises(UnsafeError, match="no space left on device for 6 bytes"):
+            unpack(tmp_path / "a.zip", tmp_path, ALL, 6)
+
+
+def test_the_first_rule_that_matches_a_whole_name_places_it() -> None:
+    rules = (Rule(r"a/(.*)\.jpg", r"one/\1.jpg"), Rule(r".*\.jpg", "two.jpg"))
+    assert target("a/x.jpg", rules) == "one/x.jpg"
+    assert target("b/x.jpg", rules) == "two.jpg"
+    assert target("a/x.jpg.txt", rules) is None
+    assert target("__MACOSX/a/x.jpg", rules) is None
+
+
+def test_notes_that_say_too_little_are_none(tmp_path: Path) -> None:
+    """What is read of a manifest has a size and a digest; of members, all must be there."""
+    write_note("d/f", tmp_path, {"url": "u", "size": 1, "sha256": "0"})
+    assert read_note("d/f", tmp_path) == {"url": "u", "size": 1, "sha256": "0"}
+    write_note("d/f", tmp_path, {"url": "u", "size": 1})
+    assert read_note("d/f", tmp_path) is None
+    assert read_note("d/g", tmp_path) is None
+    (tmp_path / "a").write_bytes(b"12")
+    note_members("x.zip", tmp_path, {"a": 2})
+    assert unpacked("x.zip", tmp_path) == 1
+    note_members("x.zip", tmp_path, {"a": 3})
+    assert unpacked("x.zip", tmp_path) == 0
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from diffitm.commands.candidates import CandidatesConfig, _beside, _check
 from diffitm.commands.stages.embed import GROUP, EmbedActor, located
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError
+from diffitm.metrics.intervals import interval, wilson
 from diffitm.retrieval import candidate_lists
 from diffitm.retrieval.candidate_lists import Side, read_captions
 from diffitm.retrieval.exact_knn import gallery_blocks, on_grid, to_table, top_k
@@ -170,6 +171,42 @@ def test_lists_with_and_without_the_gold(tmp_path: Path, insert: bool, expected:
     assert info["failures"] == [{"image": "c.jpg", "reason": "empty", "queries": 1}]
 
 
+def test_captions_of_one_image_are_no_independent_witnesses(tmp_path: Path) -> None:
+    """Five images with four captions each, found or not found together; images alone are alike."""
+    truth = [[image] for image in range(5) for _ in range(4)]
+    captions, names = [f"c{q}" for q in range(20)], [f"{i}.jpg" for i in range(5)]
+    found = [(q, [gold if gold < 3 else (gold + 1) % 5]) for q, (gold,) in enumerate(truth)]
+    many = Side("image", captions, names, truth, {})
+    info = candidate_lists.write_lists(str(tmp_path / "a.json"), found, many, 1, False)
+    hits = np.repeat([1.0, 1.0, 1.0, 0.0, 0.0], 4)
+    clusters = np.repeat(np.arange(5), 4)
+    assert (info["low"], info["high"]) == pytest.approx(interval(hits, clusters))
+    narrow = wilson(12, 20)
+    assert info["high"] - info["low"] > 1.5 * (narrow[1] - narrow[0])
+    once = Side("text", names, captions, [[4 * i] for i in range(5)], {})
+    few = [(q, [4 * q if q < 3 else 1]) for q in range(5)]
+    info = candidate_lists.write_lists(str(tmp_path / "b.json"), few, once, 1, False)
+    assert (info["low"], info["high"]) == pytest.approx(wilson(3, 5))
+    assert (info["queries"], info["gallery"], info["left_out"]) == (5, 20, 2)
+
+
+def test_what_is_said_of_a_list(tmp_path: Path) -> None:
+    """Of unreadable images in the queries; the digest is the file's."""
+    uri = tmp_path / "list.json"
+    found = [(0, [2, 0]), (1, [2]), (2, [3, 1])]
+    info = candidate_lists.write_lists(str(uri), found, side("text", {1: "torn"}), 2, True)
+    assert json.loads(uri.read_text()) == {"a.jpg": ["x", "z"], "c.jpg": ["w", "y"]}
+    assert info["sha256"] == hashlib.sha256(uri.read_bytes()).hexdigest()
+    assert (info["direction"], info["top_k"], info["queries"], info["gallery"]) == ("text", 2, 2, 4)
+    assert info["failures"] == [{"image": "b.jpg", "reason": "torn", "queries": 1}]
+    assert (info["recall_ceiling"], info["short_lists"], info["inserted"]) == (1.0, 0, [])
+    info = candidate_lists.write_lists(str(uri), [], side("image"), 2, False)
+    assert json.loads(uri.read_text()) == {}
+    assert [info[key] for key in ("recall_ceiling", "low", "high", "queries")] == [None] * 3 + [0]
+    candidate_lists.write_info(str(uri), info)
+    assert json.loads(uri.read_text()) == info
+
+
 def test_short_lists_are_told(tmp_path: Path) -> None:
     uri = str(tmp_path / "list_text.json")
     found = [(0, [3, 0, 2]), (1, [0, 3, 1]), (2, [0, 1, 2, 3])]
@@ -272,6 +309,33 @@ def test_captions_files(tmp_path: Path, name: str) -> None:
     known = read_captions(str(tmp_path / name))
     assert (known.images, known.captions) == (["a.jpg", "b.jpg"], ["x", "y"])
     assert (known.of_image, known.of_caption) == ([[0, 1], [0]], [[0, 1], [0]])
+
+
+def test_what_comes_again_is_the_same_one(tmp_path: Path) -> None:
+    """A pair, an image and a caption; the first image with a caption is its gold."""
+    rows = [["b.jpg", ["x", "y", "x"]], ["a.jpg", ["y"]], ["b.jpg", ["z", "y"]], ["a.jpg", "w"]]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"image": i, "caption": c} for i, c in rows]))
+    known = read_captions(str(file))
+    assert (known.images, known.captions) == (["b.jpg", "a.jpg"], ["x", "y", "z", "w"])
+    assert known.of_image == [[0, 1, 2], [1, 3]]
+    assert known.of_caption == [[0], [0, 1], [0], [1]]
+    assert known.digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    file.write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"--captions: .* cannot be read"):
+        read_captions(str(file))
+
+
+def test_embeddings_lie_on_a_grid() -> None:
+    """The nearest multiple of 2^-26; a length of 1.001 is still one of a unit vector."""
+    step = 2.0**-26
+    values = np.array([[3.4 * step, 3.6 * step, -3.6 * step], [0.6, 0.8, 0.0]])
+    found = on_grid(values, str)
+    assert found.dtype == np.float32
+    assert (found[0] / step).tolist() == [3, 4, -4]
+    on_grid(np.array([[1.0009]]), str)
+    with pytest.raises(InputError, match=r"the embedding of 1 has length 1\.002, must be 1"):
+        on_grid(np.array([[1.0], [1.002]]), str)
 
 
 def test_a_quote_in_a_tsv_is_a_letter(tmp_path: Path) -> None:

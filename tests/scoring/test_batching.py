@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
 from diffitm.models.clip import resolve_clip
 from diffitm.models.stable_diffusion import StableDiffusion
+from diffitm.scoring import batching
 from diffitm.scoring.batching import TOLD, Batch
 from diffitm.scoring.clip import ClipScorer
 from diffitm.scoring.diffusion import DiffusionScorer
@@ -181,6 +183,22 @@ def test_time_of_forwards(sd: StableDiffusion, root: Path) -> None:
     with found.batches[0].timed(torch.device("cpu")):
         pass
     assert 0 < found.batches[0].spent() < 0.1
+
+
+def test_times_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all blocks since the last question, in seconds."""
+    times = iter([1.0, 4.0, 10.0, 10.5])
+    monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    batch = Batch(4)
+    for _ in range(2):
+        with batch.timed(torch.device("cpu")):
+            pass
+    assert [batch.spent(), batch.spent()] == [3.5, 0.0]
+
+
+def test_ranges_cover_everything_once() -> None:
+    assert list(Batch(4).run(10, lambda i, j: (i, j))) == [(0, 4), (4, 8), (8, 10)]
+    assert list(Batch(4).run(0, lambda i, j: (i, j))) == []
 
 
 class Remote:

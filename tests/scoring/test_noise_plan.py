@@ -67,6 +67,23 @@ def test_short_training_schedules(protocol: str, total: int) -> None:
     assert 0 <= min(steps) <= max(steps) < total
 
 
+def test_plans_of_short_schedules_by_hand() -> None:
+    """The published grid in proportion; draws from 0 to T - 1 of the generator of that seed."""
+    assert plan_timesteps("diffusionitm", 10, total=100) == list(range(1, 99, 10))
+    assert plan_timesteps("diffusionitm", 50, total=50) == list(range(49))
+    assert plan_timesteps("diffusion-classifier", 4, total=100) == [12, 37, 62, 87]
+    drawn = torch.randint(0, 50, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert plan_timesteps("paper", 7, total=50) == drawn[:7]
+    assert plan_timesteps("diffusionitm", 5, total=5) == [0, 1, 2, 3]
+    assert plan_timesteps("diffusionitm", 1, total=1) == [0]
+
+
+def test_plans_begin_at_seed_zero_and_timestep_zero() -> None:
+    plan = make_plan([0, 3], (1, 2, 2))
+    assert torch.equal(plan.noise, standard_noise(2, (1, 2, 2), seed=0))
+    assert plan.noise.shape == (2, 1, 2, 2)
+
+
 def test_noise_table_is_the_convention() -> None:
     """The hash in the specification, at Stable Diffusion's 4x64x64."""
     table = standard_noise(1000, (4, 64, 64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from diffitm.core import images
+from diffitm.core import images, outside
+from diffitm.core.errors import InputError, Unavailable
 from diffitm.core.schema import SCORES, PairRow
+from diffitm.models import clip as clip_models
+from diffitm.models.clip import resolve_clip
 from diffitm.models.loading import resolve
 from diffitm.models.stable_diffusion import StableDiffusion
-from diffitm.scoring.diffusion import DiffusionScorer
-from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring import diffusion
+from diffitm.scoring.clip import ClipScorer
+from diffitm.scoring.diffusion import DiffusionScorer, scaled
+from diffitm.scoring.noise_plan import make_plan, standard_noise
 from diffitm.scoring.pair_errors import pair_errors
-from diffitm.scoring.specs import DiffusionSpec
+from diffitm.scoring.scorer import Loaded, load_images, similarity_lines
+from diffitm.scoring.specs import ClipSpec, DiffusionSpec
 from diffitm.scoring.text_cache import TextCache
 from tests import tiny
 
@@ -181,6 +188,184 @@ def test_lora_and_its_scale_are_in_the_fingerprint(tmp_path: Path, sd_folder: Pa
         spec = DiffusionSpec(source, "/data", "diffusionitm", tuple(STEPS), lora=str(file))
         found.append(spec.store_config()["lora"])
     assert len(set(found)) == 3
+
+
+def test_a_spec_passes_everything_on(sd_folder: Path, root: Path) -> None:
+    """What a score depends on, and the batch size; timesteps are checked against the model."""
+    source = resolve(str(sd_folder))
+    spec = DiffusionSpec(source, str(root), "paper", (3, 999), seed=4, dtype="bf16", resize="crop",
+                         latent_seed=6, batch_size=12)  # fmt: skip
+    built = spec.build("cpu")
+    assert isinstance(built, DiffusionScorer)
+    assert (built.root, built.resize, built.latent_seed) == (str(root), "crop", 6)
+    assert (built.denoiser.dtype, built.timesteps, built.cost) == (torch.bfloat16, [3, 999], 2)
+    assert [batch.size for batch in built.batches] == [12, 3, 12]
+    assert torch.equal(built.plan.noise, standard_noise(2, built.denoiser.latent_shape, 4))
+    with pytest.raises(InputError, match="timestep 1000 is beyond the model's last, 999"):
+        DiffusionSpec(source, str(root), "paper", (1000, 3)).build("cpu")
+
+
+def test_the_fingerprint_of_a_clip(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights, the images' root without keys, and the preprocessing where it is not open_clip's."""
+    source = resolve_clip("shapes")
+    spec = ClipSpec(source, "s3://KEY:SECRET@bucket/a", batch_size=3)
+    monkeypatch.setattr(clip_models, "preprocessing", lambda _: {})
+    config = spec.store_config()
+    assert config == {
+        "kind": "clip", "version": 1, "weights": source.digest, "root": "s3://bucket/a",
+    }  # fmt: skip
+    assert ClipSpec(source, "s3://bucket/b").store_config() != config
+    assert ClipSpec(source, "s3://bucket/a", batch_size=9).store_config() == config
+    monkeypatch.setattr(clip_models, "preprocessing", lambda _: {"image_mean": [0.1] * 3})
+    assert spec.store_config() == config | {"preprocessing": {"image_mean": [0.1] * 3}}
+    built = ClipSpec(source, str(root), 3).build("cpu")
+    assert isinstance(built, ClipScorer)
+    assert (built.root, [batch.size for batch in built.batches]) == (str(root), [3, 3])
+    assert (spec.cost, built.cost) == (1, 1)
+
+
+def test_pixels_are_scaled_to_minus_one_to_one() -> None:
+    """Channels first, rows before columns."""
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    pixels[1, 2] = (255, 51, 0)
+    found = scaled(pixels)
+    assert (found.shape, found.dtype) == ((3, 2, 3), torch.float32)
+    torch.testing.assert_close(found[:, 1, 2], torch.tensor([1.0, -0.6, -1.0]))
+    assert (found[:, 0] == -1).all()
+
+
+def test_the_rate_is_that_of_the_second_round(
+    sd: StableDiffusion, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four forwards in two seconds, after a warm-up of five."""
+    times = iter([100.0, 105.0, 107.0])
+    monkeypatch.setattr(diffusion, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert scorer(sd, root, batch_size=4).measure_rate() == 2.0
+
+
+class Picky(tiny.Fixed):
+    """Refuses the texts that begin with a dash."""
+
+    def refuses(self, text: str) -> str | None:
+        return f"no class {text}" if text.startswith("-") else None
+
+
+def test_refused_texts_fail_alone(root: Path) -> None:
+    """Each pair has its own reason, an unreadable image before a refused text; the rest is scored."""
+    model = Picky(tiny.schedule())
+    found = DiffusionScorer(model, make_plan(STEPS, model.latent_shape), str(root), batch_size=2)
+    assert [batch.size for batch in found.batches] == [2, 1, 2]
+    rows = [
+        PairRow(5, "images/0.png", ["a", "-b", ""]),
+        PairRow(6, "none.png", ["-b", "a"]),
+        PairRow(7, "images/1.png", ["-b"]),
+        PairRow(8, "images/1.png", ["c", "a"]),
+    ]
+    lines = found.score(rows)
+    assert sorted((line["row"], line["text"], line["failure"]) for line in lines if line["failure"]) == [
+        (5, "-b", "no class -b"),
+        (6, "-b", "there is no such file"),
+        (6, "a", "there is no such file"),
+        (7, "-b", "no class -b"),
+    ]  # fmt: skip
+    good = [(line["row"], line["text"]) for line in lines if line["failure"] is None]
+    assert good == [(5, "a"), (5, ""), (8, "c"), (8, "a")]
+    assert all(len(line["l2"]) == 3 for line in lines if line["failure"] is None)
+    assert {line["digest"] is None for line in lines if line["row"] in (5, 7)} == {False}
+    assert len(found.score(rows[2:3])) == 1, "nothing is left to score"
+
+
+def test_whatever_a_decoder_raises_is_that_images_failure(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIL raises a SyntaxError for some broken PNGs, and an error of its own for bombs."""
+    real = images.load
+    raised: dict[str, Exception] = {
+        "images/1.png": SyntaxError("broken PNG"),
+        "images/2.png": images.Image.DecompressionBombError("too large"),
+    }
+
+    def load(folder: str, name: str) -> Any:
+        if name in raised:
+            raise raised[name]
+        return real(folder, name)
+
+    monkeypatch.setattr(images, "load", load)
+    found = load_images(works(), str(root), lambda image: image.size)
+    assert [item.value for item in found] == [(40, 32), None, None, (43, 32)]
+    assert [item.failure for item in found] == [
+        None, "unreadable image: SyntaxError: broken PNG",
+        "unreadable image: DecompressionBombError: too large", None,
+    ]  # fmt: skip
+    assert [item.outside for item in found] == [False] * 4
+    digests = [hashlib.sha256((root / work.image).read_bytes()).hexdigest() for work in works()]
+    assert [item.digest for item in found] == [digests[0], None, None, digests[3]]
+    (alone,) = load_images(works()[1:2], str(root), lambda image: image)
+    assert alone.failure == "unreadable image: SyntaxError: broken PNG"
+
+
+def test_what_is_away_is_waited_for_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All images away end the attempt; one alone, or one that is broken, is its own failure."""
+    monkeypatch.setattr(outside, "DELAYS", (0.0, 0.0))
+    asked = list[str]()
+    broken: dict[str, Exception] = {}
+
+    def load(folder: str, name: str) -> Any:
+        asked.append(name)
+        raise broken.get(name) or ConnectionError("no route")
+
+    monkeypatch.setattr(images, "load", load)
+    rows = works()
+    with pytest.raises(
+        Unavailable, match=r"none of 4 images could be read, such as images/0\.png: un"
+    ):
+        load_images(rows, str(root), lambda image: image, threads=1)
+    assert [asked.count(row.image) for row in rows] == [3, 1, 1, 1]
+    (alone,) = load_images(rows[:1], str(root), lambda image: image)
+    assert alone == Loaded(None, None, "unreadable image: ConnectionError: no route", True)
+    broken["images/3.png"] = ValueError("torn")
+    found = load_images(rows, str(root), lambda image: image)
+    assert [item.outside for item in found] == [True, True, True, False]
+    with pytest.raises(Unavailable, match="there is no folder /no/where here"):
+        load_images(rows[3:], "/no/where", lambda image: image)
+    with pytest.raises(Unavailable, match="nowhere://"):
+        load_images(rows[3:], "nowhere://a", lambda image: image)
+
+
+def test_lines_of_similarities() -> None:
+    """A value a text, in order; an image that failed fails each of its texts."""
+    rows = [PairRow(4, "a", ["x", "y"]), PairRow(5, "b", ["z", "x"]), PairRow(6, "c", ["w"])]
+    loaded = [Loaded(1, "d1", None), Loaded(None, "d2", "torn"), Loaded(1, "d3", None)]
+    values = [np.array([0.25, 0.5], np.float32), None, np.array([-1.0], np.float32)]
+    lines = similarity_lines(rows, loaded, values)
+    keys = ("row", "image", "text", "similarity", "digest", "failure")
+    assert [tuple(line[key] for key in keys) for line in lines] == [
+        (4, "a", "x", 0.25, "d1", None),
+        (4, "a", "y", 0.5, "d1", None),
+        (5, "b", "z", None, "d2", "torn"),
+        (5, "b", "x", None, "d2", "torn"),
+        (6, "c", "w", -1.0, "d3", None),
+    ]
+    assert {line["l2"] for line in lines} == {None}
+    assert pa.Table.from_pylist(lines, SCORES).num_rows == 5
+
+
+def test_cosines_of_clip_by_hand(root: Path) -> None:
+    """Unit embeddings, each image with its own texts, also behind one that failed."""
+    found = ClipScorer(resolve_clip("shapes"), str(root))
+    rows = [PairRow(9, "none.png", ["a red circle"]), *works()]
+    lines = by_pair(found.score(rows))
+    assert lines["none.png", "a red circle"]["failure"] == "there is no such file"
+    assert found.measure_rate() == 0.0
+    for work in works():
+        image, _ = images.load(str(root), work.image)
+        pixels = found.preprocess(image)[None]
+        with torch.inference_mode():
+            left = found.model.encode_image(pixels)[0]
+            right = found.model.encode_text(found.tokenizer(work.texts))
+        cosines = torch.nn.functional.cosine_similarity(right, left[None])
+        for text, value in zip(work.texts, cosines.tolist(), strict=True):
+            assert lines[work.image, text]["similarity"] == pytest.approx(value, abs=1e-5)
 
 
 class Encoder:

@@ -112,6 +112,17 @@ def test_store_of_another_configuration_lies_elsewhere(tmp_path: Path) -> None:
     assert not first.is_clip
 
 
+@pytest.mark.parametrize(
+    ("model", "slug"),
+    [("org/My_model v1.5/", "My-model-v1-5"), ("-x-", "x"), ("a" * 50, "a" * 40), ("é/Ä1", "1")],
+)
+def test_a_store_is_named_by_its_model(tmp_path: Path, model: str, slug: str) -> None:
+    """The last part of a path; letters and digits alone."""
+    store = open_store(str(tmp_path), model, CLIP)
+    assert store.name.rpartition("-")[0] == slug
+    assert (store.model, store.is_clip, read_store(store.uri)) == (model, True, store)
+
+
 def test_store_refuses_scores_of_another_configuration(tmp_path: Path) -> None:
     """An edited _config.json is noticed; the message names every field that differs."""
     store = open_store(str(tmp_path), "m", DIFFUSION)
@@ -252,10 +263,40 @@ def test_blank_caption_is_a_failure_without_work(tmp_path: Path) -> None:
     assert reasons == [("0", "caption 1 is empty"), ("1", None)]
 
 
+def test_a_failure_of_its_own_is_kept_and_an_example_alone_is_its_own_cluster(
+    tmp_path: Path,
+) -> None:
+    lost = Example("0", ("a",), ("x", " "), "text", failure="no such object")
+    uri = written(tmp_path, "t", lost, Example("1", ("a",), ("x", "y"), "text"))
+    reasons = [(e.cluster, e.failure) for e in read_examples(uri)]
+    assert reasons == [("0", "no such object"), ("1", None)]
+
+
+def test_tables_are_written_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions and rows are counted on; the name depends on every batch."""
+    monkeypatch.setattr(pair_table, "BATCH", 2)
+    folder, examples = (
+        str(tmp_path / "examples"),
+        [text_example(str(n), f"i{n}", "x", "y") for n in range(5)],
+    )
+    uri, total = pair_table.write_examples("t", examples, folder, None)
+    assert total == 5
+    lines = parquet.read_table(uri).to_pylist()
+    assert [(line["position"], line["id"]) for line in lines] == [(n, str(n)) for n in range(5)]
+    for n in (0, 4):
+        other = [text_example(e.id, "z", "x", "y") if e.id == str(n) else e for e in examples]
+        assert pair_table.write_examples("t", other, folder, None)[0] != uri
+    store = open_store(str(tmp_path), "m", DIFFUSION)
+    work = pair_table.write_work([uri], store, str(tmp_path / "work.parquet"))
+    assert work_rows(work) == [(f"i{n}", ["x", "y"]) for n in range(5)]
+    assert (work.rows, work.pairs) == (5, 10)
+
+
 def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
     example = Example("7", ("a", "b"), ("x", "y"), "both", 0, "set", {"tag": "Both", "n": "1"})
-    uri = written(tmp_path, "winoground", example)
-    assert list(read_examples(uri)) == [example]
+    other = Example("8", ("a",), ("x", "y", "z"), "text", 2, "a")
+    uri = written(tmp_path, "winoground", example, other)
+    assert list(read_examples(uri)) == [example, other]
 
 
 @pytest.mark.parametrize(
@@ -347,6 +388,28 @@ def test_pair_that_is_not_there_yet(tmp_path: Path) -> None:
     assert reasons == [None, "not scored yet", "unreadable image", "not scored yet"]
 
 
+def test_the_empty_text_belongs_to_pairs_whose_images_are_compared(tmp_path: Path) -> None:
+    """Whatever the store holds; its reason is told where the pair's own error is there."""
+    uri = written(
+        tmp_path,
+        "t",
+        text_example("0", "a", "x", "y"),
+        image_example("1", "x", "a", "b", "c"),
+        text_example("2", "b", "x", "z"),
+    )
+    store = open_store(str(tmp_path), "m", DIFFUSION)
+    lines = [score_row(image, "x", [1.0]) for image in "ab"]
+    lines += [score_row("a", "y", [2.0]), score_row("c", "x", failure="torn")]
+    lines += [score_row("a", "", [3.0]), score_row("b", "", failure="refused")]
+    write_scores(store, [*lines, score_row("c", "", failure="also torn")])
+    found = [(line["unconditional"], line["failure"]) for line in read_pairs(uri, store)]
+    assert found == [
+        (None, None), (None, None),
+        ([3.0], None), (None, "refused"), (None, "torn"),
+        (None, None), (None, "not scored yet"),
+    ]  # fmt: skip
+
+
 def test_pair_written_twice_counts_once_and_success_wins(tmp_path: Path) -> None:
     uri = written(tmp_path, "one", text_example("0", "a", "x", "y"))
     store = open_store(str(tmp_path), "m", DIFFUSION)
@@ -410,7 +473,7 @@ def test_text_retrieval_by_hand(tmp_path: Path) -> None:
     ("error", "value"), [("l2", 1.0), ("mse", 0.0), ("l1", 0.0), ("huber", 1.0)]
 )
 def test_error_kinds(tmp_path: Path, error: str, value: float) -> None:
-    """Each kind is averaged by itself: norms 2.75 < 3, but squares 25.25 / 8 > 18 / 8."""
+    """Each kind is averaged by itself: norms 2.75 < 3, but squares 25.25 > 18."""
     uri = written(tmp_path, "clevr", text_example("0", "a", "x", "y"))
     store = open_store(str(tmp_path), "m", DIFFUSION)
     write_scores(
@@ -541,11 +604,8 @@ def test_several_stores_and_tasks(tmp_path: Path) -> None:
     ]
 
 
-def test_many_examples_cross_the_batches_of_the_stream(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Examples of different sizes, read back in small record batches, keep their own scores."""
-    monkeypatch.setattr(pair_table, "BATCH", 1)  # 100 pairs a record batch
+def test_many_examples_of_different_sizes(tmp_path: Path) -> None:
+    """All keep their own scores; how batches are cut is tested in test_join.py."""
     rng = np.random.default_rng(0)
     examples, lines, wins = [], [], []
     for n in range(120):

@@ -19,7 +19,16 @@ from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
 from diffitm.distributed.tuner import stopper
 from diffitm.sweep.options import Kind, read_sweep
-from diffitm.sweep.result import TrialResult, open_sweep, ranked, write_best, write_table
+from diffitm.sweep.report import write_report
+from diffitm.sweep.result import (
+    TrialResult,
+    cells,
+    open_sweep,
+    public,
+    ranked,
+    write_best,
+    write_table,
+)
 from diffitm.sweep.score_settings import TaskErrors, half_of, measure, parse_range
 from diffitm.sweep.space import Axis, describe, draw, grid, read_axis
 from diffitm.sweep.timestep_weights import Contrasts, learn
@@ -255,8 +264,8 @@ def test_the_gradient_of_the_loss_is_right() -> None:
         assert slope[i] == pytest.approx(numeric, rel=1e-3, abs=1e-6)
 
 
-def test_a_measured_accuracy_never_saw_the_examples_that_chose() -> None:
-    """Turning the errors of one half about changes its own figure alone."""
+def test_turning_the_errors_of_one_half_changes_its_own_figure_alone() -> None:
+    """With equal weights; learned ones are in test_score_settings.py."""
     errors = _errors(300, [2], 5)
     table = _table(errors)
     found = measure([table], list(range(100, 600, 100)), 5, "0-1000", "uniform")
@@ -386,3 +395,105 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     open_sweep(str(tmp_path), {"axes": ["lr 1, 2"]})
     with pytest.raises(InputError, match=r"axes was .*give another out="):
         open_sweep(str(tmp_path), {"axes": ["lr 1, 3"]})
+
+
+def test_a_row_in_words() -> None:
+    """Accuracies in percent, a gain with its sign, of a failure its reason."""
+    axes = [Axis("lambda_", (0.5, 1.0)), Axis("range", ("0-500",))]
+    score = TrialResult(
+        {"lambda_": 0.5, "range": "0-500"}, "done", accuracy=0.5, measured=0.25, timesteps=[1, 2]
+    )
+    assert cells(score, axes) == {
+        "lambda": "0.5", "range": "0-500", "timesteps": "2", "accuracy": "50.0",
+        "measured": "25.0", "state": "done",
+    }  # fmt: skip
+    training = TrialResult(
+        {"lambda_": 1.0}, "stopped early", accuracy=0.5, base=0.625, step=9, at_step=8
+    )
+    assert cells(training, axes[:1]) == {
+        "lambda": "1", "accuracy": "50.0", "gain": "-12.5", "update": "8", "state": "stopped early",
+    }  # fmt: skip
+    lost = TrialResult({"lambda_": 1.0}, "failed", failure="no images", base=0.5)
+    assert cells(lost, axes[:1]) == {"lambda": "1", "accuracy": "", "state": "no images"}
+
+
+def test_keys_reach_no_file_of_a_sweep(tmp_path: Path) -> None:
+    """However deep they lie."""
+    uri = "s3://KEY:SECRET@bucket/a?client_secret=x"
+    clean = "s3://bucket/a?client_secret=***"
+    assert public({"a": [uri, 1], "b": {"c": (uri,)}, "d": None}) == {
+        "a": [clean, 1],
+        "b": {"c": [clean]},
+        "d": None,
+    }
+    axes, row = [Axis("model", (uri,))], TrialResult({"model": uri}, "done")
+    assert pq.read_table(write_table([row], axes, str(tmp_path)))["model"].to_pylist() == [clean]
+    _, text = write_best("best.yaml", {"model": uri, "b": 1, "a": [uri]}, uri, str(tmp_path))
+    assert "SECRET" not in text and [line[0] for line in text.splitlines()] == ["#", "a", "b", "m"]
+
+
+def test_the_other_sweep_is_described(tmp_path: Path) -> None:
+    open_sweep(str(tmp_path), {"kind": "lambda", "axes": "lr 1", "gone": 1})
+    with pytest.raises(InputError) as error:
+        open_sweep(str(tmp_path), {"kind": "lambda", "axes": "lr 2", "new": 3})
+    told = "(axes was lr 1 and is lr 2; gone was 1 and is None; new was None and is 3)"
+    assert told in str(error.value) and "kind" not in str(error.value)
+
+
+def test_numbers_are_drawn_between_the_ends() -> None:
+    """Evenly: as many below the middle as above, of a logarithmic range below the middle power."""
+    uniform = [s["x"] for s in draw([Axis("x", (), "uniform", 2.0, 4.0)], 200, seed=0)]
+    assert 2 <= min(uniform) < 2.1 and 3.9 < max(uniform) <= 4
+    assert 80 < sum(x < 3 for x in uniform) < 120
+    powers = [s["x"] for s in draw([Axis("x", (), "loguniform", 1.0, 100.0)], 200, seed=0)]
+    assert 1 <= min(powers) < 1.1 and 80 < sum(x < 10 for x in powers) < 120
+    mixed = draw([Axis("x", ("a", "b")), Axis("n", (), "randint", 1, 1)], 9, seed=0)
+    assert sorted(s["x"] for s in mixed) == ["a", "b"]
+
+
+def test_axes_in_words_and_their_ends() -> None:
+    ranged, listed = Axis("lambda_", (), "uniform", 0.5, 2.0), Axis("n", (1, 2))
+    assert (str(ranged), str(listed)) == ("lambda uniform(0.5, 2)", "n 1, 2")
+    assert [*grid([listed, ranged])] == [
+        {"n": n, "lambda_": value} for n in (1, 2) for value in (0.5, 2.0)
+    ]
+    assert describe({"lambda_": 0.123456, "n": 2}, [ranged, listed]) == "lambda 0.1235, n 2"
+    assert describe({}, []) == "the given setting"
+    assert read_axis("n", int, [1, "1", 2]) == Axis("n", (1, 2))
+    assert read_axis("n", int, ["3"]) == 3
+    assert read_axis("tasks", list[str], ["a", "b"]) == ["a", "b"]
+    for text, told in (
+        ("randint(1.5, 2)", "whole numbers"),
+        ("randint(1, 2.5)", "whole numbers"),
+        ("randint(x, 2)", "both ends must be numbers"),
+        ("randint(2, 2)", "the first number must be the smaller"),
+    ):
+        with pytest.raises(InputError, match=told):
+            read_axis("n", int, text)
+
+
+def test_words_of_a_sweep_in_all_forms() -> None:
+    """--key value, --key=value, hyphens; brackets hold commas; search options are ours."""
+    words = ["plain", "--lr", "loguniform(1e-5, 1e-3)", "--steps=3", "cache=no", "search-seed=4"]
+    sweep = read_sweep(KIND, [*words, "search=random", "early_stopping=false", "recap=all"])
+    assert sweep.axes == (Axis("lr", (), "loguniform", 1e-5, 1e-3),)
+    assert sweep.fixed == {"steps": 3, "cache": False, "recap": "all"}
+    assert (sweep.config.search, sweep.config.search_seed) == ("random", 4)
+    assert (sweep.config.early_stopping, sweep.config.samples) == (False, 8)
+
+
+def test_the_report_shows_every_setting(tmp_path: Path) -> None:
+    axes = [Axis("number", (2, 5))]
+    tasks = {"clevr": {"chosen": 0.9, "measured": 0.625, "low": 0.5, "high": 0.75, "n": 8}}
+    rows = [
+        _row(2, 0.75, 2, measured=0.625, tasks=tasks),
+        _row(5, None, 5, failure="no such store"),
+    ]
+    page = Path(write_report("timesteps", rows, axes, "clevr", "a: 1", {}, str(tmp_path)))
+    text = page.read_text()
+    for part in ("Sweep: timesteps", "2 settings of number 2, 5", "62.5", "75.0", "a: 1"):
+        assert part in text
+    assert "number 5: no such store" in text and "mean of the tasks" in text
+    lines = [TrialResult({"number": 2}, "done", accuracy=0.5, base=0.25, curve=[[0, 0.25]])]
+    text = Path(write_report("lambda", lines, axes, "", "", {}, str(tmp_path))).read_text()
+    assert "Hollow marks" in text and "Accuracy by number" in text
