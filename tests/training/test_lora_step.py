@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -37,7 +38,7 @@ from diffitm.shapes.training import write_training
 from diffitm.store.pair_table import write_examples
 from diffitm.store.score_store import open_store
 from diffitm.tasks.registry import find_task
-from diffitm.training.latent_cache import CACHED, Cache
+from diffitm.training.latent_cache import CACHED, Cache, CachedLoader
 from diffitm.training.lora.objectives import OBJECTIVES, Objective
 from diffitm.training.lora.options import FinetuneConfig, find_problems
 from diffitm.training.lora.step import Posterior, Tuner
@@ -240,6 +241,40 @@ def test_cache_reads_by_name_within_its_limit(tmp_path: Path) -> None:
         assert cache.used <= 60
 
 
+def test_cached_latents_of_a_micro_batch(tmp_path: Path) -> None:
+    """Mean and deviation by path, and why an image has none; this worker's from this update on."""
+    names = [f"{i}{end}.jpg" for i in range(4) for end in ("", "-x")]
+    lines = []
+    for position, name in enumerate(names):
+        value = {"mean": torch.full(SHAPE, position), "deviation": torch.full(SHAPE, -position)}
+        broken = "cut off" if name == "2-x.jpg" else None
+        data = None if broken else save({k: v.float() for k, v in value.items()})
+        lines.append(
+            {"row": 0, "position": position, "name": name, "failure": broken, "value": data}
+        )
+    parquet.write_table(pa.Table.from_pylist(lines, CACHED), tmp_path / "a.parquet")
+    rows = [TrainingRow(f"{i}.jpg", "c", (), (f"{i}-x.jpg",)) for i in range(4)]
+    plan = BatchSampler(rows, range(4), 1, 2, "hard-image", False, 0)
+    job: Any = SimpleNamespace(sampler=lambda: plan, steps=4)
+    loader = CachedLoader(job, str(tmp_path), 1, 2)
+    steps = list(loader.steps(1))
+    assert len(steps) == 3 and loader.waited > 0
+    for step, own in enumerate(steps, 1):
+        ((items, latents, failures),) = own
+        assert items == plan.batches(step)[1]
+        lost = ["2-x.jpg: cut off"] if items[0].image == "2.jpg" else []
+        assert failures == lost
+        paths = {items[0].image, items[0].negative_image} - {"2-x.jpg"}
+        assert latents.keys() == paths
+        for path in paths:
+            mean, deviation = latents[path]
+            assert mean.shape == SHAPE and mean[0, 0, 0] == names.index(path)
+            assert torch.equal(deviation, -mean)
+    assert CachedLoader(job, str(tmp_path), 0, 1)._latents(
+        [Item(0, "2-x.jpg", "c", "2-x.jpg", "c", 0)]
+    ) == ({}, ["2-x.jpg: cut off"])
+
+
 def test_trackers_get_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorBoard's events are there while the run goes on; W&B and MLflow get values and steps."""
     told: list[tuple[object, ...]] = []
@@ -378,6 +413,57 @@ def test_kinds_of_negatives() -> None:
         assert {kind(item) for item in items} == {name}
 
 
+def plain_seed(*parts: object) -> int:
+    text = "\n".join(str(part) for part in parts)
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) // 2
+
+
+def test_draws_are_those_of_plain_code() -> None:
+    """Which a run with the same seed draws again years later: order, examples, kinds, noise."""
+    schedule = a_schedule(seed=5)
+    shares = [0.5, 0.25, 0.25]
+    for step in (0, 5):
+        epoch = step // 4
+        order = np.random.default_rng(plain_seed(5, "epoch", epoch)).permutation(np.arange(37))
+        for number, batch in enumerate(schedule.batches(step)):
+            first = step % 4 * 8 + number * 4
+            assert [item.position for item in batch] == order[first : first + 4].tolist()
+            seeds = [plain_seed(5, "example", epoch, item.position) for item in batch]
+            assert [item.seed for item in batch] == seeds
+            rng = np.random.default_rng(plain_seed(5, "kind", step, number))
+            kind = rng.choice(["hard-image", "hard-text", "random-text"], p=shares)
+            assert all((i.negative_image != i.image) == (kind == "hard-image") for i in batch)
+    generator = torch.Generator().manual_seed(9)
+    at = torch.randint(1000, (1,), generator=generator)
+    noise, posterior = torch.randn(2, 1, *SHAPE, generator=generator)
+    found = draw_noise([9], SHAPE, 1000)
+    assert torch.equal(found.timesteps, at)
+    assert torch.equal(found.noise, noise) and torch.equal(found.posterior, posterior)
+
+
+def test_an_example_has_other_noise_in_each_epoch() -> None:
+    schedule = a_schedule()
+    items = [i for step in range(12) for batch in schedule.batches(step) for i in batch]
+    assert len({item.seed for item in items}) == len(items) == 3 * 32
+
+
+def test_a_random_text_is_of_another_image() -> None:
+    """And not the row's own words; of the usable rows alone."""
+    rows = [
+        *(TrainingRow("a.jpg", "a cup"), TrainingRow("a.jpg", "my cup")),
+        *(TrainingRow("b.jpg", "a cup"), TrainingRow("c.jpg", "a dog"), TrainingRow("d.jpg", "x")),
+    ]
+    schedule = BatchSampler(rows, range(4), 4, 1, "random-text", False, 0)
+    drawn: dict[int, set[str]] = {}
+    for step in range(40):
+        for item in schedule.batches(step)[0]:
+            drawn.setdefault(item.position, set()).add(item.negative_caption)
+    assert drawn[0] == {"a dog"} and drawn[1] == {"a cup", "a dog"}
+    assert drawn[2] == {"my cup", "a dog"} and drawn[3] == {"a cup", "my cup"}
+    with pytest.raises(ValueError, match="no other caption was found for 'a cup'"):
+        BatchSampler(rows, range(2), 1, 1, "random-text", False, 0).batches(0)
+
+
 def test_noise_is_an_examples_own() -> None:
     """Whatever batch it is in; timesteps are uniform."""
     seeds = [seed_of("x", i) for i in range(500)]
@@ -441,7 +527,7 @@ def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
     found.loss.backward()
     gradients = [parameter.grad.clone() for parameter in tuner.parameters]
     tuner.unet.zero_grad()
-    total = torch.zeros(())
+    total, rights, contrasts = torch.zeros(()), list[Tensor](), list[Tensor]()
     for i, item in enumerate(items()):
         one = plain_error(tuner.denoiser, right, item, i, item.caption)
         other = wrong if images and name != "soft-neg" else right
@@ -453,7 +539,13 @@ def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
             "soft-neg": one[0] - contrast,
         }.get(name, one[0] - torch.minimum(contrast, one[0].detach()))
         total = total + loss / 3
+        rights.append(one[0].detach())
+        contrasts.append(contrast.detach())
     total.backward()
+    assert not found.right.requires_grad and not found.contrast.requires_grad
+    torch.testing.assert_close(found.right, torch.stack(rights).mean(), rtol=1e-4, atol=1e-5)
+    logged = torch.zeros(()) if name == "no-neg" else torch.stack(contrasts).mean()
+    torch.testing.assert_close(found.contrast, logged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.loss, total, atol=1e-5, rtol=1e-4)
     for parameter, gradient in zip(tuner.parameters, gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-3)
@@ -483,6 +575,8 @@ def test_only_the_lora_learns(folder: Path) -> None:
         mine.data.copy_(theirs.data)
     moved = base.losses(items(), right, None)
     torch.testing.assert_close(moved.contrast, first.contrast)
+    torch.testing.assert_close(moved.right, tuner.losses(items(), right, None).right)
+    assert not torch.allclose(moved.right, first.right)
 
 
 def test_lora_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) -> None:
