@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def a_job(**more: Any) -> Any:
     settings = {
         "steps": STEPS, "micro_batch_size": 2, "grad_accum_steps": 2, "optimizer": "sgd", "lr": LR,
         "lr_scheduler": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 100.0,
-        "ema": None, "dtype": "fp32", "seed": 0, "checkpoint_every": 100, "log_every": 1,
+        "ema": None, "waited": 0.0, "dtype": "fp32", "seed": 0, "checkpoint_every": 100, "log_every": 1,
         "step": lambda step: [micro_batch(1.0, 3.0), micro_batch(5.0, 7.0)],
     }  # fmt: skip
     return SimpleNamespace(**settings | more)
@@ -56,6 +57,7 @@ class Line(Run):
 
             def steps(self, start: int) -> Iterator[list[Loaded]]:
                 for step in range(start, job.steps):
+                    self.waited += job.waited
                     yield job.step(step)[rank::world]
 
         loader: Any = Batches()
@@ -177,10 +179,11 @@ def test_a_group_goes_on_from_its_checkpoint(ranks: Ranks, tmp_path: Path) -> No
     history = json.loads((whole / HISTORY).read_text())
     files = {name: (whole / name).read_bytes() for name in (AVERAGED, "weights.safetensors")}
     assert files[AVERAGED] != files["weights.safetensors"]
-    ranks.checkpoints, ranks.monitor.lost = [cut], {}
+    ranks.checkpoints, ranks.monitor.lost, ranks.monitor.lines = [cut], {}, []
     ranks.folder = tmp_path / "again"
     ranks.folder.mkdir()
     ranks.train(Line, a_job(**more), 1)
+    assert [line["step"] for line in lines(ranks)] == [3, 4, 5]
     again = ranks.checkpoints[-1]
     states.append(torch.load(again / "state.pt", weights_only=True))
     assert files == {name: (again / name).read_bytes() for name in files}
@@ -189,6 +192,19 @@ def test_a_group_goes_on_from_its_checkpoint(ranks: Ranks, tmp_path: Path) -> No
     assert [line["loss"] for line in resumed["history"]] == [h["loss"] for h in history["history"]]
     assert resumed["lost"] == history["lost"] == {"1: cut off": 5}
     assert resumed["step"] == 5
+
+
+def test_what_an_update_costs(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the updates since the line before, two of which take ten seconds; one at the end takes ten."""
+    ticks = itertools.count(0, 10)
+    monkeypatch.setattr(train_loop.time, "perf_counter", lambda: next(ticks))
+    ranks.train(Line, a_job(log_every=2, waited=1.0), 1)
+    costs = [
+        (line["examples_per_second"], line["seconds_per_update"], line["waiting"])
+        for line in lines(ranks)
+    ]
+    assert costs == [(0.8, 5.0, 0.2), (0.4, 10.0, 0.1)]
+    assert all(line["peak_bytes"] > 2**20 for line in lines(ranks))
 
 
 def test_averaged_weights(ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ ERRORS = np.array([[1.0, 2.0, 6.0], [3.0, 3.0, 0.0]])  # pairs x timesteps
 def test_errors_are_averaged_over_timesteps() -> None:
     """Weights count in proportion, whatever their sum."""
     assert averaged(ERRORS).tolist() == [3, 2]
+    assert averaged(ERRORS[None]).tolist() == [[3, 2]]
     np.testing.assert_allclose(averaged(ERRORS, np.array([1.0, 3.0, 0.0])), [7 / 4, 3])
     np.testing.assert_allclose(averaged(ERRORS, np.array([0.0, 0.0, 0.1])), [6, 0])
 
