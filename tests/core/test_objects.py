@@ -340,6 +340,11 @@ def test_diffusion_model(bucket: Objects, sd_folder: Path) -> None:
     shutil.rmtree(copy)  # another machine
     one, two = (load_denoiser(source).unet.state_dict() for source in (found, local))
     assert all(torch.equal(one[key], two[key]) for key in two)
+    shutil.rmtree(cache_folder())
+    scheduler = storage.join(uri, "scheduler", "scheduler_config.json")
+    storage.write_text(scheduler, storage.read_text(scheduler).replace("epsilon", "sample"))
+    with pytest.raises(InputError, match="changed while the run was going on"):
+        load_denoiser(found)  # whose scores would go to the store of the other weights
     for wrong, text in ((bucket.uri("models"), "there is no model_index.json"),):
         with pytest.raises(InputError, match=f"--teacher .*{text}"):
             resolve(wrong, "--teacher")
