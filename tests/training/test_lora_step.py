@@ -27,8 +27,9 @@ from torch import Tensor
 from diffitm.core import images, storage
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError
-from diffitm.core.schema import PairRow
+from diffitm.core.schema import Example, PairRow
 from diffitm.evaluation import evaluate
+from diffitm.metrics.credit import Credit
 from diffitm.models.lora import lora_weights, merge_lora, read_lora, save_lora
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.diffusion import DiffusionScorer
@@ -629,6 +630,48 @@ def test_validation_equals_gdbench(tmp_path: Path, name: str) -> None:
     rows = evaluate.evaluate({name: uri}, [store]).rows
     last = [row for row in rows if row.group == "all"][-1]
     assert np.mean([value for value in found if value is not None]) == pytest.approx(last.value)
+
+
+@pytest.mark.parametrize("kind", ["l2", "similarity"])
+def test_credits_by_hand(kind: str) -> None:
+    """In the first metric: errors less the empty text's where images are compared, else errors alone;
+    cosines; none of what cannot be scored."""
+    values = {
+        ("a", "x"): [1.0, 3.0], ("a", "y"): [4.0, 6.0], ("a", ""): [0.0, 1.0],
+        ("b", "x"): [7.0, 7.0], ("b", "y"): [0.5, 1.5], ("b", ""): [5.0, 6.0],
+    }  # fmt: skip
+    asked: list[PairRow] = []
+
+    class Scorer:
+        def score(self, rows: list[PairRow]) -> list[dict[str, Any]]:
+            asked.extend(rows)
+            return [
+                {"image": row.image, "text": text, "l2": None, "similarity": None, "failure": None}
+                | {kind: values.get((row.image, text), [8.0, 8.0])}
+                | ({kind: values.get((row.image, text), [8.0])[0]} if kind != "l2" else {})
+                | ({"failure": "unreadable"} if row.image == "broken" else {})
+                for row in rows
+                for text in row.texts
+            ]
+
+    def first(example: Example, scores: np.ndarray) -> dict[str, Credit]:
+        assert scores.shape == (len(example.images), len(example.texts))
+        return {"text": Credit(float(scores[-1, 0])), "image": Credit(99.0)}
+
+    examples = [
+        Example("0", ("a",), ("x", "y"), "text"),
+        Example("1", ("a", "b"), ("x", "y"), "both"),
+        Example("2", ("broken", "a"), ("x",), "image"),
+        Example("3", ("a",), ("x", "z"), "text", failure="empty"),
+    ]
+    task: Any = SimpleNamespace(credits=first)
+    scorer: Any = Scorer()
+    expected = [-2.0, -(7.0 - 5.5)] if kind == "l2" else [1.0, 7.0]
+    assert credits(task, examples, scorer) == [*expected, None, None]
+    texts = {row.image: set(row.texts) for row in asked}
+    assert texts == {"a": {"x", "y", ""}, "b": {"x", "y", ""}, "broken": {"x", ""}}
+    assert [row.row for row in asked] == [0, 1, 2]
+    assert credits(task, examples[3:], scorer) == [None]
 
 
 # Options -----------------------------------------------------------------------------------------
