@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from diffitm.commands.stages import score
 from diffitm.core.errors import InputError, Unavailable
+from diffitm.core.schema import SCORES
 from diffitm.distributed import stages
+from diffitm.distributed.actors import StageActor, WorkerSpec
 from diffitm.distributed.attempts import RETRIES, Trouble
 from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import Build, ItemCounter, Stage, in_rounds, run_stage
+from diffitm.store.run_summary import Done
 from tests.ranks import Handle
 
 SCHEMA = pa.schema([("position", pa.int64()), ("value", pa.string())])
@@ -214,3 +220,115 @@ def test_a_checkpoint_stays(tmp_path: Path) -> None:
     config = stages.checkpoint(str(tmp_path / "c"), "row")
     assert (config.id_column, config.delete_checkpoint_on_success) == ("row", False)
     assert config.checkpoint_path == str(tmp_path / "c")
+
+
+class Blocks:
+    """A data set of Ray Data that takes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.context, self.asked = SimpleNamespace(), dict[str, Any]()
+
+    def repartition(self, **how: Any) -> Blocks:
+        self.asked["repartition"] = how
+        return self
+
+    def map_batches(self, kind: type, **how: Any) -> Blocks:
+        self.asked["map_batches"] = (kind, how)
+        return self
+
+    def write_parquet(self, folder: str, **how: Any) -> None:
+        self.asked["write_parquet"] = (folder, how)
+
+
+def read_blocks(monkeypatch: pytest.MonkeyPatch, module: Any) -> Blocks:
+    """What Ray Data reads from now on; the progress is not watched."""
+    blocks = Blocks()
+
+    def read_parquet(paths: Any, **how: Any) -> Blocks:
+        blocks.asked["read"] = (paths, how)
+        return blocks
+
+    monkeypatch.setattr(stages.ray.data, "read_parquet", read_parquet)
+    monkeypatch.setattr(module, "Watch", lambda *given, **more: contextlib.nullcontext())
+    return blocks
+
+
+def assert_blocks_stay_whole(blocks: Blocks, pool: ActorPool, rows: int) -> None:
+    """Read as one, cut into blocks of so many rows, of which each is an actor's batch."""
+    assert blocks.asked["read"][1]["override_num_blocks"] == 1
+    assert blocks.asked["repartition"] == {"target_num_rows_per_block": rows}
+    kind, how = blocks.asked["map_batches"]
+    assert kind is StageActor
+    assert (how["batch_size"], how["batch_format"]) == (rows, "pyarrow")
+    assert (how["num_cpus"], how["num_gpus"]) == (pool.cpus, pool.gpus)
+    assert (how["compute"].min_size, how["compute"].max_size) == (pool.min_actors, pool.max_actors)
+
+
+def test_what_ray_data_is_asked_for(
+    tmp_path: Path, attempts: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage goes on from a checkpoint beside its results that a kill has not spoiled."""
+    blocks, mended = read_blocks(monkeypatch, stages), list[str]()
+    monkeypatch.setattr(stages, "mend", mended.append)
+    pool = ActorPool(2, 5, 0.5, 0.25)
+    stage = a_stage(tmp_path / "out", together=7)
+    build = Build(int, (), None)
+    (tmp_path / "out").mkdir()
+    stages._execute(stage, build, pool, "attempts")
+    assert_blocks_stay_whole(blocks, pool, 10)
+    assert blocks.asked["read"][0] == ["in"]
+    assert mended == [str(tmp_path / "checkpoint")]
+    config = blocks.context.checkpoint_config
+    assert (config.checkpoint_path, config.id_column) == (str(tmp_path / "checkpoint"), "row")
+    spec, handle = blocks.asked["map_batches"][1]["fn_constructor_args"]
+    assert spec == WorkerSpec(build, SCHEMA, "row", 0.25) and handle == "attempts"
+    folder, how = blocks.asked["write_parquet"]
+    assert folder == str(tmp_path / "out")
+    assert (how["row_group_size"], how["compression"]) == (7, "NONE")
+
+
+def test_what_scoring_asks_for(
+    tmp_path: Path, attempts: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work table in blocks, until all of its rows are in the checkpoint; the seconds it took."""
+    blocks, now = read_blocks(monkeypatch, score), [50.0]
+    done = Done(pairs=6, seconds=1.0)
+    monkeypatch.setattr(
+        score, "start_here", lambda kind: Handle(SimpleNamespace(read=lambda: done))
+    )
+    asked: list[tuple[str, str]] = []
+    counts = [(1, 3), (0, 0)]
+
+    def remaining(table: str, checkpoint: str) -> tuple[int, int]:
+        asked.append((table, checkpoint))
+        return counts[min(len(asked) - 1, 1)]
+
+    monkeypatch.setattr(score, "remaining", remaining)
+    monkeypatch.setattr(score.time, "monotonic", lambda: now[0])
+    write = blocks.write_parquet
+
+    def write_parquet(folder: str, **how: Any) -> None:
+        now[0] += 8.0
+        write(folder, **how)
+
+    monkeypatch.setattr(blocks, "write_parquet", write_parquet)
+    where = SimpleNamespace(uri=str(tmp_path / "work.parquet"))
+    work: Any = SimpleNamespace(
+        table=where, checkpoint=f"{tmp_path}/c", rows_left=80, pairs_left=240
+    )
+    spec: Any = SimpleNamespace(cost=7)
+    store: Any = SimpleNamespace(model="m", uri=str(tmp_path / "scores"))
+    pool = ActorPool(2, 5, 0.5, 0.25)
+    assert score.score(spec, work, store, pool) == replace(done, seconds=8.0)
+    assert_blocks_stay_whole(blocks, pool, 5)
+    assert blocks.asked["read"][0] == where.uri
+    config = blocks.context.checkpoint_config
+    assert (config.checkpoint_path, config.id_column) == (f"{tmp_path}/c", "row")
+    spec_of_actor = blocks.asked["map_batches"][1]["fn_constructor_args"][0]
+    assert (spec_of_actor.schema, spec_of_actor.column, spec_of_actor.gpus) == (SCORES, "row", 0.25)
+    assert (spec_of_actor.build.worker, spec_of_actor.build.arguments) == (
+        score.ScoringActor,
+        (spec, "m"),
+    )
+    assert blocks.asked["write_parquet"][0] == store.uri
+    assert set(asked) == {(where.uri, work.checkpoint)}
