@@ -46,8 +46,11 @@ def an_actor(
     monkeypatch: pytest.MonkeyPatch, batches: list[Batch]
 ) -> tuple[ScoringActor, ScoringCounter, list[float]]:
     clock, counter = [10.0], ScoringCounter()
+    shown: list[Done] = []
     monkeypatch.setattr(score.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(score, "Metrics", lambda name: SimpleNamespace(add=lambda done: None))
+    monkeypatch.setattr(
+        score, "Metrics", lambda name: SimpleNamespace(add=shown.append, shown=shown)
+    )
     monkeypatch.setattr(score, "gpu_memory", lambda device: 99 if device == "cuda" else 0)
     spec: Any = SimpleNamespace(build=lambda device: Scorer(clock, batches))
     return ScoringActor(spec, "m", "cuda", Handle(counter)), counter, clock
@@ -72,6 +75,8 @@ def test_what_an_actor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         actors=1, rate=50.0, begun=2, finished=2, pairs=6, failures=2, forwards=4 * COST, busy=6.0,
         waited=5.0, inside=5.0, memory=99, batch_size=16,
     )  # fmt: skip
+    metrics: Any = actor.metrics
+    assert [part.forwards for part in metrics.shown] == [2 * COST] * 2
     batch.tell("batch size 8")
     assert counter.read().smaller == ("batch size 8",)
 

@@ -249,7 +249,12 @@ def read_blocks(monkeypatch: pytest.MonkeyPatch, module: Any) -> Blocks:
         return blocks
 
     monkeypatch.setattr(stages.ray.data, "read_parquet", read_parquet)
-    monkeypatch.setattr(module, "Watch", lambda *given, **more: contextlib.nullcontext())
+
+    def watch(*given: Any, **more: Any) -> Any:
+        blocks.asked["watch"] = given
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(module, "Watch", watch)
     return blocks
 
 
@@ -265,19 +270,27 @@ def assert_blocks_stay_whole(blocks: Blocks, pool: ActorPool, rows: int) -> None
 
 
 def test_what_ray_data_is_asked_for(
-    tmp_path: Path, attempts: Told, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    attempts: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A stage goes on from a checkpoint beside its results that a kill has not spoiled."""
     blocks, mended = read_blocks(monkeypatch, stages), list[str]()
     monkeypatch.setattr(stages, "mend", mended.append)
     pool = ActorPool(2, 5, 0.5, 0.25)
     stage = a_stage(tmp_path / "out", together=7)
-    build = Build(int, (), None)
+    build = Build(int, (), "counter")
     (tmp_path / "out").mkdir()
+    Written(tmp_path / "out").write([0, 3])
     stages._execute(stage, build, pool, "attempts")
     assert_blocks_stay_whole(blocks, pool, 10)
     assert blocks.asked["read"][0] == ["in"]
     assert mended == [str(tmp_path / "checkpoint")]
+    assert blocks.asked["watch"][0] is build.counter
+    with caplog.at_level(logging.INFO, "diffitm"):
+        blocks.asked["watch"][1](1)
+    assert caplog.messages[0].startswith("embed: 3 of 5 (60%)")  # two were there before
     config = blocks.context.checkpoint_config
     assert (config.checkpoint_path, config.id_column) == (str(tmp_path / "checkpoint"), "row")
     spec, handle = blocks.asked["map_batches"][1]["fn_constructor_args"]
@@ -331,4 +344,8 @@ def test_what_scoring_asks_for(
         (spec, "m"),
     )
     assert blocks.asked["write_parquet"][0] == store.uri
+    _, tell, seconds, _ = blocks.asked["watch"]
+    lines = tell.__self__
+    assert (lines.name, lines.total, lines.cost, lines.actors) == ("m", 240, 7, 2)
+    assert seconds == 0.5
     assert set(asked) == {(where.uri, work.checkpoint)}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from diffitm.core.config import option
+from diffitm.core.errors import InputError
 from diffitm.distributed import tuner
 from diffitm.sweep.options import Kind, Sweep, SweepConfig
 from diffitm.sweep.result import TrialResult
@@ -151,3 +152,97 @@ def test_lines_of_the_log(
         "lr 0.1: failed (3 of 5 done, about 1 min 0 s left)",
         "lr 0.1: failed (5 of 5 done)",
     ]
+
+
+class Tuner:
+    """Stands in for Ray Tune's: takes down how it was made, and gives these results."""
+
+    made: ClassVar[list[dict[str, Any]]] = []
+    results: ClassVar[list[Any]] = []
+
+    def __init__(self, trainable: Any, **how: Any) -> None:
+        self.made.append({"trainable": trainable, **how})
+
+    @staticmethod
+    def can_restore(where: str, storage_filesystem: Any) -> bool:
+        return True
+
+    @classmethod
+    def restore(cls, where: str, trainable: Any, **how: Any) -> Tuner:
+        return cls(trainable, where=where, **how)
+
+    def fit(self) -> list[Any]:
+        return self.results
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    for name in (
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS",
+        "RAY_AIR_NEW_OUTPUT",
+        "TUNE_DISABLE_SIGINT_HANDLER",
+    ):
+        monkeypatch.setenv(name, "")  # what run_trials sets goes with the test
+    monkeypatch.setattr(tuner.tune, "Tuner", Tuner)
+    monkeypatch.setattr(tuner.tune, "with_resources", lambda trainable, share: (trainable, share))
+    monkeypatch.setattr(tuner, "ENV_VARS_TO_PROPAGATE", {"AWS_SECRET_ACCESS_KEY", "OTHER"})
+    monkeypatch.setattr(Tuner, "made", [])
+    monkeypatch.setattr(Tuner, "results", [a_result(accuracy=0.5, finished=True)] * 2)
+    return Tuner.made
+
+
+def test_a_sweep_begins_and_goes_on(made: list[dict[str, Any]], tmp_path: Any) -> None:
+    """A grid on processors, a failed trial again; keys stay out of Ray's options. With other settings
+    or another state it begins anew."""
+    out = str(tmp_path)
+    rows = tuner.run_trials(a_sweep(), "f", 1.5, 3, None, out)
+    assert [row.state for row in rows] == ["done", "done"]
+    assert tuner.ENV_VARS_TO_PROPAGATE == {"OTHER"}
+    (first,) = made
+    assert first["trainable"] == ("f", {"CPU": 1.5})
+    assert first["param_space"] == {"setting": {"grid_search": [{"lr": 0.1}, {"lr": 0.01}]}}
+    plan, run = first["tune_config"], first["run_config"]
+    assert (plan.metric, plan.mode, plan.num_samples) == ("accuracy", "max", 1)
+    assert plan.search_alg.max_concurrent == 3 and plan.max_concurrent_trials is None
+    assert isinstance(plan.scheduler, tuner.FIFOScheduler) and not plan.reuse_actors
+    assert (run.storage_path, run.failure_config.max_failures) == (f"{out}/tune", tuner.RETRIES)
+    assert run.callbacks[0].total == 2
+    where = tmp_path / "tune" / run.name
+    where.mkdir()
+    (where / "experiment_state-1.json").touch()
+    tuner.run_trials(a_sweep(), "f", 1.5, 3, None, out)
+    assert made[1]["where"] == str(where) and made[1]["resume_unfinished"]
+    assert (made[1]["resume_errored"], made[1]["restart_errored"]) == (False, True)
+    tuner.run_trials(a_sweep(), "f", 1.5, 3, None, out, ["another store"])
+    tuner.run_trials(a_sweep(parallel=2), "f", 1.5, 2, None, out)
+    names = [made[i]["run_config"].name for i in (0, 2, 3)]
+    assert len(set(names)) == 3
+
+
+def test_trainings_are_stopped_by_their_stopper(made: list[dict[str, Any]], tmp_path: Any) -> None:
+    """Their trials take none of the processors, on the head, and are not tried again."""
+    asha = tuner.stopper(a_sweep(), 36, 4)
+    tuner.run_trials(a_sweep(), "f", 0, 3, asha, str(tmp_path))
+    assert made[0]["trainable"] == ("f", tuner.HEAD)
+    assert made[0]["tune_config"].scheduler is asha
+    assert made[0]["run_config"].failure_config.max_failures == 0
+
+
+def test_a_sweep_whose_state_is_cut_off(made: list[dict[str, Any]], tmp_path: Any) -> None:
+    Tuner.results.pop()
+    with pytest.raises(InputError, match="its state is cut off, 1 of 2; delete it, run again"):
+        tuner.run_trials(a_sweep(), "f", 1.0, 1, None, str(tmp_path))
+
+
+def test_optuna_draws_so_many(made: list[dict[str, Any]], tmp_path: Any) -> None:
+    pytest.importorskip("optuna")
+    sweep = a_sweep(search="optuna", samples=2, search_seed=3)
+    tuner.run_trials(sweep, "f", 1.0, 5, None, str(tmp_path))
+    plan = made[0]["tune_config"]
+    assert (plan.num_samples, plan.max_concurrent_trials) == (2, 5)
+    assert made[0]["param_space"]["setting"]["lr"].categories == [0.1, 0.01]
+    run = tmp_path / "tune" / made[0]["run_config"].name
+    run.mkdir()
+    (run / "experiment_state-1.json").touch()
+    tuner.run_trials(sweep, "f", 1.0, 5, None, str(tmp_path))
+    assert (made[1]["resume_errored"], made[1]["restart_errored"]) == (True, False)
