@@ -108,7 +108,7 @@ def test_gradients_reach_the_tower_and_nothing_else(
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_every_kind_of_teacher(tmp_path: Path, kind: str) -> None:
-    """SDXL keeps the prompt's pooled embedding; DiT is told the mean of the tokens."""
+    """Each is told of the image, its error reaches all that is trained, and it draws pictures."""
     teacher = load_denoiser(resolve(str(TEACHERS[kind](tmp_path)), "--teacher"))
     found = diva(teacher)
     pixels, posterior = batch(teacher)
