@@ -21,12 +21,12 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from pyarrow import parquet
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from diffitm.core import images, storage
 from diffitm.core.config import parse
-from diffitm.core.errors import InputError
+from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.schema import Example, PairRow
 from diffitm.evaluation import evaluate
 from diffitm.metrics.credit import Credit
@@ -44,7 +44,7 @@ from diffitm.training.lora.objectives import OBJECTIVES, Objective
 from diffitm.training.lora.options import FinetuneConfig, find_problems
 from diffitm.training.lora.step import Posterior, Tuner
 from diffitm.training.rows import TrainingRow, drop_equal, images_of, read_rows, texts_of, usable
-from diffitm.training.run_folder import open_run
+from diffitm.training.run_folder import check_complete, open_run, write_log, write_result
 from diffitm.training.sampler import MIXED, BatchSampler, Item, draw_noise, seed_of
 from diffitm.training.tracking import RunTracker, track_problems, write_events
 from diffitm.training.validation import credits
@@ -335,6 +335,50 @@ def test_a_run_keeps_its_name_and_its_settings(tmp_path: Path) -> None:
     assert known.key != open_run(str(tmp_path / "other"), {"lr": 1}).key
     with pytest.raises(InputError, match="lr was 1 and is 2"):
         open_run(str(tmp_path), {"lr": 2})
+
+
+@pytest.mark.parametrize("files", [{"w": 1.0}, {"w": 1.0, "a": 2.0}, {"w": 1.0, "b": 3.0}])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_what_a_run_leaves(tmp_path: Path, files: dict[str, float], averaged: bool) -> None:
+    """The weights that the validation chose, else the averaged ones, else the last; log, failures,
+    provenance, and a note that it is done."""
+    out, checkpoint = str(tmp_path / "out"), tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    if averaged:
+        files = files | {"a": 2.0}
+    names = {"w": "weights", "a": "averaged", "b": "best"}
+    for key, value in files.items():
+        tensors = {"unet.x.lora_A.weight": torch.full((2, 2), value)}
+        save_file(tensors, checkpoint / f"{names[key]}.safetensors")
+    history = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    progress = {"history": history, "best_step": 1, "best": 0.5}
+    (checkpoint / "history.json").write_text(json.dumps(progress))
+    state, lost = open_run(out, {"lr": 1}), {"a.jpg: s3://k:secret@b/a": 2}
+    assert not state.done
+    assert write_result(checkpoint, 2, {"lr": 1}, state, {"commit": "c"}, lost, out) == progress
+    last = files.get("a", files["w"])
+    for folder, value in ((out, files.get("b", last)), (f"{out}/last", last)):
+        tensors, scale = read_lora(folder)
+        assert scale == 1 and float(tensors["unet.x.lora_A.weight"][0, 0]) == value
+    text = (tmp_path / "out" / "log.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == history
+    note = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert note == {"settings": {"lr": 1}, "done": True, "key": state.key, "best_step": 1}
+    assert open_run(out, {"lr": 1}).done
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text()) == {"commit": "c"}
+    failures = (tmp_path / "out" / "failures.json").read_text()
+    assert list(json.loads(failures).values()) == [2] and "secret" not in failures
+    with pytest.raises(Incomplete, match="1 images or shards could not be read"):
+        check_complete(out)
+    write_log(checkpoint, {}, {}, out)
+    check_complete(out)
+
+
+def test_settings_that_are_gone_or_new(tmp_path: Path) -> None:
+    """Are told like those that have another value."""
+    open_run(str(tmp_path), {"pipeline": "p", "a": 1, "b": 2})
+    with pytest.raises(InputError, match=r"\(b was 2 and is None, c was None and is 3\)"):
+        open_run(str(tmp_path), {"pipeline": "p", "a": 1, "c": 3})
 
 
 def test_stamp_changes_with_a_file(tmp_path: Path) -> None:
