@@ -33,6 +33,7 @@ from diffitm.training.diva.reconstructions import row_of_pictures, write_picture
 from diffitm.training.diva.step import Diva, load_tower
 from diffitm.training.lora.step import Posterior
 from diffitm.training.run_folder import open_run, release_on_refusal
+from diffitm.training.sampler import seed_of
 from tests import tiny, tiny_clip
 from tests.tiny import write_dit, write_sd, write_sdxl
 
@@ -194,6 +195,10 @@ def test_repeats_draw_anew_and_are_reduced(teacher: Denoiser) -> None:
     ]
     errors = [error for _, error in mean]
     assert errors[0] != errors[1] and errors == pytest.approx([e for _, e in published])
+    for repeat, error in enumerate(errors):
+        seeds = [seed_of(seed, "repeat", repeat) for seed in (1, 2, 3)]
+        expected = diva(teacher).errors(*given[:2], seeds).mean()
+        assert error == pytest.approx(float(expected.detach()), rel=1e-5)
     assert [loss for loss, _ in mean] == pytest.approx([e / 2 for e in errors])
     assert [loss for loss, _ in published] == pytest.approx([5 * errors[0], errors[1]])
 

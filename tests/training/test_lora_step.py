@@ -43,7 +43,16 @@ from diffitm.training.latent_cache import CACHED, Cache, CachedLoader
 from diffitm.training.lora.objectives import OBJECTIVES, Objective
 from diffitm.training.lora.options import FinetuneConfig, find_problems
 from diffitm.training.lora.step import Posterior, Tuner
-from diffitm.training.rows import TrainingRow, drop_equal, images_of, read_rows, texts_of, usable
+from diffitm.training.rows import (
+    NEGATIVES,
+    TrainingRow,
+    drop_equal,
+    images_of,
+    read_rows,
+    summarise_dropped,
+    texts_of,
+    usable,
+)
 from diffitm.training.run_folder import check_complete, open_run, write_log, write_result
 from diffitm.training.sampler import MIXED, BatchSampler, Item, draw_noise, seed_of
 from diffitm.training.tracking import RunTracker, track_problems, write_events
@@ -104,6 +113,45 @@ def test_malformed_rows(tmp_path: Path, name: str, content: str | None, told: st
         read_rows(str(tmp_path / name))
     assert told in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "kinds"),
+    [
+        (TrainingRow("a", "x", ("y",), ("b",)), set()),
+        (TrainingRow("a", "x", ("y",)), {"hard-image", "mixed"}),
+        (TrainingRow("a", "x", (), ("b",)), {"hard-text", "mixed"}),
+        (TrainingRow("a", " ", ("y",), ("b",)), {"none", "random-text", "hard-text", "hard-image", "mixed"}),
+        (TrainingRow(" ", "x", ("y",), ("b",)), {"none", "random-text", "hard-text", "hard-image", "mixed"}),
+    ],
+)  # fmt: skip
+def test_what_a_row_is_too_poor_for(row: TrainingRow, kinds: set[str]) -> None:
+    assert {kind for kind in NEGATIVES if row.lacks(kind) is not None} == kinds
+
+
+def test_rows_of_parquet_that_are_no_texts(tmp_path: Path) -> None:
+    file = tmp_path / "r.parquet"
+    for column in ("caption", "negative_captions", "negative_images"):
+        table: dict[str, list[Any]] = {"image": ["a", "b"], "caption": ["x", "y"]}
+        table[column] = [3, 4] if column == "caption" else [["z"], None]
+        if column != "caption":
+            table[column] = [None, [7]]
+        parquet.write_table(pa.table(table), file)
+        row = 0 if column == "caption" else 1
+        with pytest.raises(InputError, match=rf"r\.parquet, row {row}: expects texts in image"):
+            read_rows(str(file))
+    images = {"image": ["a"], "caption": ["x"], "negative_images": [["b", "c"]]}
+    parquet.write_table(pa.table(images), file)
+    assert read_rows(str(file)) == [TrainingRow("a", "x", (), ("b", "c"))]
+
+
+def test_negatives_that_say_the_same_are_dropped() -> None:
+    """Empty ones, and the row's own words or image, whatever spaces are around them."""
+    row = TrainingRow("a", "a cup", (" a cup ", " ", "", "a cap", "A cup"), ("a", "", "b"))
+    assert drop_equal([row]) == ([TrainingRow("a", "a cup", ("a cap", "A cup"), ("b",))], 5)
+    assert summarise_dropped(Counter({"no image": 1234, "no caption": 1})) == (
+        "1,234 rows: no image, 1 row: no caption"
+    )
 
 
 def test_parquet_without_captions(tmp_path: Path) -> None:
