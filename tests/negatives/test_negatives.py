@@ -23,6 +23,7 @@ from diffitm.models.causal_lm import (
     TOO_LONG,
     LanguageModel,
     LanguageSource,
+    _Gumbel,
     resolve_language_model,
 )
 from diffitm.negatives.merge import GIVEN, MODEL, Rejected, mine, read_pairs, write_rows
@@ -482,6 +483,23 @@ def test_an_unreadable_model_is_told_at_its_start(tmp_path: Path) -> None:
     source = LanguageSource("x", str(tmp_path), None, "")
     with pytest.raises(InputError, match="--llm 'x' cannot be loaded"):
         AnswerActor(Question(source, TEMPLATE, "fp32", 0.0, 0, 8), 4, "cpu", None)
+
+
+def test_a_sample_is_one_of_the_softmax() -> None:
+    """Of logits / temperature; each token by noise of its own, which the prompt and the seed give."""
+    logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    prompts = [f"prompt {i}" for i in range(3000)]
+    noise = _Gumbel(prompts, 0, 0.5)
+    scores = logits.expand(3000, 4)
+    first, second = noise(torch.tensor([]), scores), noise(torch.tensor([]), scores)
+    squares = torch.tensor([0.01, 0.04, 0.09, 0.16])
+    for drawn in (first, second):
+        shares = torch.bincount(drawn.argmax(1), minlength=4) / 3000
+        torch.testing.assert_close(shares, squares / squares.sum(), atol=0.03, rtol=0)
+    assert not torch.equal(first, second)
+    alone = _Gumbel(prompts[7:8], 0, 0.5)(torch.tensor([]), scores[:1])
+    assert torch.equal(alone[0], first[7])
+    assert not torch.equal(_Gumbel(prompts[7:8], 1, 0.5)(torch.tensor([]), scores[:1])[0], first[7])
 
 
 class _Counter:
