@@ -168,18 +168,18 @@ def test_alpha_inside_the_file(expected: Tensors) -> None:
 
 def test_which_scale_counts() -> None:
     """The stated one, then alpha / r of the file for the modules that have it, then 1."""
-    unet = fresh()
-    name, other = list(adapters())[:2]
+    before, pairs = fresh(), adapters()
+    name, other = list(pairs)[:2]
     tensors: Tensors = {}
     for module in (name, other):
-        tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = adapters()[module]
+        tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = pairs[module]
     tensors[f"{name}.alpha"] = torch.tensor(6.0)
     for stated, scales in ((None, (6 / RANK, 1.0)), (0.5, (0.5, 0.5))):
         unet = fresh()
         assert merge_lora(unet, tensors, stated) == 5
         for module, scale in zip((name, other), scales, strict=True):
-            down, up = adapters()[module]
-            expected = fresh().get_submodule(module).weight + scale * up @ down
+            down, up = pairs[module]
+            expected = before.get_submodule(module).weight + scale * up @ down
             torch.testing.assert_close(unet.get_submodule(module).weight, expected)
 
 
