@@ -340,6 +340,11 @@ def test_diffusion_model(bucket: Objects, sd_folder: Path) -> None:
     shutil.rmtree(copy)  # another machine
     one, two = (load_denoiser(source).unet.state_dict() for source in (found, local))
     assert all(torch.equal(one[key], two[key]) for key in two)
+    shutil.rmtree(cache_folder())
+    scheduler = storage.join(uri, "scheduler", "scheduler_config.json")
+    storage.write_text(scheduler, storage.read_text(scheduler).replace("epsilon", "sample"))
+    with pytest.raises(InputError, match="changed while the run was going on"):
+        load_denoiser(found)  # whose scores would go to the store of the other weights
     for wrong, text in ((bucket.uri("models"), "there is no model_index.json"),):
         with pytest.raises(InputError, match=f"--teacher .*{text}"):
             resolve(wrong, "--teacher")
@@ -397,6 +402,14 @@ def test_clip(bucket: Objects, tmp_path: Path) -> None:
     ]
     assert by_name[0].digest == by_name[1].digest
     assert by_name[0].pretrained == bucket.uri("w.safetensors")
+    shutil.rmtree(cache_folder())
+    save_file({"x": torch.ones(1)}, tmp_path / "w.safetensors")
+    storage.write_bytes(bucket.uri("w.safetensors"), (tmp_path / "w.safetensors").read_bytes())
+    config = storage.join(uri, "open_clip_config.json")
+    storage.write_text(config, storage.read_text(config) + " ")
+    for source in (found, by_name[0]):
+        with pytest.raises(InputError, match="changed while the run was going on"):
+            load_clip(source)
     with pytest.raises(InputError, match=r"--clip: there is no file s3://bucket/none\.pt"):
         resolve_clip(f"RN50:{bucket.uri('none.pt')}")
     with pytest.raises(InputError, match=r"the folder has no open_clip_config\.json"):

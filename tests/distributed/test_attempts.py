@@ -286,3 +286,56 @@ def test_silence_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
         watch._tell_silence(found)
     text = "no news of the actors for %s: the cluster has 3 processors"
     assert caplog.messages == [text % "1 min 1 s", text % "2 min 2 s"]
+
+
+def test_what_is_remembered_of_actors_and_places() -> None:
+    """A place in trouble makes a new actor wait, while others do well; an end there clears it."""
+    known = Attempts(2, lambda: {A.node, B.node})
+    assert known.start("start 1", "1", A) == attempts.Verdict()
+    known.load("start 1", "1", A)
+    assert known.working == {"1": A.node} and known.begun == {}
+    verdict = known.fail("row 1", "2", B, "busy", transient=True, crash=False)
+    assert verdict == attempts.Verdict(5.0)  # not yet left to others
+    assert known.start("start 3", "3", B) == attempts.Verdict(5.0)
+    assert "3" not in known.working  # as long as its place is in trouble
+    assert known.fail("row 1", "2", B, "busy", True, False) == attempts.Verdict(10.0, leave=True)
+    assert known.begin("row 1", "2", B) == attempts.Verdict(leave=True)
+    assert known.begin("row 1", "1", A) == attempts.Verdict()
+    assert known.begin("row 2", "2", B) == attempts.Verdict()
+    known.end("row 1", "1", A)
+    assert known.failed_at == {} and known.since is None
+    assert known.read_troubles() == {B.name: attempts.Trouble(2, 2, "busy")}
+    known.end("row 2", "2", B)
+    assert known.read_troubles() == {B.name: attempts.Trouble(2, 0, "busy")}
+    assert known.working == {"1": A.node, "2": B.node}
+    assert known.start("start 4", "4", B) == attempts.Verdict()
+    # What ends no process does not count as begun; a crash does.
+    known.begin("row 5", "2", B)
+    known.fail("row 5", "2", B, "busy", transient=True, crash=False)
+    assert known.begun["row 5"] == []
+    known.begin("row 5", "1", A)
+    known.fail("row 5", "1", A, "CUDA", transient=False, crash=True)
+    assert known.begun["row 5"] == [A.node]
+    first, second = InputError("first"), InputError("second")
+    known.give_up(first)
+    known.give_up(second)
+    assert known.read_error() is first
+
+
+def test_waits_grow_to_a_bound() -> None:
+    assert [attempts.delay(n, 5.0) for n in (1, 2, 3, 6, 7, 50)] == [5, 10, 20, 160, 300, 300]
+
+
+def test_nodes_that_are_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": False}]
+    monkeypatch.setattr(attempts, "ray", SimpleNamespace(nodes=lambda: nodes))
+    assert attempts.living_nodes() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "1 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min")]
+    + [(7499, "2 h 4 min")],
+)
+def test_times_in_words(seconds: float, text: str) -> None:
+    assert progress.clock(seconds) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +111,42 @@ def test_what_a_worker_has_told_ends_the_run(run: Any) -> None:
 
     _, result, sizes = run([stops, STEPS])
     assert (result.return_value, len(sizes)) == (4, 1)
+
+
+def test_ctrl_c_while_a_group_trains(run: Any) -> None:
+    """Ray Train's handler exits; the one that was there before is put back."""
+
+    def handler(number: int, frame: Any) -> None:
+        raise AssertionError
+
+    def exits(monitor: Monitor) -> Any:
+        signal.signal(signal.SIGINT, handler)
+        raise SystemExit
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run([exits])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_is_counted_of_a_lost_group(run: Any) -> None:
+    """Its nodes and its newest checkpoint; those that were up before if no worker has begun."""
+
+    def begins_elsewhere(monitor: Monitor) -> Any:
+        monitor.begin(1, "b", "node b")
+        monitor.save(5)
+        return GONE
+
+    def begins_nowhere(monitor: Monitor) -> Any:
+        monitor.open()
+        return GONE
+
+    found, _, sizes = run([begins_elsewhere, begins_nowhere, STEPS], retries=1)
+    assert sizes == [3, 2, 1]
+    one, two = found.restarts.ended
+    assert (one.nodes, one.saved) == ({"a", "b"}, 5)
+    assert (two.nodes, two.saved) == ({"a"}, 5)
+    assert one.why.startswith("worker 0 on node a: ") and two.why.startswith("worker 0: ")
 
 
 def test_a_larger_group_waits_its_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

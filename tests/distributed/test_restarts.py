@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Set
 
 import pytest
@@ -107,3 +108,45 @@ def test_what_ended_a_group() -> None:
     start = ControllerError(RuntimeError("no room"))
     assert describe_end(start, {}) == "RuntimeError: no room"
     assert not is_own_error(start)
+
+
+def test_a_node_is_up_while_something_listens_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that were asked about, whatever Ray still believes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            closed = other.getsockname()[1]
+        nodes = [
+            {"NodeID": name, "Alive": alive, "NodeManagerAddress": "127.0.0.1"}
+            | {"NodeManagerPort": where}
+            for name, alive, where in (
+                ("up", True, port), ("gone", True, closed), ("dead", False, port),
+                ("another", True, port),
+            )
+        ]  # fmt: skip
+        monkeypatch.setattr(restarts.ray, "nodes", lambda: nodes)
+        assert restarts.living({"up", "gone", "dead"}) == {"up"}
+
+
+def test_waits_between_groups_that_get_nothing_done(waits: list[float]) -> None:
+    """None after the first, then longer and longer; a new checkpoint begins anew."""
+    counted = Restarts(0, Cluster())
+    for saved in (0, 0, 0, 5, 5):
+        counted.count(group("x", saved=saved))
+    assert waits == [2.0, 4.0, 2.0]
+
+
+def test_what_is_said_of_a_loss(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = Cluster("a")
+    counted = Restarts(1, cluster)
+    counted.count(group("a", why="worker 0: it crashed"))
+    counted.count(group("b", saved=1, why="worker 1: it is gone"))
+    text = "the training goes on from its last checkpoint after "
+    assert caplog.messages == [
+        f"{text}worker 0: it crashed",
+        f"{text}worker 1: it is gone (its node is gone: no retry)",
+    ]
+    with pytest.raises(InputError, match="ended 2 times other than with a node"):
+        counted.count(group("a", saved=2))
+    with pytest.raises(InputError, match="ended once other than with a node, and --retries is 0"):
+        Restarts(0, cluster).count(group("a"))

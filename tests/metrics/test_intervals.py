@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffitm.metrics.intervals import difference_interval, interval, paired_p, wilson
+from diffitm.metrics.intervals import (
+    difference_interval,
+    interval,
+    macro_interval,
+    mean_interval,
+    paired_p,
+    wilson,
+)
 
 Z = 1.959963984540054
 
@@ -54,6 +61,68 @@ def test_clusters_that_are_all_alike_claim_no_certainty() -> None:
     low, high = interval(np.full(8, 0.5), alone(8))
     assert low < 0.25
     assert high > 0.75
+
+
+def plain_wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
+    """The roots of |share - p| = quantile sqrt(p (1 - p) / n)."""
+    a, b, c = 1 + quantile**2 / n, 2 * share + quantile**2 / n, share**2
+    root = np.sqrt(b**2 - 4 * a * c)
+    return (b - root) / (2 * a), (b + root) / (2 * a)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "effective"),
+    [
+        # Share 5/9. Sums less share x size: 4/3, -11/9, -1/9; variance 3/2 x 266/81 / 81.
+        ([[1, 1, 1], [1, 0, 0, 0], [0, 1]], (20 / 81) / (1.5 * (144 + 121 + 1) / 81 / 81)),
+        # Share 1/2, sums that differ by less than chance has it: no more than there are.
+        ([[1, 0]] * 7 + [[1, 1, 0, 0, 1, 0, 1]] + [[1, 0, 0]], 24),
+        ([[1, 0]] * 3, 3),  # no difference at all: the clusters
+        ([[1] * 5, [0] * 5], 1),  # at least one
+    ],
+)
+def test_effective_number_by_hand(clusters: list[list[int]], effective: float) -> None:
+    values = np.array([float(v) for members in clusters for v in members])
+    labels = np.array([i for i, members in enumerate(clusters) for _ in members])
+    quantile = stats.t.ppf(0.975, len(clusters) - 1)
+    expected = plain_wilson(values.mean(), effective, quantile)
+    assert interval(values, labels) == pytest.approx(expected, abs=1e-9)
+
+
+def test_intervals_of_means_and_differences_by_hand() -> None:
+    """Two clusters, of sums 3 and -1 over 2 and 4 examples."""
+    values, labels = np.array([1.0, 2.0, 0.0, -1.0, 1.0, -1.0]), np.array([0, 0, 1, 1, 1, 1])
+    centre, t = 2 / 6, stats.t.ppf(0.975, 1)
+    off = [3 - centre * 2, -1 - centre * 4]
+    half = t * np.sqrt(2 * (off[0] ** 2 + off[1] ** 2)) / 6
+    assert mean_interval(values, labels) == pytest.approx((centre - half, centre + half))
+    # Of differences 1, 0 | 0, -1, 0, 0, 0, 0 with two more clusters of 4 that differ by 4 / sqrt(2).
+    first, second = np.array([1.0, 0, 0, 0, 0, 0, 0, 0]), np.array([0.0, 0, 0, 1, 0, 0, 0, 0])
+    labels = np.array([0, 0, *[1] * 6])
+    squares = 1 + 1 + 2 * (4 / np.sqrt(2)) ** 2
+    half = t * np.sqrt(squares) / 16
+    expected = (max(-1, -half), min(1, half))
+    assert difference_interval(first, second, labels) == pytest.approx(expected)
+    three = np.array([0, 0, 1, 1, 1, 2, 2, 2])
+    sums, counts = np.array([1, -1, 0, 8 / 3 / 2**0.5, -8 / 3 / 2**0.5]), [2, 3, 3, 8 / 3, 8 / 3]
+    half = stats.t.ppf(0.975, 2) * np.sqrt((sums**2).sum()) / sum(counts)
+    found = difference_interval(first, second, three)
+    assert found == pytest.approx((-half, half)) and half < 1
+    assert difference_interval(first, second, np.zeros(8)) == (-1, 1)
+
+
+def test_resampled_groups() -> None:
+    """Where each cluster is a group the interval is that of the clusters' means."""
+    rng = np.random.default_rng(0)
+    shares = rng.random(40)
+    values, groups = np.repeat(shares, 3), np.repeat(np.arange(40), 3)
+    low, high = macro_interval(values, groups, groups)
+    half = Z * shares.std() / np.sqrt(40)
+    # A resample counts each group that it holds once: 25.5 of 40, all different.
+    held = 40 * (1 - (1 - 1 / 40) ** 40)
+    half *= np.sqrt(40 / held * (1 - held / 40) * 40 / 39)
+    assert (low, high) == pytest.approx((shares.mean() - half, shares.mean() + half), abs=0.015)
+    assert macro_interval(np.ones(6), alone(6), np.repeat(["a", "b"], 3)) == wilson(6, 6)
 
 
 def test_clusters_need_not_be_sorted_or_equal() -> None:

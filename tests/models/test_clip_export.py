@@ -179,6 +179,12 @@ def test_a_weights_file_is_preprocessed_as_what_is_published(
     given = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "squash"}
     assert preprocessing(siglip) == {f"image_{key}": value for key, value in given.items()}
     assert preprocessing(replace(siglip, pretrained="webli")) == {}
+    assert preprocessing(ClipSource("x", "ViT-L-14-CLIPA", "x.pt", "")) == {
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "image_interpolation": "bilinear",
+        "image_resize_mode": "squash",
+    }
     assert caplog.text == ""
     found = preprocessing(ClipSource("mine.pt", "ViT-L-14", "mine.pt", ""))
     assert found.keys() == {"image_interpolation", "image_resize_mode"}
@@ -196,6 +202,11 @@ def test_weights_alone_need_their_preprocessing(tmp_path: Path, named: dict[str,
     assert not torch.equal(make()[1](image), wanted(image))
     plain = tiny_clip.build(named["tiny-clip"])
     assert stock_preprocessing(plain) == {}
+    other: dict[str, Any] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert stock_preprocessing(tiny_clip.build(named["tiny-clip"], **other)) == {
+        "image_mean": (0.1, 0.2, 0.3),
+        "image_std": (0.4, 0.5, 0.6),
+    }
 
 
 def test_a_tokenizer_from_elsewhere_is_written(tmp_path: Path, named: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ NAMED = {
     "a cat, a tiger cat": [1, 2],
     "white shark or Cat?": [1, 3],
     "a crane": [4, 5],
+    "a cat, a cat and a tiger": [1, 6],
     "": [CLASSES],
 }
 
@@ -92,6 +93,16 @@ def test_texts_are_classes(folder: Path, dit: Dit) -> None:
     for row, rows in zip(found, NAMED.values(), strict=True):
         torch.testing.assert_close(row[0], table[rows].mean(0))
     assert all(dit.refuses(text) is None for text in NAMED)
+
+
+def test_the_longest_label_at_a_place(tmp_path: Path) -> None:
+    """Wherever it stands among the labels, with signs that patterns have a meaning for."""
+    labels = ("cat", "cat's eye (gem)", "cat's eye", "a.b", *("dog",) * 3)
+    model = Dit(str(tiny.write_dit(tmp_path, labels)))
+    expected = {"a cat's eye (gem).": 1, "a cat's eye": 2, "a cat eye": 0, "a.b": 3}
+    for text, row in expected.items():
+        assert torch.equal(model.encode_texts([text])["hidden"][0, 0], model.table[row])
+    assert model.refuses("acb") == REASON
 
 
 @pytest.mark.parametrize("text", ["a dog", "cats", "wildcat", " ", "Tinca"])

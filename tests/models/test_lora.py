@@ -166,6 +166,23 @@ def test_alpha_inside_the_file(expected: Tensors) -> None:
     assert all(torch.equal(value, before[k]) for k, value in unet.state_dict().items())
 
 
+def test_which_scale_counts() -> None:
+    """The stated one, then alpha / r of the file for the modules that have it, then 1."""
+    before, pairs = fresh(), adapters()
+    name, other = list(pairs)[:2]
+    tensors: Tensors = {}
+    for module in (name, other):
+        tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = pairs[module]
+    tensors[f"{name}.alpha"] = torch.tensor(6.0)
+    for stated, scales in ((None, (6 / RANK, 1.0)), (0.5, (0.5, 0.5))):
+        unet = fresh()
+        assert merge_lora(unet, tensors, stated) == 5
+        for module, scale in zip((name, other), scales, strict=True):
+            down, up = pairs[module]
+            expected = before.get_submodule(module).weight + scale * up @ down
+            torch.testing.assert_close(unet.get_submodule(module).weight, expected)
+
+
 def test_convolution() -> None:
     """down [r, in, k, k] then up [out, r, 1, 1] is one convolution with the merged weight."""
     generator = torch.Generator().manual_seed(3)
@@ -196,9 +213,10 @@ def wrong_width(tensors: Tensors) -> Tensors:
         (wrong_width, "attn1.to_q"),
         (lambda tensors: {k: v for k, v in tensors.items() if "to_k_lora.up" not in k}, "to_k"),
         (lambda tensors: tensors | {"lora_te_text_model.alpha2": torch.ones(1)}, "lora_te_text"),
+        (lambda tensors: tensors | {"conv_in.alpha": torch.ones(())}, "1 of 65 keys, such as conv"),
         (lambda _: {}, "no LoRA tensor at all"),
     ],
-    ids=["unknown module", "wrong width", "half a pair", "unknown key", "empty"],
+    ids=["unknown module", "wrong width", "half a pair", "unknown key", "stray alpha", "empty"],
 )
 def test_keys_that_do_not_fit(change: object, text: str) -> None:
     """The message names them; no weight changes, not even of modules that would fit."""

@@ -82,6 +82,25 @@ def test_same_as_a_fresh_euler_scheduler(timestep: int) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "target", "clean"),
+    [
+        ("epsilon", 2.0, (5 - 0.8 * 3) / 0.6),
+        ("v_prediction", 0.6 * 2 - 0.8 * 7, 0.6 * 5 - 0.8 * 3),
+        ("sample", 7.0, 3.0),
+        ("flow", 2.0 - 7.0, 5 - 0.8 * 3),
+    ],
+)
+def test_numbers_by_hand(prediction: str, target: float, clean: float) -> None:
+    """Latent 7 and noise 2, then an answer of 3 to z_t = 5; signal 0.6 and sigma 0.8 at timestep 1."""
+    schedule = NoiseSchedule(torch.tensor([1.0, 0.6]), torch.tensor([0.0, 0.8]), prediction)
+    at = torch.tensor([1])
+    latent, noise, noised, answer = (torch.full((1, 1, 1, 1), v) for v in (7.0, 2.0, 5.0, 3.0))
+    assert schedule.add_noise(latent, noise, at).item() == pytest.approx(0.6 * 7 + 0.8 * 2)
+    assert schedule.target(latent, noise, at).item() == pytest.approx(target)
+    assert schedule.clean(noised, answer, at).item() == pytest.approx(clean)
+
+
 def test_unknown_prediction() -> None:
     with pytest.raises(ValueError, match="'noise' is not one of"):
         NoiseSchedule(torch.ones(2), torch.ones(2), "noise")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import string
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +23,7 @@ from diffitm.models.causal_lm import (
     TOO_LONG,
     LanguageModel,
     LanguageSource,
+    _Gumbel,
     resolve_language_model,
 )
 from diffitm.negatives.merge import GIVEN, MODEL, Rejected, mine, read_pairs, write_rows
@@ -86,14 +89,61 @@ def test_rules_leave_no_trace_but_the_words(caption: str) -> None:
 def test_swaps(caption: str, kind: str, expected: str | None) -> None:
     """Two words change places with their articles; words of one expression do not."""
     made = {rules(caption, seed).get(kind) for seed in range(10)}
-    if caption.startswith("A toilet"):  # one of three pairs
-        assert made <= {
+    if caption.startswith("A toilet"):  # one of two pairs: the third is one expression
+        assert made == {
             "A yak is on the toilet's umbrella",
             "An umbrella is on the yak's toilet",
-            "A toilet is on the umbrella's yak",
         }
     else:
         assert made == {expected}
+
+
+def test_the_drawn_pair_is_that_of_plain_code() -> None:
+    """Of two pairs of nouns in their order, by the hash of seed, kind and words."""
+    words = "a toilet is on the yak umbrella"
+    made = [
+        "A yak is on the toilet's umbrella",
+        "An umbrella is on the yak's toilet",
+    ]
+    for seed in range(5):
+        digest = hashlib.sha256(f"{seed}\nnoun swap\n{words}".encode()).hexdigest()
+        rng = np.random.default_rng(int(digest[:32], 16))
+        expected = made[int(rng.integers(2))]
+        assert rules("A toilet is on the yak's umbrella", seed)["noun swap"] == expected
+
+
+def test_words_that_differ_in_case_alone_are_not_exchanged() -> None:
+    """Which would say the caption again, and cost the kind."""
+    caption = "a red Dog meets a dog near a big cat"
+    made = {rules(caption, seed).get("noun swap") for seed in range(20)}
+    assert made == {
+        "a red cat meets a dog near a big Dog",
+        "a red Dog meets a cat near a big dog",
+    }
+    assert normal("A  Dog's Toy-box!") == normal("a dog s toy box") == "a dog s toy box"
+
+
+@pytest.mark.parametrize(
+    ("caption", "answer", "reason"),
+    [
+        ("one two three four five six", "one two three four five six x y z", None),
+        ("one two three four five six", "one two three four five six w x y z", "other length"),
+        ("one two three four five six", "six five four", None),
+        ("one two three four five six", "six five", "other length"),
+        ("one two", "two one x y", None),
+        ("one two", "two one x y z", "other length"),
+        ("one two three four", "one two x y", None),  # half of the words
+        ("one two three four", "one x y z", "other words"),
+        ("one one one two", "one two x y", None),
+        ("one two three four", "one one one x", "other words"),  # each counts once
+        ("one two three four", "it is a small four two", None),  # four words of the prompt
+        ("one two three four", "it is a small thing two one", "copies the prompt"),
+        ("two three", "two three one\nx", "several lines"),
+    ],
+)
+def test_bounds_of_checks(caption: str, answer: str, reason: str | None) -> None:
+    check = checker("{caption}: it is a small thing")
+    assert check(caption, answer) == reason
 
 
 def test_rules_use_aros_orders() -> None:
@@ -433,6 +483,23 @@ def test_an_unreadable_model_is_told_at_its_start(tmp_path: Path) -> None:
     source = LanguageSource("x", str(tmp_path), None, "")
     with pytest.raises(InputError, match="--llm 'x' cannot be loaded"):
         AnswerActor(Question(source, TEMPLATE, "fp32", 0.0, 0, 8), 4, "cpu", None)
+
+
+def test_a_sample_is_one_of_the_softmax() -> None:
+    """Of logits / temperature; each token by noise of its own, which the prompt and the seed give."""
+    logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    prompts = [f"prompt {i}" for i in range(3000)]
+    noise = _Gumbel(prompts, 0, 0.5)
+    scores = logits.expand(3000, 4)
+    first, second = noise(torch.tensor([]), scores), noise(torch.tensor([]), scores)
+    squares = torch.tensor([0.01, 0.04, 0.09, 0.16])
+    for drawn in (first, second):
+        shares = torch.bincount(drawn.argmax(1), minlength=4) / 3000
+        torch.testing.assert_close(shares, squares / squares.sum(), atol=0.03, rtol=0)
+    assert not torch.equal(first, second)
+    alone = _Gumbel(prompts[7:8], 0, 0.5)(torch.tensor([]), scores[:1])
+    assert torch.equal(alone[0], first[7])
+    assert not torch.equal(_Gumbel(prompts[7:8], 1, 0.5)(torch.tensor([]), scores[:1])[0], first[7])
 
 
 class _Counter:

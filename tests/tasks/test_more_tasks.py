@@ -294,6 +294,9 @@ def test_visual_genome(tmp_path: Path, name: str, group: dict[str, str]) -> None
         groups=group,
     )
     assert not first.needs_unconditional
+    put(tmp_path, FILES[name], [{**VG_ROW, "bbox_x": 10.9, "bbox_h": 40.5, "bbox_w": 3.5}])
+    (cut,) = read(tmp_path, name)  # as ARO's own int()
+    assert split_crop(cut.images[0])[1] == (10, 20, 3, 40)
     assert split_crop(second.images[0]) == ("aro/images/2.jpg", (0, 20, 7, 40))
 
 

@@ -47,6 +47,39 @@ def test_boxes_follow_their_seed() -> None:
 def test_a_strip_gives_its_centre() -> None:
     """No box of that ratio covers nine tenths of it."""
     assert random_box((100, 20), 0.9, 0) == (36, 0, 63, 20)
+    assert random_box((20, 100), 0.9, 0) == (0, 36, 20, 63)
+
+
+def test_boxes_are_anywhere_of_any_size() -> None:
+    """From a fifth of the area on, from 3:4 to 4:3 as often tall as wide, from edge to edge."""
+    boxes = [random_box((1000, 1000), 0.2, seed) for seed in range(1000)]
+    left, top, right, bottom = np.array(boxes).T
+    across, down = right - left, bottom - top
+    areas, ratios = across * down / 1e6, across / down
+    assert 0.198 < areas.min() < 0.21 and areas.max() > 0.95
+    assert 0.745 < ratios.min() < 0.76 and 1.31 < ratios.max() < 1.34
+    assert abs(np.log(ratios).mean()) < 0.02 and abs(np.median(areas) - 0.57) < 0.05
+    found = []
+    for start, end in ((left, right), (top, bottom)):
+        assert start.min() == 0 and end.max() == 1000
+        places = start / np.maximum(1000 - (end - start), 1)
+        assert abs(places.mean() - 0.5) < 0.04 and places.std() > 0.25
+        found.append(places)
+    assert abs(np.corrcoef(*found)[0, 1]) < 0.1
+    first = np.random.default_rng([8, 1])  # whose first box fits
+    area, ratio = first.uniform(0.2, 1) * 1e6, np.exp(first.uniform(np.log(3 / 4), np.log(4 / 3)))
+    sides = [round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))]
+    assert [boxes[8][2] - boxes[8][0], boxes[8][3] - boxes[8][1]] == sides
+
+
+def test_sides_of_what_is_seen() -> None:
+    assert Whole(16, "crop").sides == (16,)
+    assert Views(16, 8, 1.0).sides == (16, 8)
+    assert Views(16, 8, 1.0, both=False).sides == (8,)
+    image = Image.open(io.BytesIO(png())).convert("RGB")
+    (cut,) = Whole(16, "crop")(image, 0)
+    assert np.array_equal(cut, images.to_pixels(image, 16, "crop"))
+    assert not np.array_equal(cut, images.to_pixels(image, 16, "squash"))
 
 
 def test_clip_sees_the_teachers_crop() -> None:

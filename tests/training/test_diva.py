@@ -33,6 +33,7 @@ from diffitm.training.diva.reconstructions import row_of_pictures, write_picture
 from diffitm.training.diva.step import Diva, load_tower
 from diffitm.training.lora.step import Posterior
 from diffitm.training.run_folder import open_run, release_on_refusal
+from diffitm.training.sampler import seed_of
 from tests import tiny, tiny_clip
 from tests.tiny import write_dit, write_sd, write_sdxl
 
@@ -108,7 +109,7 @@ def test_gradients_reach_the_tower_and_nothing_else(
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_every_kind_of_teacher(tmp_path: Path, kind: str) -> None:
-    """SDXL keeps the prompt's pooled embedding; DiT is told the mean of the tokens."""
+    """Each is told of the image, its error reaches all that is trained, and it draws pictures."""
     teacher = load_denoiser(resolve(str(TEACHERS[kind](tmp_path)), "--teacher"))
     found = diva(teacher)
     pixels, posterior = batch(teacher)
@@ -125,7 +126,7 @@ def test_loss_is_the_mean_squared_error_of_the_noise(teacher: Denoiser) -> None:
     """Against diffusers' U-Net and a condition made by hand."""
     found = diva(teacher, recap="all", prompt="a red square", repeats=1)
     pixels, posterior = batch(teacher, 1)
-    noised, at, target = found.noised(posterior, [5])
+    noised, at, target = plain_noised(teacher, posterior, 5)
     hidden = teacher.encode_texts(["a red square"])["hidden"].clone()
     tokens = visual_tokens(found.tower, found.normalised(pixels))
     condition = hidden.mean(1, keepdim=True) + found.projection(tokens)
@@ -134,6 +135,46 @@ def test_loss_is_the_mean_squared_error_of_the_noise(teacher: Denoiser) -> None:
     torch.testing.assert_close(found.errors(pixels, posterior, [5])[0], expected)
     blind = ((unet(noised, at, hidden).sample - target) ** 2).mean()
     torch.testing.assert_close(found.errors(pixels, posterior, [5], blind=True)[0], blind)
+
+
+def plain_noised(
+    teacher: Denoiser, posterior: Posterior, seed: int, at: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z_t, timestep and noise of one image, from the draws of its seed in their order."""
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.randint(1000, (1,), generator=generator)
+    noise, sample = torch.randn(2, 1, *teacher.latent_shape, generator=generator)
+    step = step if at is None else torch.tensor([at])
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0)[step].float()
+    latents = posterior.mean + posterior.std * sample
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise, step, noise
+
+
+def test_what_the_teacher_is_asked(teacher: Denoiser) -> None:
+    """A sample of the posterior, noised to the timestep that the seed draws, or to a given one."""
+    posterior = Posterior(batch(teacher, 1)[1].mean, torch.full((1, 4, 8, 8), 0.5))
+    for given in (None, 300):
+        found = diva(teacher).noised(posterior, [5], given)
+        for ours, plain in zip(found, plain_noised(teacher, posterior, 5, given), strict=True):
+            torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_texts_meet_the_tokens(tmp_path: Path) -> None:
+    """SDXL: the projected tokens and the text's in the hidden states, its pooled text unchanged."""
+    teacher = load_denoiser(resolve(str(write_sdxl(tmp_path))))
+    found = diva(teacher, recap="all", prompt="a red square")
+    text = teacher.encode_texts(["a red square"])
+    tokens = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0))
+    condition = found.condition(tokens, [1, 2])
+    assert condition.keys() == {"hidden", "pooled"}
+    torch.testing.assert_close(condition["pooled"], text["pooled"].repeat(2, 1))
+    expected = found.projection(tokens) + text["hidden"][0].mean(0)
+    torch.testing.assert_close(condition["hidden"], expected)
+    blind = found.conditions(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [1, 2], blind=True)
+    for name, value in text.items():
+        torch.testing.assert_close(blind[name], value.expand_as(blind[name]))
+        assert len(blind[name]) == 2
 
 
 def test_an_image_is_independent_of_its_batch(teacher: Denoiser) -> None:
@@ -154,6 +195,10 @@ def test_repeats_draw_anew_and_are_reduced(teacher: Denoiser) -> None:
     ]
     errors = [error for _, error in mean]
     assert errors[0] != errors[1] and errors == pytest.approx([e for _, e in published])
+    for repeat, error in enumerate(errors):
+        seeds = [seed_of(seed, "repeat", repeat) for seed in (1, 2, 3)]
+        expected = diva(teacher).errors(*given[:2], seeds).mean()
+        assert error == pytest.approx(float(expected.detach()), rel=1e-5)
     assert [loss for loss, _ in mean] == pytest.approx([e / 2 for e in errors])
     assert [loss for loss, _ in published] == pytest.approx([5 * errors[0], errors[1]])
 
@@ -292,13 +337,32 @@ def test_pictures(teacher: Denoiser, tmp_path: Path) -> None:
     from PIL import Image
 
     pixels, posterior = batch(teacher, 1)
+    found = diva(teacher, recap="all")
     with torch.no_grad():
-        row = row_of_pictures(diva(teacher), pixels, posterior, 1)
-    write_pictures([row] * 3, tmp_path / "x.png")
+        row = row_of_pictures(found, pixels, posterior, 1)
+        noised, at, _ = plain_noised(teacher, posterior, 1, 700)
+        signal, sigma = teacher.schedule.signal[700], teacher.schedule.sigma[700]
+        expected = [pixels[0] / 127.5 - 1, teacher.decode(noised)[0]]
+        tokens = visual_tokens(found.tower, found.normalised(pixels))
+        for condition in (found.text, found.condition(tokens, [1])):
+            clean = (noised - sigma * teacher.predict(noised, at, condition)) / signal
+            expected.append(teacher.decode(clean)[0])
+    for ours, plain in zip(row, expected, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-3, rtol=0)
+    assert (row[2] - row[3]).abs().max() > 1e-2
+    values = [[-1.0, 0.0, 1.0], [1.5, -0.5, -2.0]]
+    rows = [[torch.full((3, 32, 32), value) for value in line] for line in values]
+    rows[1][1][1:] = 1.0  # red alone is darker
+    write_pictures(rows, tmp_path / "x.png")
     picture = np.asarray(Image.open(tmp_path / "x.png"))
-    assert picture.shape == (3 * 96 + 8, 4 * 96 + 12, 3)
-    columns = [picture[:96, i * 100 : i * 100 + 96] for i in range(4)]
-    assert all(not np.array_equal(columns[i], columns[j]) for i in range(4) for j in range(i))
+    assert picture.shape == (2 * 96 + 4, 3 * 96 + 8, 3)
+    bytes_ = [[0, 128, 255], [255, 64, 0]]
+    for line, top in zip(bytes_, (0, 100), strict=True):
+        for value, left in zip(line, (0, 100, 200), strict=True):
+            cell = picture[top : top + 96, left : left + 96]
+            assert (cell[..., 0] == value).all()
+            assert (cell[..., 1:] == (255 if value == 64 else value)).all()
+    assert (picture[96:100] == 255).all() and (picture[:, 96:100] == 255).all()
 
 
 GIVEN = DivaConfig(clip="shapes", teacher="shapes", data="shapes")

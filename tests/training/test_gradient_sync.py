@@ -18,6 +18,7 @@ class Exchange:
 
     def __init__(self) -> None:
         self.sent: list[int] = []
+        self.awaited = 0
 
     def all_reduce(self, tensor: Tensor, group: Any, async_op: bool) -> Exchange:
         assert async_op and group == "group"
@@ -26,7 +27,7 @@ class Exchange:
         return self
 
     def wait(self) -> None:
-        return
+        self.awaited += 1
 
 
 @pytest.fixture
@@ -74,12 +75,13 @@ def test_sums_are_the_same_however_they_are_sent(others: Exchange) -> None:
     assert others.sent == []
     backward()
     assert others.sent == [3, 8]
+    assert others.awaited == 0
     gradients.exchange("group")
-    assert others.sent == [3, 8]
+    assert others.sent == [3, 8] and others.awaited == 2
     assert all(map(torch.equal, gradients_of([*first, *second]), [2 * WORLD * g for g in once]))
     gradients.zero()
     gradients.exchange("group")
-    assert others.sent == [3, 8, 3, 8]
+    assert others.sent == [3, 8, 3, 8] and others.awaited == 4
     backward()
     assert others.sent == [3, 8, 3, 8]  # no longer the last pass
     assert all(map(torch.equal, gradients_of([*first, *second]), once))
@@ -113,6 +115,18 @@ def test_a_parameter_without_a_use_holds_nothing_up(others: Exchange) -> None:
     assert others.sent == [3]
     gradients.exchange("group")
     assert others.sent == [3, 5, 8]
+
+
+def test_a_buffer_has_one_kind_of_number() -> None:
+    kinds = [torch.float32, torch.float32, torch.float64, torch.float32]
+    parameters = [nn.Parameter(torch.ones(2, dtype=kind)) for kind in kinds]
+    gradients = Gradients([parameters])
+    assert [(len(b), b.dtype) for b in gradients.buffers] == [
+        (4, torch.float32), (2, torch.float64), (2, torch.float32),
+    ]  # fmt: skip
+    for parameter in parameters:
+        (3 * parameter).sum().backward()
+    assert all((buffer == 3).all() for buffer in gradients.buffers)
 
 
 def test_buckets_are_bounded() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -20,14 +21,15 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from pyarrow import parquet
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from diffitm.core import images, storage
 from diffitm.core.config import parse
-from diffitm.core.errors import InputError
-from diffitm.core.schema import PairRow
+from diffitm.core.errors import Incomplete, InputError
+from diffitm.core.schema import Example, PairRow
 from diffitm.evaluation import evaluate
+from diffitm.metrics.credit import Credit
 from diffitm.models.lora import lora_weights, merge_lora, read_lora, save_lora
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.diffusion import DiffusionScorer
@@ -37,12 +39,21 @@ from diffitm.shapes.training import write_training
 from diffitm.store.pair_table import write_examples
 from diffitm.store.score_store import open_store
 from diffitm.tasks.registry import find_task
-from diffitm.training.latent_cache import CACHED, Cache
+from diffitm.training.latent_cache import CACHED, Cache, CachedLoader
 from diffitm.training.lora.objectives import OBJECTIVES, Objective
 from diffitm.training.lora.options import FinetuneConfig, find_problems
 from diffitm.training.lora.step import Posterior, Tuner
-from diffitm.training.rows import TrainingRow, drop_equal, images_of, read_rows, texts_of, usable
-from diffitm.training.run_folder import open_run
+from diffitm.training.rows import (
+    NEGATIVES,
+    TrainingRow,
+    drop_equal,
+    images_of,
+    read_rows,
+    summarise_dropped,
+    texts_of,
+    usable,
+)
+from diffitm.training.run_folder import check_complete, open_run, write_log, write_result
 from diffitm.training.sampler import MIXED, BatchSampler, Item, draw_noise, seed_of
 from diffitm.training.tracking import RunTracker, track_problems, write_events
 from diffitm.training.validation import credits
@@ -102,6 +113,45 @@ def test_malformed_rows(tmp_path: Path, name: str, content: str | None, told: st
         read_rows(str(tmp_path / name))
     assert told in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "kinds"),
+    [
+        (TrainingRow("a", "x", ("y",), ("b",)), set()),
+        (TrainingRow("a", "x", ("y",)), {"hard-image", "mixed"}),
+        (TrainingRow("a", "x", (), ("b",)), {"hard-text", "mixed"}),
+        (TrainingRow("a", " ", ("y",), ("b",)), {"none", "random-text", "hard-text", "hard-image", "mixed"}),
+        (TrainingRow(" ", "x", ("y",), ("b",)), {"none", "random-text", "hard-text", "hard-image", "mixed"}),
+    ],
+)  # fmt: skip
+def test_what_a_row_is_too_poor_for(row: TrainingRow, kinds: set[str]) -> None:
+    assert {kind for kind in NEGATIVES if row.lacks(kind) is not None} == kinds
+
+
+def test_rows_of_parquet_that_are_no_texts(tmp_path: Path) -> None:
+    file = tmp_path / "r.parquet"
+    for column in ("caption", "negative_captions", "negative_images"):
+        table: dict[str, list[Any]] = {"image": ["a", "b"], "caption": ["x", "y"]}
+        table[column] = [3, 4] if column == "caption" else [["z"], None]
+        if column != "caption":
+            table[column] = [None, [7]]
+        parquet.write_table(pa.table(table), file)
+        row = 0 if column == "caption" else 1
+        with pytest.raises(InputError, match=rf"r\.parquet, row {row}: expects texts in image"):
+            read_rows(str(file))
+    images = {"image": ["a"], "caption": ["x"], "negative_images": [["b", "c"]]}
+    parquet.write_table(pa.table(images), file)
+    assert read_rows(str(file)) == [TrainingRow("a", "x", (), ("b", "c"))]
+
+
+def test_negatives_that_say_the_same_are_dropped() -> None:
+    """Empty ones, and the row's own words or image, whatever spaces are around them."""
+    row = TrainingRow("a", "a cup", (" a cup ", " ", "", "a cap", "A cup"), ("a", "", "b"))
+    assert drop_equal([row]) == ([TrainingRow("a", "a cup", ("a cap", "A cup"), ("b",))], 5)
+    assert summarise_dropped(Counter({"no image": 1234, "no caption": 1})) == (
+        "1,234 rows: no image, 1 row: no caption"
+    )
 
 
 def test_parquet_without_captions(tmp_path: Path) -> None:
@@ -240,6 +290,40 @@ def test_cache_reads_by_name_within_its_limit(tmp_path: Path) -> None:
         assert cache.used <= 60
 
 
+def test_cached_latents_of_a_micro_batch(tmp_path: Path) -> None:
+    """Mean and deviation by path, and why an image has none; this worker's from this update on."""
+    names = [f"{i}{end}.jpg" for i in range(4) for end in ("", "-x")]
+    lines = []
+    for position, name in enumerate(names):
+        value = {"mean": torch.full(SHAPE, position), "deviation": torch.full(SHAPE, -position)}
+        broken = "cut off" if name == "2-x.jpg" else None
+        data = None if broken else save({k: v.float() for k, v in value.items()})
+        lines.append(
+            {"row": 0, "position": position, "name": name, "failure": broken, "value": data}
+        )
+    parquet.write_table(pa.Table.from_pylist(lines, CACHED), tmp_path / "a.parquet")
+    rows = [TrainingRow(f"{i}.jpg", "c", (), (f"{i}-x.jpg",)) for i in range(4)]
+    plan = BatchSampler(rows, range(4), 1, 2, "hard-image", False, 0)
+    job: Any = SimpleNamespace(sampler=lambda: plan, steps=4)
+    loader = CachedLoader(job, str(tmp_path), 1, 2)
+    steps = list(loader.steps(1))
+    assert len(steps) == 3 and loader.waited > 0
+    for step, own in enumerate(steps, 1):
+        ((items, latents, failures),) = own
+        assert items == plan.batches(step)[1]
+        lost = ["2-x.jpg: cut off"] if items[0].image == "2.jpg" else []
+        assert failures == lost
+        paths = {items[0].image, items[0].negative_image} - {"2-x.jpg"}
+        assert latents.keys() == paths
+        for path in paths:
+            mean, deviation = latents[path]
+            assert mean.shape == SHAPE and mean[0, 0, 0] == names.index(path)
+            assert torch.equal(deviation, -mean)
+    assert CachedLoader(job, str(tmp_path), 0, 1)._latents(
+        [Item(0, "2-x.jpg", "c", "2-x.jpg", "c", 0)]
+    ) == ({}, ["2-x.jpg: cut off"])
+
+
 def test_trackers_get_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorBoard's events are there while the run goes on; W&B and MLflow get values and steps."""
     told: list[tuple[object, ...]] = []
@@ -299,6 +383,50 @@ def test_a_run_keeps_its_name_and_its_settings(tmp_path: Path) -> None:
     assert known.key != open_run(str(tmp_path / "other"), {"lr": 1}).key
     with pytest.raises(InputError, match="lr was 1 and is 2"):
         open_run(str(tmp_path), {"lr": 2})
+
+
+@pytest.mark.parametrize("files", [{"w": 1.0}, {"w": 1.0, "a": 2.0}, {"w": 1.0, "b": 3.0}])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_what_a_run_leaves(tmp_path: Path, files: dict[str, float], averaged: bool) -> None:
+    """The weights that the validation chose, else the averaged ones, else the last; log, failures,
+    provenance, and a note that it is done."""
+    out, checkpoint = str(tmp_path / "out"), tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    if averaged:
+        files = files | {"a": 2.0}
+    names = {"w": "weights", "a": "averaged", "b": "best"}
+    for key, value in files.items():
+        tensors = {"unet.x.lora_A.weight": torch.full((2, 2), value)}
+        save_file(tensors, checkpoint / f"{names[key]}.safetensors")
+    history = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    progress = {"history": history, "best_step": 1, "best": 0.5}
+    (checkpoint / "history.json").write_text(json.dumps(progress))
+    state, lost = open_run(out, {"lr": 1}), {"a.jpg: s3://k:secret@b/a": 2}
+    assert not state.done
+    assert write_result(checkpoint, 2, {"lr": 1}, state, {"commit": "c"}, lost, out) == progress
+    last = files.get("a", files["w"])
+    for folder, value in ((out, files.get("b", last)), (f"{out}/last", last)):
+        tensors, scale = read_lora(folder)
+        assert scale == 1 and float(tensors["unet.x.lora_A.weight"][0, 0]) == value
+    text = (tmp_path / "out" / "log.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == history
+    note = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert note == {"settings": {"lr": 1}, "done": True, "key": state.key, "best_step": 1}
+    assert open_run(out, {"lr": 1}).done
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text()) == {"commit": "c"}
+    failures = (tmp_path / "out" / "failures.json").read_text()
+    assert list(json.loads(failures).values()) == [2] and "secret" not in failures
+    with pytest.raises(Incomplete, match="1 images or shards could not be read"):
+        check_complete(out)
+    write_log(checkpoint, {}, {}, out)
+    check_complete(out)
+
+
+def test_settings_that_are_gone_or_new(tmp_path: Path) -> None:
+    """Are told like those that have another value."""
+    open_run(str(tmp_path), {"pipeline": "p", "a": 1, "b": 2})
+    with pytest.raises(InputError, match=r"\(b was 2 and is None, c was None and is 3\)"):
+        open_run(str(tmp_path), {"pipeline": "p", "a": 1, "c": 3})
 
 
 def test_stamp_changes_with_a_file(tmp_path: Path) -> None:
@@ -378,6 +506,57 @@ def test_kinds_of_negatives() -> None:
         assert {kind(item) for item in items} == {name}
 
 
+def plain_seed(*parts: object) -> int:
+    text = "\n".join(str(part) for part in parts)
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) // 2
+
+
+def test_draws_are_those_of_plain_code() -> None:
+    """Which a run with the same seed draws again years later: order, examples, kinds, noise."""
+    schedule = a_schedule(seed=5)
+    shares = [0.5, 0.25, 0.25]
+    for step in (0, 5):
+        epoch = step // 4
+        order = np.random.default_rng(plain_seed(5, "epoch", epoch)).permutation(np.arange(37))
+        for number, batch in enumerate(schedule.batches(step)):
+            first = step % 4 * 8 + number * 4
+            assert [item.position for item in batch] == order[first : first + 4].tolist()
+            seeds = [plain_seed(5, "example", epoch, item.position) for item in batch]
+            assert [item.seed for item in batch] == seeds
+            rng = np.random.default_rng(plain_seed(5, "kind", step, number))
+            kind = rng.choice(["hard-image", "hard-text", "random-text"], p=shares)
+            assert all((i.negative_image != i.image) == (kind == "hard-image") for i in batch)
+    generator = torch.Generator().manual_seed(9)
+    at = torch.randint(1000, (1,), generator=generator)
+    noise, posterior = torch.randn(2, 1, *SHAPE, generator=generator)
+    found = draw_noise([9], SHAPE, 1000)
+    assert torch.equal(found.timesteps, at)
+    assert torch.equal(found.noise, noise) and torch.equal(found.posterior, posterior)
+
+
+def test_an_example_has_other_noise_in_each_epoch() -> None:
+    schedule = a_schedule()
+    items = [i for step in range(12) for batch in schedule.batches(step) for i in batch]
+    assert len({item.seed for item in items}) == len(items) == 3 * 32
+
+
+def test_a_random_text_is_of_another_image() -> None:
+    """And not the row's own words; of the usable rows alone."""
+    rows = [
+        *(TrainingRow("a.jpg", "a cup"), TrainingRow("a.jpg", "my cup")),
+        *(TrainingRow("b.jpg", "a cup"), TrainingRow("c.jpg", "a dog"), TrainingRow("d.jpg", "x")),
+    ]
+    schedule = BatchSampler(rows, range(4), 4, 1, "random-text", False, 0)
+    drawn: dict[int, set[str]] = {}
+    for step in range(40):
+        for item in schedule.batches(step)[0]:
+            drawn.setdefault(item.position, set()).add(item.negative_caption)
+    assert drawn[0] == {"a dog"} and drawn[1] == {"a cup", "a dog"}
+    assert drawn[2] == {"my cup", "a dog"} and drawn[3] == {"a cup", "my cup"}
+    with pytest.raises(ValueError, match="no other caption was found for 'a cup'"):
+        BatchSampler(rows, range(2), 1, 1, "random-text", False, 0).batches(0)
+
+
 def test_noise_is_an_examples_own() -> None:
     """Whatever batch it is in; timesteps are uniform."""
     seeds = [seed_of("x", i) for i in range(500)]
@@ -441,7 +620,7 @@ def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
     found.loss.backward()
     gradients = [parameter.grad.clone() for parameter in tuner.parameters]
     tuner.unet.zero_grad()
-    total = torch.zeros(())
+    total, rights, contrasts = torch.zeros(()), list[Tensor](), list[Tensor]()
     for i, item in enumerate(items()):
         one = plain_error(tuner.denoiser, right, item, i, item.caption)
         other = wrong if images and name != "soft-neg" else right
@@ -453,7 +632,13 @@ def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
             "soft-neg": one[0] - contrast,
         }.get(name, one[0] - torch.minimum(contrast, one[0].detach()))
         total = total + loss / 3
+        rights.append(one[0].detach())
+        contrasts.append(contrast.detach())
     total.backward()
+    assert not found.right.requires_grad and not found.contrast.requires_grad
+    torch.testing.assert_close(found.right, torch.stack(rights).mean(), rtol=1e-4, atol=1e-5)
+    logged = torch.zeros(()) if name == "no-neg" else torch.stack(contrasts).mean()
+    torch.testing.assert_close(found.contrast, logged, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.loss, total, atol=1e-5, rtol=1e-4)
     for parameter, gradient in zip(tuner.parameters, gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-3)
@@ -483,6 +668,8 @@ def test_only_the_lora_learns(folder: Path) -> None:
         mine.data.copy_(theirs.data)
     moved = base.losses(items(), right, None)
     torch.testing.assert_close(moved.contrast, first.contrast)
+    torch.testing.assert_close(moved.right, tuner.losses(items(), right, None).right)
+    assert not torch.allclose(moved.right, first.right)
 
 
 def test_lora_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) -> None:
@@ -535,6 +722,48 @@ def test_validation_equals_gdbench(tmp_path: Path, name: str) -> None:
     rows = evaluate.evaluate({name: uri}, [store]).rows
     last = [row for row in rows if row.group == "all"][-1]
     assert np.mean([value for value in found if value is not None]) == pytest.approx(last.value)
+
+
+@pytest.mark.parametrize("kind", ["l2", "similarity"])
+def test_credits_by_hand(kind: str) -> None:
+    """In the first metric: errors less the empty text's where images are compared, else errors alone;
+    cosines; none of what cannot be scored."""
+    values = {
+        ("a", "x"): [1.0, 3.0], ("a", "y"): [4.0, 6.0], ("a", ""): [0.0, 1.0],
+        ("b", "x"): [7.0, 7.0], ("b", "y"): [0.5, 1.5], ("b", ""): [5.0, 6.0],
+    }  # fmt: skip
+    asked: list[PairRow] = []
+
+    class Scorer:
+        def score(self, rows: list[PairRow]) -> list[dict[str, Any]]:
+            asked.extend(rows)
+            return [
+                {"image": row.image, "text": text, "l2": None, "similarity": None, "failure": None}
+                | {kind: values.get((row.image, text), [8.0, 8.0])}
+                | ({kind: values.get((row.image, text), [8.0])[0]} if kind != "l2" else {})
+                | ({"failure": "unreadable"} if row.image == "broken" else {})
+                for row in rows
+                for text in row.texts
+            ]
+
+    def first(example: Example, scores: np.ndarray) -> dict[str, Credit]:
+        assert scores.shape == (len(example.images), len(example.texts))
+        return {"text": Credit(float(scores[-1, 0])), "image": Credit(99.0)}
+
+    examples = [
+        Example("0", ("a",), ("x", "y"), "text"),
+        Example("1", ("a", "b"), ("x", "y"), "both"),
+        Example("2", ("broken", "a"), ("x",), "image"),
+        Example("3", ("a",), ("x", "z"), "text", failure="empty"),
+    ]
+    task: Any = SimpleNamespace(credits=first)
+    scorer: Any = Scorer()
+    expected = [-2.0, -(7.0 - 5.5)] if kind == "l2" else [1.0, 7.0]
+    assert credits(task, examples, scorer) == [*expected, None, None]
+    texts = {row.image: set(row.texts) for row in asked}
+    assert texts == {"a": {"x", "y", ""}, "b": {"x", "y", ""}, "broken": {"x", ""}}
+    assert [row.row for row in asked] == [0, 1, 2]
+    assert credits(task, examples[3:], scorer) == [None]
 
 
 # Options -----------------------------------------------------------------------------------------

@@ -33,6 +33,11 @@ def test_bound_of_examples_and_of_means() -> None:
     assert (each.item(), held.item()) == (0.25, 0.5)
     whole, held = Objective("hard-neg", clip_over="microbatch")(right, wrong)
     assert (whole.item(), held.item()) == (0.0, 1.0)
+    right, wrong = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 3.0])
+    whole, held = Objective("hard-neg", clip_over="microbatch")(right, wrong)
+    assert (whole.item(), held.item()) == (0.0, 1.0)  # means 2 and 2.5
+    half, held = Objective("hard-neg", 0.5)(right, torch.tensor([0.4, 1.6]))
+    assert half.item() == pytest.approx((0.6 + 1.5) / 2) and held.item() == 0.5
 
 
 def test_soft_neg_and_its_guards() -> None:
@@ -63,6 +68,11 @@ def test_no_neg_is_the_error() -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Objective(**options)
+
+
+def test_what_needs_negatives() -> None:
+    needs = [name for name in OBJECTIVES if Objective(name).has_wrong_pairs]
+    assert needs == ["hard-neg", "hard-neg-unclipped", "relativistic"]
 
 
 def test_contrasts() -> None:
