@@ -263,4 +263,4 @@ def _cause(error: Any) -> str:
     the last."""
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[0] if isinstance(cause, InputError) else lines[-1]
+    return (lines[0] if isinstance(cause, InputError) else lines[-1]).strip()

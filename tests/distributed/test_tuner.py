@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from diffitm.core.config import option
 from diffitm.core.errors import InputError
@@ -44,9 +45,11 @@ def test_rows_of_the_table() -> None:
 
 
 def test_the_line_that_says_why() -> None:
-    own = "Traceback ..\ndiffitm.core.errors.InputError: --lr 0: must be above 0\n\nThe above .."
-    assert tuner._cause(RuntimeError(own)) == "--lr 0: must be above 0"
-    assert tuner._cause("one\ntwo\n") == "two"
+    """Of what a user is meant to read the first, as Ray hands it on; of others the last."""
+    meant = RayTaskError("f", "Traceback ..", InputError("--lr 0: must be above 0\nmore"))
+    assert tuner._cause(meant.as_instanceof_cause()) == "--lr 0: must be above 0"
+    assert tuner._cause(RuntimeError("first\n  last \n")) == "last"
+    assert tuner._cause("its node is lost") == "its node is lost"
 
 
 def test_what_results_depend_on() -> None:
@@ -182,7 +185,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         "RAY_AIR_NEW_OUTPUT",
         "TUNE_DISABLE_SIGINT_HANDLER",
     ):
-        monkeypatch.setenv(name, "")  # what run_trials sets goes with the test
+        monkeypatch.setenv(name, "")  # what a run sets goes with the test
     monkeypatch.setattr(tuner.tune, "Tuner", Tuner)
     monkeypatch.setattr(tuner.tune, "with_resources", lambda trainable, share: (trainable, share))
     monkeypatch.setattr(tuner, "ENV_VARS_TO_PROPAGATE", {"AWS_SECRET_ACCESS_KEY", "OTHER"})
@@ -195,7 +198,7 @@ def test_a_sweep_begins_and_goes_on(made: list[dict[str, Any]], tmp_path: Any) -
     """A grid on processors, a failed trial again; keys stay out of Ray's options. With other settings
     or another state it begins anew."""
     out = str(tmp_path)
-    rows = tuner.run_trials(a_sweep(), "f", 1.5, 3, None, out)
+    rows = tuner.Experiment(sweep=a_sweep(), trainable="f", cpus=1.5, parallel=3, out=out).run()
     assert [row.state for row in rows] == ["done", "done"]
     assert sorted(tuner.ENV_VARS_TO_PROPAGATE) == ["OTHER"]
     (first,) = made
@@ -210,11 +213,13 @@ def test_a_sweep_begins_and_goes_on(made: list[dict[str, Any]], tmp_path: Any) -
     where = tmp_path / "tune" / run.name
     where.mkdir()
     (where / "experiment_state-1.json").touch()
-    tuner.run_trials(a_sweep(), "f", 1.5, 3, None, out)
+    tuner.Experiment(sweep=a_sweep(), trainable="f", cpus=1.5, parallel=3, out=out).run()
     assert made[1]["where"] == str(where) and made[1]["resume_unfinished"]
     assert (made[1]["resume_errored"], made[1]["restart_errored"]) == (False, True)
-    tuner.run_trials(a_sweep(), "f", 1.5, 3, None, out, ["another store"])
-    tuner.run_trials(a_sweep(parallel=2), "f", 1.5, 2, None, out)
+    tuner.Experiment(
+        sweep=a_sweep(), trainable="f", cpus=1.5, parallel=3, out=out, state=["another store"]
+    ).run()
+    tuner.Experiment(sweep=a_sweep(parallel=2), trainable="f", cpus=1.5, parallel=2, out=out).run()
     names = [made[i]["run_config"].name for i in (0, 2, 3)]
     assert len(set(names)) == 3
 
@@ -222,7 +227,9 @@ def test_a_sweep_begins_and_goes_on(made: list[dict[str, Any]], tmp_path: Any) -
 def test_trainings_are_stopped_by_their_stopper(made: list[dict[str, Any]], tmp_path: Any) -> None:
     """Their trials take none of the processors, on the head, and are not tried again."""
     asha = tuner.stopper(a_sweep(), 36, 4)
-    tuner.run_trials(a_sweep(), "f", 0, 3, asha, str(tmp_path))
+    tuner.Experiment(
+        sweep=a_sweep(), trainable="f", cpus=0, parallel=3, stopper=asha, out=str(tmp_path)
+    ).run()
     assert made[0]["trainable"] == ("f", tuner.HEAD)
     assert made[0]["tune_config"].scheduler is asha
     assert made[0]["run_config"].failure_config.max_failures == 0
@@ -231,18 +238,20 @@ def test_trainings_are_stopped_by_their_stopper(made: list[dict[str, Any]], tmp_
 def test_a_sweep_whose_state_is_cut_off(made: list[dict[str, Any]], tmp_path: Any) -> None:
     Tuner.results.pop()
     with pytest.raises(InputError, match="its state is cut off, 1 of 2; delete it, run again"):
-        tuner.run_trials(a_sweep(), "f", 1.0, 1, None, str(tmp_path))
+        tuner.Experiment(
+            sweep=a_sweep(), trainable="f", cpus=1.0, parallel=1, out=str(tmp_path)
+        ).run()
 
 
 def test_optuna_draws_so_many(made: list[dict[str, Any]], tmp_path: Any) -> None:
     pytest.importorskip("optuna")
     sweep = a_sweep(search="optuna", samples=2, search_seed=3)
-    tuner.run_trials(sweep, "f", 1.0, 5, None, str(tmp_path))
+    tuner.Experiment(sweep=sweep, trainable="f", cpus=1.0, parallel=5, out=str(tmp_path)).run()
     plan = made[0]["tune_config"]
     assert (plan.num_samples, plan.max_concurrent_trials) == (2, 5)
     assert made[0]["param_space"]["setting"]["lr"].categories == [0.1, 0.01]
     run = tmp_path / "tune" / made[0]["run_config"].name
     run.mkdir()
     (run / "experiment_state-1.json").touch()
-    tuner.run_trials(sweep, "f", 1.0, 5, None, str(tmp_path))
+    tuner.Experiment(sweep=sweep, trainable="f", cpus=1.0, parallel=5, out=str(tmp_path)).run()
     assert (made[1]["resume_errored"], made[1]["restart_errored"]) == (True, False)
