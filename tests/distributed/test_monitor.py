@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from diffitm.distributed import metrics
+from diffitm.distributed import prometheus
 from diffitm.distributed.monitor import Monitor
 from diffitm.store.run_summary import Done
 
@@ -47,9 +47,9 @@ def test_exported_counters(monkeypatch: pytest.MonkeyPatch) -> None:
         def set_default_tags(self, tags: dict[str, str]) -> None:
             assert tags == {"model": "m"}
 
-    monkeypatch.setattr(metrics, "Counter", Metric)
-    monkeypatch.setattr(metrics, "Gauge", Metric)
-    exported = metrics.Metrics("m")
+    monkeypatch.setattr(prometheus, "Counter", Metric)
+    monkeypatch.setattr(prometheus, "Gauge", Metric)
+    exported = prometheus.Metrics("m")
     exported.add(Done(pairs=3, forwards=12, failures=0, memory=99, batch_size=8))
     exported.add(Done(pairs=2, forwards=0, failures=2, memory=50))
     assert values == {
@@ -59,4 +59,4 @@ def test_exported_counters(monkeypatch: pytest.MonkeyPatch) -> None:
         "diffitm_gpu_memory_bytes": [99, 50],
         "diffitm_batch_size": [8],
     }
-    assert metrics.gpu_memory("cpu") == 0
+    assert prometheus.gpu_memory("cpu") == 0
