@@ -38,8 +38,6 @@ NOT_PUBLIC = [
     ipaddress.ip_network(text)
     for text in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "3fff::/20", "5f00::/16")
 ]
-
-
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # on networks without IPv4
 
 
@@ -49,7 +47,7 @@ def check_address(text: str) -> None:
     One of IPv6 that carries addresses of IPv4 is judged by those alone.
     """
     address = ipaddress.ip_address(text.partition("%")[0])
-    carried = _carried(address) if isinstance(address, ipaddress.IPv6Address) else []
+    carried: list[Any] = _carried(address) if isinstance(address, ipaddress.IPv6Address) else []
     if not all(_is_public(each) for each in carried or [address]):
         raise RefusedError(
             f"{text} is not an address of the public internet (--allow-private allows it)"
