@@ -38,8 +38,6 @@ NOT_PUBLIC = [
     ipaddress.ip_network(text)
     for text in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "3fff::/20", "5f00::/16")
 ]
-
-
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # on networks without IPv4
 
 
@@ -49,14 +47,14 @@ def check_address(text: str) -> None:
     One of IPv6 that carries addresses of IPv4 is judged by those alone.
     """
     address = ipaddress.ip_address(text.partition("%")[0])
-    inner: list[Any] = _carried(address) if address.version == 6 else []
-    if not all(map(_is_public, inner or [address])):
+    carried: list[Any] = _carried(address) if isinstance(address, ipaddress.IPv6Address) else []
+    if not all(_is_public(each) for each in carried or [address]):
         raise RefusedError(
             f"{text} is not an address of the public internet (--allow-private allows it)"
         )
 
 
-def _carried(address: Any) -> list[ipaddress.IPv4Address]:
+def _carried(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
     """The addresses of IPv4 that traffic to one of IPv6 can end at: of Teredo two, server and client."""
     if address in NAT64:
         return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]

@@ -324,6 +324,20 @@ def test_tries_count_only_without_progress(
     assert waits == [2.0, 4.0, 8.0, 9.0]
 
 
+def test_a_refusal_of_the_whole_file_is_final(
+    server: Server, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """416 without a range asked for; what is no zip is none; folders are made for what is."""
+    monkeypatch.setattr(Handler, "on_odd", lambda self: self.answer(b"", 416), raising=False)
+    with pytest.raises(RefusedError, match="416"):
+        save(client, f"{server.url}/odd", tmp_path / "f", limits=QUICK)
+    assert server.visits["/odd"] == 1
+    with pytest.raises(RefusedError, match=r"is no \.zip file"):
+        save(client, f"{server.url}/good.bin", tmp_path / "a.zip", limits=QUICK)
+    save(client, f"{server.url}/good.bin", tmp_path / "deep" / "er" / "f", limits=QUICK)
+    assert (tmp_path / "deep" / "er" / "f").read_bytes() == CONTENT
+
+
 def test_an_empty_file_is_none(
     server: Server, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

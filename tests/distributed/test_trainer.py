@@ -137,7 +137,7 @@ def fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def run(gpus: float | None = None) -> Any:
         workers = Workers(2, 9, 1.5, gpus, 7)
         out = str(tmp_path)
-        result = trainer.fit("m", job, workers, "run", curves, out, str, decodes=False)
+        result = trainer.fit("m", job, workers, "run", curves, out, str)
         return result, ends, shown
 
     run.ends = ends  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def test_a_training_and_its_end(fit: Any, tmp_path: Path, caplog: pytest.LogCapt
     assert sorted(ends) == ["curves", "room"]
     plan, places, retries = Elastic.given
     assert places.given == ({"CPU": 1.5, "GPU": 1.0}, 2, 4) and retries == 7
-    assert (plan.module, plan.name, plan.decodes) == ("m", "run", False)
+    assert (plan.module, plan.name) == ("m", "run")
     assert (plan.share, plan.processors) == ({"CPU": 1.5, "GPU": 1.0}, 1.5)
     assert plan.folder == str(tmp_path / "train") and (tmp_path / "train").is_dir()
     assert "1,234 rows, 8 updates of 8 examples" in caplog.messages
@@ -193,8 +193,8 @@ def test_what_ray_train_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_torch, "TorchTrainer", Trainer)
     shares = ({"CPU": 1.5}, {"CPU": 2.0, "GPU": 1.0})
     for share in shares:
-        job: Any = {"steps": 3}
-        plan = GroupSettings("m", job, True, share, 1.5, "run", "/x", None)  # type: ignore[arg-type]
+        job: Any = SimpleNamespace(steps=3, reads_images=True)
+        plan = GroupSettings("m", job, share, 1.5, "run", "/x", None)  # type: ignore[arg-type]
         assert run_group(plan, 3, "monitor") == "result"
         scaling, run = given["scaling_config"], given["run_config"]
         assert (scaling.num_workers, scaling.use_gpu) == (3, "GPU" in share)

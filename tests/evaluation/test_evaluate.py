@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def test_curves_weigh_examples_and_not_pairs() -> None:
         scored("c", [1.0]),
         scored("d", [1.0, np.inf]),
         scored("e", [1.0, 5.0], failure="torn"),
+        replace(scored("f", [1.0, 5.0]), unconditional=np.full((2, 1, 1), np.nan)),
     ):
         curves.add(item)
     first, second = curves.read("m", "t", [10])
@@ -199,6 +201,8 @@ def test_a_tie_is_neither_right_nor_wrong_and_the_first_of_equals_is_shown() -> 
     cases = Cases()
     for name, errors in (("tie", [2.0, 2.0]), *((f"e{n}", [1.0, 2.0]) for n in range(5))):
         cases.add(scored(name, errors))
+    for left_out in ([1.0], [9.0, np.inf]):
+        cases.add(scored("out", left_out))
     cases.add(scored("miss", [4.0, 3.0, 9.0, 3.5]))
     found = cases.read("m", "t")
     assert [(case.kind, case.example) for case in found] == [
