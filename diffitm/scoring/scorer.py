@@ -57,8 +57,8 @@ def load_images(
             away = away or outside
             return Loaded(None, None, _reason(error), outside)
 
-    if len(rows) == 1:
-        loaded = [one(rows[0])]
+    if len(rows) < 2:
+        loaded = [one(row) for row in rows]
     else:
         with ThreadPoolExecutor(min(threads, len(rows))) as pool:
             loaded = list(pool.map(one, rows))

@@ -300,6 +300,7 @@ def test_whatever_a_decoder_raises_is_that_images_failure(
     assert [item.outside for item in found] == [False] * 4
     digests = [hashlib.sha256((root / work.image).read_bytes()).hexdigest() for work in works()]
     assert [item.digest for item in found] == [digests[0], None, None, digests[3]]
+    assert load_images([], str(root), lambda image: image) == []
     (alone,) = load_images(works()[1:2], str(root), lambda image: image)
     assert alone.failure == "unreadable image: SyntaxError: broken PNG"
 
