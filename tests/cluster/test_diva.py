@@ -97,6 +97,7 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
     assert all(torch.equal(v, tuned.state_dict()[k]) for k, v in text.items())
 
 
+@pytest.mark.long
 def test_gdbench_takes_the_result(undisturbed: Path, tmp_path: Path) -> None:
     """Before and after in one report, with paired tests and the training's curves."""
     options = ("--clip", "shapes", undisturbed, "--data", "shapes", "--scenes", 20)

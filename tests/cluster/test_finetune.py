@@ -73,6 +73,7 @@ def test_repeat_and_changed_settings(undisturbed: Path) -> None:
     assert "lr was 0.001 and is 0.002" in refused.stderr
 
 
+@pytest.mark.long
 def test_two_workers_and_cached_latents(undisturbed: Path, tmp_path: Path) -> None:
     """The same micro-batches, shared out, of images encoded beforehand: the same training. Another
     objective does not encode again."""

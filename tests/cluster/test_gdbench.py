@@ -68,6 +68,7 @@ def test_whole_run(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_models_beside_each_other(tmp_path: Path) -> None:
     """Base against LoRA and 4 against 2 timesteps, one command; a later one for a part of it, which a
     task of the user's own joins, makes no forward for what is stored."""

@@ -157,6 +157,7 @@ def test_a_kill_costs_an_actor_one_block(tmp_path: Path) -> None:
     assert len(computed) - 60 <= ACTORS * int((out / "block").read_text())
 
 
+@pytest.mark.long
 def test_repeat_scores_nothing_and_settings_do_not_mix(undisturbed: Path) -> None:
     """The same command needs no forward; another setting that matters starts another store."""
     before = pipeline.rows(undisturbed)

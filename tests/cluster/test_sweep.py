@@ -95,6 +95,7 @@ def test_a_mended_image_counts_again(tmp_path: Path) -> None:
     assert sum(again) > sum(counted)
 
 
+@pytest.mark.long
 def test_gdbench_takes_the_best_setting(scored: Path, tmp_path: Path) -> None:
     """The file as it is; with all weight on the first timestep as if there were no other."""
     best = yaml.safe_load((scored / "best.yaml").read_text())
