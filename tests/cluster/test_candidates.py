@@ -126,6 +126,7 @@ def committed(folder: Path, stage: str) -> int:
     return sum(not path.name.endswith(".pending.parquet") for path in found)
 
 
+@pytest.mark.long
 def test_other_settings_do_not_mix(data: Path, lists: Path) -> None:
     """Without insertion and with other captions kept: only the text search is done again; another
     captions file gets a work folder of its own."""
