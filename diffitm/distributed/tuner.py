@@ -29,6 +29,7 @@ from diffitm.sweep.space import Axis, describe, draw, grid
 log = logging.getLogger("diffitm")
 METRIC = "accuracy"
 RETRIES = 3  # of a trial whose node is lost
+VERSION = 2  # grows when Tune's bookkeeping, which pickles our classes, cannot be read any more
 HEAD = {"node:__internal_head__": 0.0001}
 # Scores do not depend on these options.
 NOT_SCORES = {"actors", "max_actors", "cpus_per_actor", "gpus_per_actor", "batch_size", "store"}
@@ -84,7 +85,7 @@ class Experiment:
     @functools.cached_property
     def name(self) -> str:
         """Of Tune's bookkeeping."""
-        content = [*identity(self.sweep).values(), self.sweep.config.parallel, *self.state]
+        content = [VERSION, *identity(self.sweep).values(), self.sweep.config.parallel, *self.state]
         return fingerprint(content)[:12]
 
     @functools.cached_property
