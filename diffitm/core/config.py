@@ -22,7 +22,7 @@ from diffitm.core.errors import InputError, suggest
 C = TypeVar("C")
 
 
-MOST = 2**31 - 1  # of a number with a bound, unless it says otherwise
+MOST = 2**31 - 1  # of a number that has a least one, unless it says otherwise
 
 
 def option(
@@ -31,10 +31,12 @@ def option(
     *,
     at_least: float | None = None,
     above: float | None = None,
-    at_most: float = MOST,
+    at_most: float | None = None,
 ) -> Any:
     """A dataclass field with a default, the help line of its option and the bounds of its number,
     which find_outside holds it to."""
+    if at_most is None and at_least is not None:
+        at_most = MOST
     metadata = {"help": help, "at_least": at_least, "above": above, "at_most": at_most}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -125,7 +127,7 @@ def find_outside(config: Any) -> list[str]:
         least, above, most = (bounds.get(name) for name in ("at_least", "above", "at_most"))
         if value is None or (least is None and above is None):
             continue
-        if value > most:
+        if most is not None and value > most:
             problems.append(f"{flag(field.name)} {value}: must be at most {most}")
         elif least is not None and not value >= least:
             problems.append(f"{flag(field.name)} {value}: must be at least {least}")

@@ -12,7 +12,9 @@ RETRIES = 3
 MOST = 20  # times that a thing may be begun, whatever ended it
 HERE = 2  # failures at one place before a block is left to another
 PATIENCE = 300.0  # seconds that all actors may fail for an outside reason before the run ends
-ALONE = 120.0  # seconds that the one node which is up may fail while others are still awaited
+ALONE = (
+    120.0  # seconds that one node may fail for a cause of its own while others are still awaited
+)
 SHORT = 30.0  # seconds at most until a block is left: others may have nothing else to do by then
 LONGEST = 300.0  # seconds between two tries at a place that fails
 
@@ -125,7 +127,7 @@ class Attempts:
         trouble = Trouble(before.times + 1, before.in_a_row + 1, cause)
         self.troubles[place.name] = trouble
         self.since = self.since or time.monotonic()
-        if trouble.in_a_row > RETRIES and not self._is_worth_waiting(actor, transient):
+        if trouble.in_a_row > RETRIES and not self._is_worth_waiting(actor, cause, transient):
             return Verdict(why=f"{what} failed {trouble.in_a_row} times on {place.name}: {cause}")
         seconds = delay(trouble.in_a_row, 5.0 if transient else 1.0)
         leave = self._is_for_others(what, actor, place)
@@ -151,11 +153,12 @@ class Attempts:
             return False
         return max(failures, self.troubles[place.name].in_a_row) >= HERE
 
-    def _is_worth_waiting(self, actor: str, transient: bool) -> bool:
-        """Whether an actor that fails may yet do well, or another in its place."""
+    def _is_worth_waiting(self, actor: str, cause: str, transient: bool) -> bool:
+        """Whether an actor that fails may yet do well, or another in its place: not one of those that are
+        still awaited, where two places fail for the same cause already."""
         seconds = time.monotonic() - (self.since or 0.0)
-        nodes = sum(trouble.in_a_row > 0 for trouble in self.troubles.values())
-        awaited = len(self.started) < self.wanted and nodes == 1 and seconds < ALONE
+        alike = sum(t.in_a_row > 0 and t.cause == cause for t in self.troubles.values())
+        awaited = len(self.started) < self.wanted and alike == 1 and seconds < ALONE
         return awaited or (transient and seconds < PATIENCE) or self._others(actor)
 
     def _well(self, actor: str, place: Place) -> None:

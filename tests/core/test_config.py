@@ -224,6 +224,7 @@ def test_numbers_at_their_bounds() -> None:
     """The least and the most are allowed; what is none is no number; nor is NaN one within bounds."""
     assert find_outside(Bounded(steps=5, size=8.0)) == []
     assert find_outside(Bounded(steps=2**31 - 1, rate=1e-9)) == []
+    assert find_outside(Bounded(rate=1e30)) == []
     assert find_outside(Bounded(steps=4, rate=0.0, size=9.0, free=-9)) == [
         "--steps 4: must be at least 5",
         "--rate 0: must be above 0",

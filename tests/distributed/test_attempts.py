@@ -169,6 +169,14 @@ def test_a_first_node_that_cannot_load(cluster: Cluster) -> None:
     assert attempts.ALONE <= cluster.now - begin < 2 * attempts.ALONE
 
 
+def test_two_nodes_that_fail_each_for_a_cause_of_its_own(cluster: Cluster) -> None:
+    """Are no reason to give up either, while others are awaited."""
+    cluster.attempts.wanted = 9
+    for place, cause in ((A, "no driver"), (B, "no disk")):
+        with pytest.raises(InputError, match=cause):
+            cluster.start(Failing(*(InputError(cause) for _ in range(9))), place)
+
+
 def test_a_bug_of_a_start_keeps_its_kind(cluster: Cluster) -> None:
     with pytest.raises(TypeError, match="not callable"):
         cluster.start(Failing(*(TypeError("not callable") for _ in range(9))))(TABLE)
