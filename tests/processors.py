@@ -11,8 +11,11 @@ WITHOUT_CUDA: dict[str, Any] = {
     "env_vars": {"PYTHONPATH": str(ROOT)},
     "worker_process_setup_hook": "tests.processors.choose_processor",
 }
-# The same, and it waits less after failures.
-IMPATIENT = {**WITHOUT_CUDA, "worker_process_setup_hook": "tests.processors.wait_less"}
+# The same, and it waits less after failures. Ray writes the hook into env_vars, so each has its own.
+IMPATIENT: dict[str, Any] = {
+    "env_vars": {"PYTHONPATH": str(ROOT)},
+    "worker_process_setup_hook": "tests.processors.wait_less",
+}
 
 
 def choose_processor() -> None:
