@@ -68,6 +68,7 @@ class Attempts:
         self.failed_at: dict[str, list[tuple[str, str]]] = {}  # thing -> places' names, and why
         self.troubles: dict[str, Trouble] = {}  # name of a place -> what went wrong there
         self.working: dict[str, str] = {}  # actor -> node, unless its last news is a failure
+        self.did_well: dict[str, float] = {}  # name of a place -> when it ended a block
         self.error: Exception | None = None  # that ends the run
         self.since: float | None = None  # of the first failure since anything went well
 
@@ -106,6 +107,7 @@ class Attempts:
 
     def end(self, what: str, actor: str, place: Place) -> None:
         """A block is done."""
+        self.did_well[place.name] = time.monotonic()
         self.begun.pop(what, None)
         self.failed_at.pop(what, None)
         self.since = None
@@ -127,7 +129,9 @@ class Attempts:
         trouble = Trouble(before.times + 1, before.in_a_row + 1, cause)
         self.troubles[place.name] = trouble
         self.since = self.since or time.monotonic()
-        if trouble.in_a_row > RETRIES and not self._is_worth_waiting(actor, cause, transient):
+        if trouble.in_a_row > RETRIES and not self._is_worth_waiting(
+            actor, place, cause, transient
+        ):
             return Verdict(why=f"{what} failed {trouble.in_a_row} times on {place.name}: {cause}")
         seconds = delay(trouble.in_a_row, 5.0 if transient else 1.0)
         leave = self._is_for_others(what, actor, place)
@@ -153,10 +157,13 @@ class Attempts:
             return False
         return max(failures, self.troubles[place.name].in_a_row) >= HERE
 
-    def _is_worth_waiting(self, actor: str, cause: str, transient: bool) -> bool:
-        """Whether an actor that fails may yet do well, or another in its place: not one of those that are
-        still awaited, where two places fail for the same cause already."""
-        seconds = time.monotonic() - (self.since or 0.0)
+    def _is_worth_waiting(self, actor: str, place: Place, cause: str, transient: bool) -> bool:
+        """Whether an actor that fails may yet do well, or another in its place: one at a place that did
+        well a moment ago, one that is still awaited where no two places fail for the same cause."""
+        now = time.monotonic()
+        if any(name != place.name and now - at < ALONE for name, at in self.did_well.items()):
+            return True
+        seconds = now - (self.since or 0.0)
         alike = sum(t.in_a_row > 0 and t.cause == cause for t in self.troubles.values())
         awaited = len(self.started) < self.wanted and alike == 1 and seconds < ALONE
         return awaited or (transient and seconds < PATIENCE) or self._others(actor)

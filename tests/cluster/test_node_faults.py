@@ -55,6 +55,7 @@ def run(cluster: Cluster, out: Path, spec: BrokenSpec) -> None:
     measure(str(out), spec, given, cluster.address)
 
 
+@pytest.mark.long
 def test_nodes_that_fail(
     cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -177,6 +177,14 @@ def test_two_nodes_that_fail_each_for_a_cause_of_its_own(cluster: Cluster) -> No
             cluster.start(Failing(*(InputError(cause) for _ in range(9))), place)
 
 
+def test_a_node_that_did_well_is_waited_for(cluster: Cluster) -> None:
+    """As one does whose actor's process has just ended: another node's failures do not end the run."""
+    cluster.start(builds(Failing()))(TABLE)
+    cluster.attempts.working.clear()
+    with pytest.raises(InputError, match="no driver"):
+        cluster.start(Failing(*(InputError("no driver") for _ in range(9))), B)
+
+
 def test_a_bug_of_a_start_keeps_its_kind(cluster: Cluster) -> None:
     with pytest.raises(TypeError, match="not callable"):
         cluster.start(Failing(*(TypeError("not callable") for _ in range(9))))(TABLE)
