@@ -10,7 +10,7 @@ from diffitm.commands.entrance import entered
 from diffitm.commands.stages import embed
 from diffitm.commands.weights import share
 from diffitm.core import storage
-from diffitm.core.config import OnRay, find_outside, lacking, option
+from diffitm.core.config import OnActors, find_outside, lacking, option
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
 from diffitm.distributed import session
@@ -27,7 +27,7 @@ VERSION = 1  # grows when the same settings would give other embeddings or lists
 
 
 @dataclass(frozen=True)
-class CandidatesConfig(OnRay):
+class CandidatesConfig(OnActors):
     """Options of pipelines/candidates.py."""
 
     clip: str = option("", "the CLIP: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs")
@@ -48,14 +48,6 @@ class CandidatesConfig(OnRay):
     )
     block_size: int | None = option(
         None, "queries searched at once: memory, never the result", at_least=1
-    )
-    actors: int | None = option(
-        None, "actors (default: one a GPU, else one a processor)", at_least=1
-    )
-    max_actors: int | None = option(None, "let the pool grow to this many", at_least=1)
-    cpus_per_actor: float | None = option(None, "processors (and threads) of an actor", at_least=0)
-    gpus_per_actor: float | None = option(
-        None, "GPU share of an actor (default: 1 if any)", at_least=0
     )
 
 

@@ -14,7 +14,8 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save
 from transformers.utils.logging import disable_progress_bar
 
-from diffitm.commands.tuning import Listener, Plan, common, hold, train
+from diffitm.commands import tuning
+from diffitm.commands.tuning import Listener, Plan, Trained, Tuning, common
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint, record
@@ -38,7 +39,6 @@ from diffitm.training.row_table import RowsFile, StoredRows
 from diffitm.training.run_folder import (
     PICTURES,
     WEIGHTS,
-    check_complete,
     write_log,
     write_note,
 )
@@ -46,8 +46,6 @@ from diffitm.training.webdataset import is_webdataset, shards
 
 log = logging.getLogger("diffitm")
 Lost = dict[str, int]
-LOOP = "diffitm.commands.workers.diva"
-READ = ("teacher", "clip", "data", "validation_data")  # options whose paths workers read
 LISTING = 2  # grows when the same shards would be listed otherwise
 LISTED = pa.schema(
     [("shard", pa.string()), ("found", pa.list_(pa.string())), ("failure", pa.string())]
@@ -60,25 +58,17 @@ def run(config: DivaConfig, listen: Listener | None = None) -> None:
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
     the end if images or shards could not be read.
     """
-    with hold(config, find_problems(config), READ, listen):
-        _run(config, listen)
+    tuning.run(config, TUNING, listen)
 
 
-def _run(config: DivaConfig, listen: Listener | None) -> None:
-    """See run, with OUT held."""
-    out = storage.absolute(config.out)
-    plan = build_plan(config)
-    encode = encoded if config.cache_latents else None
-    trained = train(config, plan, LOOP, encode, _describe, listen)
-    if trained is None:
-        return
-    job, result = trained.job, trained.result
-    with result.checkpoint.as_directory() as folder:
+def _write(config: DivaConfig, trained: Trained[DivaJob], out: str) -> None:
+    """The tuned CLIP, the log and what was lost; how they compare is told."""
+    job = trained.job
+    with trained.result.checkpoint.as_directory() as folder:
         reason, preprocessing = _write_clip(Path(folder), job.clip, out)
         progress = write_log(Path(folder), record(asdict(config)), trained.lost, out)
-    write_note(out, plan.settings, replace(trained.state, done=True))
+    write_note(out, trained.settings, replace(trained.state, done=True))
     _tell(config, job.clip, out, reason, preprocessing, progress["history"])
-    check_complete(out)
 
 
 def build_plan(config: DivaConfig) -> Plan[DivaJob]:
@@ -298,3 +288,14 @@ def _tell(
 
 def _describe(line: Line) -> str:
     return f"loss {line['loss']:.4f}, gradient {line['norm']:.3f}"
+
+
+TUNING = Tuning(
+    loop="diffitm.commands.workers.diva",
+    read=("teacher", "clip", "data", "validation_data"),
+    find_problems=find_problems,
+    plan=build_plan,
+    encode=encoded,
+    describe=_describe,
+    write=_write,
+)

@@ -7,7 +7,8 @@ import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffitm.commands.tuning import Listener, Plan, common, hold, train
+from diffitm.commands import tuning
+from diffitm.commands.tuning import Listener, Plan, Trained, Tuning, common
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import record
@@ -26,14 +27,12 @@ from diffitm.training.rows import (
     texts_of,
     usable,
 )
-from diffitm.training.run_folder import check_complete, write_result
+from diffitm.training.run_folder import write_result
 from diffitm.training.webdataset import is_webdataset, read_shards
 
 log = logging.getLogger("diffitm")
 TRAIN, VALID = "coco_neg/train_neg_clip.tsv", "coco_neg/valid_neg_clip.tsv"
-LOOP = "diffitm.commands.workers.lora"
 TASKS = ("coco_neg_text", "coco_neg_image")
-READ = ("model", "data", "images", "validation_data")  # options whose paths workers read
 
 
 def run(config: FinetuneConfig, listen: Listener | None = None) -> None:
@@ -42,23 +41,16 @@ def run(config: FinetuneConfig, listen: Listener | None = None) -> None:
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
     the end if images could not be read.
     """
-    with hold(config, find_problems(config), READ, listen):
-        _run(config, listen)
+    tuning.run(config, TUNING, listen)
 
 
-def _run(config: FinetuneConfig, listen: Listener | None) -> None:
-    """See run, with OUT held."""
-    out = storage.absolute(config.out)
-    plan = build_plan(config)
-    encode = encoded if config.cache_latents else None
-    trained = train(config, plan, LOOP, encode, _describe, listen)
-    if trained is None:
-        return
-    job, result = trained.job, trained.result
-    with result.checkpoint.as_directory() as folder:
+def _write(config: FinetuneConfig, trained: Trained[Job], out: str) -> None:
+    """The LoRA, the log and what was lost; how they compare is told."""
+    job = trained.job
+    with trained.result.checkpoint.as_directory() as folder:
         provenance = record(asdict(config))
         ended = write_result(
-            Path(folder), job.rank, plan.settings, trained.state, provenance, trained.lost, out
+            Path(folder), job.rank, trained.settings, trained.state, provenance, trained.lost, out
         )
     if job.validation is not None:
         means = (100 * ended["best"], 100 * ended["base"])
@@ -71,7 +63,6 @@ def _run(config: FinetuneConfig, listen: Listener | None) -> None:
         if config.data != "shapes" and (valid := _data(config, out)[2]) is not None:
             command += ["--data", valid, "--tasks", *TASKS]
         print(f"compare python pipelines/gdbench.py {shlex.join(command)}")
-    check_complete(out)
 
 
 def build_plan(config: FinetuneConfig) -> Plan[Job]:
@@ -190,3 +181,14 @@ def encoded(job: Job, out: str) -> Job:
 def _describe(line: Line) -> str:
     values = (line["loss"], line["right"], line["contrast"], 100 * line["held"])
     return "loss {:.4f}, E+ {:.4f}, E- {:.4f}, {:.0f}% held".format(*values)
+
+
+TUNING = Tuning(
+    loop="diffitm.commands.workers.lora",
+    read=("model", "data", "images", "validation_data"),
+    find_problems=find_problems,
+    plan=build_plan,
+    encode=encoded,
+    describe=_describe,
+    write=_write,
+)

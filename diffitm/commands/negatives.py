@@ -19,7 +19,7 @@ from diffitm.commands.entrance import entered
 from diffitm.commands.stages import embed, propose
 from diffitm.commands.weights import share
 from diffitm.core import storage
-from diffitm.core.config import OnRay, find_outside, lacking, option
+from diffitm.core.config import OnActors, find_outside, lacking, option
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed import session
@@ -41,7 +41,7 @@ PROMPT = Path(negatives.__file__).with_name("prompt.txt")
 
 
 @dataclass(frozen=True)
-class NegativesConfig(OnRay):
+class NegativesConfig(OnActors):
     """Options of pipelines/negatives.py."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -73,14 +73,6 @@ class NegativesConfig(OnRay):
     near: int = option(3, "kind images: near images of an image", at_least=1)
     keep_given: bool = option(True, "keep the negatives that the file has already")
     seed: int = option(0, "of rules, and of samples at a temperature above 0", at_least=0)
-    actors: int | None = option(
-        None, "actors (default: one a GPU, else one a processor)", at_least=1
-    )
-    max_actors: int | None = option(None, "let the pool grow to this many", at_least=1)
-    cpus_per_actor: float | None = option(None, "processors (and threads) of an actor", at_least=0)
-    gpus_per_actor: float | None = option(
-        None, "GPU share of an actor (default: 1 if any)", at_least=0
-    )
 
 
 @dataclass(frozen=True)

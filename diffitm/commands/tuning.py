@@ -42,53 +42,68 @@ class Trained(NamedTuple, Generic[J]):
 
     result: Result
     job: J
+    settings: dict[str, Any]
     state: RunState
     lost: dict[str, int]
 
 
-def hold(
-    config: Any, problems: list[str], read: Iterable[str], listen: Listener | None
-) -> contextlib.AbstractContextManager[None]:
-    """OUT for this run alone; `read` are options whose paths workers read. A sweep, which listens, holds
-    what its trials write to.
+class Tuning(NamedTuple, Generic[J]):
+    """What a command has of its own: the module with the workers' loop, options whose paths workers
+    read, and its steps. `encode` makes a job's images and texts ready beforehand, `describe` puts a line
+    of the log into words, `write` leaves the result of a training in its OUT."""
 
-    Raises InputError with the problems of the options.
+    loop: str
+    read: tuple[str, ...]
+    find_problems: Callable[[Any], list[str]]
+    plan: Callable[[Any], Plan[J]]
+    encode: Callable[[J, str], J]
+    describe: Callable[[Line], str]
+    write: Callable[[Any, Trained[J], str], None]
+
+
+def run(config: Any, tuning: Tuning[J], listen: Listener | None) -> None:
+    """Plan, train and write, with OUT held; `listen` gets every line of the log. Where OUT holds the
+    result already, that is said.
+
+    Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
+    the end if some input could not be read.
     """
-    if problems:
+    if problems := tuning.find_problems(config):
         raise InputError("\n".join(problems))
-    if listen is not None:
-        return contextlib.nullcontext()
+    out = storage.absolute(config.out)
+    with _held(config, out, tuning.read) if listen is None else contextlib.nullcontext():
+        trained = _train(config, tuning, out, listen)
+        if trained is not None:
+            tuning.write(config, trained, out)
+        check_complete(out)
+
+
+def _held(config: Any, out: str, read: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+    """OUT for this run alone. A sweep, which listens, holds what its trials write to."""
     paths = [(flag(name), getattr(config, name)) for name in read]
     # What a CLIP's NAME:FILE names.
     paths += [(option, path.partition(":")[2]) for option, path in paths if option == "--clip"]
-    return entered(config, storage.absolute(config.out), paths)
+    return entered(config, out, paths)
 
 
-def train(
-    config: Any,
-    plan: Plan[J],
-    loop: str,
-    encode: Callable[[J, str], J] | None,
-    describe: Callable[[Line], str],
-    listen: Listener | None,
-) -> Trained[J] | None:
-    """Run the module's loop to its end; None where OUT holds the result. `encode` makes a job's images
-    and texts ready beforehand, `describe` puts a line of the log into words.
+def _train(config: Any, tuning: Tuning[J], out: str, listen: Listener | None) -> Trained[J] | None:
+    """Run the loop to its end; None where OUT holds the result.
 
     Raises InputError for what workers find wrong, and for an OUT of another run.
     """
-    out = storage.absolute(config.out)
+    plan = tuning.plan(config)
     state = open_run(out, plan.settings)
     if state.done:
         log.info("%s holds this run already; give another --out to train again", out)
-        check_complete(out)
         return None
     name = fingerprint(plan.settings)[:12]
     with release_on_refusal(out):
-        job = encode(plan.job, out) if encode else plan.job
+        job = tuning.encode(plan.job, out) if config.cache_latents else plan.job
         tracker = RunTracker(config.track, storage.redacted(out), state.key, plan.settings, listen)
-        result, unread = fit(loop, job, workers_of(config), name, tracker, out, describe)
-    return Trained(result, job, state, plan.lost | unread)
+        result, unread = fit(
+            tuning.loop, job, workers_of(config), name, tracker, out, tuning.describe
+        )
+    return Trained(result, job, plan.settings, state, plan.lost | unread)
 
 
 def common(

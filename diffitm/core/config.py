@@ -56,6 +56,24 @@ class OnRay:
     verbose: bool = option(False, "show Ray's own log, as on clusters")
 
 
+@dataclasses.dataclass(frozen=True)
+class OnActors(OnRay):
+    """Options of every pipeline whose stages run on a pool of actors."""
+
+    actors: int | None = option(
+        None, "actors (default: one a GPU, else one a processor)", at_least=1
+    )
+    max_actors: int | None = option(None, "let the pool grow to this many", at_least=1)
+    cpus_per_actor: float | None = option(
+        None,
+        "processors (and threads) of an actor (default: 1, less on a tiny cluster)",
+        at_least=0,
+    )
+    gpus_per_actor: float | None = option(
+        None, "GPU share of an actor (default: 1 if there are any)", at_least=0
+    )
+
+
 ON_RAY = frozenset(field.name for field in dataclasses.fields(OnRay))  # no result depends on them
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from diffitm.core.config import OnRay, find_outside, option
+from diffitm.core.config import OnActors, find_outside, option
 from diffitm.core.errors import InputError
 from diffitm.models.lora import lora_file
 from diffitm.scoring.noise_plan import plan_timesteps
@@ -18,7 +18,7 @@ MOST = 2**63 - 1  # what a generator takes as a seed
 
 
 @dataclass(frozen=True)
-class GdbenchConfig(OnRay):
+class GdbenchConfig(OnActors):
     """Options of pipelines/gdbench.py."""
 
     model: list[str] = option(
@@ -83,18 +83,6 @@ class GdbenchConfig(OnRay):
     limit: int | None = option(None, "at most this many examples a task, evenly spread", at_least=1)
     scenes: int = option(100, "scenes that --data shapes draws", at_least=10)
     batch_size: int = option(64, "forwards of the model in one batch", at_least=1)
-    actors: int | None = option(
-        None, "scoring actors (default: one a GPU, else one a processor)", at_least=1
-    )
-    max_actors: int | None = option(None, "let the pool grow to this many", at_least=1)
-    cpus_per_actor: float | None = option(
-        None,
-        "processors (and threads) of an actor (default: 1, less on a tiny cluster)",
-        at_least=0,
-    )
-    gpus_per_actor: float | None = option(
-        None, "GPU share of an actor (default: 1 if there are any)", at_least=0
-    )
     published_bias: bool = option(
         False, "also show mmbias as the published code pools two of its pairs"
     )
