@@ -87,6 +87,8 @@ def test_nodes_that_fail(
 
 def test_what_nodes_share(cluster: Cluster, tmp_path: Path) -> None:
     """Asked of real nodes: a process's own files are not what another one finds there."""
+    if not session.other_nodes():
+        cluster.add_node(num_cpus=1)
     check_shared([("--out", str(tmp_path / "out"))], writable=True)
     with pytest.raises(InputError, match=r"^--data /proc/self/task: node .* does not see it"):
         check_shared([("--data", "/proc/self/task")])

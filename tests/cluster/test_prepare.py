@@ -23,21 +23,21 @@ pytestmark = pytest.mark.slow
 SCRIPT = r"""
 import runpy, sys
 from diffitm.datasets import sources
-from diffitm.datasets.recipe import Download, ImageList, Need, Rule, Source
+from diffitm.datasets.recipe import DatasetRecipe, Download, ImageList, Need, Rule
 url = sys.argv.pop(1)
 def images(name):
     return (Rule(r"(?:.*/)?([^/]+\.jpg)", name + r"/images/\1"),)
 columns = (("pos_url", "pos_image_id"), ("neg_url", "neg_image_id"))
 probes = ImageList("svo/svo_probes.csv", columns, "svo/images")
 sources.SOURCES = {
-    "pets": Source(
+    "pets": DatasetRecipe(
         (Download("pets/classes.txt", (url + "/404",)),
          Download("pets/images.tar.gz", (url + "/tar",), rules=images("pets"), unpacked=10**6)),
         (Need("pets/images", 3), Need("pets/classes.txt")), "none"),
-    "mini": Source(
+    "mini": DatasetRecipe(
         (Download("mini/a.zip", (url + "/mini",), rules=images("mini"), unpacked=10**6),),
         (Need("mini/images", 2),), "none", by_hand="ask for the rest"),
-    "svo": Source((Download("svo/svo_probes.csv", (url + "/probes",)), probes), (), "none"),
+    "svo": DatasetRecipe((Download("svo/svo_probes.csv", (url + "/probes",)), probes), (), "none"),
 }
 runpy.run_path("pipelines/prepare.py", run_name="__main__")
 """
