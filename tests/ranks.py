@@ -21,6 +21,7 @@ from torch import Tensor
 from diffitm.distributed import train_loop
 from diffitm.distributed.monitor import Monitor
 from diffitm.training.job import Training
+from diffitm.training.module import TrainModule
 from diffitm.training.run_folder import WEIGHTS
 
 
@@ -37,14 +38,14 @@ class Ranks:
         monkeypatch.setattr(train_loop, "choose_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(train_loop, "gradient_group", lambda device, seconds: None)
 
-    def train(self, kind: type[train_loop.Run], job: Training, world: int) -> list[int]:
+    def train(self, kind: type[TrainModule], job: Training, world: int) -> list[int]:
         """Let so many ranks train from the last checkpoint on; the steps that each has done."""
         self.world, self.slots = world, [torch.zeros(())] * world
         self.barrier = threading.Barrier(world, timeout=120)
         handle: Any = Handle(self.monitor)
         runs = []
-        for self.local.rank in range(world):
-            runs.append(kind(job, handle, 1.0))  # models cannot be loaded in several threads
+        for self.local.rank in range(world):  # models cannot be loaded in several threads
+            runs.append(train_loop.TrainLoop(kind, job, handle, 1.0))
 
         def train(rank: int) -> int:
             self.local.rank = rank

@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Set
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 
@@ -37,7 +37,7 @@ def living(nodes: Set[str]) -> set[str]:
     }
 
 
-def _listens(node: dict) -> bool:
+def _listens(node: dict[str, Any]) -> bool:
     try:
         address = (node["NodeManagerAddress"], node["NodeManagerPort"])
         socket.create_connection(address, timeout=5).close()

@@ -7,11 +7,10 @@ import json
 import resource
 import tempfile
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 import ray.train
@@ -23,19 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Example
 from diffitm.distributed.actors import here
 from diffitm.distributed.devices import choose_device, gradient_group, processors
 from diffitm.distributed.worker_group import EXCHANGE
-from diffitm.scoring.scorer import Scorer
-from diffitm.tasks.registry import find_task
-from diffitm.training.dataloader import Loader
 from diffitm.training.gradient_sync import Gradients
-from diffitm.training.job import Training, Validation
-from diffitm.training.latent_cache import CachedLoader
+from diffitm.training.job import Training
+from diffitm.training.module import TrainModule, Worker
 from diffitm.training.run_folder import AVERAGED, BEST, HISTORY, STATE, WEIGHTS
 from diffitm.training.sampler import Item, Loaded
-from diffitm.training.validation import credits
 
 MOMENTUM = 0.9  # of SGD
 ASK_EVERY = 10.0  # seconds between questions whether to make room for a larger group
@@ -54,83 +48,38 @@ class Progress:
     lost: dict[str, int] = field(default_factory=dict)
 
 
-class Run(ABC):
-    """One worker's model, optimiser and place in the run.
+class TrainLoop:
+    """One worker's part of a run: takes the steps of a module, logs, validates, keeps checkpoints.
 
-    A subclass builds its model in __init__ and calls begin(); `names` are the values of the log that
-    come with each loss, `passes` the losses of a micro-batch if none of its images drops out.
+    Stops on every worker alike, also when a loss is not finite.
     """
 
-    names: ClassVar[tuple[str, ...]]
-    passes = 1
-
-    def __init__(self, job: Training, monitor: Any, processors: float) -> None:
-        context = ray.train.get_context()
-        self.job, self.monitor, self.processors = job, monitor, processors
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = choose_device()
-        self.group = gradient_group(self.device, EXCHANGE)
-        torch.manual_seed(job.seed)
-        self.progress = Progress()
-        self.best: dict[str, Tensor] | None = None
-        self.asked, self.ending = time.monotonic(), False
-        self.written: Path | None = None
-
-    def begin(
-        self,
-        rates: list[tuple[list[torch.nn.Parameter], float]],
-        loader: Loader | CachedLoader,
+    def __init__(
+        self, kind: type[TrainModule], job: Training, monitor: Any, processors: float
     ) -> None:
-        """Optimiser, schedule and averages of parameters, whose parts have learning rates of their own."""
-        job = self.job
-        self.loader = loader
-        self.parameters = [parameter for part, _ in rates for parameter in part]
-        self.gradients = Gradients(part for part, _ in rates)
-        groups = [{"params": part, "lr": rate} for part, rate in rates]
-        self.optimizer: torch.optim.Optimizer
-        if job.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(
-                groups, momentum=MOMENTUM, weight_decay=job.weight_decay
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(
-                groups, betas=(0.9, 0.999), weight_decay=job.weight_decay
-            )
-        self.rates = get_scheduler(
+        context, device = ray.train.get_context(), choose_device()
+        rank, world = context.get_world_rank(), context.get_world_size()
+        self.job, self.monitor = job, monitor
+        self.worker = Worker(rank, world, device, processors, monitor)
+        self.group = gradient_group(device, EXCHANGE)
+        torch.manual_seed(job.seed)
+        self.module = kind(job, self.worker)
+        groups = self.module.groups
+        self.parameters = [parameter for part, _ in groups for parameter in part]
+        self.gradients = Gradients(part for part, _ in groups)
+        self.optimizer = make_optimizer(job, groups)
+        self.lr_scheduler = get_scheduler(
             job.lr_scheduler,
             self.optimizer,
             num_warmup_steps=job.warmup_steps,
             num_training_steps=job.steps,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=job.dtype == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=job.dtype == "fp16")
         self.ema = EMAModel(self.parameters, decay=job.ema) if job.ema else None
-
-    @abstractmethod
-    def losses(
-        self, items: list[Item], found: dict[str, Any]
-    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Of a micro-batch whose images are all in `found`: losses to go backward from, one after the
-        other, each with the values of `names`."""
-
-    @abstractmethod
-    def weights(self) -> dict[str, Tensor]:
-        """What is trained, on the CPU."""
-
-    @abstractmethod
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Weights as weights() gives them."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Measure and log what a validation measures, where it is due; on every worker alike."""
-
-    def prepare(self) -> None:
-        """Called before each step."""
-        return
-
-    def leave(self, folder: Path) -> None:
-        """Add to the files of a last checkpoint. On the first worker alone."""
-        return
+        self.progress = Progress()
+        self.best: dict[str, Tensor] | None = None
+        self.asked, self.ending = time.monotonic(), False
+        self.written: Path | None = None
 
     def resume(self) -> None:
         """Go on from the checkpoint that Ray Train hands over, if there is one."""
@@ -139,18 +88,18 @@ class Run(ABC):
             return
         with checkpoint.as_directory() as folder:
             path = Path(folder)
-            self.load(load_file(path / WEIGHTS))
+            self.module.load(load_file(path / WEIGHTS))
             if (path / BEST).exists():
                 self.best = load_file(path / BEST)
-            state = torch.load(path / STATE, map_location=self.device, weights_only=True)
-            known = json.loads((path / HISTORY).read_text())
+            state = torch.load(path / STATE, map_location=self.worker.device, weights_only=True)
+            progress = json.loads((path / HISTORY).read_text())
         self.optimizer.load_state_dict(state["optimizer"])
-        self.rates.load_state_dict(state["rates"])
+        self.lr_scheduler.load_state_dict(state["rates"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.progress = Progress(**known)
-        if self.rank == 0:
+        self.progress = Progress(**progress)
+        if self.worker.rank == 0:
             self.monitor.restore.remote(self.progress.lost)
 
     def train(self) -> int:
@@ -159,8 +108,8 @@ class Run(ABC):
         self.resume()
         job, begin, since = self.job, time.perf_counter(), self.progress.step
         if self.progress.step == 0:
-            self.check()
-        for batches in self.loader.steps(self.progress.step):
+            self._validate()
+        for batches in self.module.loader.steps(self.progress.step):
             logged = self._step(batches)
             if logged is None:
                 break
@@ -170,8 +119,8 @@ class Run(ABC):
                 seconds = time.perf_counter() - begin
                 done = (step - since) * job.micro_batch_size * job.grad_accum_steps
                 self.log(logged | self._costs(seconds, done))
-                begin, since, self.loader.waited = time.perf_counter(), step, 0.0
-            self.check()
+                begin, since, self.module.loader.waited = time.perf_counter(), step, 0.0
+            self._validate()
             if step % job.checkpoint_every == 0 or last or self.ending:
                 self._save(last)
             if self.ending:
@@ -180,10 +129,10 @@ class Run(ABC):
 
     def _step(self, batches: list[Loaded]) -> dict[str, float] | None:
         """One update of the weights; what is logged of it, None if it had to stop."""
-        self.prepare()
+        self.module.prepare(self.progress.step, self.gradients)
         self.gradients.zero()
         sums = self._backward(batches)
-        if self.world > 1:
+        if self.worker.world > 1:
             self.gradients.exchange(self.group)
         total, ending = self._totals(sums)
         if not torch.isfinite(total).all():
@@ -201,21 +150,27 @@ class Run(ABC):
             return None
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        rate = self.rates.get_last_lr()[0]
-        self.rates.step()
+        rate = self.lr_scheduler.get_last_lr()[0]
+        self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.parameters)
         means = (total[:-1] / total[-1]).tolist()
-        return dict(zip(self.names, means, strict=True)) | {"norm": float(norm), "rate": rate}
+        return dict(zip(self.module.names, means, strict=True)) | {
+            "norm": float(norm),
+            "rate": rate,
+        }
 
     def _backward(self, batches: list[Loaded]) -> Tensor:
         """Add up the gradients of this worker's micro-batches; the sums of `names`, and of how many losses
         they are, which is nan if one is not finite."""
-        sums = torch.zeros(len(self.names) + 1, dtype=torch.float64)
+        sums = torch.zeros(len(self.module.names) + 1, dtype=torch.float64)
         readable = self._readable(batches)
-        for number, (good, found) in enumerate(readable, 1):
-            for passed, (loss, values) in enumerate(self.losses(good, found), 1):
-                if self.world > 1 and (number, passed) == (len(readable), self.passes):
+        for number, (good, images) in enumerate(readable, 1):
+            for passed, (loss, values) in enumerate(self.module.losses(good, images), 1):
+                if self.worker.world > 1 and (number, passed) == (
+                    len(readable),
+                    self.module.passes,
+                ):
                     self.gradients.send(self.group)
                 if not torch.isfinite(loss):
                     where = ", ".join(f"row {i.position} ({i.image})" for i in good)
@@ -230,26 +185,26 @@ class Run(ABC):
         """Of each micro-batch the items whose images could be read, and what was loaded of those; one
         without any is left out. What could not be read is told."""
         readable = []
-        for items, found, failures in batches:
+        for items, images, failures in batches:
             for failure in failures:
-                self.monitor.lose.remote(failure)
-            good = [i for i in items if i.image in found and i.negative_image in found]
+                self.worker.lose(failure)
+            good = [i for i in items if i.image in images and i.negative_image in images]
             if good:
-                readable.append((good, found))
+                readable.append((good, images))
         return readable
 
     def _totals(self, sums: Tensor) -> tuple[Tensor, bool]:
         """The sums over all workers, and whether the group is to end after this step: the first worker
         asks, all hear of it at the same step."""
         asks = 0.0
-        if self.rank == 0 and time.monotonic() - self.asked > ASK_EVERY:
+        if self.worker.rank == 0 and time.monotonic() - self.asked > ASK_EVERY:
             self.asked = time.monotonic()
             asks = float(ray.get(self.monitor.should_end.remote()))
-        total = self.summed([*sums.tolist(), asks])
+        total = self.worker.summed([*sums.tolist(), asks])
         return total[:-1], bool(total[-1])
 
     def _costs(self, seconds: float, examples: int) -> dict[str, float]:
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        peak = torch.cuda.max_memory_allocated() if self.worker.device.type == "cuda" else 0
         if not peak:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         rates = {
@@ -258,7 +213,7 @@ class Run(ABC):
             * self.job.micro_batch_size
             * self.job.grad_accum_steps
             / max(1, examples),
-            "waiting": self.loader.waited / seconds,
+            "waiting": self.module.loader.waited / seconds,
         }
         return rates | {"peak_bytes": float(peak)}
 
@@ -266,28 +221,23 @@ class Run(ABC):
         """A line of the log, of the present step."""
         line = {"step": self.progress.step, **values}
         self.progress.history.append(line)
-        if self.rank == 0:
+        if self.worker.rank == 0:
             self.monitor.add.remote(line)
 
-    def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, at the start and at the end is due."""
+    def _validate(self) -> None:
+        """Measure what is due; keep the weights of the best quality."""
         step = self.progress.step
-        return every > 0 and (step % every == 0 or step == self.job.steps)
-
-    def accuracy(self, name: str, check: Validation, scorer: Scorer) -> float | None:
-        """Mean credit of a task's examples, which are shared out over the workers."""
-        task = find_task(name)()
-        chosen = spread(list(task.examples(check.root)), check.examples)[self.rank :: self.world]
-        values = [c for c in credits(task, chosen, scorer) if c is not None]
-        sums = self.summed([sum(values), len(values)])
-        return float(sums[0] / sums[1]) if sums[1] else None
-
-    def summed(self, values: list[float]) -> Tensor:
-        """The values' sums over the workers, on the CPU."""
-        sums = torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
-            torch.distributed.all_reduce(sums)
-        return sums
+        if not self.module.measures(step):
+            return
+        with self.averaged():
+            measured = self.module.measure(step)
+            if measured.quality is not None and step == 0:
+                self.progress.base = measured.quality
+            elif measured.quality is not None and measured.quality > self.progress.best:
+                self.progress.best, self.progress.best_step = measured.quality, step
+                self.best = self.module.weights()
+        if measured.values:
+            self.log(measured.values)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -306,7 +256,7 @@ class Run(ABC):
         as its name is that of the update."""
         line = self.progress.history[-1] if self.progress.history else {"step": 0}
         checkpoint = None
-        if self.rank == 0:
+        if self.worker.rank == 0:
             while self.written is not None and self.written.exists():
                 time.sleep(
                     0.05
@@ -326,15 +276,15 @@ class Run(ABC):
     def _write(self, path: Path, last: bool) -> None:
         """Everything that the rest of the run depends on. Randomness needs no state: it is a function of
         seed, epoch and row."""
-        save_file(self.weights(), path / WEIGHTS)
+        save_file(self.module.weights(), path / WEIGHTS)
         if self.best is not None:
             save_file(self.best, path / BEST)
         if self.ema is not None:
             with self.averaged():
-                save_file(self.weights(), path / AVERAGED)
+                save_file(self.module.weights(), path / AVERAGED)
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "rates": self.rates.state_dict(),
+            "rates": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
         }
@@ -346,36 +296,39 @@ class Run(ABC):
     def _leave(self, folder: Path) -> None:
         """What comes beside the weights must not cost them."""
         try:
-            self.leave(folder)
+            self.module.leave(folder)
         except Exception as error:
-            self.monitor.lose.remote(f"at the end: {type(error).__name__}: {error}")
+            self.worker.lose(f"at the end: {type(error).__name__}: {error}")
 
 
-def spread(examples: list[Example], most: int) -> list[Example]:
-    """At most so many, evenly spread."""
-    if most >= len(examples):
-        return examples
-    return [examples[i * len(examples) // most] for i in range(most)]
+def make_optimizer(
+    job: Training, groups: list[tuple[list[torch.nn.Parameter], float]]
+) -> torch.optim.Optimizer:
+    """The job's optimizer of groups of parameters with a learning rate each."""
+    options = [{"params": part, "lr": lr} for part, lr in groups]
+    if job.optimizer == "sgd":
+        return torch.optim.SGD(options, momentum=MOMENTUM, weight_decay=job.weight_decay)
+    return torch.optim.AdamW(options, betas=(0.9, 0.999), weight_decay=job.weight_decay)
 
 
-def work(kind: type[Run], settings: dict[str, Any]) -> int | None:
+def work(kind: type[TrainModule], settings: dict[str, Any]) -> int | None:
     """A worker's part of the run: the steps that are done. Input that any worker cannot use ends it on
     all, without another try."""
-    given, monitor, run = settings["processors"], settings["monitor"], None
-    torch.set_num_threads(max(1, int(given or 1)))
+    share, monitor, loop = settings["processors"], settings["monitor"], None
+    torch.set_num_threads(max(1, int(share or 1)))
     context, place = ray.train.get_context(), here()
     ray.get(monitor.begin.remote(context.get_world_rank(), place.node, place.name))
     try:
-        run = kind(settings["job"], monitor, processors(given))
+        loop = TrainLoop(kind, settings["job"], monitor, processors(share))
     except InputError as error:
         ray.get(monitor.stop.remote(f"{error} (on {place.name})"))
-    failed = torch.tensor([float(run is None)])
+    failed = torch.tensor([float(loop is None)])
     if context.get_world_size() > 1:
         torch.distributed.all_reduce(failed)
-    if run is None or failed.any():
+    if loop is None or failed.any():
         return None
     try:
-        return run.train()
+        return loop.train()
     except InputError as error:  # no other group would fare better
         ray.get(monitor.stop.remote(f"{error} (on {place.name})"))
         raise

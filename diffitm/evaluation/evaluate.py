@@ -25,7 +25,7 @@ from diffitm.evaluation.diagnostics import (
 )
 from diffitm.metrics.figures import Decision, Figure
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
-from diffitm.store.join import read_scored
+from diffitm.store.join import ScoredExample, read_scored
 from diffitm.store.pair_table import examples_dataset
 from diffitm.store.score_store import Store
 from diffitm.store.work_table import finished
@@ -118,22 +118,25 @@ def evaluate(
     own, the l2 norm for diffusionitm and the mean squared error for the others. `weights` [N] are
     those of the timesteps, where a store has N of them.
     """
-    out = Evaluation()
+    evaluation = Evaluation()
     names = titles(stores)
     for name, uri in examples.items():
         task: Task = find_task(name)()
         columns: list[Column] = []
         first: dict[str, DenoisingStats] = {}  # by how errors were measured
         for store, title in zip(stores, names, strict=True):
-            errors = DenoisingStats()
-            columns += _evaluate_one(task, uri, store, title, error, errors, out, weights)
+            part = Part(task, store, title, weights)
+            for item in read_scored(uri, store, error_of(store, error)):
+                part.add(item)
+            part.put_into(evaluation)
+            columns += part.columns()
             measured = str([store.config.get(key) for key in MEASURED])
-            if (denoising := errors.read(title, name, first.get(measured))) is not None:
-                out.denoising.append(denoising)
-                first.setdefault(measured, errors)
+            if (line := part.denoising.read(title, name, first.get(measured))) is not None:
+                evaluation.denoising.append(line)
+                first.setdefault(measured, part.denoising)
         if task.graded:
-            out.comparisons += _comparisons(task, columns)
-    return out
+            evaluation.comparisons += _comparisons(task, columns)
+    return evaluation
 
 
 def error_of(store: Store, error: str) -> str:
@@ -159,65 +162,73 @@ def titles(stores: Sequence[Store]) -> list[str]:
     return found
 
 
-def _evaluate_one(
-    task: Task,
-    uri: str,
-    store: Store,
-    title: str,
-    error: str,
-    errors: DenoisingStats,
-    out: Evaluation,
-    weights: np.ndarray | None,
-) -> list[Column]:
-    """Adds a task's results for one store; the columns that a comparison needs."""
-    steps = store.config.get("timesteps", [])
-    if weights is not None and len(weights) != len(steps):
-        weights = None
-    error = error_of(store, error)
-    curves, cases = ErrorCurves(), Cases()
-    counts = Counts(task, len(steps)) if task.graded and steps else None
-    decisions: dict[str, list[Decision]] = {}
-    known = ["cosine"] if store.is_clip else ["conditional", "normalised"]
-    for item in read_scored(uri, store, error):
-        scores, example = item.scores(weights), item.example
+class Part:
+    """The part of an evaluation that is of one task and one store, added up example by example."""
+
+    def __init__(self, task: Task, store: Store, title: str, weights: np.ndarray | None) -> None:
+        self.task, self.store, self.title = task, store, title
+        self.timesteps: list[int] = store.config.get("timesteps", [])
+        fits = weights is not None and len(weights) == len(self.timesteps)
+        self.weights = weights if fits else None
+        self.kinds = ["cosine"] if store.is_clip else ["conditional", "normalised"]
+        self.decisions: dict[str, list[Decision]] = {kind: [] for kind in self.kinds}
+        self.failures: list[dict[str, str]] = []
+        self.denoising, self.curves, self.cases = DenoisingStats(), ErrorCurves(), Cases()
+        self.counts = Counts(task, len(self.timesteps))
+
+    def add(self, item: ScoredExample) -> None:
+        """Count an example under every kind of score that the store has."""
+        example, scores = item.example, item.scores(self.weights)
         reason = item.failure
         if not all(np.isfinite(values).all() for values in scores.values()):
             reason = "a score is not finite"
         if reason is not None:
-            line = {"model": title, "task": task.name, "example": example.id, "failure": reason}
-            out.failures.append(line)
-        for kind in known:
-            credits = task.credits(example, scores[kind]) if kind in scores else None
-            made = Decision(
-                example.cluster, example.groups, task.chance(example), credits, reason is not None
+            line = {"model": self.title, "task": self.task.name, "example": example.id}
+            self.failures.append({**line, "failure": reason})
+        chance, failed = self.task.chance(example), reason is not None
+        for kind in self.kinds:
+            credits = self.task.credits(example, scores[kind]) if kind in scores else None
+            decision = Decision(example.cluster, example.groups, chance, credits, failed)
+            self.decisions[kind].append(decision)
+        if self.task.graded:
+            self.denoising.add(item)
+            self.curves.add(item)
+            self.cases.add(item)
+            if self.timesteps:
+                self.counts.add(item)
+
+    @property
+    def shown(self) -> list[str]:
+        """Kinds of score that any example has."""
+        return [k for k in self.kinds if any(d.credits is not None for d in self.decisions[k])]
+
+    def put_into(self, evaluation: Evaluation) -> None:
+        """Add the rows, curves, counts, cases and failures."""
+        task = self.task.name
+        for kind in self.shown or self.kinds[:1]:
+            if self.decisions[kind]:
+                evaluation.rows += self._rows(kind)
+        evaluation.failures += self.failures
+        evaluation.curves += self.curves.read(self.title, task, self.timesteps)
+        evaluation.counts += self.counts.read(self.title)
+        evaluation.cases += self.cases.read(self.title, task)
+
+    def _rows(self, kind: str) -> list[ResultRow]:
+        return [
+            ResultRow(
+                **vars(figure),
+                model=self.title,
+                task=self.task.name,
+                score=kind,
+                protocol=self.store.config.get("protocol", "cosine"),
+                timesteps=len(self.timesteps),
             )
-            decisions.setdefault(kind, []).append(made)
-        if task.graded:
-            errors.add(item)
-            curves.add(item)
-            cases.add(item)
-            if counts:
-                counts.add(item)
-    shown = [k for k in known if any(d.credits is not None for d in decisions.get(k, []))]
-    for kind in shown or known[:1]:
-        out.rows += _rows(task.figures(decisions[kind]), title, task.name, kind, store)
-    out.curves += curves.read(title, task.name, steps)
-    out.counts += counts.read(title) if counts else []
-    out.cases += cases.read(title, task.name)
-    return [_column(title, kind, decisions[kind]) for kind in shown]
+            for figure in self.task.figures(self.decisions[kind])
+        ]
 
-
-def _rows(
-    figures: list[Figure], model: str, task: str, score: str, store: Store
-) -> list[ResultRow]:
-    protocol = store.config.get("protocol", "cosine")
-    steps = len(store.config.get("timesteps", []))
-    return [
-        ResultRow(
-            **vars(f), model=model, task=task, score=score, protocol=protocol, timesteps=steps
-        )
-        for f in figures
-    ]
+    def columns(self) -> list[Column]:
+        """What a comparison with other stores needs."""
+        return [_column(self.title, kind, self.decisions[kind]) for kind in self.shown]
 
 
 def _column(model: str, score: str, decisions: list[Decision]) -> Column:

@@ -11,6 +11,25 @@ from diffitm.core.schema import Example, PairRow
 from diffitm.scoring.scorer import Scorer
 from diffitm.store.join import ScoredExample
 from diffitm.tasks.base import Task
+from diffitm.tasks.registry import find_task
+from diffitm.training.job import Validation
+from diffitm.training.module import Worker
+
+
+def accuracy(name: str, check: Validation, scorer: Scorer, worker: Worker) -> float | None:
+    """Mean credit of a task's examples, which are shared out over the workers; None if none has one."""
+    task = find_task(name)()
+    chosen = spread(list(task.examples(check.root)), check.examples)[worker.rank :: worker.world]
+    values = [credit for credit in credits(task, chosen, scorer) if credit is not None]
+    sums = worker.summed([sum(values), len(values)])
+    return float(sums[0] / sums[1]) if sums[1] else None
+
+
+def spread(examples: list[Example], most: int) -> list[Example]:
+    """At most so many, evenly spread."""
+    if most >= len(examples):
+        return examples
+    return [examples[i * len(examples) // most] for i in range(most)]
 
 
 def credits(task: Task, examples: Sequence[Example], scorer: Scorer) -> list[float | None]:

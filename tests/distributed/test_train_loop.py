@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from diffitm.commands import diva, finetune
-from diffitm.commands.workers.diva import DivaRun
-from diffitm.commands.workers.lora import LoraRun
+from diffitm.commands.workers.diva import DivaModule
+from diffitm.commands.workers.lora import LoraModule
 from diffitm.distributed import train_loop
 from diffitm.distributed.trainer import hand_over
 from diffitm.models.clip import resolve_clip
@@ -81,7 +81,7 @@ def test_lora_on_any_number_of_workers(
     for workers in (1, 5):
         (tmp_path / str(workers)).mkdir()
         runs[workers] = Ranks(tmp_path / str(workers), monkeypatch)
-        assert runs[workers].train(LoraRun, lora_job(world), workers) == [STEPS] * workers
+        assert runs[workers].train(LoraModule, lora_job(world), workers) == [STEPS] * workers
         assert len(runs[workers].losses()) == STEPS
         assert_same(runs[workers], runs[1])
     assert len(runs[1].monitor.lost) == SIZE
@@ -104,7 +104,7 @@ def test_diva_while_the_number_of_workers_changes(
             ranks.monitor.open()
             if steps < STEPS:
                 ranks.monitor.grow()
-            assert ranks.train(DivaRun, diva_job(world), workers) == [steps] * workers
+            assert ranks.train(DivaModule, diva_job(world), workers) == [steps] * workers
     assert_same(changing, alone)
     assert len(changing.checkpoints) == 2
 
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_stops_all_workers_alike(
     """At the update after the one that spoiled the weights; the checkpoint before stays."""
     ranks = Ranks(tmp_path, monkeypatch)
     job = lora_job(world, lr=1e30, max_grad_norm=1e30, checkpoint_every=1)
-    assert len(set(ranks.train(LoraRun, job, 2))) == 1
+    assert len(set(ranks.train(LoraModule, job, 2))) == 1
     assert ranks.monitor.stopped is not None
     assert "the loss of row" in ranks.monitor.stopped or "gradient" in ranks.monitor.stopped
     assert all(torch.isfinite(v).all() for v in ranks.weights().values())
@@ -126,6 +126,6 @@ def test_an_update_of_no_image_stops_all_workers_alike(
 ) -> None:
     ranks = Ranks(tmp_path, monkeypatch)
     job = replace(lora_job(world), root=str(tmp_path / "elsewhere"))
-    assert ranks.train(LoraRun, job, 2) == [0, 0]
+    assert ranks.train(LoraModule, job, 2) == [0, 0]
     assert "step 1: none of its images could be read: coco/train/" in str(ranks.monitor.stopped)
     assert ranks.checkpoints == []

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffitm.core.schema import Example
 from diffitm.distributed import train_loop
-from diffitm.distributed.train_loop import Run, spread
-from diffitm.training.run_folder import AVERAGED, HISTORY
+from diffitm.training import validation
+from diffitm.training.module import Measured, TrainModule, Worker
+from diffitm.training.run_folder import AVERAGED, BEST, HISTORY
 from diffitm.training.sampler import Item, Loaded
+from diffitm.training.validation import spread
 from tests.ranks import Ranks
 
 LR, STEPS = 0.1, 3
@@ -35,22 +38,23 @@ def a_job(**more: Any) -> Any:
     settings = {
         "steps": STEPS, "micro_batch_size": 2, "grad_accum_steps": 2, "optimizer": "sgd", "lr": LR,
         "lr_scheduler": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 100.0,
-        "ema": None, "waited": 0.0, "dtype": "fp32", "seed": 0, "checkpoint_every": 100, "log_every": 1,
+        "ema": None, "waited": 0.0, "qualities": [], "dtype": "fp32", "seed": 0, "checkpoint_every": 100,
+        "log_every": 1,
         "step": lambda step: [micro_batch(1.0, 3.0), micro_batch(5.0, 7.0)],
     }  # fmt: skip
     return SimpleNamespace(**settings | more)
 
 
-class Line(Run):
+class Line(TrainModule):
     """Loss weight x image, whose gradient is the mean of the images; logs it and the images' mean."""
 
     names = ("loss", "mean")
 
-    def __init__(self, job: Any, monitor: Any, processors: float) -> None:
-        super().__init__(job, monitor, processors)
+    def __init__(self, job: Any, worker: Worker) -> None:
+        super().__init__(job, worker)
         self.weight = torch.nn.Parameter(torch.ones(1))
-        self.checks: list[int] = []
-        rank, world = self.rank, self.world
+        self.groups = [([self.weight], job.lr)]
+        self.asked: list[int] = []
 
         class Batches:
             waited = 0.0
@@ -58,17 +62,17 @@ class Line(Run):
             def steps(self, start: int) -> Iterator[list[Loaded]]:
                 for step in range(start, job.steps):
                     self.waited += job.waited
-                    yield job.step(step)[rank::world]
+                    yield job.step(step)[worker.rank :: worker.world]
 
         loader: Any = Batches()
-        self.begin([([self.weight], job.lr)], loader)
+        self.loader = loader
 
     def losses(
-        self, items: list[Item], found: dict[str, Any]
+        self, items: list[Item], images: dict[str, Any]
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        images = torch.tensor([found[item.negative_image] for item in items])
-        loss = (self.weight * images).mean()
-        yield loss, (loss.detach(), images.mean())
+        values = torch.tensor([images[item.negative_image] for item in items])
+        loss = (self.weight * values).mean()
+        yield loss, (loss.detach(), values.mean())
 
     def weights(self) -> dict[str, Tensor]:
         return {"weight": self.weight.detach().clone()}
@@ -76,8 +80,13 @@ class Line(Run):
     def load(self, weights: dict[str, Tensor]) -> None:
         self.weight.data.copy_(weights["weight"])
 
-    def check(self) -> None:
-        self.checks.append(self.progress.step)
+    def measures(self, step: int) -> bool:
+        self.asked.append(step)
+        return bool(self.job.qualities)  # type: ignore[attr-defined]
+
+    def measure(self, step: int) -> Measured:
+        quality = self.job.qualities[step]  # type: ignore[attr-defined]
+        return Measured({"seen": self.weight.item()}, quality)
 
 
 @pytest.fixture
@@ -152,20 +161,19 @@ def test_adamw(ranks: Ranks) -> None:
 def test_what_is_due_when(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks before the first update and after each; lines and checkpoints every so many and at the
     end, under the update's number."""
-    runs: list[Line] = []
-    monkeypatch.setattr(Line, "leave", lambda run, folder: runs.append(run))
+    left: list[Line] = []
+    monkeypatch.setattr(Line, "leave", lambda module, folder: left.append(module))
     ranks.train(Line, a_job(steps=5, log_every=2, checkpoint_every=3), 1)
     assert [path.name for path in ranks.checkpoints] == [
         "checkpoint_00000003",
         "checkpoint_00000005",
     ]
     assert [line["step"] for line in lines(ranks)] == [2, 4, 5]
-    (run,) = runs  # with the last checkpoint alone
-    assert run.checks == [0, 1, 2, 3, 4, 5]
-    steps: dict[int, list[int]] = {every: [] for every in (0, 2, 5)}
-    for run.progress.step in range(6):
-        for every, due in steps.items():
-            due.extend([run.progress.step] * run.due(every))
+    (module,) = left  # with the last checkpoint alone
+    assert module.asked == [0, 1, 2, 3, 4, 5]
+    steps = {
+        every: [step for step in range(6) if module.is_due(step, every)] for every in (0, 2, 5)
+    }
     assert steps == {0: [], 2: [0, 2, 4, 5], 5: [0, 5]}
 
 
@@ -209,8 +217,6 @@ def test_what_an_update_costs(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_averaged_weights(ranks: Ranks) -> None:
     """diffusers' average with its growing decay, and the present weights afterwards."""
-    from safetensors.torch import load_file
-
     ranks.train(Line, a_job(steps=1, ema=0.9999), 1)
     folder = ranks.checkpoints[-1]
     assert ranks.weights()["weight"].item() == pytest.approx(0.6)
@@ -248,16 +254,31 @@ def test_accuracy_is_shared_out(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -
         asked.append(chosen)
         return [None if i == 4 else float(i) for i in chosen]
 
-    monkeypatch.setattr(train_loop, "find_task", lambda name: Task)
-    monkeypatch.setattr(train_loop, "credits", credits)
-    found: list[float | None] = []
-    validation: Any = SimpleNamespace(root="", examples=5)
-    monkeypatch.setattr(
-        Line, "check", lambda run: found.append(run.accuracy("x", validation, None))
-    )
-    ranks.train(Line, a_job(steps=0), 2)
+    monkeypatch.setattr(validation, "find_task", lambda name: Task)
+    monkeypatch.setattr(validation, "credits", credits)
+    check: Any = SimpleNamespace(root="", examples=5)
+
+    def measure(module: Line, step: int) -> Measured:
+        value = validation.accuracy("x", check, None, module.worker)  # type: ignore[arg-type]
+        assert value is not None
+        return Measured({"accuracy": value})
+
+    monkeypatch.setattr(Line, "measure", measure)
+    ranks.train(Line, a_job(steps=0, qualities=[0.0]), 2)
     assert sorted(asked) == [[0, 4, 8], [2, 6]]
-    assert found == [pytest.approx((0 + 2 + 6 + 8) / 4)] * 2
+    assert [line["accuracy"] for line in lines(ranks)] == [pytest.approx((0 + 2 + 6 + 8) / 4)]
+
+
+def test_the_best_weights_are_kept(ranks: Ranks) -> None:
+    """Those of the highest quality after the start, the first of equals; they are the averaged ones."""
+    job = a_job(steps=3, qualities=[0.9, 0.5, 0.7, 0.7], ema=0.5, checkpoint_every=3)
+    ranks.train(Line, job, 1)
+    (folder,) = ranks.checkpoints
+    seen = [line["seen"] for line in lines(ranks) if "seen" in line]
+    assert load_file(folder / BEST)["weight"].item() == seen[2]
+    assert load_file(folder / AVERAGED)["weight"].item() == seen[3]
+    history = json.loads((folder / HISTORY).read_text())
+    assert (history["base"], history["best"], history["best_step"]) == (0.9, 0.7, 2)
 
 
 def test_spread() -> None:

@@ -297,7 +297,7 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    torch.multiprocessing.spawn(
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
         run, (args.work, args.processes, args.scenes, tuple(args.snapshots)), args.processes
     )
     export_diffusion(args.work, args.out)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffitm.core import images
-from diffitm.distributed.train_loop import Run, work
+from diffitm.distributed.train_loop import work
 from diffitm.models.clip import LoadedClip, load_clip
 from diffitm.models.loading import load_denoiser
 from diffitm.scoring.clip import ClipScorer
@@ -20,11 +20,14 @@ from diffitm.training.crops import Views
 from diffitm.training.dataloader import Loader
 from diffitm.training.diva.reconstructions import row_of_pictures, write_pictures
 from diffitm.training.diva.step import Diva
+from diffitm.training.gradient_sync import Gradients
 from diffitm.training.job import DivaJob
 from diffitm.training.latent_cache import Cache
 from diffitm.training.lora.step import Posterior
+from diffitm.training.module import Measured, TrainModule, Worker
 from diffitm.training.run_folder import PICTURES
 from diffitm.training.sampler import Item, seed_of
+from diffitm.training.validation import accuracy
 
 DRAWS = 4  # of timestep, noise and patches, of each held-out image
 SHOWN = 6  # images of the picture
@@ -48,46 +51,46 @@ def build(job: DivaJob, device: torch.device | str) -> tuple[LoadedClip, Diva]:
     )
 
 
-class DivaRun(Run):
+class DivaModule(TrainModule):
     """A Diva; its validation measures reconstruction and matching, and chooses nothing."""
 
     job: DivaJob
     names = ("loss",)
 
-    def __init__(self, job: DivaJob, monitor: Any, processors: float) -> None:
-        super().__init__(job, monitor, processors)
-        self.parts, self.diva = build(job, self.device)
+    def __init__(self, job: DivaJob, worker: Worker) -> None:
+        super().__init__(job, worker)
+        self.parts, self.diva = build(job, worker.device)
         self.passes = job.repeats
         self.cache = Cache(job.latents) if job.latents else None
         cached = self.cache is not None
         view = Views(self.diva.teacher.resolution, self.diva.side, job.crop_scale, both=not cached)
         tower, projection = self.diva.parts()
-        rates = [(tower, job.lr), (projection, job.projection_lr)]
-        self.begin(rates, Loader(job, self.rank, self.world, view, self.processors))
-        self.held: list[tuple[int, list[np.ndarray]]] | None = None
+        self.groups = [(tower, job.lr), (projection, job.projection_lr)]
+        self.loader = Loader(job, worker.rank, worker.world, view, worker.processors)
+        self.held_out: list[tuple[int, list[np.ndarray]]] | None = None
 
-    def prepare(self) -> None:
-        """See Run: the tower waits until the projection has had its steps."""
+    def prepare(self, step: int, gradients: Gradients) -> None:
+        """The tower waits until the projection has had its steps."""
         tower, _ = self.diva.parts()
-        self.gradients.wait(tower, self.progress.step < self.job.projection_steps)
+        gradients.wait(tower, step < self.job.projection_steps)
 
     def losses(
-        self, items: list[Item], found: dict[str, Any]
+        self, items: list[Item], images: dict[str, Any]
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """See Run: one loss a repeat."""
+        """One loss a repeat."""
         if self.cache is not None:
             lost = self.cache.failures
             for path in (i.image for i in items if i.image in lost):
-                self.monitor.lose.remote(f"{path}: {lost[path]}")
+                self.worker.lose(f"{path}: {lost[path]}")
             items = [item for item in items if item.image not in lost]
             if not items:
                 return
         paths, seeds = [item.image for item in items], [item.seed for item in items]
-        values = [found[path] for path in paths]
+        values = [images[path] for path in paths]
         pixels = self._stacked([value[-1] for value in values])
         if self.cache is not None:
-            known = self.cache(paths)
-            posterior = Posterior(known["mean"], known["deviation"])
+            latents = self.cache(paths)
+            posterior = Posterior(latents["mean"], latents["deviation"])
         else:
             posterior = self._posterior([value[0] for value in values])
         for loss, error in self.diva.losses(pixels, posterior, seeds):
@@ -95,39 +98,44 @@ class DivaRun(Run):
 
     def _posterior(self, squares: list[np.ndarray]) -> Posterior:
         pixels = torch.stack([scaled(square) for square in squares])
-        mean, deviation = self.diva.teacher.encode_posterior(pixels.to(self.device))
-        return Posterior(mean.clone(), deviation.clone())
+        mean, std = self.diva.teacher.encode_posterior(pixels.to(self.worker.device))
+        return Posterior(mean.clone(), std.clone())
 
     def _stacked(self, squares: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
     def weights(self) -> dict[str, Tensor]:
-        """See Run."""
         return self.diva.weights()
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """See Run."""
         self.diva.load(weights)
 
-    @torch.no_grad()
-    def check(self) -> None:
-        """Reconstruction error of the held-out images, and accuracy of the validation's tasks."""
-        line: dict[str, float] = {}
-        if self.due(self.job.measure_every):
-            line |= self._reconstruction()
-        check = self.job.validation
-        if check is not None and self.due(check.every):
-            scorer = ClipScorer(self.parts, check.root, str(self.device))
-            found = {name: self.accuracy(name, check, scorer) for name in check.tasks}
-            line |= {f"accuracy/{name}": v for name, v in found.items() if v is not None}
-        if line:
-            self.log(line)
+    def measures(self, step: int) -> bool:
+        return self._checks(step) or self.is_due(step, self.job.measure_every)
 
-    def _reconstruction(self) -> dict[str, float]:
+    def _checks(self, step: int) -> bool:
+        check = self.job.validation
+        return check is not None and self.is_due(step, check.every)
+
+    @torch.no_grad()
+    def measure(self, step: int) -> Measured:
+        """Reconstruction error of the held-out images, and accuracy of the validation's tasks."""
+        values: dict[str, float] = {}
+        if self.is_due(step, self.job.measure_every):
+            values |= self._reconstruction(step)
+        check = self.job.validation
+        if check is not None and self._checks(step):
+            scorer = ClipScorer(self.parts, check.root, str(self.worker.device))
+            for name in check.tasks:
+                if (mean := accuracy(name, check, scorer, self.worker)) is not None:
+                    values[f"accuracy/{name}"] = mean
+        return Measured(values)
+
+    def _reconstruction(self, step: int) -> dict[str, float]:
         """Mean squared error with the tokens; the first time without them, too, which never changes."""
-        kinds = (False, True) if self.progress.step == 0 else (False,)
+        kinds = (False, True) if step == 0 else (False,)
         sums = [0.0, *(0.0 for _ in kinds)]
-        views = self._held()
+        views = self._held_out_views()
         size = self.job.micro_batch_size
         for begin in range(0, len(views), size):
             numbers, squares = zip(*views[begin : begin + size], strict=True)
@@ -139,29 +147,29 @@ class DivaRun(Run):
                     errors = self.diva.errors(pixels, posterior, seeds, blind)
                     sums[1 + place] += float(errors.sum())
             sums[0] += DRAWS * len(numbers)
-        total = self.summed(sums)
+        total = self.worker.summed(sums)
         if not total[0]:
             return {}
         names = ("reconstruction", "reconstruction_without_tokens")
         return {name: float(s / total[0]) for name, s in zip(names, total[1:], strict=False)}
 
-    def _held(self) -> list[tuple[int, list[np.ndarray]]]:
+    def _held_out_views(self) -> list[tuple[int, list[np.ndarray]]]:
         """This worker's held-out images, whole, with their numbers; unreadable ones are told."""
-        if self.held is None:
+        if self.held_out is None:
             view = Views(self.diva.teacher.resolution, self.diva.side, 1.0)
-            self.held = []
-            for number in range(self.rank, len(self.job.held_out), self.world):
+            self.held_out = []
+            for number in range(self.worker.rank, len(self.job.held_out), self.worker.world):
                 path = self.job.held_out[number]
                 try:
                     image, _ = images.load(self.job.root, path)
-                    self.held.append((number, view(image, 0)))
+                    self.held_out.append((number, view(image, 0)))
                 except Exception as error:  # whatever a decoder raises
-                    self.monitor.lose.remote(f"{path}: {type(error).__name__}: {error}")
-        return self.held
+                    self.worker.lose(f"{path}: {type(error).__name__}: {error}")
+        return self.held_out
 
     @torch.no_grad()
     def leave(self, folder: Path) -> None:
-        """See Run: a picture of what the tokens tell the teacher."""
+        """A picture of what the tokens tell the teacher."""
         rows = [
             row_of_pictures(
                 self.diva,
@@ -169,7 +177,7 @@ class DivaRun(Run):
                 self._posterior([pair[0]]),
                 seed_of("held", number, 0),
             )
-            for number, pair in self._held()[:SHOWN]
+            for number, pair in self._held_out_views()[:SHOWN]
         ]
         if rows:
             write_pictures(rows, folder / PICTURES)
@@ -177,4 +185,4 @@ class DivaRun(Run):
 
 def loop(settings: dict[str, Any]) -> int | None:
     """What Ray Train calls on each worker."""
-    return work(DivaRun, settings)
+    return work(DivaModule, settings)

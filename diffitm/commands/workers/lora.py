@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffitm.distributed.train_loop import Run, work
+from diffitm.distributed.train_loop import work
 from diffitm.models.denoiser import Condition
 from diffitm.models.loading import load_denoiser
 from diffitm.models.lora import load_lora, lora_weights
@@ -20,83 +20,78 @@ from diffitm.training.dataloader import Loader
 from diffitm.training.job import Job, Validation
 from diffitm.training.latent_cache import Cache, CachedLoader
 from diffitm.training.lora.step import Posterior, Tuner
+from diffitm.training.module import Measured, TrainModule, Worker
 from diffitm.training.sampler import Item, images_in
+from diffitm.training.validation import accuracy
 
 
-class LoraRun(Run):
+class LoraModule(TrainModule):
     """A Tuner, and a validation that chooses the best weights."""
 
     job: Job
     names = ("loss", "right", "contrast", "held")
 
-    def __init__(self, job: Job, monitor: Any, processors: float) -> None:
-        super().__init__(job, monitor, processors)
-        denoiser = load_denoiser(job.source, job.dtype, str(self.device), job.variant)
+    def __init__(self, job: Job, worker: Worker) -> None:
+        super().__init__(job, worker)
+        denoiser = load_denoiser(job.source, job.dtype, str(worker.device), job.variant)
         texts = self._on_device(Cache(job.texts)) if job.texts else None
         self.tuner = Tuner(denoiser, job.objective, job.rank, job.seed, job.checkpointing, texts)
-        loader: Loader | CachedLoader
+        self.groups = [(self.tuner.parameters, job.lr)]
         if job.latents:
-            loader = CachedLoader(job, job.latents, self.rank, self.world)
+            self.loader = CachedLoader(job, job.latents, worker.rank, worker.world)
         else:
             view = Whole(denoiser.resolution, job.resize)
-            loader = Loader(job, self.rank, self.world, view, self.processors)
-        self.begin([(self.tuner.parameters, job.lr)], loader)
+            self.loader = Loader(job, worker.rank, worker.world, view, worker.processors)
 
     def losses(
-        self, items: list[Item], found: dict[str, Any]
+        self, items: list[Item], images: dict[str, Any]
     ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """See Run. Images are encoded once; negatives of the same image need no latents of their own."""
+        """Images are encoded once; negatives of the same image need no latents of their own."""
         right = [item.image for item in items]
         wrong = [item.negative_image for item in items]
         unique = images_in(items)
-        mean, deviation = self._posteriors([found[path] for path in unique])
+        mean, std = self._posteriors([images[path] for path in unique])
         place = {path: i for i, path in enumerate(unique)}
 
         def pick(paths: list[str]) -> Posterior:
-            rows = torch.tensor([place[path] for path in paths], device=self.device)
-            return Posterior(mean.clone()[rows], deviation.clone()[rows])
+            rows = torch.tensor([place[path] for path in paths], device=self.worker.device)
+            return Posterior(mean.clone()[rows], std.clone()[rows])
 
         made = self.tuner.losses(items, pick(right), pick(wrong) if wrong != right else None)
         yield made.loss, (made.loss.detach(), made.right, made.contrast, made.clipped_share)
 
     def _posteriors(self, images: list[Any]) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of latents [N, C, h, w], of pixels or as they were cached."""
+        """Mean and std of latents [N, C, h, w], of pixels or as they were cached."""
         if self.job.latents:
-            mean, deviation = (torch.stack(p).to(self.device) for p in zip(*images, strict=True))
-            return mean, deviation
+            mean, std = (torch.stack(p).to(self.worker.device) for p in zip(*images, strict=True))
+            return mean, std
         pixels = torch.stack([scaled(image) for (image,) in images])
-        return self.tuner.denoiser.encode_posterior(pixels.to(self.device))
+        return self.tuner.denoiser.encode_posterior(pixels.to(self.worker.device))
 
     def _on_device(self, cache: Cache) -> Callable[[Sequence[str]], Condition]:
         def read(texts: Sequence[str]) -> Condition:
-            return {name: value.to(self.device) for name, value in cache(texts).items()}
+            return {name: value.to(self.worker.device) for name, value in cache(texts).items()}
 
         return read
 
     def weights(self) -> dict[str, Tensor]:
-        """See Run."""
         return lora_weights(self.tuner.unet)
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """See Run."""
         load_lora(self.tuner.unet, weights)
 
-    def check(self) -> None:
-        """Accuracy of the tasks; keeps the best weights."""
+    def measures(self, step: int) -> bool:
+        return self.job.validation is not None and self.is_due(step, self.job.validation.every)
+
+    def measure(self, step: int) -> Measured:
+        """Accuracy of the tasks; their mean is the quality."""
         check = self.job.validation
-        if check is None or not self.due(check.every):
-            return
+        assert check is not None, "measures() asks for it"
         self.tuner.unet.eval()
-        with self.averaged():
-            scorer = self._scorer(check)
-            found = {name: self.accuracy(name, check, scorer) for name in check.tasks}
-            mean = float(np.mean([value for value in found.values() if value is not None] or [0.0]))
-            if self.progress.step == 0:
-                self.progress.base = mean
-            elif mean > self.progress.best:
-                self.progress.best, self.progress.best_step = mean, self.progress.step
-                self.best = self.weights()
-        self.log({f"accuracy/{name}": value for name, value in found.items() if value is not None})
+        scorer = self._scorer(check)
+        values = {name: accuracy(name, check, scorer, self.worker) for name in check.tasks}
+        measured = {f"accuracy/{name}": v for name, v in values.items() if v is not None}
+        return Measured(measured, float(np.mean(list(measured.values()) or [0.0])))
 
     def _scorer(self, check: Validation) -> DiffusionScorer:
         steps = plan_timesteps("diffusionitm", check.timesteps)
@@ -106,4 +101,4 @@ class LoraRun(Run):
 
 def loop(settings: dict[str, Any]) -> int | None:
     """What Ray Train calls on each worker."""
-    return work(LoraRun, settings)
+    return work(LoraModule, settings)
