@@ -14,7 +14,7 @@ from diffitm.core.config import OnActors, find_outside, lacking, option
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
 from diffitm.distributed import session
-from diffitm.distributed.groups import work_folder
+from diffitm.distributed.item_stage import work_folder
 from diffitm.distributed.stages import whole_files
 from diffitm.retrieval import candidate_lists
 from diffitm.retrieval.candidate_lists import FOUND, Captions, Side
@@ -147,7 +147,7 @@ def _work_folder(out: str, source: ClipSource, root: str, known: Captions, devic
     settings = {
         "version": VERSION,
         "clip": [source.digest, source.quick_gelu],
-        "images": storage.identity(root),
+        "images": storage.without_query(root),
         "captions": known.digest,
         "device": device,
         "groups": embed.GROUP,

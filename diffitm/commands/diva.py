@@ -133,11 +133,11 @@ def _images(config: DivaConfig, root: str) -> list[str]:
 def _in_shards(names: list[str], out: str) -> tuple[list[str], Lost]:
     """What the shards hold, and those that could be read in part only; listed once for runs beside
     each other. Raises InputError if they hold no image."""
-    from diffitm.distributed.groups import work_folder
+    from diffitm.distributed.item_stage import work_folder
 
     state = {
         "version": LISTING,
-        "shards": [storage.identity(name) for name in names],
+        "shards": [storage.without_query(name) for name in names],
         "files": storage.versions(names),
     }
     file = storage.join(work_folder(out, "listing", state), "listing.parquet")
@@ -275,7 +275,7 @@ def _tell(
         log.info(text, errors[0], errors[-1], without)
     if reason is not None:
         log.info("no folder for transformers: %s", reason)
-    print(f"clip {storage.redacted(out)}")
+    print(f"clip {out}")
     if name := stock_name(clip):
         given = "".join(f", {key}={value!r}" for key, value in preprocessing.items())
         text = "open_clip loads the weights as %s, pretrained='open_clip_model.safetensors'%s"

@@ -57,7 +57,7 @@ def _write(config: FinetuneConfig, trained: Trained[Job], out: str) -> None:
         text = "best at update %d: %.1f%% on validation, before training %.1f%%"
         log.info(text, ended["best_step"], *means)
     weights = storage.join(out, "pytorch_lora_weights.safetensors")
-    print(f"weights {storage.redacted(weights)}")
+    print(f"weights {weights}")
     if "://" not in out:
         command = ["--model", config.model, "--lora", "none", weights]
         if config.data != "shapes" and (valid := _data(config, out)[2]) is not None:

@@ -251,7 +251,7 @@ def _diffusion(
         latent_seed=config.seed if config.latents == "sample" else None,
         variant=config.variant,
         lora=locate(lora) if lora else None,
-        lora_name=storage.identity(lora) if lora else None,
+        lora_name=storage.without_query(lora) if lora else None,
         batch_size=config.batch_size,
     )
 
@@ -300,7 +300,7 @@ def _write_examples(config: GdbenchConfig, root: str, out: str) -> dict[str, Exa
             )
         else:
             log.info("%s: %s examples", task.name, f"{count:,}")
-            found[name] = Examples(uri, f"{task.version}-{storage.identity(uri)}")
+            found[name] = Examples(uri, f"{task.version}-{storage.without_query(uri)}")
     if problems:
         hint = "--check tells what DATA has, --tasks chooses, prepare.py fetches"
         raise InputError("\n".join([*problems, hint]))

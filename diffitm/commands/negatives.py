@@ -23,7 +23,7 @@ from diffitm.core.config import OnActors, find_outside, lacking, option
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed import session
-from diffitm.distributed.groups import work_folder
+from diffitm.distributed.item_stage import work_folder
 from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import whole_files
 from diffitm.negatives import merge, rules
@@ -225,9 +225,8 @@ def _info_uri(out: str) -> str:
 
 
 def _told(source: LanguageSource | ClipSource) -> dict[str, Any]:
-    """A model for the .info.json, without keys of URIs."""
-    fields = {k: v for k, v in asdict(source).items() if k != "weights"}
-    return {k: storage.redacted(v) if isinstance(v, str) else v for k, v in fields.items()}
+    """A model for the .info.json."""
+    return {k: v for k, v in asdict(source).items() if k != "weights"}
 
 
 def _pool(config: NegativesConfig, gpus: float | None) -> ActorPool:

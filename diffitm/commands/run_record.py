@@ -27,10 +27,8 @@ class RunArtifacts(NamedTuple):
     probes: dict[str, list[str]]
 
     def noted(self) -> dict[str, dict[str, Any]]:
-        """What run.json keeps: without keys of URIs."""
-        uris = {"logs": self.logs, "pictures": self.pictures}
-        public = {k: {n: storage.redacted(u) for n, u in v.items()} for k, v in uris.items()}
-        return self._asdict() | public
+        """What run.json keeps."""
+        return self._asdict()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from diffitm.core.provenance import record
 from diffitm.evaluation.options import GdbenchConfig
 from diffitm.sweep.options import Kind, Sweep, values_of
 from diffitm.sweep.report import write_report
-from diffitm.sweep.result import TrialResult, print_table, public, ranked, write_best, write_table
+from diffitm.sweep.result import TrialResult, print_table, ranked, write_best, write_table
 from diffitm.sweep.space import Axis, describe
 from diffitm.training.diva.options import DivaConfig
 from diffitm.training.lora.options import FinetuneConfig
@@ -59,7 +59,6 @@ def run(sweep: Sweep) -> None:
     Raises InputError for bad input, Incomplete if some settings failed.
     """
     out = storage.absolute(sweep.config.out)
-    _refuse_keys(sweep)
     module: Any = sweep_scores if sweep.kind.name == "timesteps" else sweep_trainings
     sweep = module.check(sweep, out)
     with entered(sweep.config, out, _read(sweep)):
@@ -79,17 +78,6 @@ def _read(sweep: Sweep) -> list[tuple[str, str | None]]:
     return [*one, ("store", sweep.config.store)]
 
 
-def _refuse_keys(sweep: Sweep) -> None:
-    """Raises InputError for a URI with keys: Ray Tune writes settings down as they are."""
-    given = {"out": sweep.config.out, "store": sweep.config.store, **sweep.fixed}
-    for name, value in [*given.items(), *((axis.name, axis.values) for axis in sweep.axes)]:
-        value = list(value) if isinstance(value, tuple) else value
-        if public(value) != value:
-            raise InputError(
-                f"{name}: holds keys, which Ray Tune would write down; set AWS_ACCESS_KEY_ID"
-            )
-
-
 def _write_results(
     sweep: Sweep, rows: Sequence[TrialResult], out: str, told: str, provenance: dict[str, Any]
 ) -> None:
@@ -103,14 +91,14 @@ def _write_results(
     kind = sweep.kind.name
     report = write_report(kind, rows, sweep.axes, told, text, provenance, out)
     print_table(rows, sweep.axes, told)
-    print(f"table   {storage.redacted(table)}")
-    print(f"report  {storage.redacted(report)}")
-    print(f"best    {storage.redacted(best)}: {describe(good[0].setting, sweep.axes)}")
+    print(f"table   {table}")
+    print(f"report  {report}")
+    print(f"best    {best}: {describe(good[0].setting, sweep.axes)}")
     script = {"lambda": "finetune", "timesteps": "gdbench", "recap-density": "diva"}[kind]
-    command = ["python", f"pipelines/{script}.py", "--config", storage.redacted(best)]
+    command = ["python", f"pipelines/{script}.py", "--config", best]
     print(f"use it  {shlex.join(command)}")
     if good[0].folder:
-        print(f"trained {storage.redacted(good[0].folder)}")
+        print(f"trained {good[0].folder}")
     if failed:
         raise Incomplete(f"{len(failed)} of {len(rows)} settings failed; the table says why")
 

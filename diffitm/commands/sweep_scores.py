@@ -123,8 +123,8 @@ def score(sweep: Sweep, out: str) -> StoredErrors:
     for protocol, ready in zip(protocols, prepared, strict=True):
         for spec, store in zip(ready.specs, ready.stores, strict=True):
             assert isinstance(spec, DiffusionSpec)
-            model = storage.identity(spec.source.name)
-            lora = storage.identity(spec.lora_name or "none")
+            model = storage.without_query(spec.source.name)
+            lora = storage.without_query(spec.lora_name or "none")
             for error in values_of(sweep, sweep.fixed, "error"):
                 tasks = [
                     read_errors(find_task(name)(), uri, store, error_of(store, error))

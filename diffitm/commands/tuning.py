@@ -99,7 +99,7 @@ def _train(config: Any, tuning: Tuning[J], out: str, listen: Listener | None) ->
     name = fingerprint(plan.settings)[:12]
     with release_on_refusal(out):
         job = tuning.encode(plan.job, out) if config.cache_latents else plan.job
-        tracker = RunTracker(config.track, storage.redacted(out), state.key, plan.settings, listen)
+        tracker = RunTracker(config.track, out, state.key, plan.settings, listen)
         result, unread = fit(
             tuning.loop, job, workers_of(config), name, tracker, out, tuning.describe
         )

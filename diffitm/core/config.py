@@ -121,6 +121,8 @@ def make(config: type[C], merged: dict[str, Any], problems: Sequence[str] = ()) 
     for name, value in merged.items():
         try:
             checked[name] = convert(value, fields[name])
+        except InputError as error:
+            problems.append(f"{flag(name)}: {error}")
         except (TypeError, ValueError) as error:
             problems.append(f"{name}: {value!r} is not {error}")
     if problems:
@@ -217,7 +219,10 @@ def _add(parser: argparse.ArgumentParser, name: str, kind: Any, text: str) -> No
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """The value as its field's type; the ValueError's text completes 'x is not ...'."""
+    """The value as its field's type.
+
+    Raises ValueError, whose text completes 'x is not ...', and InputError for a URI that holds credentials.
+    """
     if get_origin(kind) in (Union, types.UnionType):
         if value is None or value == "none":
             return None
@@ -248,4 +253,5 @@ def convert(value: Any, kind: Any) -> Any:
         return number
     if not isinstance(value, str):
         raise ValueError("text")
+    storage.refuse_credentials(value)
     return value

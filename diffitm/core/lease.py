@@ -110,10 +110,8 @@ def held(out: str, takeover: bool = False, is_file: bool = False) -> Iterator[No
     except KeyboardInterrupt:
         if lease.taken_by is None:
             raise
-        raise InputError(
-            f"--out {storage.identity(out)}: was taken over by {lease.taken_by}; this run ends, and what it "
-            "has written stays"
-        ) from None
+        text = f"was taken over by {lease.taken_by}; this run ends, and what it has written stays"
+        raise InputError(f"--out {out}: {text}") from None
     finally:
         lease.release()
 
@@ -136,7 +134,7 @@ class _Lease:
             self._take()
         except OSError as error:
             raise InputError(
-                f"--out {storage.identity(self.out)}: cannot be written to: {error}"
+                f"--out {storage.without_query(self.out)}: cannot be written to: {error}"
             ) from error
 
     def _take(self) -> None:
@@ -150,10 +148,12 @@ class _Lease:
             if other is not None and not (self.takeover or other.is_dead):
                 if self._lives(other):
                     raise InputError(
-                        f"--out {storage.identity(self.out)}: another run works on it ({other}). Wait for "
+                        f"--out {self.out}: another run works on it ({other}). Wait for "
                         "its end, stop it, or give another --out; --takeover if you know that it died"
                     )
-                log.info("%s was left by a run that died (%s)", storage.identity(self.out), other)
+                log.info(
+                    "%s was left by a run that died (%s)", storage.without_query(self.out), other
+                )
             if self.file.replace(self._data(), found):
                 return
 
@@ -162,7 +162,7 @@ class _Lease:
         if other.machine == _machine() and other.host == _host():
             return True  # is_dead knows
         text = "%s is held by another run (%s); waiting up to %.0f s to see whether it lives"
-        log.info(text, storage.identity(self.out), other, EXPIRES)
+        log.info(text, storage.without_query(self.out), other, EXPIRES)
         end = time.monotonic() + EXPIRES
         while time.monotonic() < end:
             time.sleep(LOOKS)

@@ -9,7 +9,7 @@ import secrets
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
@@ -174,17 +174,14 @@ def _conditional(uri: str) -> tuple[Any, str]:
     """obstore's client of a bucket, and the path in it. Raises InputError for a wrong URI."""
     from obstore.store import GCSStore, S3Store
 
+    storage.refuse_credentials(uri)
     scheme, _, rest = uri.partition("://")
     place, _, query = rest.partition("?")
     bucket, _, path = place.partition("/")
-    keys, _, bucket = bucket.rpartition("@")
     options = {key: values[-1] for key, values in parse_qs(query).items()}
     if scheme != "s3":
         return GCSStore(bucket), path
     config: dict[str, Any] = {}
-    if keys:
-        key, _, secret = keys.partition(":")
-        config |= {"access_key_id": unquote(key), "secret_access_key": unquote(secret)}
     if region := options.get("region"):
         config["region"] = region
     if host := options.get("endpoint_override"):
@@ -192,4 +189,4 @@ def _conditional(uri: str) -> tuple[Any, str]:
     try:
         return S3Store(bucket, client_options={"allow_http": True}, **config), path
     except ValueError as error:
-        raise InputError(f"cannot open {storage.identity(uri)!r}: {error}") from error
+        raise InputError(f"cannot open {storage.without_query(uri)!r}: {error}") from error

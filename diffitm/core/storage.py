@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs, parquet
@@ -27,7 +28,7 @@ PATIENT = {
     "check_directory_existence_before_creation": True,
 }
 AT_ONCE = 16  # requests
-_KEYS = re.compile(r"([?&]\w*(?:secret|token|password|key)\w*=)[^&]*", re.IGNORECASE)
+_KEY = re.compile(r"[?&]\w*(secret|token|password|key)\w*=", re.IGNORECASE)
 
 
 def absolute(uri: str) -> str:
@@ -44,6 +45,7 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return fs.LocalFileSystem(), absolute(uri)
+    refuse_credentials(uri)
     if scheme not in STORES:
         return _open(uri)
     path, query, options = rest.partition("?")
@@ -56,14 +58,23 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         found, path = fs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        if isinstance(found, fs.S3FileSystem):
+            found = _s3(uri, found.region)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError) as error:
         if uri.startswith(tuple(f"{scheme}:" for scheme in STORES)):
-            raise InputError(f"cannot open {redacted(uri)!r}: {_safe(error, uri)}") from error
+            raise InputError(f"cannot open {uri!r}: {error}") from error
         return _through_fsspec(uri)
-    if isinstance(found, fs.S3FileSystem):
-        build, (options,) = found.__reduce__()
-        found = build({**options, **PATIENT})
     return found, path
+
+
+def _s3(uri: str, region: str) -> fs.S3FileSystem:
+    """The client that a URI's query describes, with PATIENT; its endpoint may be the environment's."""
+    options: dict[str, Any] = dict(parse_qsl(urlsplit(uri).query))
+    options |= {k: v == "true" for k, v in options.items() if k.startswith("allow_")}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return fs.S3FileSystem(
+        **{"endpoint_override": endpoint, "region": region, **options, **PATIENT}
+    )
 
 
 def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
@@ -72,12 +83,8 @@ def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         found, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
-        raise InputError(f"cannot open {redacted(uri)!r}: {_safe(error, uri)}") from error
+        raise InputError(f"cannot open {uri!r}: {error}") from error
     return fs.PyFileSystem(fs.FSSpecHandler(found)), path
-
-
-def _safe(error: Exception, uri: str) -> str:
-    return str(error).replace(uri, redacted(uri))
 
 
 def join(root: str, *parts: str) -> str:
@@ -86,17 +93,27 @@ def join(root: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
-def redacted(uri: str) -> str:
-    """The path or URI without the keys that it can hold (s3://KEY:SECRET@bucket, ?client_secret=..)."""
+def has_credentials(uri: str) -> bool:
+    """Whether a URI holds a password or key (s3://KEY:SECRET@bucket, ?client_secret=..)."""
     scheme, mark, rest = uri.partition("://")
-    host, slash, path = rest.partition("/")
-    known = f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}" if mark else uri
-    return _KEYS.sub(r"\1***", known) if mark else uri
+    if not mark:
+        return False
+    host = rest.partition("/")[0]
+    # A secret key may hold a slash that should have been written as %2F; a bucket has no port.
+    is_store = scheme.rpartition(":")[2] in STORES and ":" in host
+    told = rest.partition("?")[0] if is_store else host
+    return ":" in told.rpartition("@")[0] or _KEY.search(uri) is not None
 
 
-def identity(uri: str) -> str:
-    """A path as it is, a URI without keys and query: what people read, and what a name is made of."""
-    return without_query(redacted(uri))
+def refuse_credentials(uri: str) -> None:
+    """Raises InputError for a URI that holds a password or key: they would reach logs and results."""
+    if has_credentials(uri):
+        scheme = uri.partition("://")[0]
+        raise InputError(
+            f"a {scheme}:// URI holds credentials: give them by the environment (AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_KEY) or by the "
+            "machine's role, and the URI without them"
+        )
 
 
 def without_query(uri: str) -> str:
@@ -116,13 +133,9 @@ def name(uri: str) -> str:
 
 
 def below(uri: str, root: str) -> str:
-    """The way from `root` to a path or URI below it; another one as it is, without keys."""
+    """The way from `root` to a path or URI below it; another one as it is."""
     start = f"{without_query(root).rstrip('/')}/"
-    return (
-        without_query(uri).removeprefix(start)
-        if without_query(uri).startswith(start)
-        else redacted(uri)
-    )
+    return without_query(uri).removeprefix(start) if without_query(uri).startswith(start) else uri
 
 
 def exists(uri: str) -> bool:
@@ -131,7 +144,7 @@ def exists(uri: str) -> bool:
     try:
         return found.get_file_info(path).type != fs.FileType.NotFound
     except OSError as error:
-        raise InputError(f"{redacted(uri)} cannot be looked at: {error}") from error
+        raise InputError(f"{uri} cannot be looked at: {error}") from error
 
 
 def stamp(root: str, names: list[str]) -> str | None:
@@ -199,7 +212,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             with found.open_output_stream(path, compression=None) as stream:
                 stream.write(data)
         except OSError as error:
-            raise InputError(f"{redacted(uri)} cannot be written: {error}") from error
+            raise InputError(f"{uri} cannot be written: {error}") from error
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +274,7 @@ def _listed(uri: str, recursive: bool) -> list[fs.FileInfo]:
     try:
         infos = found.get_file_info(selector)
     except OSError as error:
-        raise InputError(f"{redacted(uri)} cannot be looked at: {error}") from error
+        raise InputError(f"{uri} cannot be looked at: {error}") from error
     return [info for info in infos if info.type == fs.FileType.File]
 
 

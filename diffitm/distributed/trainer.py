@@ -34,12 +34,14 @@ def settings_of(config: Any, **more: Any) -> dict[str, Any]:
     """The options that the weights depend on, without keys and queries of URIs, and what else they
     do."""
     found = {k: v for k, v in asdict(config).items() if k not in NOT_SETTINGS}
-    return {k: storage.identity(v) if isinstance(v, str) else v for k, v in found.items()} | more
+    return {
+        k: storage.without_query(v) if isinstance(v, str) else v for k, v in found.items()
+    } | more
 
 
 def hand_over(out: str, rows: Sequence[TrainingRow], kept: Sequence[int]) -> RowsFile:
     """Write the rows where all workers can read them, once for runs beside each other."""
-    from diffitm.distributed.groups import work_folder
+    from diffitm.distributed.item_stage import work_folder
 
     digest = digest_of(rows, kept)
     uri = storage.join(work_folder(out, "rows", {"rows": digest}), "rows.parquet")

@@ -150,13 +150,13 @@ def _quiet() -> None:
 
 
 def identity(sweep: Sweep) -> dict[str, Any]:
-    """What the results of a sweep depend on, without keys in URIs."""
+    """What the results of a sweep depend on, as JSON has it."""
     apart = {"out", "parallel", *ON_RAY, *NOT_SETTINGS, *NOT_SCORES}
     searched = {k: v for k, v in asdict(sweep.config).items() if k not in apart}
     options = {k: v for k, v in sweep.fixed.items() if k not in apart}
     axes = [str(axis) for axis in sweep.axes]
     told = {"sweep": sweep.kind.name, "axes": axes, **searched, "options": options}
-    return json.loads(redact(json.dumps(told)))
+    return json.loads(json.dumps(told))
 
 
 def _settings(sweep: Sweep) -> list[dict[str, Any]]:

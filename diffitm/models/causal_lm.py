@@ -64,7 +64,7 @@ def resolve_language_model(name: str) -> LanguageSource:
 
     Raises InputError that says what was looked for.
     """
-    given, name = name, storage.identity(name)
+    given, name = name, storage.without_query(name)
     folder = _copy(given) if "://" in given else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -91,7 +91,7 @@ def _copy(uri: str, digest: str | None = None) -> Path:
     """A local copy of a model's folder in an object store."""
     there = storage.sizes(uri)
     if not there:
-        raise InputError(f"--llm {storage.identity(uri)!r}: there is no such folder")
+        raise InputError(f"--llm {storage.without_query(uri)!r}: there is no such folder")
     return on_disk(uri, there, _digest, digest)[0]
 
 

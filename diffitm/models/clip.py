@@ -91,7 +91,7 @@ def resolve_clip(name: str) -> ClipSource:
 
     Raises InputError with the nearest known model or tag.
     """
-    given, name = name, storage.identity(name)
+    given, name = name, storage.without_query(name)
     folder = SHAPES / "clip" if name == "shapes" else Path(name).expanduser()
     if _is_uri(given):
         folder = _copy(given)
@@ -140,7 +140,9 @@ def _copy(uri: str, digest: str | None = None) -> Path:
     there = storage.sizes(uri)
     wanted = {n: s for n, s in there.items() if n in (CONFIG, *TOKENIZER_FILES)}
     wanted |= {n: s for n, s in there.items() if n.endswith(WEIGHTS)}
-    return on_disk(uri, wanted, lambda folder: _digest(folder, storage.identity(uri)), digest)[0]
+    return on_disk(uri, wanted, lambda folder: _digest(folder, storage.without_query(uri)), digest)[
+        0
+    ]
 
 
 def _file_copy(uri: str, digest: str | None = None) -> Path:
@@ -148,7 +150,7 @@ def _file_copy(uri: str, digest: str | None = None) -> Path:
     folder, name = storage.parent(uri), storage.name(uri)
     there = storage.sizes(folder)
     if name not in there:
-        raise InputError(f"--clip: there is no file {storage.identity(uri)}")
+        raise InputError(f"--clip: there is no file {storage.without_query(uri)}")
     listed = {name: there[name]}
     return on_disk(folder, listed, lambda copy: content_digest([copy / name]), digest)[0] / name
 

@@ -53,7 +53,7 @@ class Weights:
         missing = [n for n, size in sizes.items() if n not in there or there[n][0] != size]
         if missing:
             total = sum(sizes[name] for name in missing) / 1e6
-            log.info("%s: mirroring %.0f MB to %s", self.name, total, storage.identity(folder))
+            log.info("%s: mirroring %.0f MB to %s", self.name, total, storage.without_query(folder))
         for name in missing:
             storage.upload(str(Path(self.local) / name), storage.join(folder, name))
         return replace(self, mirror=folder, digest=self._digest(Path(self.local)))

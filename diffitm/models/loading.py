@@ -99,7 +99,7 @@ def resolve(name: str, option: str = "--model") -> ModelSource:
 
     Raises InputError that names `option` and says what was looked for.
     """
-    given, name = name, storage.identity(name)
+    given, name = name, storage.without_query(name)
     folder = SHAPES / "diffusion" if name == "shapes" else Path(name).expanduser()
     if "://" in given:
         folder = _copy(given, option)
@@ -204,10 +204,12 @@ def _copy(uri: str, option: str, digest: str | None = None) -> Path:
     there = storage.sizes(uri, recursive=True)
     if INDEX not in there:
         raise InputError(
-            f"{option} {storage.identity(uri)!r}: there is no {INDEX} (diffusers layout)"
+            f"{option} {storage.without_query(uri)!r}: there is no {INDEX} (diffusers layout)"
         )
-    settings = _index_of(storage.read_text(storage.join(uri, INDEX)), storage.identity(uri), option)
-    family = family_of(settings, storage.identity(uri), option)
+    settings = _index_of(
+        storage.read_text(storage.join(uri, INDEX)), storage.without_query(uri), option
+    )
+    family = family_of(settings, storage.without_query(uri), option)
     parts = tuple(f"{part}/" for part in family.parts)
     wanted = {name: state for name, state in there.items() if name.startswith((INDEX, *parts))}
     return on_disk(uri, wanted, lambda folder: _digest(folder, family, settings), digest)[0]

@@ -71,7 +71,7 @@ def _copy(uri: str) -> Path:
     there = storage.sizes(folder)
     name = next((name for name in names if name in there), None)
     if name is None:
-        raise InputError(_nothing(storage.identity(uri)))
+        raise InputError(_nothing(storage.without_query(uri)))
     listed = {n: there[n] for n in (name, _CONFIG) if n in there}
     return on_disk(folder, listed, lambda copy: digest_of(copy / name), digest or None)[0] / name
 

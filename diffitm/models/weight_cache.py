@@ -46,7 +46,7 @@ def on_disk(
     """
     cache = cache_folder()
     names = fingerprint(sorted(listed))[:8]
-    note = cache / fingerprint([storage.identity(uri), sorted(listed.items())])[:32]
+    note = cache / fingerprint([storage.without_query(uri), sorted(listed.items())])[:32]
     with _alone(cache, note.name):
         known = digest or (note.read_text() if note.exists() else None)
         if known is not None and (cache / f"{known}-{names}").is_dir():
@@ -55,7 +55,7 @@ def on_disk(
             _fetch(uri, listed, Path(part, "copy"))
             found = digest_of(Path(part, "copy"))
             if digest is not None and found != digest:
-                raise InputError(f"{storage.identity(uri)} changed while the run was going on")
+                raise InputError(f"{storage.without_query(uri)} changed while the run was going on")
             kept = cache / f"{found}-{names}"
             try:
                 Path(part, "copy").rename(kept)
@@ -77,14 +77,16 @@ def _alone(cache: Path, name: str) -> Iterator[None]:
 
 def _fetch(uri: str, listed: Listed, to: Path) -> None:
     size = sum(bytes_ for bytes_, _ in listed.values())
-    log.info("%s: fetching %.1f MB to %s", storage.identity(uri), size / 1e6, cache_folder())
+    log.info("%s: fetching %.1f MB to %s", storage.without_query(uri), size / 1e6, cache_folder())
     for name in listed:
         if ".." in name.split("/"):
-            raise InputError(f"{storage.identity(uri)}: the name {name!r} leads out of the folder")
+            raise InputError(
+                f"{storage.without_query(uri)}: the name {name!r} leads out of the folder"
+            )
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             storage.download(storage.join(uri, name), str(to / name))
         except OSError as error:
             raise InputError(
-                f"{storage.identity(uri)}: {name} cannot be fetched: {error}"
+                f"{storage.without_query(uri)}: {name} cannot be fetched: {error}"
             ) from error

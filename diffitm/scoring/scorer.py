@@ -77,7 +77,7 @@ def _check_reachable(root: str, rows: Sequence[PairRow], loaded: Sequence[Loaded
     except InputError as error:
         raise Unavailable(f"{text}; {error}") from error
     if gone:
-        raise Unavailable(f"{text}; there is no folder {storage.identity(root)} here")
+        raise Unavailable(f"{text}; there is no folder {storage.without_query(root)} here")
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffitm.core.errors import InputError
-from diffitm.core.storage import identity
+from diffitm.core.storage import without_query
 from diffitm.models.loading import ModelSource, load_denoiser, lora_digest
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
@@ -59,7 +59,7 @@ class DiffusionSpec:
             "dtype": self.dtype,
             "resize": self.resize,
             "latent_seed": self.latent_seed,
-            "root": identity(self.root),
+            "root": without_query(self.root),
         }
 
     def build(self, device: str) -> Scorer:
@@ -97,7 +97,7 @@ class ClipSpec:
             "kind": "clip",
             "version": SCORE_VERSION,
             "weights": self.source.digest,
-            "root": identity(self.root),
+            "root": without_query(self.root),
         } | ({"preprocessing": own} if own else {})
 
     def build(self, device: str) -> Scorer:

@@ -49,12 +49,12 @@ def read_scored(uri: str, store: Store, error: str) -> Iterator[ScoredExample]:
     pairs = _PairReader(
         scored_pairs(uri, store, error, max(1000, min(100_000, HELD // steps))), error, steps
     )
-    for example in read_examples(uri):
+    for position, example in enumerate(read_examples(uri)):
         if example.failure is not None:
             yield ScoredExample(example, example.failure)
             continue
         shape = (len(example.images), len(example.texts))
-        conditional, unconditional, similarity, failures = pairs.take(shape)
+        conditional, unconditional, similarity, failures = pairs.take(position, shape)
         if failures:
             place, reason = next(iter(failures.items()))
             yield ScoredExample(example, f"{example.images[place // shape[1]]}: {reason}")
@@ -81,23 +81,36 @@ def read_examples(uri: str) -> Iterator[Example]:
 
 
 class _PairReader:
-    """Takes the pairs of one example after the other from the ordered stream."""
+    """Takes the pairs of one example after the other from the ordered stream.
+
+    Raises ValueError where the stream has other pairs there than the example's.
+    """
 
     def __init__(self, batches: Iterator[pa.RecordBatch], error: str, steps: int) -> None:
         self.batches, self.error, self.steps = batches, error, steps
+        self.keys = np.zeros((0, 3), int)  # position, i, j of the pairs that are held
         self.held: list[tuple[np.ndarray, ...]] = []
         self.count = 0
 
     def take(
-        self, shape: tuple[int, int]
+        self, position: int, shape: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
         """Conditional and unconditional errors [images, texts, timesteps], similarities [images,
         texts], failures by pair."""
         need = shape[0] * shape[1]
         while self.count < need:
-            arrays = self._arrays(next(self.batches))
-            self.held.append(arrays)
-            self.count += len(arrays[0])
+            batch = next(self.batches, None)
+            if batch is None:
+                break
+            self.keys = np.concatenate([self.keys, _keys(batch)])
+            self.held.append(self._arrays(batch))
+            self.count += len(batch)
+        texts = np.tile(np.arange(shape[1]), shape[0])
+        images = np.repeat(np.arange(shape[0]), shape[1])
+        expected = np.stack([np.full(need, position), images, texts], 1)
+        if not np.array_equal(self.keys[:need], expected):
+            raise ValueError(f"the pairs of example {position} are not those of its file")
+        self.keys = self.keys[need:]
         if len(self.held) > 1:
             columns = zip(*self.held, strict=True)
             self.held = [tuple(np.concatenate(parts) for parts in columns)]
@@ -129,3 +142,7 @@ class _PairReader:
             errors = errors.astype(float) ** 2 / elements[present, None]
         out[present] = errors
         return out
+
+
+def _keys(batch: pa.RecordBatch) -> np.ndarray:
+    return np.stack([batch[name].to_numpy() for name in ("position", "i", "j")], 1)

@@ -159,6 +159,8 @@ def _checked(
             continue
         try:
             fixed[name] = convert(found, types[name])
+        except InputError as error:
+            problems.append(f"{name.rstrip('_')}: {error}")
         except (TypeError, ValueError) as error:
             problems.append(f"{name.rstrip('_')}: {found!r} is not {error}")
     named = {*fixed, *(axis.name for axis in axes)}

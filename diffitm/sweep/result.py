@@ -84,15 +84,6 @@ def open_sweep(out: str, settings: dict[str, Any]) -> None:
         raise InputError(f"{out} holds another sweep ({told}): give another out=")
 
 
-def public(value: Any) -> Any:
-    """The same without keys in URIs."""
-    if isinstance(value, dict):
-        return {k: public(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(v) for v in value]
-    return storage.redacted(value) if isinstance(value, str) else value
-
-
 def ranked(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> list[TrialResult]:
     """The rows, best first; of equals in the order of the axes' values."""
     order = {axis.name: axis.values for axis in axes}
@@ -109,7 +100,7 @@ def write_table(rows: Sequence[TrialResult], axes: Sequence[Axis], out: str) -> 
     lines = []
     for row in rows:
         line = asdict(row)
-        setting = {axis.name.rstrip("_"): public(line["setting"][axis.name]) for axis in axes}
+        setting = {axis.name.rstrip("_"): line["setting"][axis.name] for axis in axes}
         del line["setting"]
         line["tasks"] = json.dumps(line["tasks"])
         lines.append({**setting, **line})
@@ -122,7 +113,7 @@ def write_table(rows: Sequence[TrialResult], axes: Sequence[Axis], out: str) -> 
 
 def write_best(name: str, values: dict[str, Any], note: str, out: str) -> tuple[str, str]:
     """OUT/<name>: options that a pipeline takes with --config. Its path and text."""
-    options = {k.rstrip("_"): public(v) for k, v in values.items()}
+    options = {k.rstrip("_"): v for k, v in values.items()}
     text = f"# {redact(note)}\n" + "".join(_line(k, v) for k, v in sorted(options.items()))
     path = storage.join(out, name)
     storage.write_text(path, text)

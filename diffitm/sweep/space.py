@@ -58,6 +58,8 @@ def read_axis(name: str, kind: Any, value: Any) -> Axis | Any:
     for item in value:
         try:
             values.append(convert(item, kind))
+        except InputError as error:
+            problems.append(f"{name.rstrip('_')}: {error}")
         except (TypeError, ValueError) as error:
             problems.append(f"{name.rstrip('_')}: {item!r} is not {error}")
     if problems or not values:

@@ -43,9 +43,9 @@ def in_folder(uri: str) -> list[str]:
         found = [f for path in tables for f in in_parquet(storage.join(uri, path), path)]
     if not found:
         if not storage.exists(uri):
-            raise InputError(f"--data {storage.redacted(uri)}: there is no such folder")
+            raise InputError(f"--data {uri}: there is no such folder")
         what = "holds no image (.jpg, .jpeg, .png) and no .parquet; shards are given as DIR/*.tar"
-        raise InputError(f"--data {storage.redacted(uri)}: {what}")
+        raise InputError(f"--data {uri}: {what}")
     return found
 
 

@@ -28,7 +28,7 @@ CACHED = pa.schema(
         ("value", pa.large_binary()),
     ]
 )
-ROWS_TOGETHER = 4  # a row group: what is read for one item
+ROW_GROUP = 4  # a row group: what is read for one item
 MEMORY = 2 * 2**30
 
 

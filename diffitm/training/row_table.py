@@ -77,9 +77,7 @@ class StoredRows(Sequence[TrainingRow]):
     def __init__(self, file: RowsFile) -> None:
         self.table = _mapped(file.uri)
         if (self.table.schema.metadata or {}).get(DIGEST) != file.digest.encode():
-            raise InputError(
-                f"{storage.redacted(file.uri)} has other rows than this run: delete it"
-            )
+            raise InputError(f"{file.uri} has other rows than this run: delete it")
         self.columns = [self.table.column(name) for name in ROWS.names[:-1]]
         self.kept = np.flatnonzero(self.table.column("usable").to_numpy())
 

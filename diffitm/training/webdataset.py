@@ -97,7 +97,7 @@ def members(shard: str, texts: bool = True) -> Iterator[tuple[str, str, str]]:
         if storage.read_range(shard, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"it breaks off at byte {end:,}")
     except (tarfile.TarError, OSError) as error:
-        where = storage.redacted(shard)
+        where = shard
         if isinstance(error, OSError):
             raise InputError(f"{where}: cannot be read: {error}") from error
         raise InputError(f"{where}: is no whole, uncompressed tar: {error}") from error
@@ -107,7 +107,7 @@ def _decoded(content: bytes, shard: str, member: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        where = f"{storage.redacted(shard)}: {member}"
+        where = f"{shard}: {member}"
         raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start:,}") from error
 
 

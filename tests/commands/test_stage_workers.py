@@ -20,8 +20,8 @@ from diffitm.commands.stages.embed import Gallery, SearchActor
 from diffitm.commands.stages.encode import EncodeActor, Encoder
 from diffitm.commands.stages.propose import MADE, RuleActor
 from diffitm.commands.stages.sample import SAMPLES, SampleActor, Sampling, read_samples
-from diffitm.distributed import groups
-from diffitm.distributed.groups import WORK, run_groups, work_folder
+from diffitm.distributed import item_stage
+from diffitm.distributed.item_stage import WORK, ItemStage, run_items, work_folder
 from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import ItemCounter
 from diffitm.models.loading import resolve
@@ -92,7 +92,8 @@ def test_captions_by_rule_come_back_by_caption(
     """From whatever file and in whatever order."""
     captions = ["a", "b", "c"]
 
-    def run_groups(what: str, folder: str, names: list[str], *more: Any) -> None:
+    def run_items(stage: ItemStage, names: list[str], pool: ActorPool) -> None:
+        folder = stage.folder
         assert names == captions
         Path(folder).mkdir(parents=True)
         for number, positions in enumerate(([2], [1, 0])):
@@ -102,7 +103,7 @@ def test_captions_by_rule_come_back_by_caption(
             ]
             parquet.write_table(pa.Table.from_pylist(lines, MADE), f"{folder}/{number}.parquet")
 
-    monkeypatch.setattr(propose, "run_groups", run_groups)
+    monkeypatch.setattr(propose, "run_items", run_items)
     pool = ActorPool(1, 1, 1.0, 0.0)
     found = propose.by_rule(str(tmp_path / "out"), captions, 0, pool)
     assert found == {c: {"k": f"not {p}"} for p, c in enumerate(captions)}
@@ -176,23 +177,24 @@ def test_unreadable_items_and_results_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("count", "size", "together", "actors", "rows", "blocks"),
     [
-        (100, 10, 4, 1, 2, 5),  # ten groups, for eight blocks of an actor
+        (100, 10, 4, 1, 2, 5),  # ten rows, for eight blocks of an actor
         (1000, 10, 4, 1, 4, 25),
         (1001, 10, 4, 1, 4, 26),
         (3, 10, 4, 8, 1, 1),
     ],
 )
-def test_groups_of_items(
+def test_rows_of_items(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     count: int, size: int, together: int, actors: int, rows: int, blocks: int,
 ) -> None:  # fmt: skip
     """Each item once with what is true for it; blocks for all actors, none too long."""
     stages: list[Any] = []
-    monkeypatch.setattr(groups, "run_stage", lambda *given: stages.append(given))
+    monkeypatch.setattr(item_stage, "run_stage", lambda *given: stages.append(given))
     names, truth = [f"n{i}" for i in range(count)], [[i] for i in range(count)]
     folder = str(tmp_path / "made" / "out")
     pool = ActorPool(actors, 99, 1.0, 0.0)
-    assert run_groups("x", folder, names, truth, size, MADE, int, (1,), pool, together, 7) == folder
+    items = ItemStage("x", folder, MADE, int, (1,), size, together, 7)
+    assert run_items(items, names, pool, truth) == folder
     ((stage, actor, arguments, given),) = stages
     assert (stage.rows, stage.blocks, stage.total, stage.together) == (rows, blocks, count, 7)
     assert (stage.out, stage.column, stage.schema) == (folder, "row", MADE)
@@ -204,8 +206,8 @@ def test_groups_of_items(
         assert line["start"] == line["row"] * size
         assert (line["names"], line["truth"]) == (names[own], truth[own])
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["work.parquet"]
-    # Another size than that of the first run does not cut the groups anew.
-    run_groups("x", folder, names, truth, size + 1, MADE, int, (1,), pool, together)
+    # Another size than that of the first run does not cut the rows anew.
+    run_items(items._replace(items_per_row=size + 1), names, pool, truth)
     assert parquet.read_table(tmp_path / "made" / "work.parquet").to_pylist() == lines
 
 

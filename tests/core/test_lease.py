@@ -35,7 +35,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Objects]:
         yield objects
 
 
-@pytest.fixture(params=["disk", "conditional", "unconditional", "keys in the URI", "pyarrow"])
+@pytest.fixture(params=["disk", "conditional", "unconditional", "endpoint in the URI", "pyarrow"])
 def out(request: pytest.FixtureRequest, bucket: Objects, tmp_path: Path) -> Iterator[str]:
     """An OUT on every kind of place."""
     name = re.sub(r"\W+", "-", request.node.name)
@@ -44,11 +44,9 @@ def out(request: pytest.FixtureRequest, bucket: Objects, tmp_path: Path) -> Iter
         patch.setattr(lease_file, "SETTLES", 0.3)
         if request.param == "pyarrow":
             patch.setattr(lease_file, "_conditional", lambda uri: (Refusing(), "x"))
-        if request.param == "keys in the URI":
-            whole = bucket.whole_uri(name).replace("s3://", f"s3://{bucket.key}:{bucket.secret}@")
-            for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
-                patch.delenv(key)
-            yield whole
+        if request.param == "endpoint in the URI":
+            patch.delenv("AWS_ENDPOINT_URL")
+            yield bucket.whole_uri(name)
         else:
             yield str(tmp_path / "out") if request.param == "disk" else bucket.uri(name)
     bucket.server.conditional = True

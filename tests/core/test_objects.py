@@ -226,11 +226,11 @@ def write_pictures(folder: Path, count: int) -> Path:
 
 def test_what_cannot_be_reached(bucket: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong keys and wrong options: a message with the URI and without the keys."""
-    query = bucket.whole_uri("x").partition("?")[2]
-    wrong = f"s3://{bucket.key}:not-the-secret@bucket/x?{query}"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    storage._open.cache_clear()
     for call in (storage.exists, lambda uri: storage.write_text(uri, "x")):
         with pytest.raises(InputError, match=r"^s3://bucket/x\?endpoint.* cannot be ") as caught:
-            call(wrong)
+            call(bucket.whole_uri("x").replace("diffitm/x", "x"))
         assert "not-the-secret" not in str(caught.value)
     with pytest.raises(InputError, match=r"cannot open 's3://bucket\?place=x'.*place"):
         storage.exists("s3://bucket/x?place=x")
@@ -241,16 +241,46 @@ def test_what_cannot_be_reached(bucket: Objects, monkeypatch: pytest.MonkeyPatch
     storage._open.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://KEY:SEC%2FRET@bucket/a/b?region=x",
+        "s3://KEY:SEC/RET+x@bucket/a",
+        "ViT-B-32:s3://KEY:SECRET@bucket/a",
+        "abfs://c@a/b?tenant_id=1&client_secret=SECRET",
+        "s3://bucket/a?session_token=SECRET&region=x",
+        "https://name:SECRET@host/a",
+    ],
+)
+def test_a_uri_with_credentials_is_refused(uri: str) -> None:
+    """At every door, and no message shows them."""
+    with pytest.raises(InputError, match="holds credentials: give them by the environment") as told:
+        storage.filesystem(uri)
+    assert "SEC" not in str(told.value).replace("AWS_SECRET_ACCESS_KEY", "")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/a@b:c?region=x",
+        "abfs://container@account.dfs.core.windows.net/a",
+        "hdfs://me@host:8020/a",
+        "http://host:80/a@b",
+        "s3://bucket/monkey?endpoint_override=h:1",
+        "/a:b@c?key=x",
+    ],
+)
+def test_a_uri_without_credentials(uri: str) -> None:
+    storage.refuse_credentials(uri)
+
+
 def test_what_people_read_holds_no_keys() -> None:
-    uri = "s3://KEY:SEC%2FRET@bucket/a/b?region=x"
-    assert storage.redacted(uri) == "s3://bucket/a/b?region=x"
-    assert storage.identity(uri) == "s3://bucket/a/b"
-    assert storage.identity(f"ViT-B-32:{uri}") == "ViT-B-32:s3://bucket/a/b"
+    uri = "s3://bucket/a/b?region=x"
     secret = "abfs://c@a/b?tenant_id=1&client_secret=hush"
-    assert "hush" not in storage.redacted(secret) + redact(f"x {secret} y")
+    assert "hush" not in redact(f"x {secret} y")
     assert redact("x s3://KEY:SEC/RET+x@bucket/a y") == "x s3://***@bucket/a y"
     assert redact("s3://bucket/a@b and http://h/x") == "s3://bucket/a@b and http://h/x"
-    assert storage.below(uri, "s3://KEY:SEC%2FRET@bucket/a?region=x") == "b"
+    assert storage.below(uri, "s3://bucket/a?region=y") == "b"
     assert storage.below(uri, "s3://bucket/other") == "s3://bucket/a/b?region=x"
     assert storage.below("/data/x", "/data/out") == "/data/x"
 

@@ -56,9 +56,6 @@ def test_a_stream_that_broke_off_replaces_nothing(tmp_path: Path) -> None:
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "newer")]
 
 
-URI = "s3://KEY:SE@CRET@bucket/a/b.txt?endpoint=x&secret_key=y"
-
-
 def test_names_by_hand() -> None:
     """A URI's query stays at its end; a path's question mark is a letter."""
     assert storage.join("s3://b/a/?x=1", "c", "d") == "s3://b/a/c/d?x=1"
@@ -71,11 +68,7 @@ def test_names_by_hand() -> None:
     assert storage.without_query("/a?x") == "/a?x"
     assert storage.below("s3://b/a/c/d?x=1", "s3://b/a/?y=2") == "c/d"
     assert storage.below("/data/x", "/dat") == "/data/x"
-    assert storage.below(URI, "/data") == storage.redacted(URI)
-    assert storage.redacted(URI) == "s3://bucket/a/b.txt?endpoint=x&secret_key=***"
-    assert storage.redacted("/a@b/c?token=x") == "/a@b/c?token=x"
-    assert storage.redacted("s3://b/a@c") == "s3://b/a@c"
-    assert storage.identity(URI) == "s3://bucket/a/b.txt"
+    assert storage.below("s3://b/a?x", "/data") == "s3://b/a?x"
     assert storage.absolute("~/x") == f"{Path.home()}/x"
 
 

@@ -12,7 +12,7 @@ import ray
 
 from diffitm.core.errors import InputError
 from diffitm.distributed import actors
-from diffitm.distributed.groups import run_groups
+from diffitm.distributed.item_stage import ItemStage, run_items
 from diffitm.distributed.session import choose_pool, connect
 from diffitm.distributed.stages import whole_files
 from tests.processors import WITHOUT_CUDA
@@ -50,10 +50,8 @@ def test_a_stage_on_gpus(gpus: None, tmp_path: Path) -> None:
     pool = choose_pool(None, None, None, None)
     assert (pool.min_actors, pool.gpus, pool.device) == (2, 1.0, "cuda")
     names = [f"name {number}" for number in range(100)]
-    folder = run_groups(
-        "telling", str(tmp_path / "made" / "rows"), names, [[] for _ in names], 4, SCHEMA, Told, (),
-        pool, 3,
-    )  # fmt: skip
+    stage = ItemStage("telling", str(tmp_path / "made" / "rows"), SCHEMA, Told, (), 4, 3)
+    folder = run_items(stage, names, pool)
     rows = whole_files(folder, SCHEMA).to_table().to_pylist()
     assert sorted(row["position"] for row in rows) == list(range(100))
     assert {tuple(row["gpus"]) for row in rows} <= {("0",), ("1",)}

@@ -21,7 +21,7 @@ LR, RANK = Axis("lr", (0.1, 0.01)), Axis("rank", (), "randint", 2, 8)
 
 
 def a_sweep(**more: Any) -> Sweep:
-    fixed = {"data": "s3://key:secret@b/d", "workers": 3, "out": "o", "batch_size": 8, "steps": 9}
+    fixed = {"data": "s3://b/d", "workers": 3, "out": "o", "batch_size": 8, "steps": 9}
     kind = Kind("finetune", type(option(1, "x")))
     return Sweep(kind, SweepConfig(**more), fixed, (LR,))
 
@@ -53,10 +53,10 @@ def test_the_line_that_says_why() -> None:
 
 
 def test_what_results_depend_on() -> None:
-    """The options of the search and of the pipeline, not where and with how many it runs; no keys."""
+    """The options of the search and of the pipeline, not where and with how many it runs."""
     found = tuner.identity(a_sweep())
     assert (found["sweep"], found["axes"]) == ("finetune", ["lr 0.1, 0.01"])
-    assert found["options"].keys() == {"data", "steps"} and "secret" not in str(found)
+    assert found["options"].keys() == {"data", "steps"}
     for name in ("search", "samples", "search_seed", "early_stopping", "grace", "reduction"):
         assert name in found
     assert not {"out", "parallel", "store", "ray_address"} & found.keys()

@@ -138,7 +138,7 @@ def test_the_real_gpu_of_a_stage(tmp_path: Path) -> None:
     import pyarrow as pa
     import ray
 
-    from diffitm.distributed.groups import run_groups
+    from diffitm.distributed.item_stage import ItemStage, run_items
     from diffitm.distributed.session import choose_pool, connect
 
     schema = pa.schema([("row", pa.int64()), ("position", pa.int64()), ("device", pa.string())])
@@ -159,9 +159,8 @@ def test_the_real_gpu_of_a_stage(tmp_path: Path) -> None:
     try:
         pool = choose_pool(None, None, None, None)
         assert pool.gpus == 1.0
-        folder = run_groups(
-            "telling", str(tmp_path / "made" / "rows"), ["a", "b"], [[], []], 1, schema, Told, (), pool, 1,
-        )  # fmt: skip
+        stage = ItemStage("telling", str(tmp_path / "made" / "rows"), schema, Told, ())
+        folder = run_items(stage, ["a", "b"], pool)
         from diffitm.distributed.stages import whole_files
 
         devices = set(whole_files(folder, schema).to_table()["device"].to_pylist())

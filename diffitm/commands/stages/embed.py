@@ -18,7 +18,7 @@ import torch
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
-from diffitm.distributed.groups import BLOCKS_PER_ACTOR, run_groups
+from diffitm.distributed.item_stage import BLOCKS_PER_ACTOR, ItemStage, run_items
 from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import Stage, run_stage, whole_files
 from diffitm.retrieval import exact_knn
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from diffitm.models.clip import ClipSource
 
 GROUP = {"image": 32, "text": 256}  # items of a forward; a part of what an embedding depends on
-GROUPS_PER_BLOCK = 16
+ROWS_PER_BLOCK = 16
 QUERIES = {"cpu": 4096, "cuda": 16384}
 GALLERY = {"cpu": 1024, "cuda": 8192}  # items of a step of the search
 LOOKED_AT = 20
@@ -124,10 +124,16 @@ def embed(
 ) -> Gallery:  # fmt: skip
     """Embed all images or texts (`kind`) that are not embedded yet, below the folder `work`."""
     what = f"embedding {'images' if kind == 'image' else 'captions'}"
-    folder = run_groups(
-        what, storage.join(work, f"{kind}s", "embeddings"), names, truth, GROUP[kind],
-        EMBEDDINGS, EmbedActor, (kind, source, root), pool, GROUPS_PER_BLOCK,
-    )  # fmt: skip
+    stage = ItemStage(
+        what,
+        storage.join(work, f"{kind}s", "embeddings"),
+        EMBEDDINGS,
+        EmbedActor,
+        (kind, source, root),
+        GROUP[kind],
+        ROWS_PER_BLOCK,
+    )
+    folder = run_items(stage, names, pool, truth)
     return Gallery(folder, storage.readable_parquet(folder)[0], len(names))
 
 

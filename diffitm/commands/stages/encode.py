@@ -15,16 +15,17 @@ from diffitm.core import storage
 from diffitm.core.provenance import fingerprint
 from diffitm.core.schema import PairRow
 from diffitm.core.storage import join
-from diffitm.distributed.groups import run_groups, work_folder
+from diffitm.distributed.item_stage import ItemStage, run_items, work_folder
 from diffitm.distributed.session import ActorPool
 from diffitm.models.loading import ModelSource, load_denoiser
 from diffitm.scoring.diffusion import to_input
 from diffitm.scoring.scorer import load_images
-from diffitm.training.latent_cache import CACHED, ROWS_TOGETHER
+from diffitm.training.latent_cache import CACHED, ROW_GROUP
 
 log = logging.getLogger("diffitm")
 VERSION = 1  # grows when the same settings would give other values
 AT_ONCE = {"image": 16, "text": 64}  # items of a forward
+ROWS_PER_BLOCK = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Encoder:
 
 
 class EncodeActor:
-    """Loads the model once; encodes groups of images (`kind`) or texts."""
+    """Loads the model once; encodes images (`kind`) or texts."""
 
     def __init__(self, kind: str, encoder: Encoder, device: str, counter: Any) -> None:
         self.kind, self.encoder, self.counter = kind, encoder, counter
@@ -105,13 +106,20 @@ def encode(
     }
     if kind == "image":
         stamp = storage.stamp(encoder.root, sorted({name.split("#")[0] for name in names}))
-        root = storage.identity(encoder.root)
+        root = storage.without_query(encoder.root)
         settings |= {"root": root, "resize": encoder.resize, "files": stamp}
     what = "latents" if kind == "image" else "texts"
     folder = join(work_folder(out, f"cache-{what}", settings), "encoded")
     if first is not None and not storage.exists(folder):
         first()
-    return run_groups(
-        f"caching {what}", folder, names, [[] for _ in names], AT_ONCE[kind], CACHED, EncodeActor,
-        (kind, encoder), pool, 4, ROWS_TOGETHER,
-    )  # fmt: skip
+    stage = ItemStage(
+        f"caching {what}",
+        folder,
+        CACHED,
+        EncodeActor,
+        (kind, encoder),
+        AT_ONCE[kind],
+        ROWS_PER_BLOCK,
+        ROW_GROUP,
+    )
+    return run_items(stage, names, pool)

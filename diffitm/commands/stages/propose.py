@@ -11,7 +11,7 @@ import torch
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint
 from diffitm.core.storage import join
-from diffitm.distributed.groups import run_groups, work_folder
+from diffitm.distributed.item_stage import ItemStage, run_items, work_folder
 from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import whole_files
 from diffitm.negatives import rules
@@ -44,10 +44,8 @@ def by_rule(out: str, captions: list[str], seed: int, pool: ActorPool) -> dict[s
     """Captions by rule, caption -> kind -> text; what is made already lies below work/ beside `out`."""
     settings = {"version": VERSION, "captions": fingerprint(captions), "seed": seed}
     folder = join(work_folder(out, "negatives-rules", settings), "made")
-    run_groups(
-        "captions by rule", folder, captions, _nothing(captions), RULES_AT_ONCE, MADE, RuleActor,
-        (seed,), pool, 1,
-    )  # fmt: skip
+    stage = ItemStage("captions by rule", folder, MADE, RuleActor, (seed,), RULES_AT_ONCE)
+    run_items(stage, captions, pool)
     return {
         captions[line["position"]]: dict(zip(line["kinds"], line["captions"], strict=True))
         for line in whole_files(folder, MADE).to_table().to_pylist()
@@ -99,10 +97,15 @@ def by_model(
     }
     folder = join(work_folder(out, "negatives-llm", settings), "answers")
     size = ANSWERS_AT_ONCE[pool.device]
-    run_groups(
-        "captions by the language model", folder, captions, _nothing(captions), size, ANSWERS,
-        AnswerActor, (question, batch_size or size), pool, 1,
-    )  # fmt: skip
+    stage = ItemStage(
+        "captions by the language model",
+        folder,
+        ANSWERS,
+        AnswerActor,
+        (question, batch_size or size),
+        size,
+    )
+    run_items(stage, captions, pool)
     return {
         captions[line["position"]]: (line["text"], line["problem"])
         for line in whole_files(folder, ANSWERS).to_table().to_pylist()
@@ -110,7 +113,7 @@ def by_model(
 
 
 class AnswerActor:
-    """Loads the language model once; has it answer groups of captions."""
+    """Loads the language model once; has it answer captions."""
 
     def __init__(self, question: Question, batch_size: int, device: str, counter: Any) -> None:
         from diffitm.models.causal_lm import LanguageModel
@@ -141,8 +144,3 @@ class AnswerActor:
                 f"{len(prompts)} prompts do not fit the GPU's memory; give a smaller --batch-size"
             )
             raise InputError(text) from error
-
-
-def _nothing(captions: list[str]) -> list[list[int]]:
-    """Captions that are not searched for are true for nothing."""
-    return [[] for _ in captions]

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from diffitm.core.provenance import fingerprint
-from diffitm.distributed.groups import run_groups
+from diffitm.distributed.item_stage import ItemStage, run_items
 from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import whole_files
 from diffitm.models.loading import load_denoiser
@@ -79,10 +79,8 @@ def sample(
     pool: ActorPool,
 ) -> None:
     """Generate the images of all prompts that the folder lacks."""
-    run_groups(
-        f"{name}: images", folder, list(prompts), [[] for _ in prompts], 1, SAMPLES, SampleActor,
-        (spec, how), pool, 1,
-    )  # fmt: skip
+    stage = ItemStage(f"{name}: images", folder, SAMPLES, SampleActor, (spec, how))
+    run_items(stage, list(prompts), pool)
 
 
 def read_samples(folder: str) -> dict[str, list[bytes]]:
