@@ -68,7 +68,7 @@ def _run(call: Callable[[], None]) -> int:
     try:
         call()
     except InputError as error:
-        return _fail(BAD_INPUT, f"error: {error}")
+        return _fail(BAD_INPUT, f"error: {error.on_command_line()}")
     except Incomplete as error:
         return _fail(INCOMPLETE, f"incomplete: {error}")
     except Unavailable as error:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from diffitm.core.errors import Incomplete
+from diffitm.core.errors import Incomplete, InputError
 from diffitm.evaluation import evaluate
 from diffitm.report.terminal import print_summary
 from diffitm.store.pair_table import WorkTable
@@ -57,6 +58,7 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
     [
         ("pass", 0, ""),
         ("raise InputError('--model x: no')", 2, "error: --model x: no\n"),
+        ("raise InputError('x: no', 'held_out')", 2, "error: --held-out x: no\n"),
         ("raise OSError(28, 'full')", 2, "error: no space left in the --out folder"),
         ("raise Incomplete('2 images')", 3, "incomplete: 2 images\n"),
         (
@@ -180,3 +182,18 @@ def test_a_finished_training_tells_its_lost_images(tmp_path: Path) -> None:
     (tmp_path / "failures.json").write_text('{"a.jpg: no image": 3}')
     with pytest.raises(Incomplete, match=r"1 images or shards .* listed in .*failures\.json"):
         check_complete(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "library", "command"),
+    [
+        (InputError("3: only 2", "held_out"), "held_out 3: only 2", "--held-out 3: only 2"),
+        (InputError(": no file x", "data"), "data: no file x", "--data: no file x"),
+        (InputError("-1: below 0", "lambda_"), "lambda_ -1: below 0", "--lambda -1: below 0"),
+        (InputError("all is wrong"), "all is wrong", "all is wrong"),
+    ],
+)
+def test_the_field_of_an_error(error: InputError, library: str, command: str) -> None:
+    """A field in Python, an option on the command line; Ray hands it on whole."""
+    error = pickle.loads(pickle.dumps(error))
+    assert (str(error), error.on_command_line()) == (library, command)

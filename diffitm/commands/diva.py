@@ -77,7 +77,7 @@ def build_plan(config: DivaConfig) -> Plan[DivaJob]:
     Raises InputError for bad input.
     """
     out = storage.absolute(config.out)
-    teacher, clip = resolve(config.teacher, "--teacher"), resolve_clip(config.clip)
+    teacher, clip = resolve(config.teacher, "teacher"), resolve_clip(config.clip)
 
     from diffitm.commands.weights import share
     from diffitm.distributed import session

@@ -288,7 +288,7 @@ def _write_examples(config: GdbenchConfig, root: str, out: str) -> dict[str, Exa
                 task.name, task.examples(root), folder, config.limit
             )
         except InputError as error:
-            problems.append(str(error))
+            problems.append(error.on_command_line())
             continue
         absent = present(root, uri) if count else None
         if count == 0:

@@ -95,7 +95,7 @@ def _problems(sweep: Sweep, setting: dict[str, Any], out: str) -> list[str]:
     try:
         config = _trial(sweep, setting, out)
     except InputError as error:
-        return [str(error)]
+        return [error.on_command_line()]
     find = options if sweep.kind.name == "lambda" else diva_options
     problems = find.find_problems(config)
     if not config.validate_every:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from diffitm.commands.entrance import entered
 from diffitm.core import storage
-from diffitm.core.config import flag
-from diffitm.core.errors import InputError
+from diffitm.core.errors import InputError, flag
 from diffitm.core.provenance import fingerprint
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import fit, workers_of

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from diffitm.core import storage
-from diffitm.core.errors import InputError, suggest
+from diffitm.core.errors import InputError, flag, suggest
 
 C = TypeVar("C")
 
@@ -154,11 +154,6 @@ def find_outside(config: Any) -> list[str]:
         elif above is not None and not value > above:
             problems.append(f"{flag(field.name)} {value:g}: must be above {above}")
     return problems
-
-
-def flag(name: str) -> str:
-    """The option of a field; a trailing underscore keeps a field from being a keyword."""
-    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def field_of(key: str, fields: Iterable[str]) -> str:

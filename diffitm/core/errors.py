@@ -7,7 +7,32 @@ from collections.abc import Iterable
 
 
 class InputError(Exception):
-    """Something the user gave is wrong: the message names it, its value and what would be right."""
+    """Something the user gave is wrong: the message names its value and what would be right.
+
+    `field` is the argument or option that it was given by, None where the message says it. The message
+    follows it, with a space or, where it begins with a colon, as it is.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message, field)
+        self.message, self.field = message, field
+
+    def __str__(self) -> str:
+        return self._after(self.field)
+
+    def on_command_line(self) -> str:
+        """The message with the field as an option: --held-out."""
+        return self._after(self.field and flag(self.field))
+
+    def _after(self, name: str | None) -> str:
+        if name is None:
+            return self.message
+        return name + self.message if self.message.startswith(":") else f"{name} {self.message}"
+
+
+def flag(field: str) -> str:
+    """The option of a field; a trailing underscore keeps a field from being a keyword."""
+    return "--" + field.rstrip("_").replace("_", "-")
 
 
 class Unavailable(Exception):  # noqa: N818, it is no error of this run

@@ -111,7 +111,7 @@ def held(out: str, takeover: bool = False, is_file: bool = False) -> Iterator[No
         if lease.taken_by is None:
             raise
         text = f"was taken over by {lease.taken_by}; this run ends, and what it has written stays"
-        raise InputError(f"--out {out}: {text}") from None
+        raise InputError(f"{out}: {text}", "out") from None
     finally:
         lease.release()
 
@@ -134,7 +134,7 @@ class _Lease:
             self._take()
         except OSError as error:
             raise InputError(
-                f"--out {storage.without_query(self.out)}: cannot be written to: {error}"
+                f"{storage.without_query(self.out)}: cannot be written to: {error}", "out"
             ) from error
 
     def _take(self) -> None:
@@ -148,8 +148,9 @@ class _Lease:
             if other is not None and not (self.takeover or other.is_dead):
                 if self._lives(other):
                     raise InputError(
-                        f"--out {self.out}: another run works on it ({other}). Wait for "
-                        "its end, stop it, or give another --out; --takeover if you know that it died"
+                        f"{self.out}: another run works on it ({other}). Wait for "
+                        "its end, stop it, or give another --out; --takeover if you know that it died",
+                        "out",
                     )
                 log.info(
                     "%s was left by a run that died (%s)", storage.without_query(self.out), other

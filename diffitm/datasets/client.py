@@ -204,4 +204,4 @@ def check_proxy(proxy: str | None) -> None:
         return
     parts = urlsplit(proxy)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-        raise InputError("--proxy: must look like http://host:port, without a user name")
+        raise InputError(": must look like http://host:port, without a user name", "proxy")

@@ -55,7 +55,7 @@ def check(config: DataConfig) -> dict[str, DatasetRecipe]:
         names = list(sources.SOURCES) if config.tasks == ["all"] else config.tasks
         chosen = sources.find(names, sources.SOURCES)
     except InputError as error:
-        problems.append(str(error))
+        problems.append(error.on_command_line())
     if not config.tasks:
         problems.append(f"name what to fetch: all, or some of {', '.join(sources.SOURCES)}")
     if not config.data:
@@ -69,7 +69,7 @@ def check(config: DataConfig) -> dict[str, DatasetRecipe]:
     try:
         check_proxy(config.proxy)
     except InputError as error:
-        problems.append(str(error))
+        problems.append(error.on_command_line())
     if problems:
         raise InputError("\n".join(problems))
     return chosen

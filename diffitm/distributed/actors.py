@@ -161,7 +161,7 @@ class StageActor:
         if verdict.why is None:
             sys.stderr.write(f"{self.place.name}: {what} failed: {cause}\n")
         elif isinstance(error, InputError):
-            self.ending = InputError(f"{error} (on {self.place.name})")
+            self.ending = InputError(f"{error.message} (on {self.place.name})", error.field)
         else:
             self.ending = Unavailable(verdict.why) if transient or crash else error
         return verdict

@@ -321,7 +321,7 @@ def work(kind: type[TrainModule], settings: dict[str, Any]) -> int | None:
     try:
         loop = TrainLoop(kind, settings["job"], monitor, processors(share))
     except InputError as error:
-        ray.get(monitor.stop.remote(f"{error} (on {place.name})"))
+        ray.get(monitor.stop.remote(f"{error.on_command_line()} (on {place.name})"))
     failed = torch.tensor([float(loop is None)])
     if context.get_world_size() > 1:
         torch.distributed.all_reduce(failed)
@@ -330,5 +330,5 @@ def work(kind: type[TrainModule], settings: dict[str, Any]) -> int | None:
     try:
         return loop.train()
     except InputError as error:  # no other group would fare better
-        ray.get(monitor.stop.remote(f"{error} (on {place.name})"))
+        ray.get(monitor.stop.remote(f"{error.on_command_line()} (on {place.name})"))
         raise

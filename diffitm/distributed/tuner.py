@@ -263,5 +263,7 @@ def _cause(error: Any) -> str:
     """The line of an error that says what happened: the first of one that a user is meant to read, else
     the last."""
     cause = getattr(error, "cause", None) or error
+    if isinstance(cause, InputError):
+        return cause.on_command_line().strip().splitlines()[0]
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return (lines[0] if isinstance(cause, InputError) else lines[-1]).strip()
+    return lines[-1].strip()

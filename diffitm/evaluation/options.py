@@ -116,14 +116,14 @@ def check_options(config: GdbenchConfig) -> list[tuple[int, ...]]:
         try:
             _ = lora and lora_file(lora)
         except InputError as error:
-            problems.append(str(error))
+            problems.append(error.on_command_line())
     problems += _list_problems(config)
     timesteps = {}
     for count in config.timesteps:
         try:
             timesteps[tuple(plan_timesteps(config.protocol, count, config.seed))] = count
         except InputError as error:
-            problems.append(str(error))
+            problems.append(error.on_command_line())
     if problems:
         raise InputError("\n".join(problems))
     return [tuple(config.timestep_list)] if config.timestep_list else list(timesteps)
@@ -155,7 +155,7 @@ def task_problems(config: GdbenchConfig) -> list[str]:
         try:
             task = find_task(name)
         except InputError as error:
-            problems.append(str(error))
+            problems.append(error.on_command_line())
             continue
         if task.name in seen:
             problems.append(f"two tasks have the name {task.name!r}; rename yours ({name})")

@@ -47,7 +47,7 @@ class LanguageSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.revision is None:
             return self
-        weights = fetch(self.name, self.revision, lambda names: needed(names, ("",)), "--llm")
+        weights = fetch(self.name, self.revision, lambda names: needed(names, ("",)), "llm")
         return replace(self, weights=weights)
 
 
@@ -68,17 +68,19 @@ def resolve_language_model(name: str) -> LanguageSource:
     folder = _copy(given) if "://" in given else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"--llm {name!r}: the folder has no config.json (transformers layout)")
+            raise InputError(
+                f"{name!r}: the folder has no config.json (transformers layout)", "llm"
+            )
         if not list(folder.glob("*.safetensors")):
-            raise InputError(f"--llm {name!r}: the folder has no .safetensors weights")
+            raise InputError(f"{name!r}: the folder has no .safetensors weights", "llm")
         if not any((folder / file).is_file() for file in TOKENIZERS):
-            raise InputError(f"--llm {name!r}: the folder has no tokenizer (tokenizer.json)")
+            raise InputError(f"{name!r}: the folder has no tokenizer (tokenizer.json)", "llm")
         _check_kind(name, str(folder), None)
         where = given if "://" in given else str(folder.absolute())
         return LanguageSource(name, where, None, _digest(folder))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
-        raise InputError(f"--llm {name!r} is neither a folder nor a Hub id such as 'org/name'")
-    commit = from_hub(name, "config.json", "--llm").parent.name
+        raise InputError(f"{name!r} is neither a folder nor a Hub id such as 'org/name'", "llm")
+    commit = from_hub(name, "config.json", "llm").parent.name
     _check_kind(name, name, commit)
     return LanguageSource(name, name, commit, commit)
 
@@ -91,7 +93,7 @@ def _copy(uri: str, digest: str | None = None) -> Path:
     """A local copy of a model's folder in an object store."""
     there = storage.sizes(uri)
     if not there:
-        raise InputError(f"--llm {storage.without_query(uri)!r}: there is no such folder")
+        raise InputError(f"{storage.without_query(uri)!r}: there is no such folder", "llm")
     return on_disk(uri, there, _digest, digest)[0]
 
 
@@ -109,11 +111,12 @@ def _check_kind(name: str, location: str, revision: str | None) -> None:
     try:
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
     except _UNREADABLE as error:
-        raise InputError(f"--llm {name!r}: its config.json cannot be used: {error}") from error
+        raise InputError(f"{name!r}: its config.json cannot be used: {error}", "llm") from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
-            f"--llm {name!r}: a {config.model_type} model is no causal language model; give an "
-            "instruct model such as meta-llama/Llama-3.1-8B-Instruct"
+            f"{name!r}: a {config.model_type} model is no causal language model; give an "
+            "instruct model such as meta-llama/Llama-3.1-8B-Instruct",
+            "llm",
         )
 
 
@@ -146,16 +149,16 @@ class LanguageModel:
                 output_loading_info=True, **where,
             )  # fmt: skip
         except _UNREADABLE as error:
-            raise InputError(f"--llm {source.name!r} cannot be loaded: {error}") from error
+            raise InputError(f"{source.name!r} cannot be loaded: {error}", "llm") from error
         lost = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
         if lost:
             raise InputError(
-                f"--llm {source.name!r}: its weights lack {len(lost)}, such as {lost[0]}"
+                f"{source.name!r}: its weights lack {len(lost)}, such as {lost[0]}", "llm"
             )
         ends = model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         if ends is None:
-            raise InputError(f"--llm {source.name!r} has no token that ends an answer (eos_token)")
+            raise InputError(f"{source.name!r} has no token that ends an answer (eos_token)", "llm")
         self.ends = [ends] if isinstance(ends, int) else list(ends)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.ends[0])

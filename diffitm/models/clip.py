@@ -71,7 +71,7 @@ class ClipSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.model.startswith(HUB):
             repo, _, commit = self.digest.removeprefix(HUB).rpartition("@")
-            weights = fetch(repo, commit, lambda names: needed(names, ("",)), "--clip")
+            weights = fetch(repo, commit, lambda names: needed(names, ("",)), "clip")
             return replace(self, weights=weights)
         if self.pretrained not in open_clip.list_pretrained_tags_by_model(self.model):
             return self
@@ -79,8 +79,10 @@ class ClipSource:
             config = open_clip.get_pretrained_cfg(self.model, self.pretrained)
             file = Path(patiently(lambda: open_clip.download_pretrained(config)))
         except (OSError, RuntimeError) as error:
-            text = f"--clip {self.name!r}: its weights cannot be fetched: {error}"
-            raise (Unavailable if is_transient(error) else InputError)(text) from error
+            text = f"{self.name!r}: its weights cannot be fetched: {error}"
+            if is_transient(error):
+                raise Unavailable(f"clip {text}") from error
+            raise InputError(text, "clip") from error
         return replace(self, weights=Weights(self.name, str(file.parent), (file.name,)))
 
 
@@ -101,11 +103,13 @@ def resolve_clip(name: str) -> ClipSource:
         where = "shapes" if name == "shapes" else f"{LOCAL}{place}"
         return ClipSource(name, where, None, _digest(folder, name))
     if name.startswith(HUB):
-        config = from_hub(name.removeprefix(HUB), CONFIG, "--clip")
+        config = from_hub(name.removeprefix(HUB), CONFIG, "clip")
         return ClipSource(name, name, None, f"{name}@{config.parent.name}")
     model, _, tag = name.partition(":")
     if model not in open_clip.list_models():
-        raise InputError(f"--clip {name!r}: unknown model{suggest(model, open_clip.list_models())}")
+        raise InputError(
+            f"{name!r}: unknown model{suggest(model, open_clip.list_models())}", "clip"
+        )
     if "://" in tag:
         uri = given.partition(":")[2]
         return ClipSource(name, model, uri, f"{model}:{content_digest([_file_copy(uri)])}")
@@ -114,7 +118,7 @@ def resolve_clip(name: str) -> ClipSource:
         return ClipSource(name, model, str(file), f"{model}:{content_digest([file])}")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
-        raise InputError(f"--clip {name!r}: {tag!r} is no file and no tag{suggest(tag, tags)}")
+        raise InputError(f"{name!r}: {tag!r} is no file and no tag{suggest(tag, tags)}", "clip")
     quick_gelu = bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
     return ClipSource(name, model, tag, f"{model}:{tag}", quick_gelu)
 
@@ -127,10 +131,10 @@ def _is_uri(name: str) -> bool:
 def _digest(folder: Path, name: str) -> str:
     """sha256 of what of a local folder is loaded. Raises InputError if something is missing."""
     if not (folder / CONFIG).is_file():
-        raise InputError(f"--clip {name!r}: the folder has no {CONFIG}")
+        raise InputError(f"{name!r}: the folder has no {CONFIG}", "clip")
     weights = open_clip.factory._find_checkpoint_in_dir(folder)
     if weights is None:
-        raise InputError(f"--clip {name!r}: the folder has no weights ({', '.join(WEIGHTS)})")
+        raise InputError(f"{name!r}: the folder has no weights ({', '.join(WEIGHTS)})", "clip")
     read = {CONFIG, Path(weights).name, *TOKENIZER_FILES}
     return content_digest(sorted(path for path in folder.iterdir() if path.name in read))
 
@@ -150,7 +154,7 @@ def _file_copy(uri: str, digest: str | None = None) -> Path:
     folder, name = storage.parent(uri), storage.name(uri)
     there = storage.sizes(folder)
     if name not in there:
-        raise InputError(f"--clip: there is no file {storage.without_query(uri)}")
+        raise InputError(f": there is no file {storage.without_query(uri)}", "clip")
     listed = {name: there[name]}
     return on_disk(folder, listed, lambda copy: content_digest([copy / name]), digest)[0] / name
 
@@ -198,7 +202,7 @@ def load_clip(source: ClipSource, device: torch.device | str = "cpu") -> LoadedC
         _check_size(source.name, model, pretrained, loaded.visual)
         return LoadedClip(loaded.eval(), preprocess, open_clip.get_tokenizer(model))
     except _UNREADABLE as error:
-        raise InputError(f"--clip {source.name!r} cannot be loaded: {error}") from error
+        raise InputError(f"{source.name!r} cannot be loaded: {error}", "clip") from error
 
 
 @functools.cache
@@ -218,7 +222,9 @@ def preprocessing(source: ClipSource) -> dict[str, Any]:
             (value,) = values
             found[f"image_{key}"] = list(value) if isinstance(value, tuple) else value
         elif values:
-            text = "--clip %s: %s differs among the published weights of %s; open_clip's default is used"
+            text = (
+                "clip %s: %s differs among the published weights of %s; open_clip's default is used"
+            )
             log.warning(text, source.name, key, source.model)
     return found
 
@@ -235,8 +241,9 @@ def _check_size(name: str, model: str, file: str | None, tower: Any) -> None:
     wanted = list(wanted.shape)
     if there != wanted:
         raise InputError(
-            f"--clip {name!r}: its weights have positions of {there}, its config, for images of "
-            f"{tower.image_size} pixels, has {wanted}: they are for another image size"
+            f"{name!r}: its weights have positions of {there}, its config, for images of "
+            f"{tower.image_size} pixels, has {wanted}: they are for another image size",
+            "clip",
         )
 
 

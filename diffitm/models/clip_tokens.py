@@ -24,8 +24,9 @@ def find_tower(model: nn.Module, name: str) -> nn.Module:
     elif isinstance(tower, TimmModel) and hasattr(tower.trunk, "num_prefix_tokens"):
         return tower
     raise InputError(
-        f"--clip {name!r}: has no dense tokens here; a ViT with a class token (OpenAI, MetaCLIP, DFN)"
-        " or one of timm's (SigLIP) has"
+        f"{name!r}: has no dense tokens here; a ViT with a class token (OpenAI, MetaCLIP, DFN)"
+        " or one of timm's (SigLIP) has",
+        "clip",
     )
 
 
@@ -42,7 +43,7 @@ def image_side(tower: Any) -> int:
     sides = tuple(sides) if isinstance(sides, tuple | list) else (sides,)
     if len(set(sides)) != 1:
         raise InputError(
-            f"--clip: takes images of {' x '.join(map(str, sides))} pixels, not squares"
+            f": takes images of {' x '.join(map(str, sides))} pixels, not squares", "clip"
         )
     return int(sides[0])
 

@@ -78,7 +78,7 @@ class Denoiser(ABC):
 
         Raises InputError for a kind of model that generates none here.
         """
-        raise InputError(f"--prompts: {type(self).__name__} generates no images")
+        raise InputError(f": {type(self).__name__} generates no images", "prompts")
 
 
 def select(condition: Condition, index: Tensor) -> Condition:

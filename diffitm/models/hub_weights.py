@@ -64,7 +64,7 @@ def _lacking(folder: Path, files: Iterable[str]) -> str | None:
 
 
 def fetch(
-    repo: str, commit: str, choose: Callable[[list[str]], Iterable[str]], option: str
+    repo: str, commit: str, choose: Callable[[list[str]], Iterable[str]], field: str
 ) -> Weights:
     """Fetch the files that `choose` takes of a Hub repository's into the Hub's cache on this machine.
 
@@ -79,8 +79,10 @@ def fetch(
             lambda: snapshot_download(repo, revision=commit, allow_patterns=list(files))
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        text = f"{option} {repo!r}: its weights cannot be fetched: {error}"
-        raise (Unavailable if is_transient(error) else InputError)(text) from error
+        text = f"{repo!r}: its weights cannot be fetched: {error}"
+        if is_transient(error):
+            raise Unavailable(f"{field} {text}") from error
+        raise InputError(text, field) from error
     return Weights(f"{repo}-{commit[:12]}", where, files)
 
 

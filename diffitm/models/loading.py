@@ -58,12 +58,12 @@ FAMILIES = {
 }
 
 
-def family_of(index: Mapping[str, Any], name: str, option: str) -> Family:
+def family_of(index: Mapping[str, Any], name: str, field: str) -> Family:
     """The family that a model_index.json names. Raises InputError for one that is not known here."""
     kind = str(index["_class_name"])
     if kind not in FAMILIES:
         raise InputError(
-            f"{option} {name!r}: unknown kind of diffusion model {kind!r}{suggest(kind, FAMILIES)}"
+            f"{name!r}: unknown kind of diffusion model {kind!r}{suggest(kind, FAMILIES)}", field
         )
     return FAMILIES[kind]
 
@@ -71,14 +71,14 @@ def family_of(index: Mapping[str, Any], name: str, option: str) -> Family:
 @dataclass(frozen=True)
 class ModelSource:
     """Where a model lies: a local folder, a URI, or a Hub id with its commit; `digest` names the weights,
-    `option` is what the user gave it with."""
+    `field` is what the user gave it with."""
 
     name: str
     location: str
     revision: str | None
     family: str
     digest: str
-    option: str = "--model"
+    field: str = "model"
     weights: Weights | None = None  # of the Hub, once they are fetched
 
     def fetched(self, variant: str | None = None) -> ModelSource:
@@ -90,42 +90,42 @@ class ModelSource:
         def choose(names: list[str]) -> list[str]:
             return [INDEX, *needed(names, parts, variant)]
 
-        return replace(self, weights=fetch(self.name, self.revision, choose, self.option))
+        return replace(self, weights=fetch(self.name, self.revision, choose, self.field))
 
 
-def resolve(name: str, option: str = "--model") -> ModelSource:
+def resolve(name: str, field: str = "model") -> ModelSource:
     """Find a diffusers model by name: 'shapes', a local folder, a URI of one or a Hub id. Loads no
     weights; those behind a URI are fetched.
 
-    Raises InputError that names `option` and says what was looked for.
+    Raises InputError that names `field` and says what was looked for.
     """
     given, name = name, storage.without_query(name)
     folder = SHAPES / "diffusion" if name == "shapes" else Path(name).expanduser()
     if "://" in given:
-        folder = _copy(given, option)
+        folder = _copy(given, field)
     if folder.is_dir():
         index = folder / INDEX
         if not index.is_file():
             raise InputError(
-                f"{option} {name!r}: the folder has no model_index.json (diffusers layout)"
+                f"{name!r}: the folder has no model_index.json (diffusers layout)", field
             )
-        settings = _read_index(index, name, option)
-        family = family_of(settings, name, option)
+        settings = _read_index(index, name, field)
+        family = family_of(settings, name, field)
         missing = [part for part in family.parts if not (folder / part).is_dir()]
         if missing:
-            raise InputError(f"{option} {name!r}: the folder lacks {', '.join(missing)}")
+            raise InputError(f"{name!r}: the folder lacks {', '.join(missing)}", field)
         location = given if name == "shapes" or "://" in given else str(folder.absolute())
         digest = _digest(folder, family, settings)
-        return ModelSource(name, location, None, str(settings["_class_name"]), digest, option)
+        return ModelSource(name, location, None, str(settings["_class_name"]), digest, field)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
         raise InputError(
-            f"{option} {name!r} is neither a folder nor a Hub id such as 'org/name', nor 'shapes'"
+            f"{name!r} is neither a folder nor a Hub id such as 'org/name', nor 'shapes'", field
         )
-    index = from_hub(name, INDEX, option)
+    index = from_hub(name, INDEX, field)
     commit = index.parent.name
-    settings = _read_index(index, name, option)
-    family_of(settings, name, option)
-    return ModelSource(name, name, commit, str(settings["_class_name"]), commit, option)
+    settings = _read_index(index, name, field)
+    family_of(settings, name, field)
+    return ModelSource(name, name, commit, str(settings["_class_name"]), commit, field)
 
 
 def load_denoiser(
@@ -149,7 +149,7 @@ def load_denoiser(
     try:
         denoiser = build(folder, DTYPES[dtype], device, revision, variant)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{source.option} {source.name!r} cannot be loaded: {error}") from error
+        raise InputError(f"{source.name!r} cannot be loaded: {error}", source.field) from error
     if lora is not None:
         unet = lora_unet(denoiser)
         tensors, scale = read_lora(lora)
@@ -170,8 +170,8 @@ def check_loadable(source: ModelSource, loras: Sequence[str]) -> None:
                 with safe_open(file, "pt"):
                     continue
             except (OSError, SafetensorError) as error:
-                text = f"{source.option} {source.name!r}: {file} is no whole safetensors file"
-                raise InputError(f"{text}: {error}") from error
+                text = f"{source.name!r}: {file} is no whole safetensors file: {error}"
+                raise InputError(text, source.field) from error
     if loras and (folder / "unet").is_dir():
         from diffusers import UNet2DConditionModel
 
@@ -180,12 +180,12 @@ def check_loadable(source: ModelSource, loras: Sequence[str]) -> None:
             with torch.device("meta"):
                 unet = UNet2DConditionModel.from_config(config)
         except (OSError, ValueError) as error:
-            raise InputError(f"{source.option} {source.name!r}: its U-Net: {error}") from error
+            raise InputError(f"{source.name!r}: its U-Net: {error}", source.field) from error
         for lora in loras:
             try:
                 match_lora(unet, read_lora(lora)[0])
             except InputError as error:
-                raise InputError(f"--lora {unpinned(lora)}: {error}") from error
+                raise InputError(f"{unpinned(lora)}: {error.message}", "lora") from error
 
 
 def _on_machine(source: ModelSource) -> tuple[str, str | None]:
@@ -195,21 +195,21 @@ def _on_machine(source: ModelSource) -> tuple[str, str | None]:
     if source.weights is not None:
         return str(source.weights.on_machine()), None
     if "://" in source.location:
-        return str(_copy(source.location, source.option, source.digest)), None
+        return str(_copy(source.location, source.field, source.digest)), None
     return source.location, source.revision
 
 
-def _copy(uri: str, option: str, digest: str | None = None) -> Path:
+def _copy(uri: str, field: str, digest: str | None = None) -> Path:
     """A local copy of the parts of a diffusers folder in an object store."""
     there = storage.sizes(uri, recursive=True)
     if INDEX not in there:
         raise InputError(
-            f"{option} {storage.without_query(uri)!r}: there is no {INDEX} (diffusers layout)"
+            f"{storage.without_query(uri)!r}: there is no {INDEX} (diffusers layout)", field
         )
     settings = _index_of(
-        storage.read_text(storage.join(uri, INDEX)), storage.without_query(uri), option
+        storage.read_text(storage.join(uri, INDEX)), storage.without_query(uri), field
     )
-    family = family_of(settings, storage.without_query(uri), option)
+    family = family_of(settings, storage.without_query(uri), field)
     parts = tuple(f"{part}/" for part in family.parts)
     wanted = {name: state for name, state in there.items() if name.startswith((INDEX, *parts))}
     return on_disk(uri, wanted, lambda folder: _digest(folder, family, settings), digest)[0]
@@ -220,16 +220,16 @@ def lora_digest(path: str) -> str:
     return digest_of(lora_file(path))
 
 
-def _read_index(index: Path, name: str, option: str) -> dict[str, Any]:
-    return _index_of(index.read_text(), name, option)
+def _read_index(index: Path, name: str, field: str) -> dict[str, Any]:
+    return _index_of(index.read_text(), name, field)
 
 
-def _index_of(text: str, name: str, option: str) -> dict[str, Any]:
+def _index_of(text: str, name: str, field: str) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(text)
         settings["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{option} {name!r}: model_index.json names no _class_name") from error
+        raise InputError(f"{name!r}: model_index.json names no _class_name", field) from error
     return settings
 
 
@@ -247,7 +247,7 @@ def _digest(folder: Path, family: Family, index: Mapping[str, Any]) -> str:
     return total.hexdigest()
 
 
-def from_hub(name: str, file: str, option: str) -> Path:
+def from_hub(name: str, file: str, field: str) -> Path:
     """A file of a Hub repository, whose parent folder is named by the commit.
 
     Raises InputError with what to do about it.
@@ -262,12 +262,10 @@ def from_hub(name: str, file: str, option: str) -> Path:
     try:
         return Path(hf_hub_download(name, file))
     except GatedRepoError as error:
-        raise InputError(
-            f"{option} {name!r} is gated: accept its terms and set HF_TOKEN"
-        ) from error
+        raise InputError(f"{name!r} is gated: accept its terms and set HF_TOKEN", field) from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"{option} {name!r}: there is no such model on the Hub") from error
+        raise InputError(f"{name!r}: there is no such model on the Hub", field) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{option} {name!r}: no such folder, and the Hub gave none: {error}"
+            f"{name!r}: no such folder, and the Hub gave none: {error}", field
         ) from error

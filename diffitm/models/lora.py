@@ -54,12 +54,12 @@ def lora_file(path: str) -> Path:
     candidates = [given, *(given / name for name in _FILES)]
     found = next((c for c in candidates if c.is_file()), None)
     if found is None:
-        raise InputError(_nothing(path))
+        raise InputError(_nothing(path), "lora")
     return found
 
 
 def _nothing(path: str) -> str:
-    return f"--lora: {path!r} is neither a file nor a folder with one of {', '.join(_FILES)}"
+    return f": {path!r} is neither a file nor a folder with one of {', '.join(_FILES)}"
 
 
 def _copy(uri: str) -> Path:
@@ -71,7 +71,7 @@ def _copy(uri: str) -> Path:
     there = storage.sizes(folder)
     name = next((name for name in names if name in there), None)
     if name is None:
-        raise InputError(_nothing(storage.without_query(uri)))
+        raise InputError(_nothing(storage.without_query(uri)), "lora")
     listed = {n: there[n] for n in (name, _CONFIG) if n in there}
     return on_disk(folder, listed, lambda copy: digest_of(copy / name), digest or None)[0] / name
 
@@ -108,7 +108,7 @@ def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
     try:
         tensors, settings = _read(file)
     except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        raise InputError(f"--lora: {file} cannot be read: {error}") from error
+        raise InputError(f": {file} cannot be read: {error}", "lora") from error
     return tensors, _stated_scale(settings, file)
 
 
@@ -144,7 +144,8 @@ def lora_unet(denoiser: Denoiser) -> nn.Module:
     if unet is None:
         name = type(denoiser).__name__
         raise InputError(
-            f"--model: a {name} takes no LoRA and cannot be tuned, only Stable Diffusion's U-Net can"
+            f": a {name} takes no LoRA and cannot be tuned, only Stable Diffusion's U-Net can",
+            "model",
         )
     return unet
 

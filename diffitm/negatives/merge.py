@@ -52,14 +52,14 @@ def read_pairs(uri: str) -> list[TrainingRow]:
         return [
             TrainingRow(image, known.captions[c]) for image, captions in pairs for c in captions
         ]
-    rows = read_rows(uri, "--captions")
+    rows = read_rows(uri, "captions")
     for number, row in enumerate(rows):
         lack = row.lacks("random-text")
         if lack is not None or not normal(row.caption):
             what = lack or f"caption {row.caption!r} has no word"
             raise InputError(f"{uri}, row {number}: {what}; each needs an image path and a caption")
     if not rows:
-        raise InputError(f"--captions: {uri} holds no row")
+        raise InputError(f": {uri} holds no row", "captions")
     return rows
 
 

@@ -27,15 +27,15 @@ def find_hook(place: str) -> Hook:
     """
     if not all(place.rpartition(":")):
         raise InputError(
-            f"--mllm {place!r}: expected 'file.py:function' or 'package.module:function'"
+            f"{place!r}: expected 'file.py:function' or 'package.module:function'", "mllm"
         )
     try:
         function = load(place)
     except Exception as error:  # the file is the user's: its import can raise anything
         shown = f"{type(error).__name__}: {error}"
-        raise InputError(f"--mllm {place!r} cannot be imported: {shown}") from error
+        raise InputError(f"{place!r} cannot be imported: {shown}", "mllm") from error
     if not callable(function):
-        raise InputError(f"--mllm {place!r} is {_short(function)}, expected a function")
+        raise InputError(f"{place!r} is {_short(function)}, expected a function", "mllm")
     return Hook(place, function)
 
 
@@ -50,16 +50,16 @@ def run_hook(hook: Hook, name: str, folder: str) -> dict[str, Measured]:
         found = hook.function(name, folder)
     except Exception as error:
         shown = f"{type(error).__name__}: {error}"
-        raise InputError(f"--mllm {hook.place!r} failed on {name!r}: {shown}") from error
+        raise InputError(f"{hook.place!r} failed on {name!r}: {shown}", "mllm") from error
     if not isinstance(found, Mapping) or not found:
         expected = "expected a mapping of metric names to numbers"
-        raise InputError(f"--mllm {hook.place!r} returned {_short(found)}, {expected}")
+        raise InputError(f"{hook.place!r} returned {_short(found)}, {expected}", "mllm")
     return {_metric(hook, key): _measured(hook, key, value) for key, value in found.items()}
 
 
 def _metric(hook: Hook, key: Any) -> str:
     if not isinstance(key, str) or not key:
-        raise InputError(f"--mllm {hook.place!r} returned the key {_short(key)}, expected a name")
+        raise InputError(f"{hook.place!r} returned the key {_short(key)}, expected a name", "mllm")
     return key
 
 
@@ -71,7 +71,7 @@ def _measured(hook: Hook, key: str, value: Any) -> Measured:
         if len(numbers) == 3 and numbers[1] <= numbers[2]:
             return float(numbers[0]), float(numbers[1]), float(numbers[2])
     expected = "expected a finite number, or (value, low, high) of them"
-    raise InputError(f"--mllm {hook.place!r} returned {key!r}: {_short(value)}, {expected}")
+    raise InputError(f"{hook.place!r} returned {key!r}: {_short(value)}, {expected}", "mllm")
 
 
 def _is_finite(value: Any) -> bool:

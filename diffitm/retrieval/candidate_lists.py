@@ -46,9 +46,9 @@ def read_captions(uri: str) -> Captions:
         data = storage.read_bytes(uri)
         text = data.decode("utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"--captions: there is no file {uri}") from None
+        raise InputError(f": there is no file {uri}", "captions") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--captions: {uri} cannot be read: {error}") from error
+        raise InputError(f": {uri} cannot be read: {error}", "captions") from error
     found = Captions(digest=hashlib.sha256(data).hexdigest())
     places: tuple[dict[str, int], dict[str, int]] = ({}, {})
     for where, image, captions in _rows(uri, text):

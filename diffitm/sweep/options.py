@@ -152,7 +152,7 @@ def _checked(
         try:
             found = read_axis(name, types[name], value)
         except InputError as error:
-            problems.append(str(error))
+            problems.append(error.on_command_line())
             continue
         if isinstance(found, Axis):
             axes.append(found)
@@ -174,7 +174,7 @@ def _checked(
     try:
         config = make(SweepConfig, search, problems)
     except InputError as error:
-        raise InputError(str(error)) from None
+        raise InputError(error.on_command_line()) from None
     problems += find_outside(config)
     ranges = [str(axis) for axis in axes if axis.how]
     if ranges and config.search == "grid":

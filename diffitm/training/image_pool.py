@@ -43,9 +43,9 @@ def in_folder(uri: str) -> list[str]:
         found = [f for path in tables for f in in_parquet(storage.join(uri, path), path)]
     if not found:
         if not storage.exists(uri):
-            raise InputError(f"--data {uri}: there is no such folder")
+            raise InputError(f"{uri}: there is no such folder", "data")
         what = "holds no image (.jpg, .jpeg, .png) and no .parquet; shards are given as DIR/*.tar"
-        raise InputError(f"--data {uri}: {what}")
+        raise InputError(f"{uri}: {what}", "data")
     return found
 
 
@@ -69,9 +69,9 @@ def in_parquet(uri: str, name: str) -> list[str]:
                 raise InputError(f"{uri}: column {COLUMN} is {kind}; expects paths or bytes")
             return [row_of(name, row) for row in range(file.metadata.num_rows)]
     except FileNotFoundError:
-        raise InputError(f"--data: there is no file {uri}") from None
+        raise InputError(f": there is no file {uri}", "data") from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"--data: {uri} is no Parquet: {error}") from error
+        raise InputError(f": {uri} is no Parquet: {error}", "data") from error
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -101,7 +101,7 @@ def split(paths: Sequence[str], most: int | None, held: int) -> tuple[list[str],
     `most` to train on, which changes nothing of the others. Raises InputError if too few are left."""
     unique = list(dict.fromkeys(paths))
     if held >= len(unique):
-        raise InputError(f"--held-out {held}: there are only {len(unique):,} images")
+        raise InputError(f"{held}: there are only {len(unique):,} images", "held_out")
     kept = {i * len(unique) // held for i in range(held)} if held else set()
     trained = [path for i, path in enumerate(unique) if i not in kept]
     if most is not None and most < len(trained):

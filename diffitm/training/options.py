@@ -70,5 +70,5 @@ def shared_problems(config: Any) -> list[str]:
     try:
         span(config.workers)
     except InputError as error:
-        problems.append(str(error))
+        problems.append(error.on_command_line())
     return problems + track_problems(config.track)

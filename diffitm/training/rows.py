@@ -42,16 +42,16 @@ class TrainingRow:
         return None
 
 
-def read_rows(uri: str, option: str = "--data") -> list[TrainingRow]:
+def read_rows(uri: str, field: str = "data") -> list[TrainingRow]:
     """Rows of a file in the NegCLIP layout (.tsv) or of Parquet with the columns image, caption and,
     if there are any, negative_captions and negative_images (lists of texts).
 
-    Raises InputError that names file, row and what is right; `option` is what the user gave the file
+    Raises InputError that names file, row and what is right; `field` is what the user gave the file
     with.
     """
     if storage.without_query(uri).endswith(".tsv"):
         malformed = malformed_in(uri)
-        pairs = read_pairs(csv_table(_text(uri, option), uri, malformed, "\t"), malformed)
+        pairs = read_pairs(csv_table(_text(uri, field), uri, malformed, "\t"), malformed)
         return [
             TrainingRow(
                 pair.image,
@@ -61,7 +61,7 @@ def read_rows(uri: str, option: str = "--data") -> list[TrainingRow]:
             )
             for pair in pairs
         ]
-    return _read_parquet(uri, option)
+    return _read_parquet(uri, field)
 
 
 def drop_equal(rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], int]:
@@ -84,23 +84,23 @@ def _negatives(row: TrainingRow) -> int:
     return len(row.negative_captions) + len(row.negative_images)
 
 
-def _text(uri: str, option: str) -> str:
+def _text(uri: str, field: str) -> str:
     try:
         return storage.read_text(uri)
     except FileNotFoundError:
-        raise InputError(f"{option}: there is no file {uri}") from None
+        raise InputError(f": there is no file {uri}", field) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option}: {uri} cannot be read: {error}") from error
+        raise InputError(f": {uri} cannot be read: {error}", field) from error
 
 
-def _read_parquet(uri: str, option: str) -> list[TrainingRow]:
+def _read_parquet(uri: str, field: str) -> list[TrainingRow]:
     found, path = storage.filesystem(uri)
     try:
         table = parquet.read_table(path, filesystem=found)
     except FileNotFoundError:
-        raise InputError(f"{option}: there is no file {uri}") from None
+        raise InputError(f": there is no file {uri}", field) from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{option}: {uri} is neither .tsv nor Parquet: {error}") from error
+        raise InputError(f": {uri} is neither .tsv nor Parquet: {error}", field) from error
     for name in COLUMNS:
         if name not in table.column_names:
             raise InputError(f"{uri}: no column {name}; it has {', '.join(table.column_names)}")

@@ -31,7 +31,7 @@ def shards(uri: str) -> list[str]:
     found = RANGE.search(uri)
     if found is not None:
         if "/" in uri[found.end() :]:
-            raise InputError(f"--data {uri}: a range of shards must be in the file's name")
+            raise InputError(f"{uri}: a range of shards must be in the file's name", "data")
         first, last = found.groups()
         names = [
             f"{uri[: found.start()]}{number:0{len(first)}}{uri[found.end() :]}"
@@ -45,7 +45,7 @@ def shards(uri: str) -> list[str]:
         names = [uri]
     missing = [name for name in names if not storage.exists(name)]
     if missing or not names:
-        raise InputError(f"--data: there is no shard {missing[0] if missing else uri}")
+        raise InputError(f": there is no shard {missing[0] if missing else uri}", "data")
     return names
 
 

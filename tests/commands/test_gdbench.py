@@ -26,7 +26,7 @@ def message(*options: object) -> str:
     """What the pipeline says of these options."""
     with pytest.raises(InputError) as raised:
         run(parse(GdbenchConfig, [str(option) for option in options]))
-    return str(raised.value)
+    return raised.value.on_command_line()
 
 
 @pytest.fixture

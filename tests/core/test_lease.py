@@ -193,4 +193,4 @@ def test_a_lease_beside_a_file(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    refuses(str(tmp_path / "file" / "out"), r"--out .*file/out: cannot be written to")
+    refuses(str(tmp_path / "file" / "out"), r"out .*file/out: cannot be written to")

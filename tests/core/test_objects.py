@@ -405,7 +405,7 @@ def test_lora(bucket: Objects, sd_folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(cache_folder())
     with pytest.raises(InputError, match="changed while the run was going on"):
         lora_file(located)
-    with pytest.raises(InputError, match="--lora: 's3://bucket/models' is neither a file nor"):
+    with pytest.raises(InputError, match="lora: 's3://bucket/models' is neither a file nor"):
         lora_file(bucket.uri("models"))
 
 
@@ -440,7 +440,7 @@ def test_clip(bucket: Objects, tmp_path: Path) -> None:
     for source in (found, by_name[0]):
         with pytest.raises(InputError, match="changed while the run was going on"):
             load_clip(source)
-    with pytest.raises(InputError, match=r"--clip: there is no file s3://bucket/none\.pt"):
+    with pytest.raises(InputError, match=r"clip: there is no file s3://bucket/none\.pt"):
         resolve_clip(f"RN50:{bucket.uri('none.pt')}")
     with pytest.raises(InputError, match=r"the folder has no open_clip_config\.json"):
         resolve_clip(bucket.uri("nowhere"))

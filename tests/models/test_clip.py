@@ -203,7 +203,7 @@ def test_unknown_names(name: str, text: str) -> None:
     """The nearest known model or tag is suggested."""
     with pytest.raises(InputError) as raised:
         resolve_clip(name)
-    assert f"--clip {name!r}" in str(raised.value)
+    assert f"clip {name!r}" in str(raised.value)
     assert text in str(raised.value)
 
 

@@ -188,7 +188,7 @@ def test_a_weights_file_is_preprocessed_as_what_is_published(
     assert caplog.text == ""
     found = preprocessing(ClipSource("mine.pt", "ViT-L-14", "mine.pt", ""))
     assert found.keys() == {"image_interpolation", "image_resize_mode"}
-    assert "--clip mine.pt: mean differs among the published weights of ViT-L-14" in caplog.text
+    assert "clip mine.pt: mean differs among the published weights of ViT-L-14" in caplog.text
 
 
 def test_weights_alone_need_their_preprocessing(tmp_path: Path, named: dict[str, Any]) -> None:

@@ -163,7 +163,7 @@ def test_a_hub_that_is_busy(served: Hub, sd_folder: Path, monkeypatch: pytest.Mo
         raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(Unavailable, match="--model 'org/tiny': its weights cannot be fetched"):
+    with pytest.raises(Unavailable, match="model 'org/tiny': its weights cannot be fetched"):
         source.fetched()
 
 

@@ -297,7 +297,7 @@ def test_a_tsv_of_another_layout(tmp_path: Path) -> None:
     path.write_text("\ttitle\tfilepath\tneg_caption\tneg_image\n0\ta dog\ta.jpg\tnone\t[]\n")
     with pytest.raises(InputError, match=r"rows\.tsv: expects title, filepath.*row 2"):
         read_pairs(str(path))
-    with pytest.raises(InputError, match="--captions: there is no file"):
+    with pytest.raises(InputError, match="captions: there is no file"):
         read_pairs(str(tmp_path / "other.tsv"))
 
 
@@ -481,7 +481,7 @@ def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
 
 def test_an_unreadable_model_is_told_at_its_start(tmp_path: Path) -> None:
     source = LanguageSource("x", str(tmp_path), None, "")
-    with pytest.raises(InputError, match="--llm 'x' cannot be loaded"):
+    with pytest.raises(InputError, match="llm 'x' cannot be loaded"):
         AnswerActor(Question(source, TEMPLATE, "fp32", 0.0, 0, 8), 4, "cpu", None)
 
 

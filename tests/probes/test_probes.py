@@ -300,7 +300,7 @@ def test_hook(hooks: str) -> None:
 def test_wrong_results(hooks: str, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
         run_hook(find_hook(f"{hooks}:{name}"), "tuned", "folder")
-    assert f"--mllm '{hooks}:{name}'" in str(raised.value)
+    assert f"mllm '{hooks}:{name}'" in str(raised.value)
 
 
 def test_hook_that_fails(hooks: str) -> None:
@@ -323,4 +323,4 @@ def test_hooks_that_are_none(hooks: str, tmp_path: Path) -> None:
     for place, message in wrong.items():
         with pytest.raises(InputError, match=message) as raised:
             find_hook(place)
-        assert f"--mllm {place!r}" in str(raised.value)
+        assert f"mllm {place!r}" in str(raised.value)

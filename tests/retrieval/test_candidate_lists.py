@@ -322,7 +322,7 @@ def test_what_comes_again_is_the_same_one(tmp_path: Path) -> None:
     assert known.of_caption == [[0], [0, 1], [0], [1]]
     assert known.digest == hashlib.sha256(file.read_bytes()).hexdigest()
     file.write_bytes(b"\xff")
-    with pytest.raises(InputError, match=r"--captions: .* cannot be read"):
+    with pytest.raises(InputError, match=r"captions: .* cannot be read"):
         read_captions(str(file))
 
 

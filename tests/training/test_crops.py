@@ -227,5 +227,5 @@ def test_split() -> None:
 
 
 def test_split_of_too_few() -> None:
-    with pytest.raises(InputError, match="--held-out 3: there are only 3 images"):
+    with pytest.raises(InputError, match="held_out 3: there are only 3 images"):
         split(["a", "b", "c"], None, 3)

@@ -57,12 +57,12 @@ def test_no_neg_is_the_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "hardneg"}, "--objective 'hardneg' is unknown; did you mean 'hard-neg'"),
-        ({"name": "hard-neg", "bound": -1}, "--lambda -1: must be 0 or more"),
-        ({"name": "hard-neg", "bound": float("nan")}, "--lambda nan"),
-        ({"name": "hard-neg", "clip_over": "batch"}, "--clip-over batch"),
+        ({"name": "hardneg"}, "objective 'hardneg' is unknown; did you mean 'hard-neg'"),
+        ({"name": "hard-neg", "bound": -1}, "lambda -1: must be 0 or more"),
+        ({"name": "hard-neg", "bound": float("nan")}, "lambda nan"),
+        ({"name": "hard-neg", "clip_over": "batch"}, "clip_over batch"),
         ({"name": "hard-neg", "guard": "clip"}, "only soft-neg takes one"),
-        ({"name": "soft-neg", "guard": "both"}, "--guard both"),
+        ({"name": "soft-neg", "guard": "both"}, "guard both"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

@@ -141,7 +141,7 @@ def find_problems(config: DivaConfig) -> list[str]:
     try:
         parse_recap(config.recap)
     except InputError as error:
-        found.append(str(error))
+        found.append(error.on_command_line())
     if config.steps is not None and config.projection_steps >= config.steps:
         found.append(
             f"--projection-steps {config.projection_steps}: leaves CLIP none of the {config.steps} updates"

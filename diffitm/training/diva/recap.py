@@ -50,8 +50,9 @@ class Recap:
         if count == 0:
             least = f"random:{1 / patches:.4f}" if self.strategy == "random" else f"pool:{patches}"
             raise InputError(
-                f"--recap {self}: keeps none of this CLIP's {patches} patch tokens; the sparsest is "
-                f"{least}, without any it is class-only"
+                f"{self}: keeps none of this CLIP's {patches} patch tokens; the sparsest is "
+                f"{least}, without any it is class-only",
+                "recap",
             )
         return count
 
@@ -106,7 +107,8 @@ def parse_recap(text: str) -> Recap:
     except (ValueError, IndexError):
         pass
     raise InputError(
-        f"--recap {text!r}: must be {FORMS}, with a share above 0 and at most 1, or a window in tokens"
+        f"{text!r}: must be {FORMS}, with a share above 0 and at most 1, or a window in tokens",
+        "recap",
     )
 
 

@@ -58,7 +58,7 @@ class Diva:
         self.normal = _normalisation(self.tower, device)
         side = image_side(self.tower)
         if reason := teacher.refuses(prompt):
-            raise InputError(f"--prompt {prompt!r}: {reason}; this teacher takes --prompt ''")
+            raise InputError(f"{prompt!r}: {reason}; this teacher takes --prompt ''", "prompt")
         with torch.no_grad():
             width, patches = _width_and_patches(self.tower, side, device)
             self.patches, self.side = patches, side
@@ -67,8 +67,9 @@ class Diva:
         kept, length = 1 + recap.kept(patches), self.text["hidden"].shape[1]
         if add == "tokens" and kept != length:
             raise InputError(
-                f"--add-prompt tokens: the recap {recap} has {kept} tokens of {patches} patches and "
-                f"the class token, the text has {length}; let them be equal, or take mean"
+                f"tokens: the recap {recap} has {kept} tokens of {patches} patches and "
+                f"the class token, the text has {length}; let them be equal, or take mean",
+                "add_prompt",
             )
         _check_latents(teacher)
         with torch.random.fork_rng(devices=[]):
@@ -187,6 +188,7 @@ def _check_latents(teacher: Denoiser) -> None:
     mean, _ = teacher.encode_posterior(pixels)
     if tuple(mean.shape[1:]) != teacher.latent_shape:
         raise InputError(
-            f"--teacher: its VAE makes latents of {tuple(mean.shape[1:])} from {side} pixels, and its "
-            f"network takes {teacher.latent_shape}: they are not of one model"
+            f": its VAE makes latents of {tuple(mean.shape[1:])} from {side} pixels, and its "
+            f"network takes {teacher.latent_shape}: they are not of one model",
+            "teacher",
         )

@@ -51,16 +51,16 @@ class Objective:
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
             raise InputError(
-                f"--objective {self.name!r} is unknown{suggest(self.name, OBJECTIVES)}"
+                f"{self.name!r} is unknown{suggest(self.name, OBJECTIVES)}", "objective"
             )
         if not self.bound >= 0:
-            raise InputError(f"--lambda {self.bound:g}: must be 0 or more")
+            raise InputError(f"{self.bound:g}: must be 0 or more", "lambda")
         if self.clip_over not in ("example", "microbatch"):
-            raise InputError(f"--clip-over {self.clip_over}: must be example or microbatch")
+            raise InputError(f"{self.clip_over}: must be example or microbatch", "clip_over")
         if self.guard not in GUARDS:
-            raise InputError(f"--guard {self.guard}: must be one of {', '.join(GUARDS)}")
+            raise InputError(f"{self.guard}: must be one of {', '.join(GUARDS)}", "guard")
         if self.guard != "none" and self.contrast != "empty":
-            raise InputError(f"--guard {self.guard}: only soft-neg takes one, not {self.name}")
+            raise InputError(f"{self.guard}: only soft-neg takes one, not {self.name}", "guard")
 
     @property
     def contrast(self) -> Contrast:

@@ -93,7 +93,7 @@ def find_problems(config: FinetuneConfig) -> list[str]:
     try:
         Objective(config.objective, config.lambda_, config.clip_over, config.guard)
     except InputError as error:
-        found.append(str(error))
+        found.append(error.on_command_line())
     if config.ema is not None and not 0 < config.ema < 1:
         found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
     if config.batch_size > 0 and config.effective_batch % config.batch_size:
