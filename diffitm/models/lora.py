@@ -1,4 +1,4 @@
-"""LoRA weights of a U-Net, in the three layouts that are about, merged into its weights."""
+"""LoRA weights of a U-Net, in the four layouts that are about, merged into its weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -176,13 +177,13 @@ def match_lora(
 
     Raises InputError that lists the keys which do not fit.
     """
+    tensors = _from_kohya(unet, tensors)
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     strange = []
     for key, tensor in tensors.items():
         if match := _PROCESSOR.fullmatch(key):
-            name = match["name"] + (".0" if match["name"] == "to_out" else "")
-            module = f"{match['block']}.{name}"
+            module = _of_processor(match)
         elif (match := _PLAIN.fullmatch(key)) or (match := _ALPHA.fullmatch(key)):
             module = match["module"]
         else:
@@ -203,6 +204,43 @@ def match_lora(
             f"such as {shown}"
         )
     return pairs, alphas
+
+
+def _from_kohya(unet: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Kohya's names (lora_unet_down_blocks_0_.. or lora_unet_input_blocks_4_..) as diffusers has them.
+
+    Raises InputError for a part of the text encoder, which scoring does not merge, and for names that
+    diffusers does not know.
+    """
+    if not all(key.startswith("lora_") for key in tensors):
+        return tensors
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    texts = [key for key in tensors if not key.startswith("lora_unet_")]
+    if texts:
+        raise InputError(
+            f"{len(texts)} of {len(tensors)} keys, such as {texts[0]}, are of the text encoder, which "
+            "stays as it is here: give a LoRA of the U-Net alone"
+        )
+    config: Any = unet.config
+    try:
+        renamed, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            dict(tensors), unet_config=config
+        )
+    except (ValueError, KeyError, IndexError) as error:
+        raise InputError(
+            f"the LoRA's keys, as kohya has them, are strange: {' '.join(str(error).split())}"
+        ) from error
+    for key, alpha in (alphas or {}).items():
+        match = _PROCESSOR.fullmatch(key.removesuffix(".alpha"))
+        renamed[f"{_of_processor(match)}.alpha" if match else key] = torch.tensor(alpha)
+    return renamed
+
+
+def _of_processor(match: re.Match[str]) -> str:
+    """The module that a key of an attention processor's file is of."""
+    name = match["name"] + (".0" if match["name"] == "to_out" else "")
+    return f"{match['block']}.{name}"
 
 
 def _fits(module: nn.Module | None, pair: dict[str, Tensor]) -> bool:

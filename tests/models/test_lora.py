@@ -153,6 +153,56 @@ def test_peft_folder(tmp_path: Path, rslora: bool) -> None:
     assert_merged(unet, model.merge_and_unload().state_dict())
 
 
+@pytest.mark.parametrize("name", ["kohya.safetensors", "kohya.bin"])
+def test_kohya_file(tmp_path: Path, expected: Tensors, name: str) -> None:
+    """Its flat names, with an alpha each; merged as the same adapter in diffusers' names is."""
+    tensors, file = {}, tmp_path / name
+    for module, (down, up) in adapters().items():
+        flat = "lora_unet_" + module.replace(".", "_")
+        tensors[f"{flat}.lora_down.weight"] = down
+        tensors[f"{flat}.lora_up.weight"] = up * 4
+        tensors[f"{flat}.alpha"] = torch.tensor(RANK / 4)
+    save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
+    unet = fresh()
+    read, scale = read_lora(str(file))
+    assert scale is None
+    assert merge_lora(unet, read, scale) == len(tensors)
+    assert_merged(unet, expected)
+
+
+def test_kohya_file_of_every_module() -> None:
+    """Each linear layer and convolution finds its own weights."""
+    unet, tensors, changed = fresh(), {}, set()
+    for module, layer in unet.named_modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            flat, shape = "lora_unet_" + module.replace(".", "_"), layer.weight.shape
+            tensors[f"{flat}.lora_down.weight"] = torch.ones(1, *shape[1:])
+            tensors[f"{flat}.lora_up.weight"] = torch.ones(shape[0], 1, *[1] * (len(shape) - 2))
+            changed.add(module)
+    assert merge_lora(unet, tensors) == len(tensors)
+    before = fresh().state_dict()
+    for module, value in unet.state_dict().items():
+        by = 1 if module.removesuffix(".weight") in changed else 0
+        torch.testing.assert_close(value, before[module] + by)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "are of the text encoder"),
+        ("lora_unet_conv_in.hada_w1_a", "strange: .*hada_w1_a"),
+        ("lora_unet_no_such_module.lora_down.weight", "do not fit this U-Net|strange"),
+    ],
+)
+def test_what_of_kohya_is_refused(key: str, text: str) -> None:
+    flat = key.partition(".")[0]
+    tensors = {key: torch.zeros(1, 4), f"{flat}.lora_up.weight": torch.zeros(4, 1)}
+    unet = fresh()
+    with pytest.raises(InputError, match=text):
+        merge_lora(unet, tensors)
+    assert all(torch.equal(v, fresh().state_dict()[k]) for k, v in unet.state_dict().items())
+
+
 def test_alpha_inside_the_file(expected: Tensors) -> None:
     """'<module>.alpha' scales by alpha / r: alpha = r changes nothing, alpha = 0 merges nothing."""
     tensors = named("unet.", "lora.down", "lora.up")
