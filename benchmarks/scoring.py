@@ -28,7 +28,7 @@ import torch
 from diffitm.core import storage
 from diffitm.core.schema import Example
 from diffitm.models.loading import SHAPES, resolve
-from diffitm.scoring.scorer import Scorer
+from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import CANDIDATES, World, write_flickr30k
 from diffitm.store.pair_table import write_examples
@@ -153,7 +153,7 @@ class StampedSpec(DiffusionSpec):
 
     stamps: str = ""
 
-    def build(self, device: str) -> Scorer:
+    def build(self, device: str) -> RowScorer:
         scorer = super().build(device)
         Path(self.stamps, repr(time.time())).touch()
         return scorer

@@ -23,7 +23,7 @@ from diffitm.commands.stages.score import _block_rows, score
 from diffitm.core.schema import PairRow
 from diffitm.distributed import session
 from diffitm.models.loading import resolve
-from diffitm.scoring.scorer import Scorer
+from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import write_world
 from diffitm.store.pair_table import write_examples
@@ -54,7 +54,7 @@ class Tracer:
     block gets done.
     """
 
-    def __init__(self, scorer: Scorer, trace: str, poison: int | None = None) -> None:
+    def __init__(self, scorer: RowScorer, trace: str, poison: int | None = None) -> None:
         self.scorer, self.trace, self.cost = scorer, Path(trace), scorer.cost
         self.poison = poison
         self.node = ray.get_runtime_context().get_node_id()
@@ -94,7 +94,7 @@ class TracedSpec(DiffusionSpec):
     trace: str = ""
     poison: int | None = None  # a row that ends its actor's process
 
-    def build(self, device: str) -> Scorer:
+    def build(self, device: str) -> RowScorer:
         return Tracer(super().build(device), self.trace, self.poison)
 
 

@@ -22,7 +22,8 @@ from diffitm.commands.stages.probe import add_probes
 from diffitm.core import storage
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
-from diffitm.evaluation.evaluate import evaluate, present, speeds, titles, write_results
+from diffitm.evaluation.evaluate import evaluate, speeds, titles, write_results
+from diffitm.evaluation.examples import Examples, data_root, write_examples
 from diffitm.evaluation.options import (
     GdbenchConfig,
     check_options,
@@ -35,8 +36,8 @@ from diffitm.models.lora import locate
 from diffitm.report.html import write_report
 from diffitm.report.table import latex, make_table, markdown
 from diffitm.report.terminal import print_results, print_state, print_summary
+from diffitm.scoring.custom import CustomSpec, find_scorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
-from diffitm.store import pair_table
 from diffitm.store.run_summary import Done, write_summary
 from diffitm.store.score_store import Store, open_store
 from diffitm.store.work_table import finish, open_work
@@ -49,13 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diffitm")
 WORLD = "world.json"  # what marks a data root of drawn scenes
-
-
-class Examples(NamedTuple):
-    """A task's examples as written: the file, and what identifies its content."""
-
-    uri: str
-    identity: str
 
 
 class Prepared(NamedTuple):
@@ -155,7 +149,10 @@ def _read(config: GdbenchConfig) -> list[tuple[str, str | None]]:
     """Options whose paths the actors read."""
     names = {"--model": config.model, "--lora": config.lora, "--clip": config.clip}
     found = [(option, name) for option, values in names.items() for name in values]
-    files = [("--clip", name.partition(":")[2]) for name in config.clip]
+    files: list[tuple[str, str | None]] = [
+        ("--clip", name.partition(":")[2]) for name in config.clip
+    ]
+    files += [("--scorer", find_scorer(name).file) for name in config.scorer]
     return [("--data", config.data), *found, *files, ("--segmentation", config.segmentation)]
 
 
@@ -168,8 +165,8 @@ def prepare(config: GdbenchConfig) -> Prepared:
     timesteps = check_options(config)
     sources = [resolve(name) for name in dict.fromkeys(config.model)]
     clips = _clip_sources(config.clip)
-    root = _data_root(config, out)
-    examples = _write_examples(config, root, out)
+    root = data_root(config.data, config.scenes, out)
+    examples = write_examples(task_names(config), root, out, config.limit)
 
     from diffitm.commands.weights import share
     from diffitm.distributed import session
@@ -191,6 +188,7 @@ def prepare(config: GdbenchConfig) -> Prepared:
         for steps in timesteps
     ]
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
+    specs += [CustomSpec(find_scorer(name), root) for name in dict.fromkeys(config.scorer)]
     stores = [open_store(out, spec.label, spec.store_config()) for spec in specs]
     return Prepared(out, root, examples, specs, stores, pool)
 
@@ -219,7 +217,7 @@ def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: A
     if work.resumed:
         finished = f"{work.table.pairs - work.pairs_left:,} of {work.table.pairs:,}"
         log.info("%s: going on where it stopped, %s pairs done", store.model, finished)
-    unit = "similarities" if store.is_clip else f"U-Net forwards ({spec.cost} timesteps)"
+    unit = "scores" if store.similarity else f"U-Net forwards ({spec.cost} timesteps)"
     needed = f"{work.pairs_left:,} pairs of {work.rows_left:,} images need"
     log.info("%s: %s %s %s", store.model, needed, f"{work.pairs_left * spec.cost:,}", unit)
     done = score(spec, work, store, pool)
@@ -264,55 +262,12 @@ def _clip_sources(names: list[str]) -> list[ClipSource]:
     return [resolve_clip(name) for name in dict.fromkeys(names)]
 
 
-def _data_root(config: GdbenchConfig, out: str) -> str:
-    if config.data != "shapes":
-        root = storage.absolute(config.data)
-        if not storage.exists(root):
-            raise InputError(f"--data: there is no folder {root}")
-        return root
-    from diffitm.shapes.layouts import VERSION, write_world
-
-    root = storage.join(out, f"shapes-{config.scenes}-v{VERSION}")
-    write_world(root, config.scenes)
-    return root
-
-
-def _write_examples(config: GdbenchConfig, root: str, out: str) -> dict[str, Examples]:
-    """The examples of every task. Raises InputError with all that is missing."""
-    found, problems = {}, []
-    for name in task_names(config):
-        task = find_task(name)()
-        folder = storage.join(out, "examples")
-        try:
-            uri, count = pair_table.write_examples(
-                task.name, task.examples(root), folder, config.limit
-            )
-        except InputError as error:
-            problems.append(error.on_command_line())
-            continue
-        absent = present(root, uri) if count else None
-        if count == 0:
-            where = storage.join(root, task.folder)
-            problems.append(f"task {task.name}: its files below {where} hold no example")
-        elif absent is not None:
-            problems.append(
-                f"task {task.name} needs its images, such as {absent} (from {task.source})"
-            )
-        else:
-            log.info("%s: %s examples", task.name, f"{count:,}")
-            found[name] = Examples(uri, f"{task.version}-{storage.without_query(uri)}")
-    if problems:
-        hint = "--check tells what DATA has, --tasks chooses, prepare.py fetches"
-        raise InputError("\n".join([*problems, hint]))
-    return found
-
-
 def _print_check(config: GdbenchConfig, out: str) -> None:
     """--check: the state of every chosen task. Raises InputError if one cannot run."""
     problems = task_problems(config)
     if problems:
         raise InputError("\n".join(problems))
-    root = _data_root(config, out)
+    root = data_root(config.data, config.scenes, out)
     states = []
     for name in task_names(config):
         states.append(check(find_task(name)(), root))

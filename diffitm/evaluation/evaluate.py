@@ -42,9 +42,9 @@ MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed",
 @dataclass(frozen=True)
 class ResultRow(Figure):
     """One line of results.json: a figure of a model on a task. `score` is conditional, normalised or
-    cosine, or 'probe' of what is no image-text pair. `failures` have no score and do not count, or one
-    that is not finite and count as lost; where nothing could be scored, `value`, `low` and `high` are
-    null."""
+    the kind of a single score (CLIP's is cosine), or 'probe' of what is no image-text pair. `failures`
+    have no score and do not count, or one that is not finite and count as lost; where nothing could be
+    scored, `value`, `low` and `high` are null."""
 
     model: str = ""
     task: str = ""
@@ -170,7 +170,7 @@ class Part:
         self.timesteps: list[int] = store.config.get("timesteps", [])
         fits = weights is not None and len(weights) == len(self.timesteps)
         self.weights = weights if fits else None
-        self.kinds = ["cosine"] if store.is_clip else ["conditional", "normalised"]
+        self.kinds = [store.similarity] if store.similarity else ["conditional", "normalised"]
         self.decisions: dict[str, list[Decision]] = {kind: [] for kind in self.kinds}
         self.failures: list[dict[str, str]] = []
         self.denoising, self.curves, self.cases = DenoisingStats(), ErrorCurves(), Cases()
@@ -220,7 +220,7 @@ class Part:
                 model=self.title,
                 task=self.task.name,
                 score=kind,
-                protocol=self.store.config.get("protocol", "cosine"),
+                protocol=self.store.config.get("protocol") or str(self.store.similarity),
                 timesteps=len(self.timesteps),
             )
             for figure in self.task.figures(self.decisions[kind])

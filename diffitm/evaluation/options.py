@@ -10,6 +10,7 @@ from typing import Literal
 from diffitm.core.config import OnActors, find_outside, option
 from diffitm.core.errors import InputError
 from diffitm.models.lora import lora_file
+from diffitm.scoring.custom import find_scorer
 from diffitm.scoring.noise_plan import plan_timesteps
 from diffitm.tasks.registry import TASKS, find_task
 
@@ -26,6 +27,10 @@ class GdbenchConfig(OnActors):
     )
     clip: list[str] = option(
         [], "CLIP baselines: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs"
+    )
+    scorer: list[str] = option(
+        [],
+        "other scorers: file.py:Class or package.module:Class of your own, with :ARGUMENT if it takes one",
     )
     tasks: list[str] = option(
         ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"
@@ -106,8 +111,14 @@ def task_names(config: GdbenchConfig) -> list[str]:
 def check_options(config: GdbenchConfig) -> list[tuple[int, ...]]:
     """All problems of the options together; the timesteps really used, for each --timesteps."""
     problems = []
-    if not config.model and not config.clip:
-        problems.append("give at least one --model or --clip (shapes is the embedded default)")
+    if not config.model and not config.clip and not config.scorer:
+        what = "--model, --clip or --scorer"
+        problems.append(f"give at least one {what} (shapes is an embedded model and CLIP)")
+    for name in config.scorer:
+        try:
+            find_scorer(name)
+        except InputError as error:
+            problems.append(error.on_command_line())
     if not config.clip and (config.segmentation or config.clip_benchmark or config.mllm):
         problems.append("--segmentation, --clip-benchmark and --mllm measure CLIPs: give a --clip")
     problems += task_problems(config)

@@ -11,6 +11,8 @@ from diffitm.tasks.mmbias import PUBLISHED_EFFECT
 
 NAIVE, NORMALISED = "diffusion naive", "diffusion normalised"
 OF_CLIP = ("cosine", "probe")
+OF_ERRORS = ("conditional", "normalised")
+SINGLE = "single"  # what stands for the score of a model that has one
 NOTE = (
     "= : one image against several texts, where normalising changes no decision. "
     "Ties count their expected value."
@@ -88,11 +90,11 @@ def make_table(
         if group != "all" and first.n == whole.get((task, metric)):
             continue  # a breakdown into one group says nothing new
         known = {
-            (m, "cosine" if score in OF_CLIP else score): row for (m, score), row in rows.items()
+            (m, score if score in OF_ERRORS else SINGLE): row for (m, score), row in rows.items()
         }
         cells = {title: known.get((model, score)) for title, model, score in titles}
         lines.append(TableLine(task, group, metric, first.n, first.chance, cells))
-    diffusion = [row for row in evaluation.rows if row.score not in OF_CLIP]
+    diffusion = [row for row in evaluation.rows if row.score in OF_ERRORS]
     steps = {row.timesteps for row in diffusion}
     protocols = {row.protocol for row in diffusion}
     comparable = steps == {TIMESTEPS} and protocols == {"diffusionitm"}
@@ -100,15 +102,16 @@ def make_table(
 
 
 def columns(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """(title, model, score) of every column: two a diffusion model, one a CLIP."""
-    models = list(dict.fromkeys(row.model for row in evaluation.rows if row.score not in OF_CLIP))
-    clips = list(dict.fromkeys(row.model for row in evaluation.rows if row.score in OF_CLIP))
+    """(title, model, score) of every column: two a diffusion model, one another model."""
+    models = list(dict.fromkeys(row.model for row in evaluation.rows if row.score in OF_ERRORS))
+    others = {row.model: row.score for row in evaluation.rows if row.score not in OF_ERRORS}
+    is_clip = all(score in OF_CLIP for score in others.values())
     out = []
     for model in models:
         name = "" if len(models) == 1 else f"{model}: "
         short = ("naive", "normalised") if name else (NAIVE, NORMALISED)
         out += [(name + short[0], model, "conditional"), (name + short[1], model, "normalised")]
-    return out + [("CLIP" if len(clips) == 1 else clip, clip, "cosine") for clip in clips]
+    return out + [("CLIP" if len(others) == 1 and is_clip else m, m, SINGLE) for m in others]
 
 
 def group_label(group: str) -> str:

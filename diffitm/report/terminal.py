@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from diffitm.evaluation.evaluate import Comparison, Evaluation
-from diffitm.report.table import NOTE, OF_CLIP, Table, group_label, p_text
+from diffitm.report.table import NOTE, OF_ERRORS, Table, group_label, p_text
 from diffitm.store.run_summary import Summary
 from diffitm.tasks.check import TaskState
 
@@ -28,7 +28,7 @@ def print_results(evaluation: Evaluation, table: Table) -> None:
     if not evaluation.rows:
         console.print("no example could be scored; see failures.json")
         return
-    used = {(r.protocol, r.timesteps) for r in evaluation.rows if r.score not in OF_CLIP}
+    used = {(r.protocol, r.timesteps) for r in evaluation.rows if r.score in OF_ERRORS}
     same = [f"; {protocol}, {steps} timesteps" for protocol, steps in used if len(used) == 1]
     title = "".join(["Accuracy in % [95% interval]", *same])
     shown = RichTable(title=title, box=box.SIMPLE_HEAD, title_justify="left")

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from diffitm.core.schema import PairRow
 from diffitm.models.clip import ClipSource, LoadedClip, load_clip
 from diffitm.scoring.batching import Batch
-from diffitm.scoring.scorer import load_images, similarity_lines
+from diffitm.scoring.scorer import Loaded, RowScorer, similarity_lines
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 
 
-class ClipScorer:
+class ClipScorer(RowScorer):
     """Cosine similarity of image and text; every image and text encoded once.
 
     Raises InputError if the weights of a source cannot be loaded.
@@ -33,7 +34,6 @@ class ClipScorer:
         text_cache_bytes: int = TEXT_CACHE_BYTES,
     ) -> None:
         self.root, self.device = root, torch.device(device)
-        self.cost = 1
         loaded = source if isinstance(source, LoadedClip) else load_clip(source, device)
         self.model, self.preprocess, self.tokenizer = loaded
         self.texts = TextCache(self.encode_texts, text_cache_bytes, batch_size)
@@ -50,13 +50,15 @@ class ClipScorer:
         """Unit image embeddings [B, W] of preprocessed pixels [B, 3, H, W]."""
         return normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1)
 
-    def measure_rate(self) -> float:
-        """See scoring.Scorer: one cosine a pair costs nothing."""
-        return 0.0
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Pixels [3, H, W] as CLIP takes them."""
+        pixels: Tensor = self.preprocess(image)
+        return pixels
 
-    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
-        """See scoring.Scorer."""
-        loaded = load_images(rows, self.root, self.preprocess)
+    def score_loaded(
+        self, rows: Sequence[PairRow], loaded: Sequence[Loaded]
+    ) -> list[dict[str, Any]]:
+        """One cosine a pair."""
         pixels = [item.value for item in loaded if item.failure is None]
 
         def encode(start: int, end: int) -> Tensor:

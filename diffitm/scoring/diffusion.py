@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffitm.core import images
@@ -16,13 +17,13 @@ from diffitm.models.denoiser import Denoiser, select
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.noise_plan import NoisePlan
 from diffitm.scoring.pair_errors import pair_errors
-from diffitm.scoring.scorer import Loaded, blank, load_images
+from diffitm.scoring.scorer import Loaded, RowScorer, blank
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 
 PIXEL_SCALE = 127.5
 
 
-class DiffusionScorer:
+class DiffusionScorer(RowScorer):
     """Scores pairs with a diffusion model: every image and text encoded once, every pair once.
 
     `root` is the data root, `resize` 'squash' or 'crop', `latent_seed` None for the posterior mean.
@@ -47,10 +48,14 @@ class DiffusionScorer:
         self.cost = len(plan)
         self.timesteps = plan.timesteps.tolist()
 
-    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
-        """See Scorer. An unreadable image, or a text that the model refuses, becomes a failure of its
-        own pairs."""
-        loaded = load_images(rows, self.root, self._pixels)
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Pixels [3, H, W] as the denoiser takes them."""
+        return to_input(image, self.denoiser, self.resize)
+
+    def score_loaded(
+        self, rows: Sequence[PairRow], loaded: Sequence[Loaded]
+    ) -> list[dict[str, Any]]:
+        """Errors of every kind a pair; a text that the model refuses is a failure of its own pairs."""
         asked = dict.fromkeys(text for row in rows for text in row.texts)
         refused = {t: reason for t in asked if (reason := self.denoiser.refuses(t)) is not None}
         failed, good = [], []
@@ -89,7 +94,7 @@ class DiffusionScorer:
 
     @torch.inference_mode()
     def measure_rate(self) -> float:
-        """See Scorer. The first of the two rounds warms up, and finds a batch that fits."""
+        """The first of the two rounds warms up, and finds a batch that fits."""
         device, total = self.denoiser.device, self.batches[0].size
         condition = self.texts([""])
 
@@ -102,9 +107,6 @@ class DiffusionScorer:
             start = time.perf_counter()
             list(self.batches[0].run(total, forward))
         return total / (time.perf_counter() - start)
-
-    def _pixels(self, image: Any) -> Tensor:
-        return to_input(image, self.denoiser, self.resize)
 
     def _latents(self, pixels: list[Tensor]) -> Tensor:
         def encode(start: int, end: int) -> Tensor:

@@ -1,31 +1,37 @@
-"""Rows of the pair table to rows of the score store: the code that an actor runs."""
+"""What scores images against texts, and rows of the pair table to rows of the score store."""
 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from diffitm.core import images, storage
 from diffitm.core.errors import InputError, Unavailable
 from diffitm.core.outside import is_outside, patiently
 from diffitm.core.schema import PairRow
+from diffitm.scoring.batching import Batch
 
 
 class Scorer(Protocol):
-    """What the distributed code needs of a model. One that runs a model in batches has them in
-    `batches`, that of its forwards first."""
+    """A scorer of one's own: a class whose objects score images against texts.
 
-    cost: int  # forwards of the model a pair
+    It is made as Class(device=..), or as Class(argument, device=..) where its name has an argument. It
+    may say what else its scores depend on by a class method `identity(argument) -> dict`, which is asked
+    before it is made. `version` grows when the same input would give other scores; `score` is the kind of
+    score in tables.
+    """
 
-    def measure_rate(self) -> float:
-        """Forwards a second of the bare model, 0 if they cost next to nothing."""
+    version: int
+    score: str
 
-    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
-        """The rows of the score store for all pairs of the work rows."""
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+        """Scores [images, texts], higher is better, of upright RGB images."""
 
 
 class Loaded(NamedTuple):
@@ -35,6 +41,34 @@ class Loaded(NamedTuple):
     digest: str | None
     failure: str | None
     outside: bool = False
+
+
+class RowScorer(ABC):
+    """What the distributed code needs of a model. One that runs a model in batches has them in
+    `batches`, that of its forwards first."""
+
+    root: str
+    cost: int = 1  # forwards of the model a pair
+    batches: Sequence[Batch] = ()
+
+    def measure_rate(self) -> float:
+        """Forwards a second of the bare model, 0 if they cost next to nothing."""
+        return 0.0
+
+    @abstractmethod
+    def prepare(self, image: Image.Image) -> Any:
+        """An image as score_loaded takes it, made in a thread beside others."""
+
+    @abstractmethod
+    def score_loaded(
+        self, rows: Sequence[PairRow], loaded: Sequence[Loaded]
+    ) -> list[dict[str, Any]]:
+        """The rows of the score store for all pairs of rows whose images are prepared or failed."""
+
+    def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
+        """The rows of the score store for all pairs of the work rows. An unreadable image is a failure of
+        its own pairs."""
+        return self.score_loaded(rows, load_images(rows, self.root, self.prepare))
 
 
 def load_images(

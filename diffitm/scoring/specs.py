@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffitm.core.errors import InputError
 from diffitm.core.storage import without_query
 from diffitm.models.loading import ModelSource, load_denoiser, lora_digest
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
-from diffitm.scoring.scorer import Scorer
+from diffitm.scoring.scorer import RowScorer
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from diffitm.models.clip import ClipSource
 
 SCORE_VERSION = 1  # grows when the same settings would give other scores
+
+
+class Spec(Protocol):
+    """What to score with, on the images below a root."""
+
+    @property
+    def label(self) -> str:
+        """The model's name in tables."""
+
+    @property
+    def cost(self) -> int:
+        """Forwards of the model a pair."""
+
+    def store_config(self) -> dict[str, Any]:
+        """Everything that a score depends on."""
+
+    def build(self, device: str) -> RowScorer:
+        """Load the model on this machine."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ class DiffusionSpec:
             "root": without_query(self.root),
         }
 
-    def build(self, device: str) -> Scorer:
+    def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""
         denoiser = load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
         if max(self.timesteps) >= denoiser.schedule.timesteps:
@@ -100,11 +118,8 @@ class ClipSpec:
             "root": without_query(self.root),
         } | ({"preprocessing": own} if own else {})
 
-    def build(self, device: str) -> Scorer:
+    def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""
         from diffitm.scoring.clip import ClipScorer
 
         return ClipScorer(self.source, self.root, device, self.batch_size)
-
-
-Spec = DiffusionSpec | ClipSpec

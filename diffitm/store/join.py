@@ -20,21 +20,22 @@ NOTHING = np.zeros((0, 0, 0))
 
 @dataclass(frozen=True)
 class ScoredExample:
-    """An example with conditional and unconditional errors [images, texts, timesteps] or, of CLIP,
-    similarities [images, texts]; `failure` tells why it has none."""
+    """An example with conditional and unconditional errors [images, texts, timesteps] or with
+    similarities [images, texts] of a `kind`; `failure` tells why it has none."""
 
     example: Example
     failure: str | None = None
     conditional: np.ndarray = field(default_factory=lambda: NOTHING)
     unconditional: np.ndarray = field(default_factory=lambda: NOTHING)
     similarity: np.ndarray | None = None
+    kind: str = "cosine"
 
     def scores(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Kind of score -> scores [images, texts]; the timesteps weigh the same unless told."""
         if self.failure is not None:
             return {}
         if self.similarity is not None:
-            return {"cosine": self.similarity}
+            return {self.kind: self.similarity}
         conditional = averaged(self.conditional, weights)
         found = {"conditional": conditional_score(conditional)}
         if self.example.needs_unconditional:
@@ -58,8 +59,8 @@ def read_scored(uri: str, store: Store, error: str) -> Iterator[ScoredExample]:
         if failures:
             place, reason = next(iter(failures.items()))
             yield ScoredExample(example, f"{example.images[place // shape[1]]}: {reason}")
-        elif store.is_clip:
-            yield ScoredExample(example, similarity=similarity)
+        elif store.similarity:
+            yield ScoredExample(example, similarity=similarity, kind=store.similarity)
         else:
             yield ScoredExample(example, None, conditional, unconditional)
 

@@ -116,10 +116,13 @@ def examples_dataset(uris: list[str]) -> ds.Dataset:
 def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:
     """Write the pairs that the examples need and the store lacks, one row an image, by image path.
 
-    A pair that failed before is tried again. CLIP needs no unconditional pair.
+    A pair that failed before is tried again. Where a pair has a single score, no unconditional pair is
+    needed.
     """
     connection = connect(examples=examples_dataset(examples), scores=store.dataset())
-    unconditional = "" if store.is_clip else "UNION ALL SELECT image, '' FROM p WHERE unconditional"
+    unconditional = (
+        "" if store.similarity else "UNION ALL SELECT image, '' FROM p WHERE unconditional"
+    )
     query = f"""
         WITH p AS ({_PAIRS}),
         needed AS (SELECT image, text FROM p {unconditional}),
@@ -174,7 +177,7 @@ def scored_pairs(
     """
     connection = connect(examples=examples_dataset([examples]), scores=store.dataset())
     column = "l2" if error == "mse" else error
-    lacks_unconditional = "FALSE" if store.is_clip else "p.unconditional AND u.image IS NULL"
+    lacks_unconditional = "FALSE" if store.similarity else "p.unconditional AND u.image IS NULL"
     query = f"""
         WITH p AS ({_PAIRS}),
         s AS (SELECT DISTINCT ON (image, text) image, text, {column} AS errors, elements,

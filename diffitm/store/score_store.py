@@ -32,8 +32,12 @@ class Store:
         return storage.name(self.uri)
 
     @property
-    def is_clip(self) -> bool:
-        return self.config["kind"] == "clip"
+    def similarity(self) -> str | None:
+        """The kind of score where a pair has a single one, such as 'cosine'; None where it has errors by
+        timestep."""
+        if self.config["kind"] == "diffusion":
+            return None
+        return str(self.config.get("score", "cosine"))
 
     def dataset(self) -> ds.Dataset:
         """All rows written so far; files that a kill cut off are left out."""

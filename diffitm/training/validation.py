@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffitm.core.schema import Example, PairRow
-from diffitm.scoring.scorer import Scorer
+from diffitm.scoring.scorer import RowScorer
 from diffitm.store.join import ScoredExample
 from diffitm.tasks.base import Task
 from diffitm.tasks.registry import find_task
@@ -16,7 +16,7 @@ from diffitm.training.job import Validation
 from diffitm.training.module import Worker
 
 
-def accuracy(name: str, check: Validation, scorer: Scorer, worker: Worker) -> float | None:
+def accuracy(name: str, check: Validation, scorer: RowScorer, worker: Worker) -> float | None:
     """Mean credit of a task's examples, which are shared out over the workers; None if none has one."""
     task = find_task(name)()
     chosen = spread(list(task.examples(check.root)), check.examples)[worker.rank :: worker.world]
@@ -32,7 +32,7 @@ def spread(examples: list[Example], most: int) -> list[Example]:
     return [examples[i * len(examples) // most] for i in range(most)]
 
 
-def credits(task: Task, examples: Sequence[Example], scorer: Scorer) -> list[float | None]:
+def credits(task: Task, examples: Sequence[Example], scorer: RowScorer) -> list[float | None]:
     """The credit of each example in the task's first metric, None of one that cannot be scored.
 
     The score is the normalised one where images are compared, else the conditional one; of a CLIP

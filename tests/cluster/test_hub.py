@@ -73,7 +73,7 @@ def test_tunings(hub: Hub, cluster: Cluster, tmp_path: Path) -> None:
     assert fetched(hub) == 1
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
     options = ("--clip", "shapes", "--teacher", REPO, "--data", data / "coco" / "train", *shared)
-    options += ("--held-out", 4, "--projection-steps", 2)
+    options += ("--held-out", 4, "--projection-steps", 1)
     run("diva", hub, cluster, tmp_path / "second", *options, "--out", tmp_path / "clip")
     assert fetched(hub) == 1
     assert (tmp_path / "clip" / "open_clip_model.safetensors").exists()

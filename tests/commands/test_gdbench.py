@@ -56,7 +56,7 @@ def test_unknown_option_and_value() -> None:
 
 
 def test_nothing_to_score(tmp_path: Path) -> None:
-    assert "give at least one --model or --clip" in message("--out", tmp_path)
+    assert "give at least one --model, --clip or --scorer" in message("--out", tmp_path)
 
 
 def test_missing_data(tmp_path: Path, world: Path) -> None:

@@ -22,7 +22,7 @@ from diffitm.scoring.batching import TOLD, Batch
 from diffitm.scoring.clip import ClipScorer
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
-from diffitm.scoring.scorer import Scorer
+from diffitm.scoring.scorer import RowScorer
 from diffitm.store.run_summary import Done
 from tests import tiny
 
@@ -68,7 +68,7 @@ def listen(found: DiffusionScorer | ClipScorer) -> list[str]:
     return told
 
 
-def l2(found: Scorer) -> np.ndarray:
+def l2(found: RowScorer) -> np.ndarray:
     return np.array([line["l2"] for line in found.score(works())])
 
 
@@ -212,10 +212,10 @@ class Remote:
 class Spec:
     """Gives the scorer to the actor."""
 
-    def __init__(self, made: Scorer) -> None:
+    def __init__(self, made: RowScorer) -> None:
         self.made = made
 
-    def build(self, device: str) -> Scorer:
+    def build(self, device: str) -> RowScorer:
         return self.made
 
 

@@ -109,7 +109,7 @@ def test_store_of_another_configuration_lies_elsewhere(tmp_path: Path) -> None:
     assert first.uri != other.uri
     assert first.name.startswith("model-")
     assert read_store(first.uri) == first
-    assert not first.is_clip
+    assert first.similarity is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_store_is_named_by_its_model(tmp_path: Path, model: str, slug: str) ->
     """The last part of a path; letters and digits alone."""
     store = open_store(str(tmp_path), model, CLIP)
     assert store.name.rpartition("-")[0] == slug
-    assert (store.model, store.is_clip, read_store(store.uri)) == (model, True, store)
+    assert (store.model, store.similarity, read_store(store.uri)) == (model, "cosine", store)
 
 
 def test_store_refuses_scores_of_another_configuration(tmp_path: Path) -> None:
