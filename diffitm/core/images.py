@@ -126,6 +126,11 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError("the file is not an image of a known kind") from None
     image.load()
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB of an image of any mode; what is transparent becomes white."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _deep(image)

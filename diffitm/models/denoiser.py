@@ -53,6 +53,10 @@ class Denoiser(ABC):
         """Why a text cannot be a condition of this model; None if it can, as every text here."""
         return None
 
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than the model reads, so that encode_texts leaves its end out."""
+        return False
+
     @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         """The condition of each text; '' is the unconditional one.

@@ -117,6 +117,11 @@ class LatentDiffusion(Denoiser):
         return DPMSolverMultistepScheduler.from_config(self.scheduler.config)
 
 
+def is_cut(tokenizer: CLIPTokenizer, text: str) -> bool:
+    """Whether tokenize leaves out the text's end."""
+    return len(tokenizer(text).input_ids) > tokenizer.model_max_length
+
+
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     """Token ids [B, L]. Longer texts than the encoder takes are cut, as Stable Diffusion does."""
     return tokenizer(

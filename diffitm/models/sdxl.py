@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.latent_diffusion import Folder, LatentDiffusion, check_width, sample, tokenize
+from diffitm.models.latent_diffusion import (
+    Folder,
+    LatentDiffusion,
+    check_width,
+    is_cut,
+    sample,
+    tokenize,
+)
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -51,6 +58,10 @@ class StableDiffusionXL(LatentDiffusion):
         side = float(self.resolution)
         # Original size, crop's corner and target size.
         self.time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
+
+    def cuts(self, text: str) -> bool:
+        """See Denoiser."""
+        return any(is_cut(tokenizer, text) for tokenizer in self.tokenizers)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Condition:

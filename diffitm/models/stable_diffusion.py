@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.latent_diffusion import Folder, LatentDiffusion, check_width, sample, tokenize
+from diffitm.models.latent_diffusion import (
+    Folder,
+    LatentDiffusion,
+    check_width,
+    is_cut,
+    sample,
+    tokenize,
+)
 
 
 class StableDiffusion(LatentDiffusion):
@@ -35,6 +42,10 @@ class StableDiffusion(LatentDiffusion):
         self.unet = parts.model(UNet2DConditionModel, "unet")
         check_width(self.unet, self.text_encoder.config.hidden_size)
         super().__init__(parts, self.unet, parts.model(AutoencoderKL, "vae"))
+
+    def cuts(self, text: str) -> bool:
+        """See Denoiser."""
+        return is_cut(self.tokenizer, text)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Condition:

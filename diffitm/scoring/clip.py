@@ -50,6 +50,21 @@ class ClipScorer(RowScorer):
         """Unit image embeddings [B, W] of preprocessed pixels [B, 3, H, W]."""
         return normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1)
 
+    def cut(self, texts: Sequence[str]) -> list[int]:
+        length = int(self.tokenizer.context_length)
+        plain = getattr(
+            self.tokenizer, "tokenizer", None
+        )  # transformers', which adds its own marks
+
+        def count(text: str) -> int:
+            return (
+                len(self.tokenizer.encode(text)) + 2
+                if plain is None
+                else len(plain(text).input_ids)
+            )
+
+        return [number for number, text in enumerate(texts) if count(text) > length]
+
     def prepare(self, image: Image.Image) -> Tensor:
         """Pixels [3, H, W] as CLIP takes them."""
         pixels: Tensor = self.preprocess(image)

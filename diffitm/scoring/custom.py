@@ -73,6 +73,14 @@ def find_scorer(name: str) -> CustomSource:
     return CustomSource(name, place, argument, kind.score, repr(sorted(digest.items())))
 
 
+def is_own(name: str) -> bool:
+    """Whether a name can only be that of a scorer: of a known one, or of a file of Python."""
+    table = SCORERS | {e.name: e.value for e in entry_points(group=ENTRY_POINTS)}
+    match = _OWN.fullmatch(name)
+    is_file = match is not None and match["place"].rpartition(":")[0].endswith(".py")
+    return name.partition(":")[0] in table or is_file
+
+
 def _load(name: str, place: str) -> Any:
     try:
         kind = load(place)

@@ -48,6 +48,9 @@ class DiffusionScorer(RowScorer):
         self.cost = len(plan)
         self.timesteps = plan.timesteps.tolist()
 
+    def cut(self, texts: Sequence[str]) -> list[int]:
+        return [number for number, text in enumerate(texts) if self.denoiser.cuts(text)]
+
     def prepare(self, image: Image.Image) -> Tensor:
         """Pixels [3, H, W] as the denoiser takes them."""
         return to_input(image, self.denoiser, self.resize)

@@ -55,6 +55,10 @@ class RowScorer(ABC):
         """Forwards a second of the bare model, 0 if they cost next to nothing."""
         return 0.0
 
+    def cut(self, texts: Sequence[str]) -> list[int]:
+        """Places of the texts that are longer than the model reads, whose rest it never sees."""
+        return []
+
     @abstractmethod
     def prepare(self, image: Image.Image) -> Any:
         """An image as score_loaded takes it, made in a thread beside others."""

@@ -197,10 +197,10 @@ def test_kohya_file_of_every_module() -> None:
 def test_what_of_kohya_is_refused(key: str, text: str) -> None:
     flat = key.partition(".")[0]
     tensors = {key: torch.zeros(1, 4), f"{flat}.lora_up.weight": torch.zeros(4, 1)}
-    unet = fresh()
+    unet, before = fresh(), fresh().state_dict()
     with pytest.raises(InputError, match=text):
         merge_lora(unet, tensors)
-    assert all(torch.equal(v, fresh().state_dict()[k]) for k, v in unet.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
 
 
 def test_alpha_inside_the_file(expected: Tensors) -> None:

@@ -1,0 +1,358 @@
+"""Score images against texts, and models on benchmarks, from Python: in this process, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pyarrow import parquet
+
+from diffitm.core import images as image_files
+from diffitm.core import storage
+from diffitm.core.errors import InputError
+from diffitm.core.schema import SCORES, PairRow
+from diffitm.metrics.score import averaged, conditional_score, normalised_score
+from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
+from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.scorer import Loaded, RowScorer
+from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger("diffitm")
+T = TypeVar("T")
+Picture = str | Path | Image.Image | np.ndarray
+Kind = Literal["auto", "conditional", "normalised"]
+AT_ONCE = 16  # images
+REPORT_EVERY = 10.0  # seconds between two lines of a log
+
+
+class ImageTextScorer:
+    """A loaded model that scores images against texts; load_scorer makes one.
+
+    `name` is the model's in tables, `timesteps` are those of a diffusion model, none of another.
+    """
+
+    def __init__(self, spec: Spec, device: str) -> None:
+        self.spec, self.device = spec, device
+        self.rows: RowScorer = spec.build(device)
+        self.name: str = spec.label
+        self.timesteps: tuple[int, ...] = getattr(spec, "timesteps", ())
+
+    def __call__(
+        self,
+        images: Picture | Sequence[Picture],
+        texts: str | Sequence[str],
+        score: Kind = "auto",
+    ) -> np.ndarray:
+        """Scores, higher is better.
+
+        Args:
+            images: paths, URIs, PIL images or uint8 arrays [H, W, 3].
+            texts: captions; one that is longer than the model reads is cut, which is logged by name.
+            score: of a diffusion model 'normalised' (minus the error with the text, plus that without
+                one: DiffusionITM, eq. 5), which compares images as well as texts, or 'conditional'
+                (minus the error with the text), which compares the texts of an image at fewer forwards.
+                'auto' is normalised. Other models have one kind.
+
+        Returns:
+            float32 [images, texts].
+
+        Raises:
+            InputError: an image that cannot be read or a text that the model refuses, by its place.
+        """
+        if score != "auto" and not self.timesteps:
+            raise InputError(f"{score!r}: only diffusion models have more than one kind", "score")
+        images, texts = _listed(images), _listed(texts)
+        if not self.timesteps:
+            return self._table(images, texts, "similarity")[..., 0]
+        protocol: str = self.spec.protocol  # type: ignore[attr-defined]
+        error: Literal["l2", "mse"] = "l2" if protocol == "diffusionitm" else "mse"
+        if score == "conditional":
+            errors = averaged(self.errors(images, texts, error).astype(float))
+            return conditional_score(errors).astype(np.float32)
+        errors = averaged(self.errors(images, [*texts, ""], error).astype(float))
+        return normalised_score(errors[:, :-1], errors[:, -1:]).astype(np.float32)
+
+    def errors(
+        self,
+        images: Picture | Sequence[Picture],
+        texts: str | Sequence[str],
+        error: Literal["l2", "mse", "l1", "huber"] = "l2",
+    ) -> np.ndarray:
+        """A diffusion model's noise-prediction errors by timestep; the text '' is the unconditional one.
+
+        Returns:
+            float32 [images, texts, timesteps].
+
+        Raises:
+            InputError: as a call; a model without such errors.
+        """
+        if not self.timesteps:
+            raise InputError(f"{self.name} has no errors by timestep, only a score", "scorer")
+        return self._table(_listed(images), _listed(texts), error)
+
+    def _table(self, images: list[Picture], texts: list[str], kind: str) -> np.ndarray:
+        """Values of the score store's column, float32 [images, texts, timesteps or 1]."""
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"[{number}]: {text!r:.60} is no text", "texts")
+        for number in self.rows.cut(texts):
+            log.warning(
+                "texts[%d] %r: is longer than the model reads, and cut", number, texts[number]
+            )
+        out = np.zeros((len(images), len(texts), len(self.timesteps) or 1), np.float32)
+        unique = list(dict.fromkeys(texts))
+        if not images or not unique:
+            return out
+        place = [unique.index(text) for text in texts]
+        blocks = [range(s, min(s + AT_ONCE, len(images))) for s in range(0, len(images), AT_ONCE)]
+        for block in progress(blocks, self.name, len(images)):
+            loaded = [self._load(images[number], number) for number in block]
+            rows = [PairRow(number, str(number), unique) for number in block]
+            lines = {(x["row"], x["text"]): x for x in self.rows.score_loaded(rows, loaded)}
+            for number in block:
+                values = [_value(lines[number, text], kind, text) for text in unique]
+                out[number] = np.stack(values)[place]
+        return out
+
+    def _load(self, picture: Picture, number: int) -> Loaded:
+        try:
+            return Loaded(self.rows.prepare(read_image(picture)), None, None)
+        except Exception as error:  # whatever a decoder raises
+            what = repr(str(picture)) if isinstance(picture, str | Path) else type(picture).__name__
+            gone = isinstance(error, FileNotFoundError)
+            why = "there is no such file" if gone else f"{type(error).__name__}: {error}"
+            raise InputError(f"[{number}] {what}: {why}", "images") from error
+
+
+def _value(line: dict[str, Any], kind: str, text: str) -> np.ndarray:
+    if line["failure"] is not None:
+        raise InputError(f"{text!r}: {line['failure']}", "texts")
+    if kind == "similarity":
+        return np.array([line["similarity"]], np.float32)
+    if kind == "mse":
+        return np.asarray(line["l2"], np.float64) ** 2 / line["elements"]
+    return np.asarray(line[kind])
+
+
+def _listed(values: Any) -> list[Any]:
+    return [values] if isinstance(values, str | Path | Image.Image | np.ndarray) else list(values)
+
+
+def read_image(picture: Picture) -> Image.Image:
+    """An upright RGB image of a path, a URI, a PIL image or a uint8 array [H, W, 3].
+
+    Raises OSError or ValueError for what is none.
+    """
+    if isinstance(picture, str | Path):
+        return image_files.decode(storage.read_bytes(str(picture)))
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+            raise ValueError(f"an array is uint8 [H, W, 3], not {picture.dtype} {picture.shape}")
+        return Image.fromarray(picture)
+    return image_files.to_rgb(picture)
+
+
+def load_scorer(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    protocol: Literal["diffusionitm", "paper", "diffusion-classifier"] = "diffusionitm",
+    timesteps: int | Sequence[int] = 10,
+    seed: int = 0,
+    resize: Literal["auto", "squash", "crop"] = "auto",
+    lora: str | None = None,
+    variant: str | None = None,
+    batch_size: int = 64,
+) -> ImageTextScorer:
+    """Load what scores images against texts.
+
+    Args:
+        name: a diffusion model ('shapes', a diffusers folder or URI, a Hub id), a CLIP ('NAME:TAG' or
+            'NAME:FILE' of open_clip, 'hf-hub:org/name', a folder with open_clip_config.json, 'clip:' and any
+            of these, such as 'clip:shapes'), or a scorer of one's own ('file.py:Class').
+        device: torch's; a GPU where there is one.
+        dtype: of a diffusion model; 'auto' is fp16 on a GPU, else fp32.
+        protocol: how timesteps and noise are chosen, as in gdbench.
+        timesteps: how many to ask the protocol for, or these.
+        seed: of the noise.
+        resize: 'squash' to a square or 'crop' the centre; 'auto' crops for diffusion-classifier.
+        lora: a LoRA file for a diffusion model's U-Net.
+        variant: of a diffusion model's files, such as 'fp16'.
+        batch_size: of forwards; one that does not fit a GPU's memory is halved.
+
+    Raises:
+        InputError: a name that means nothing, weights that cannot be loaded, or an option out of range.
+    """
+    device = device or _device()
+    if is_own(name):
+        return ImageTextScorer(CustomSpec(find_scorer(name), ""), device)
+    if _is_clip(name):
+        from diffitm.models.clip import resolve_clip
+
+        clip = resolve_clip(name.removeprefix("clip:")).fetched()
+        return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
+    from diffitm.models.loading import resolve
+    from diffitm.models.lora import locate
+
+    if resize == "auto":
+        resize = "crop" if protocol == "diffusion-classifier" else "squash"
+    count = timesteps if isinstance(timesteps, int) else None
+    spec = DiffusionSpec(
+        source=resolve(name).fetched(variant),
+        root="",
+        protocol=protocol,
+        timesteps=tuple(plan_timesteps(protocol, count, seed) if count is not None else timesteps),  # type: ignore[arg-type]
+        seed=seed,
+        dtype=dtype if dtype != "auto" else ("fp16" if device.startswith("cuda") else "fp32"),
+        resize=resize,
+        variant=variant,
+        lora=locate(lora) if lora else None,
+        lora_name=lora,
+        batch_size=batch_size,
+    )
+    return ImageTextScorer(spec, device)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _is_clip(name: str) -> bool:
+    if name.startswith(("clip:", "hf-hub:")):
+        return True
+    if storage.exists(storage.join(name, "open_clip_config.json")):
+        return True
+    model, colon, _ = name.partition(":")
+    if not colon or "://" in name:
+        return False
+    import open_clip
+
+    return model in open_clip.list_models()
+
+
+def evaluate(
+    scorer: ImageTextScorer | str,
+    tasks: str | Sequence[str],
+    data: str = "shapes",
+    *,
+    out: str | None = None,
+    limit: int | None = None,
+    scenes: int = 100,
+) -> pd.DataFrame:
+    """The figures of a model on tasks, as pipelines/gdbench.py computes them.
+
+    Args:
+        scorer: what load_scorer gives, or a name for it.
+        tasks: names of tasks, or 'file.py:Class' of one's own.
+        data: the data root; 'shapes' draws the embedded world.
+        out: a folder or URI that keeps examples and scores: what it holds is not scored again. Without
+            one, nothing is kept.
+        limit: examples of each task, evenly spread.
+        scenes: that 'shapes' draws.
+
+    Returns:
+        A row a figure: model, task, group, metric, score, value, low, high, n, failures and more.
+
+    Raises:
+        InputError: a task whose data is not there, or as load_scorer.
+    """
+    if isinstance(scorer, str):
+        scorer = load_scorer(scorer)
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="diffitm-") as folder:
+            return _evaluate(scorer, _listed(tasks), data, folder, limit, scenes)
+    return _evaluate(scorer, _listed(tasks), data, storage.absolute(out), limit, scenes)
+
+
+def _evaluate(
+    scorer: ImageTextScorer, tasks: list[str], data: str, out: str, limit: int | None, scenes: int
+) -> pd.DataFrame:
+    import pandas as pd
+
+    from diffitm.evaluation.evaluate import evaluate as figures
+    from diffitm.evaluation.examples import data_root, write_examples
+    from diffitm.store.score_store import open_store
+
+    root = data_root(data, scenes, out)
+    examples = {n: e.uri for n, e in write_examples(tasks, root, out, limit).items()}
+    spec: Any = scorer.spec
+    spec = dataclasses.replace(spec, root=root)
+    store = open_store(out, spec.label, spec.store_config())
+    scorer.rows.root = root
+    _score_missing(scorer, list(examples.values()), store, out)
+    evaluation = figures(examples, [store])
+    for line in evaluation.failures:
+        log.warning("%s: example %s: %s", line["task"], line["example"], line["failure"])
+    return pd.DataFrame([dataclasses.asdict(row) for row in evaluation.rows])
+
+
+def _score_missing(scorer: ImageTextScorer, examples: list[str], store: Any, out: str) -> None:
+    """Score what the store lacks; each block is a file of its own, whole or not there."""
+    from diffitm.store.pair_table import write_work
+
+    stamp = f"{time.time_ns():x}"
+    work = write_work(examples, store, storage.join(out, "work", f"api-{stamp}.parquet"))
+    try:
+        found, path = storage.filesystem(work.uri)
+        rows = [PairRow(**line) for line in parquet.read_table(path, filesystem=found).to_pylist()]
+        blocks = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
+        for number, block in enumerate(progress(blocks, scorer.name, len(rows))):
+            sink = pa.BufferOutputStream()
+            parquet.write_table(pa.Table.from_pylist(scorer.rows.score(block), SCORES), sink)
+            file = storage.join(store.uri, f"api-{stamp}-{number:06d}.parquet")
+            storage.write_bytes(file, sink.getvalue().to_pybytes())
+    finally:
+        storage.delete(work.uri)
+
+
+def progress(blocks: Sequence[T], name: str, total: int) -> Iterator[T]:
+    """The blocks; meanwhile a bar on a terminal, a line every ten seconds in a log."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from _logged(blocks, name, total)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    text, rate = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(name, total=total, rate="")
+        for block in blocks:
+            yield block
+            bar.advance(task, len(block))  # type: ignore[arg-type]
+            bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} images/s")
+
+
+def _logged(blocks: Sequence[T], name: str, total: int) -> Iterator[T]:
+    start = last = time.monotonic()
+    done = 0
+    for block in blocks:
+        yield block
+        done += len(block)  # type: ignore[arg-type]
+        now = time.monotonic()
+        if now - last >= REPORT_EVERY and done < total:
+            last, rate = now, done / (now - start)
+            left = (total - done) / rate
+            log.info("%s: %d of %d images, %.1f/s, %.0f s left", name, done, total, rate, left)
