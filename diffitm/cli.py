@@ -1,4 +1,4 @@
-"""What every pipeline script shares: the options, the log, errors as messages, and exit codes."""
+"""The command `diffitm` and the scripts of pipelines/: sub-commands, log, errors as messages, exit codes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
+from diffitm import __version__
 from diffitm.core.config import parse
-from diffitm.core.errors import Incomplete, InputError, Unavailable
+from diffitm.core.errors import Incomplete, InputError, Unavailable, suggest
 from diffitm.core.provenance import redact
+from diffitm.core.registry import load
 
-C = TypeVar("C")
 UNEXPECTED, BAD_INPUT, INCOMPLETE, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 75, 130
 FORMAT = "%(asctime)s %(message)s"
 
@@ -34,9 +35,100 @@ class _Redacted:
         return getattr(self.stream, name)
 
 
-def main(config: type[C], run: Callable[[C], None], description: str | None) -> None:
-    """Parse the command line and run, as execute() does."""
-    execute(lambda: run(parse(config, description=description or "")))
+class Command(NamedTuple):
+    """A sub-command: what --help says first, the places of what reads its options (a config's class, or a
+    function of words and `about`) and of the function that is called with them."""
+
+    about: str
+    read: str
+    run: str
+
+
+COMMANDS = {
+    "gdbench": Command(
+        "Evaluate diffusion models, CLIPs and other scorers on GDBench; see docs/gdbench.md.",
+        "diffitm.evaluation.options:GdbenchConfig",
+        "diffitm.commands.gdbench:run",
+    ),
+    "candidates": Command(
+        "Pick each caption's and each image's top-k candidates with CLIP; see docs/gdbench.md.",
+        "diffitm.commands.candidates:CandidatesConfig",
+        "diffitm.commands.candidates:run",
+    ),
+    "negatives": Command(
+        "Make hard negative captions and images for a captions file; see docs/negatives.md.",
+        "diffitm.commands.negatives:NegativesConfig",
+        "diffitm.commands.negatives:run",
+    ),
+    "finetune": Command(
+        "Tune a diffusion model's LoRA for matching; see docs/finetuning.md.",
+        "diffitm.training.lora.options:FinetuneConfig",
+        "diffitm.commands.finetune:run",
+    ),
+    "diva": Command(
+        "Tune a CLIP's image tower under a frozen diffusion model (DIVA); see docs/diva.md.",
+        "diffitm.training.diva.options:DivaConfig",
+        "diffitm.commands.diva:run",
+    ),
+    "sweep": Command(
+        "Sweep settings with Ray Tune: sweep lambda|timesteps|recap-density [--config FILE] key=value ... "
+        "Keys are the options below and those of the command that is swept (finetune, gdbench, diva). "
+        "Several values, lr=1e-5,1e-4, or a range, lr=loguniform(1e-5,1e-3), are swept. See docs/sweeps.md.",
+        "diffitm.commands.sweep:read",
+        "diffitm.commands.sweep:run",
+    ),
+    "prepare": Command(
+        "Fetch published data into the layout that the tasks read: prepare TASK.. --data DIR. TASK is "
+        "winoground, clevr, imagecode, pets, svo, aro, coco, flickr30k, mmbias, mmvp_vlm, a task of GDBench "
+        "such as vg_relation, or all. docs/data.md says what each one fetches, its size and licence.",
+        "diffitm.datasets.options:read",
+        "diffitm.commands.prepare:run",
+    ),
+    "doctor": Command(
+        "Tell what this machine or cluster has, and what to type next.",
+        "diffitm.commands.doctor:DoctorConfig",
+        "diffitm.commands.doctor:run",
+    ),
+}
+
+
+def main() -> None:
+    """The command `diffitm`: its first word names a sub-command."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+    elif words[0] in ("-V", "--version"):
+        print(f"diffitm {__version__}")
+    elif words[0] not in COMMANDS:
+        print(f"error: unknown command {words[0]!r}{suggest(words[0], COMMANDS)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    else:
+        sys.argv = [f"diffitm {words[0]}", *words[1:]]
+        start(words[0])
+
+
+def usage() -> str:
+    """What `diffitm --help` prints."""
+    lines = [
+        f"  {name:11} {command.about.split(';')[0].split(':')[0].rstrip('.')}"
+        for name, command in COMMANDS.items()
+    ]
+    head = (
+        "diffitm COMMAND [OPTIONS]; diffitm COMMAND --help lists the options. First: diffitm doctor"
+    )
+    return "\n".join([head, "", *lines])
+
+
+def start(name: str) -> None:
+    """Run a sub-command with the words of the command line, as execute() does."""
+    execute(lambda: _call(COMMANDS[name], sys.argv[1:]))
+
+
+def _call(command: Command, words: list[str]) -> None:
+    reader = load(command.read)
+    is_config = isinstance(reader, type)
+    config = parse(reader, words, command.about) if is_config else reader(words, command.about)
+    load(command.run)(config)
 
 
 def execute(run: Callable[[], None]) -> None:

@@ -1,7 +1,6 @@
-"""Pick each caption's and each image's top-k candidates with CLIP; see --help and the README."""
+"""`diffitm candidates` as a file, which `ray job submit` takes; see --help."""
 
-from diffitm.cli import main
-from diffitm.commands.candidates import CandidatesConfig, run
+from diffitm.cli import start
 
 if __name__ == "__main__":
-    main(CandidatesConfig, run, __doc__)
+    start("candidates")

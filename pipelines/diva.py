@@ -1,8 +1,6 @@
-"""Tune a CLIP's image tower under a frozen diffusion model (DIVA); see --help and docs/diva.md."""
+"""`diffitm diva` as a file, which `ray job submit` takes; see --help."""
 
-from diffitm.cli import main
-from diffitm.commands.diva import run
-from diffitm.training.diva.options import DivaConfig
+from diffitm.cli import start
 
 if __name__ == "__main__":
-    main(DivaConfig, run, __doc__)
+    start("diva")

@@ -1,8 +1,6 @@
-"""Tune a diffusion model's LoRA for matching; see --help and docs/finetuning.md."""
+"""`diffitm finetune` as a file, which `ray job submit` takes; see --help."""
 
-from diffitm.cli import main
-from diffitm.commands.finetune import run
-from diffitm.training.lora.options import FinetuneConfig
+from diffitm.cli import start
 
 if __name__ == "__main__":
-    main(FinetuneConfig, run, __doc__)
+    start("finetune")

@@ -1,8 +1,6 @@
-"""Evaluate diffusion models and CLIP on GDBench; see --help and the README."""
+"""`diffitm gdbench` as a file, which `ray job submit` takes; see --help."""
 
-from diffitm.cli import main
-from diffitm.commands.gdbench import run
-from diffitm.evaluation.options import GdbenchConfig
+from diffitm.cli import start
 
 if __name__ == "__main__":
-    main(GdbenchConfig, run, __doc__)
+    start("gdbench")

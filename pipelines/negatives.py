@@ -1,7 +1,6 @@
-"""Make hard negative captions and images for a captions file; see --help and docs/negatives.md."""
+"""`diffitm negatives` as a file, which `ray job submit` takes; see --help."""
 
-from diffitm.cli import main
-from diffitm.commands.negatives import NegativesConfig, run
+from diffitm.cli import start
 
 if __name__ == "__main__":
-    main(NegativesConfig, run, __doc__)
+    start("negatives")

@@ -1,15 +1,6 @@
-"""Fetch published data into the layout that the tasks read: prepare.py TASK.. --data DIR
+"""`diffitm prepare` as a file, which `ray job submit` takes; see --help."""
 
-TASK is winoground, clevr, imagecode, pets, svo, aro, coco, flickr30k, mmbias, mmvp_vlm, a task of
-GDBench such as vg_relation, or all. docs/data.md says what each one fetches, its size and licence.
-"""
-
-import sys
-
-from diffitm.cli import main
-from diffitm.commands.prepare import run
-from diffitm.datasets.options import DataConfig, with_tasks
+from diffitm.cli import start
 
 if __name__ == "__main__":
-    sys.argv[1:] = with_tasks(sys.argv[1:])
-    main(DataConfig, run, __doc__)
+    start("prepare")

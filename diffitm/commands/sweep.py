@@ -13,7 +13,7 @@ from diffitm.core import storage
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
 from diffitm.evaluation.options import GdbenchConfig
-from diffitm.sweep.options import Kind, Sweep, values_of
+from diffitm.sweep.options import Kind, Sweep, read_sweep, values_of
 from diffitm.sweep.report import write_report
 from diffitm.sweep.result import TrialResult, print_table, ranked, write_best, write_table
 from diffitm.sweep.space import Axis, describe
@@ -51,6 +51,11 @@ KINDS = {
         ),
     )
 }
+
+
+def read(words: list[str], about: str) -> Sweep:
+    """The sweep of a command line."""
+    return read_sweep(KINDS, words, about)
 
 
 def run(sweep: Sweep) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 
-from diffitm.core.config import find_outside, option
+from diffitm.core.config import find_outside, option, parse
 from diffitm.core.errors import InputError
 from diffitm.datasets import sources
 from diffitm.datasets.client import check_proxy
@@ -37,6 +37,11 @@ class DataConfig:
     ray: str | None = option(
         None, "address of a Ray cluster (default: RAY_ADDRESS, else this machine)"
     )
+
+
+def read(words: list[str], about: str) -> DataConfig:
+    """The options of a command line."""
+    return parse(DataConfig, with_tasks(words), about)
 
 
 def with_tasks(arguments: list[str]) -> list[str]:
