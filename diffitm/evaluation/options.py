@@ -30,7 +30,7 @@ class GdbenchConfig(OnActors):
     )
     scorer: list[str] = option(
         [],
-        "other scorers: file.py:Class or package.module:Class of your own, with :ARGUMENT if it takes one",
+        "other scorers: vqa:MODEL, itm:MODEL, file.py:Class or package.module:Class[:ARGUMENT] of your own",
     )
     tasks: list[str] = option(
         ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"

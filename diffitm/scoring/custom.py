@@ -20,7 +20,7 @@ from diffitm.scoring.scorer import Loaded, RowScorer, Scorer, similarity_lines
 
 ENTRY_POINTS = "diffitm.scorers"
 VERSION = 1  # grows when the same settings would give other scores
-SCORERS: dict[str, str] = {}
+SCORERS = {"vqa": "diffitm.scoring.vqa:Vqa", "itm": "diffitm.scoring.itm:Itm"}
 _OWN = re.compile(r"(?P<place>(?:.+\.py|\w+(?:\.\w+)*):\w+)(?::(?P<argument>.+))?")
 
 

@@ -17,10 +17,12 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+import diffitm
 from diffitm.models.loading import SHAPES
 from diffitm.shapes.layouts import write_world
 from diffitm.tasks.registry import TASKS
 from tests import pipeline
+from tests.scoring.test_custom import CODE
 
 pytestmark = pytest.mark.slow
 OWN_TASK = """
@@ -66,6 +68,42 @@ def test_whole_run(tmp_path: Path) -> None:
     assert (moved / "report.html").read_text().count("data:image/jpeg") == page.count(
         "data:image/jpeg"
     )
+
+
+def test_a_scorer_of_ones_own_and_the_same_from_python(tmp_path: Path) -> None:
+    """In one table and one set of tests with ours; diffitm.evaluate has the figures of each."""
+    own = tmp_path / "mine.py"
+    own.write_text(CODE)
+    write_world(str(tmp_path / "world"), 10)
+    options = (
+        "--clip",
+        "shapes",
+        "--scorer",
+        f"{own}:Red",
+        "--tasks",
+        "winoground",
+        "--timesteps",
+        2,
+    )
+    options += ("--data", tmp_path / "world", "--actors", 1, "--out", tmp_path / "out")
+    done = pipeline.run("--model", "shapes", *options)
+    assert f"{own}:Red" in done.stdout and "redness" in done.stdout
+    rows = pipeline.rows(tmp_path / "out")
+    assert {row["score"] for row in rows} == {"conditional", "normalised", "cosine", "redness"}
+    compared = json.loads((tmp_path / "out" / "results.json").read_text())["comparisons"]
+    assert {"redness"} < {c["first_score"] for c in compared} | {
+        c["second_score"] for c in compared
+    }
+    for name, label in (("shapes", "shapes"), ("clip:shapes", "CLIP shapes"), (f"{own}:Red",) * 2):
+        scorer = diffitm.load_scorer(name, timesteps=2)
+        table = diffitm.evaluate(scorer, ["winoground"], str(tmp_path / "world"))
+        found = {
+            (r["group"], r["metric"], r["score"]): r["value"] for r in table.to_dict("records")
+        }
+        expected = {
+            (r["group"], r["metric"], r["score"]): r["value"] for r in rows if r["model"] == label
+        }
+        assert found == pytest.approx(expected)
 
 
 @pytest.mark.long
