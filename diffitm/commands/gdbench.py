@@ -11,6 +11,7 @@ import numpy as np
 
 from diffitm.commands.entrance import entered
 from diffitm.commands.extras import Extras
+from diffitm.commands.models import find_sources, make_specs, paths_read, score_missing
 from diffitm.commands.run_record import (
     RunRecord,
     read_curves,
@@ -27,26 +28,20 @@ from diffitm.evaluation.examples import Examples, data_root, write_examples
 from diffitm.evaluation.options import (
     GdbenchConfig,
     check_options,
-    lora_names,
     task_names,
     task_problems,
 )
-from diffitm.models.loading import ModelSource, check_loadable, resolve
-from diffitm.models.lora import locate
 from diffitm.report.html import write_report
 from diffitm.report.table import latex, make_table, markdown
 from diffitm.report.terminal import print_results, print_state, print_summary
-from diffitm.scoring.custom import CustomSpec, find_scorer
-from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
-from diffitm.store.run_summary import Done, write_summary
+from diffitm.scoring.specs import Spec
+from diffitm.store.run_summary import write_summary
 from diffitm.store.score_store import Store, open_store
-from diffitm.store.work_table import finish, open_work
 from diffitm.tasks.check import check
 from diffitm.tasks.registry import find_task
 
 if TYPE_CHECKING:
     from diffitm.distributed.session import ActorPool
-    from diffitm.models.clip import ClipSource
 
 log = logging.getLogger("diffitm")
 WORLD = "world.json"  # what marks a data root of drawn scenes
@@ -147,13 +142,7 @@ def report(config: GdbenchConfig, record: RunRecord) -> None:
 
 def _read(config: GdbenchConfig) -> list[tuple[str, str | None]]:
     """Options whose paths the actors read."""
-    names = {"--model": config.model, "--lora": config.lora, "--clip": config.clip}
-    found = [(option, name) for option, values in names.items() for name in values]
-    files: list[tuple[str, str | None]] = [
-        ("--clip", name.partition(":")[2]) for name in config.clip
-    ]
-    files += [("--scorer", find_scorer(name).file) for name in config.scorer]
-    return [("--data", config.data), *found, *files, ("--segmentation", config.segmentation)]
+    return [("--data", config.data), *paths_read(config), ("--segmentation", config.segmentation)]
 
 
 def prepare(config: GdbenchConfig) -> Prepared:
@@ -163,32 +152,10 @@ def prepare(config: GdbenchConfig) -> Prepared:
     """
     out = storage.absolute(config.out)
     timesteps = check_options(config)
-    sources = [resolve(name) for name in dict.fromkeys(config.model)]
-    clips = _clip_sources(config.clip)
+    sources = find_sources(config)
     root = data_root(config.data, config.scenes, out)
     examples = write_examples(task_names(config), root, out, config.limit)
-
-    from diffitm.commands.weights import share
-    from diffitm.distributed import session
-
-    session.connect(config.ray, verbose=config.verbose)
-    pool = session.choose_pool(
-        config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
-    )
-    work = storage.join(out, "work")
-    sources = [share(source, work, config.variant) for source in sources]
-    clips = [share(source, work) for source in clips]
-    for source in sources:  # before a GPU is asked for
-        check_loadable(source, [locate(name) for name in lora_names(config) if name])
-    dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
-    specs: list[Spec] = [
-        _diffusion(config, source, lora, root, steps, dtype)
-        for source in sources
-        for lora in lora_names(config)
-        for steps in timesteps
-    ]
-    specs += [ClipSpec(source, root, config.batch_size) for source in clips]
-    specs += [CustomSpec(find_scorer(name), root) for name in dict.fromkeys(config.scorer)]
+    specs, pool = make_specs(config, sources, timesteps, root, out)
     stores = [open_store(out, spec.label, spec.store_config()) for spec in specs]
     return Prepared(out, root, examples, specs, stores, pool)
 
@@ -197,69 +164,13 @@ def score_all(prepared: Sequence[Prepared], out: str) -> int:
     """Score the pairs that the stores lack and tell what that took, also in OUT/summary.json; how many
     forwards."""
     done = [
-        _score(spec, store, list(ready.examples.values()), ready.out, ready.pool)
+        score_missing(spec, store, list(ready.examples.values()), ready.out, ready.pool)
         for ready in prepared
         for spec, store in zip(ready.specs, ready.stores, strict=True)
     ]
     names = titles([store for ready in prepared for store in ready.stores])
     print_summary(write_summary(names, done, out))
     return sum(part.forwards for part in done)
-
-
-def _score(spec: Spec, store: Store, examples: list[Examples], out: str, pool: ActorPool) -> Done:
-    """Score the pairs that the store lacks; an interrupted run of the same examples goes on."""
-    from diffitm.commands.stages.score import score
-
-    work = open_work(out, store, [e.uri for e in examples], [e.identity for e in examples])
-    if work.rows_left == 0:
-        log.info("%s: every pair is scored already, 0 forwards needed", store.model)
-        return Done()
-    if work.resumed:
-        finished = f"{work.table.pairs - work.pairs_left:,} of {work.table.pairs:,}"
-        log.info("%s: going on where it stopped, %s pairs done", store.model, finished)
-    unit = "scores" if store.similarity else f"U-Net forwards ({spec.cost} timesteps)"
-    needed = f"{work.pairs_left:,} pairs of {work.rows_left:,} images need"
-    log.info("%s: %s %s %s", store.model, needed, f"{work.pairs_left * spec.cost:,}", unit)
-    done = score(spec, work, store, pool)
-    finish(work, done)
-    made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
-    log.info("%s: %s", store.model, made)
-    return done
-
-
-def _diffusion(
-    config: GdbenchConfig,
-    source: ModelSource,
-    lora: str | None,
-    root: str,
-    timesteps: tuple[int, ...],
-    dtype: str,
-) -> DiffusionSpec:
-    resize = config.resize
-    if resize == "auto":
-        resize = "crop" if config.protocol == "diffusion-classifier" else "squash"
-    return DiffusionSpec(
-        source=source,
-        root=root,
-        protocol=config.protocol,
-        timesteps=timesteps,
-        seed=config.seed,
-        dtype=dtype,
-        resize=resize,
-        latent_seed=config.seed if config.latents == "sample" else None,
-        variant=config.variant,
-        lora=locate(lora) if lora else None,
-        lora_name=storage.without_query(lora) if lora else None,
-        batch_size=config.batch_size,
-    )
-
-
-def _clip_sources(names: list[str]) -> list[ClipSource]:
-    if not names:
-        return []
-    from diffitm.models.clip import resolve_clip
-
-    return [resolve_clip(name) for name in dict.fromkeys(names)]
 
 
 def _print_check(config: GdbenchConfig, out: str) -> None:

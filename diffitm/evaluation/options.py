@@ -19,8 +19,8 @@ MOST = 2**63 - 1  # what a generator takes as a seed
 
 
 @dataclass(frozen=True)
-class GdbenchConfig(OnActors):
-    """Options of pipelines/gdbench.py."""
+class ModelOptions(OnActors):
+    """Options of what scores, and how."""
 
     model: list[str] = option(
         [], "diffusion models: shapes, a diffusers folder (or URI of one) or a Hub id"
@@ -32,11 +32,6 @@ class GdbenchConfig(OnActors):
         [],
         "other scorers: vqa:MODEL, itm:MODEL, file.py:Class or package.module:Class[:ARGUMENT] of your own",
     )
-    tasks: list[str] = option(
-        ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"
-    )
-    data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
-    out: str = option("out/gdbench", "folder or URI for scores, results and the report")
     protocol: Literal["diffusionitm", "paper", "diffusion-classifier"] = option(
         "diffusionitm", "how timesteps and noise are chosen"
     )
@@ -68,6 +63,18 @@ class GdbenchConfig(OnActors):
         [],
         "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",
     )
+    batch_size: int = option(64, "forwards of the model in one batch", at_least=1)
+
+
+@dataclass(frozen=True)
+class GdbenchConfig(ModelOptions):
+    """Options of pipelines/gdbench.py."""
+
+    tasks: list[str] = option(
+        ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"
+    )
+    data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
+    out: str = option("out/gdbench", "folder or URI for scores, results and the report")
     prompts: list[str] = option(
         [], "texts that every diffusion model generates images of, from the same seeds"
     )
@@ -87,7 +94,6 @@ class GdbenchConfig(OnActors):
     )
     limit: int | None = option(None, "at most this many examples a task, evenly spread", at_least=1)
     scenes: int = option(100, "scenes that --data shapes draws", at_least=10)
-    batch_size: int = option(64, "forwards of the model in one batch", at_least=1)
     published_bias: bool = option(
         False, "also show mmbias as the published code pools two of its pairs"
     )
@@ -97,7 +103,7 @@ class GdbenchConfig(OnActors):
     report_only: bool = option(False, "recompute everything from OUT's scores, without a model")
 
 
-def lora_names(config: GdbenchConfig) -> list[str | None]:
+def lora_names(config: ModelOptions) -> list[str | None]:
     """Each --lora once; without any, or for 'none', the base model."""
     return [None if name == "none" else name for name in dict.fromkeys(config.lora or ["none"])]
 
@@ -109,7 +115,19 @@ def task_names(config: GdbenchConfig) -> list[str]:
 
 
 def check_options(config: GdbenchConfig) -> list[tuple[int, ...]]:
-    """All problems of the options together; the timesteps really used, for each --timesteps."""
+    """The timesteps really used, for each --timesteps. Raises InputError with all problems of the options."""
+    problems, timesteps = check_models(config)
+    if not config.clip and (config.segmentation or config.clip_benchmark or config.mllm):
+        problems.append("--segmentation, --clip-benchmark and --mllm measure CLIPs: give a --clip")
+    problems += task_problems(config)
+    if problems:
+        raise InputError("\n".join(problems))
+    return timesteps
+
+
+def check_models(config: ModelOptions) -> tuple[list[str], list[tuple[int, ...]]]:
+    """All problems of the options of what scores, and of the numbers; the timesteps really used, for each
+    --timesteps."""
     problems = []
     if not config.model and not config.clip and not config.scorer:
         what = "--model, --clip or --scorer"
@@ -119,9 +137,6 @@ def check_options(config: GdbenchConfig) -> list[tuple[int, ...]]:
             find_scorer(name)
         except InputError as error:
             problems.append(error.on_command_line())
-    if not config.clip and (config.segmentation or config.clip_benchmark or config.mllm):
-        problems.append("--segmentation, --clip-benchmark and --mllm measure CLIPs: give a --clip")
-    problems += task_problems(config)
     problems += find_outside(config)
     for lora in lora_names(config):
         try:
@@ -135,12 +150,11 @@ def check_options(config: GdbenchConfig) -> list[tuple[int, ...]]:
             timesteps[tuple(plan_timesteps(config.protocol, count, config.seed))] = count
         except InputError as error:
             problems.append(error.on_command_line())
-    if problems:
-        raise InputError("\n".join(problems))
-    return [tuple(config.timestep_list)] if config.timestep_list else list(timesteps)
+    listed = [tuple(config.timestep_list)] if config.timestep_list else list(timesteps)
+    return problems, listed
 
 
-def _list_problems(config: GdbenchConfig) -> list[str]:
+def _list_problems(config: ModelOptions) -> list[str]:
     """What is wrong with --timestep-list and --timestep-weights."""
     listed, weights = config.timestep_list, config.timestep_weights
     found = [

@@ -21,6 +21,7 @@ from pyarrow import parquet
 
 from diffitm.core import storage
 from diffitm.core.schema import EXAMPLES, WORK, Example, fault
+from diffitm.store.pair_list import OwnRow
 from diffitm.store.score_store import Store
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ BATCH = 1000
 # More texts of one image are split into several rows: a row is the smallest unit of a resume.
 MAX_TEXTS = 64
 _PAIRS = """
-    SELECT position, task, i, j, image, text, unconditional FROM (
+    SELECT position, task, i, j, image, text, unconditional, groups FROM (
         SELECT *, unnest(range(len(texts))) AS j, unnest(texts) AS text FROM (
             SELECT *, unnest(range(len(images))) AS i, unnest(images) AS image
             FROM examples WHERE failure IS NULL))
@@ -65,6 +66,43 @@ def write_examples(
     uri = storage.join(folder, f"{task}-{digest.hexdigest()[:12]}.parquet")
     found.move(path, storage.filesystem(uri)[1])
     return uri, total
+
+
+def write_own(rows: Iterable[OwnRow], folder: str) -> tuple[str, int, int]:
+    """Stream people's own rows to one Parquet file of examples, each scored with and without its text.
+
+    Returns the file, which is named by its content, how many rows it holds and how many are failures.
+    """
+    storage.make_folder(folder)
+    found, path = storage.filesystem(storage.join(folder, ".own.part"))
+    total = failed = 0
+    digest = hashlib.sha256()
+    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, EXAMPLES) as writer:
+        for batch in _batched(enumerate(rows), BATCH):
+            lines = [_own_line(position, row) for position, row in batch]
+            writer.write_table(pa.Table.from_pylist(lines, EXAMPLES))
+            digest.update(json.dumps(lines).encode())
+            total += len(lines)
+            failed += sum(line["failure"] is not None for line in lines)
+    uri = storage.join(folder, f"own-{digest.hexdigest()[:12]}.parquet")
+    found.move(path, storage.filesystem(uri)[1])
+    return uri, total, failed
+
+
+def _own_line(position: int, row: OwnRow) -> dict[str, Any]:
+    return {
+        "task": "own",
+        "position": position,
+        "id": str(position),
+        "images": [row.image],
+        "texts": list(row.texts),
+        "direction": "text",
+        "gold": 0,
+        "cluster": str(position),
+        "groups": [] if row.source is None else [("source", row.source)],
+        "unconditional": True,
+        "failure": row.failure,
+    }
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
@@ -168,13 +206,15 @@ def _lines(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[tuple[
 
 
 def scored_pairs(
-    examples: str, store: Store, error: str, rows: int = 100 * BATCH
+    examples: str, store: Store, error: str, rows: int = 100 * BATCH, names: bool = False
 ) -> Iterator[pa.RecordBatch]:
     """The pairs of one task's examples in order, with what the store holds of each.
 
     Columns: position, i (image), j (text), errors and unconditional (lists over timesteps),
-    elements, similarity, failure. A pair scored twice is taken once. A batch holds up to `rows`.
+    elements, similarity, failure; with `names` also image, text and groups. A pair scored twice is taken
+    once. A batch holds up to `rows`.
     """
+    named = "p.image, p.text, p.groups," if names else ""
     connection = connect(examples=examples_dataset([examples]), scores=store.dataset())
     column = "l2" if error == "mse" else error
     lacks_unconditional = "FALSE" if store.similarity else "p.unconditional AND u.image IS NULL"
@@ -183,7 +223,7 @@ def scored_pairs(
         s AS (SELECT DISTINCT ON (image, text) image, text, {column} AS errors, elements,
                      similarity, failure
               FROM scores ORDER BY image, text, failure IS NOT NULL)
-        SELECT p.position, p.i, p.j, s.errors, u.errors AS unconditional, s.elements, s.similarity,
+        SELECT p.position, p.i, p.j, {named} s.errors, u.errors AS unconditional, s.elements, s.similarity,
                CASE WHEN s.image IS NULL OR ({lacks_unconditional}) THEN 'not scored yet'
                     ELSE coalesce(s.failure, CASE WHEN p.unconditional THEN u.failure END) END
                AS failure

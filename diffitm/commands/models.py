@@ -1,0 +1,135 @@
+"""What scores, from the options: sources found, weights brought to the cluster, specs, the pool of actors."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+from diffitm.core import storage
+from diffitm.evaluation.examples import Examples
+from diffitm.evaluation.options import ModelOptions, lora_names
+from diffitm.models.loading import ModelSource, check_loadable, resolve
+from diffitm.models.lora import locate
+from diffitm.scoring.custom import CustomSpec, find_scorer
+from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+from diffitm.store.run_summary import Done
+from diffitm.store.score_store import Store
+from diffitm.store.work_table import finish, open_work
+
+if TYPE_CHECKING:
+    from diffitm.distributed.session import ActorPool
+    from diffitm.models.clip import ClipSource
+
+log = logging.getLogger("diffitm")
+
+
+class Sources(NamedTuple):
+    """Models as they were found, before Ray is started."""
+
+    models: list[ModelSource]
+    clips: list[ClipSource]
+
+
+def find_sources(config: ModelOptions) -> Sources:
+    """Raises InputError for a name that means nothing."""
+    return Sources([resolve(name) for name in dict.fromkeys(config.model)], _clips(config.clip))
+
+
+def paths_read(config: ModelOptions) -> list[tuple[str, str | None]]:
+    """Options of models whose paths the actors read, each with its value."""
+    names = {"--model": config.model, "--lora": config.lora, "--clip": config.clip}
+    found: list[tuple[str, str | None]] = [
+        (option, name) for option, values in names.items() for name in values
+    ]
+    found += [("--clip", name.partition(":")[2]) for name in config.clip]
+    return found + [("--scorer", find_scorer(name).file) for name in config.scorer]
+
+
+def make_specs(
+    config: ModelOptions, sources: Sources, timesteps: list[tuple[int, ...]], root: str, out: str
+) -> tuple[list[Spec], ActorPool]:
+    """Start or join Ray, bring weights of the Hub to its nodes, check them; what scores the images below
+    `root`, and the actors for it.
+
+    Raises InputError for weights that cannot be loaded.
+    """
+    from diffitm.commands.weights import share
+    from diffitm.distributed import session
+
+    session.connect(config.ray, verbose=config.verbose)
+    pool = session.choose_pool(
+        config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
+    )
+    work = storage.join(out, "work")
+    models = [share(source, work, config.variant) for source in sources.models]
+    clips = [share(source, work) for source in sources.clips]
+    for source in models:  # before a GPU is asked for
+        check_loadable(source, [locate(name) for name in lora_names(config) if name])
+    dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
+    specs: list[Spec] = [
+        _diffusion(config, source, lora, root, steps, dtype)
+        for source in models
+        for lora in lora_names(config)
+        for steps in timesteps
+    ]
+    specs += [ClipSpec(source, root, config.batch_size) for source in clips]
+    specs += [CustomSpec(find_scorer(name), root) for name in dict.fromkeys(config.scorer)]
+    return specs, pool
+
+
+def _clips(names: list[str]) -> list[ClipSource]:
+    if not names:
+        return []
+    from diffitm.models.clip import resolve_clip
+
+    return [resolve_clip(name) for name in dict.fromkeys(names)]
+
+
+def _diffusion(
+    config: ModelOptions,
+    source: ModelSource,
+    lora: str | None,
+    root: str,
+    timesteps: tuple[int, ...],
+    dtype: str,
+) -> DiffusionSpec:
+    resize = config.resize
+    if resize == "auto":
+        resize = "crop" if config.protocol == "diffusion-classifier" else "squash"
+    return DiffusionSpec(
+        source=source,
+        root=root,
+        protocol=config.protocol,
+        timesteps=timesteps,
+        seed=config.seed,
+        dtype=dtype,
+        resize=resize,
+        latent_seed=config.seed if config.latents == "sample" else None,
+        variant=config.variant,
+        lora=locate(lora) if lora else None,
+        lora_name=storage.without_query(lora) if lora else None,
+        batch_size=config.batch_size,
+    )
+
+
+def score_missing(
+    spec: Spec, store: Store, examples: list[Examples], out: str, pool: ActorPool
+) -> Done:
+    """Score the pairs that the store lacks; an interrupted run of the same examples goes on."""
+    from diffitm.commands.stages.score import score
+
+    work = open_work(out, store, [e.uri for e in examples], [e.identity for e in examples])
+    if work.rows_left == 0:
+        log.info("%s: every pair is scored already, 0 forwards needed", store.model)
+        return Done()
+    if work.resumed:
+        finished = f"{work.table.pairs - work.pairs_left:,} of {work.table.pairs:,}"
+        log.info("%s: going on where it stopped, %s pairs done", store.model, finished)
+    unit = "scores" if store.similarity else f"U-Net forwards ({spec.cost} timesteps)"
+    needed = f"{work.pairs_left:,} pairs of {work.rows_left:,} images need"
+    log.info("%s: %s %s %s", store.model, needed, f"{work.pairs_left * spec.cost:,}", unit)
+    done = score(spec, work, store, pool)
+    finish(work, done)
+    made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
+    log.info("%s: %s", store.model, made)
+    return done
