@@ -50,6 +50,11 @@ COMMANDS = {
         "diffitm.evaluation.options:GdbenchConfig",
         "diffitm.commands.gdbench:run",
     ),
+    "score": Command(
+        "Score your own images and texts; see docs/score.md.",
+        "diffitm.commands.score:ScoreConfig",
+        "diffitm.commands.score:run",
+    ),
     "candidates": Command(
         "Pick each caption's and each image's top-k candidates with CLIP; see docs/gdbench.md.",
         "diffitm.commands.candidates:CandidatesConfig",

@@ -120,6 +120,16 @@ def _bar_series(axes: Any, lines: Sequence[TableLine], name: str, i: int, width:
     axes.errorbar(values, at, xerr=[low, high], fmt="none", ecolor=INK, lw=1, capsize=2)
 
 
+def histogram(edges: Sequence[float], counts: Sequence[int], axis: str, title: str) -> str:
+    """How many fall between each edge and the next."""
+    with _drawing(9, 2.6, title) as (_, axes, out):
+        axes.stairs(counts, edges, fill=True, color=look(0)[0])
+        axes.set_xlabel(axis)
+        axes.set_ylabel("pairs")
+        axes.margins(x=0.01)
+    return out[0]
+
+
 def error_curves(curves: Sequence[Curve], title: str) -> str:
     """By timestep: the mean error of right and of wrong pairs, of one model on one task."""
     with _drawing(*SMALL, title) as (_, axes, out):

@@ -300,7 +300,7 @@ def _cases(evaluation: Evaluation, root: str) -> dict[str, Any]:
     if not evaluation.cases:
         return {"cases": [], "case_model": ""}
     model = evaluation.cases[0].model
-    thumbnail = functools.cache(functools.partial(_thumbnail, root))
+    picture = functools.cache(functools.partial(thumbnail, root))
     found: dict[str, dict[str, list[Cells]]] = {}
     for case in evaluation.cases:
         if case.model != model:
@@ -310,7 +310,7 @@ def _cases(evaluation: Evaluation, root: str) -> dict[str, Any]:
                 "text": p.text,
                 "right": p.right,
                 "score": f"{p.score:.4g}",
-                "thumbnail": thumbnail(p.image),
+                "thumbnail": picture(p.image),
             }
             for p in case.pairs
         ]
@@ -319,7 +319,7 @@ def _cases(evaluation: Evaluation, root: str) -> dict[str, Any]:
     return {"cases": [(t, list(k.items())) for t, k in found.items()], "case_model": model}
 
 
-def _thumbnail(root: str, reference: str) -> str | None:
+def thumbnail(root: str, reference: str) -> str | None:
     """The image as a data URI, None if it cannot be read (any more)."""
     try:
         image, _ = images.load(root, reference)

@@ -1,0 +1,155 @@
+"""Score one's own images and texts: a table, a folder or shards in, Parquet and a small report out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+
+from diffitm.commands.entrance import entered
+from diffitm.commands.models import find_sources, make_specs, paths_read, score_missing
+from diffitm.core import storage
+from diffitm.core.config import option
+from diffitm.core.errors import Incomplete, InputError
+from diffitm.core.provenance import record
+from diffitm.evaluation.evaluate import error_of
+from diffitm.evaluation.examples import Examples
+from diffitm.evaluation.options import ModelOptions, check_models, lora_names
+from diffitm.report.pairs import write_report
+from diffitm.report.terminal import print_summary
+from diffitm.store.pair_list import Columns, OwnRow, is_table, read_folder, read_samples, read_table
+from diffitm.store.pair_scores import summarise, write_pairs, write_top
+from diffitm.store.pair_table import write_own
+from diffitm.store.run_summary import write_summary
+from diffitm.store.score_store import open_store
+from diffitm.training.webdataset import is_webdataset, members, shards
+
+log = logging.getLogger("diffitm")
+
+
+@dataclass(frozen=True)
+class ScoreConfig(ModelOptions):
+    """Options of pipelines/score.py."""
+
+    data: str = option(
+        "", "a .parquet, .csv, .tsv or .jsonl table, a folder of images, or .tar shards; or its URI"
+    )
+    images: str | None = option(
+        None, "folder or URI that a table's image paths start from (default: the table's own)"
+    )
+    image_column: str | None = option(None, "a table's column of image paths, if not a usual name")
+    text_column: str | None = option(
+        None, "a table's column of texts, one or a list a row, if not a usual name"
+    )
+    source_column: str | None = option(
+        None, "a column, or a key of a shard's .json, by which the report counts"
+    )
+    text: list[str] = option([], "score every image against these texts instead of its own")
+    text_file: str | None = option(None, "the same, one text a line")
+    top_k: int | None = option(None, "also write the best so many", at_least=1)
+    top_of: Literal["text", "image"] = option(
+        "text", "the best images of each text, or the best texts of each image"
+    )
+    errors: bool = option(False, "also write a diffusion model's errors by timestep")
+    shown: int = option(12, "pairs at either end in the report", at_least=0, at_most=500)
+    out: str = option("out/score", "folder or URI for scores and the report")
+
+
+def run(config: ScoreConfig) -> None:
+    """Score what is missing; write pairs.parquet, summary.json and report.html.
+
+    Raises InputError for bad input before anything is scored, Incomplete at the end if rows have no score.
+    """
+    problems, timesteps = check_models(config)
+    if not config.data:
+        problems.append("give --data, such as --data captions.csv")
+    diffusion = len(config.model) * len(lora_names(config)) * len(timesteps)
+    if diffusion + len(config.clip) + len(config.scorer) > 1:
+        problems.append("score takes one model, --lora and number of --timesteps a run")
+    if problems:
+        raise InputError("\n".join(problems))
+    out = storage.absolute(config.out)
+    root = image_root(config)
+    read = [("--data", config.data), ("--images", root), *paths_read(config)]
+    with entered(config, out, read):
+        _run(config, timesteps, root, out)
+
+
+def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: str) -> None:
+    """See run; OUT is held."""
+    sources = find_sources(config)
+    uri, total, unusable = write_own(own_rows(config), storage.join(out, "examples"))
+    if total == 0:
+        raise InputError(f": {config.data} holds no row", "data")
+    if unusable == total:
+        raise InputError(f": {config.data}: none of its {total:,} rows can be scored", "data")
+    log.info(
+        "%s: %s rows, %s of them cannot be asked for", config.data, f"{total:,}", f"{unusable:,}"
+    )
+    specs, pool = make_specs(config, sources, timesteps, root, out)
+    (spec,) = specs
+    store = open_store(out, spec.label, spec.store_config())
+    done = score_missing(spec, store, [Examples(uri, storage.without_query(uri))], out, pool)
+    print_summary(write_summary([spec.label], [done], out))
+    weights = np.array(config.timestep_weights) if config.timestep_weights else None
+    pairs = write_pairs(out, uri, store, error_of(store, config.error), weights, config.errors)
+    print(f"scores   {pairs}")
+    if config.top_k is not None:
+        print(f"top      {write_top(pairs, out, config.top_k, config.top_of)}")
+    summary = summarise(pairs, config.shown)
+    provenance = record(asdict(config)) | {"stores": {store.name: store.config}}
+    storage.write_text(storage.join(out, "scores.json"), json.dumps(asdict(summary), indent=2))
+    storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
+    kind = store.similarity or "normalised"
+    print(f"report   {write_report(summary, spec.label, kind, provenance, root, out)}")
+    if summary.quantiles:
+        print("         " + ", ".join(f"{k} {v:.4g}" for k, v in summary.quantiles.items()))
+    if summary.failures:
+        text = f"{summary.failures:,} of {summary.pairs:,} pairs have no score"
+        raise Incomplete(f"{text}; pairs.parquet says why (column failure)")
+
+
+def image_root(config: ScoreConfig) -> str:
+    """What image paths start from."""
+    data = storage.absolute(config.data)
+    if config.images is not None:
+        root = storage.absolute(config.images)
+    elif is_table(data) or is_webdataset(data):
+        root = storage.parent(data)
+    else:
+        root = data
+    if not storage.exists(root):
+        raise InputError(f": there is no folder {root}", "images" if config.images else "data")
+    return root
+
+
+def own_rows(config: ScoreConfig) -> Iterator[OwnRow]:
+    """The rows of --data, one after the other. Raises InputError for what cannot be read."""
+    data, texts = storage.absolute(config.data), _texts(config)
+    if is_table(data):
+        columns = Columns(config.image_column, config.text_column, config.source_column)
+        yield from read_table(data, columns, texts)
+    elif is_webdataset(data):
+        for shard in shards(data):
+            yield from read_samples(members(shard), texts, config.source_column)
+    else:
+        yield from read_folder(data, texts)
+
+
+def _texts(config: ScoreConfig) -> list[str]:
+    texts = list(config.text)
+    if config.text_file is not None:
+        try:
+            lines = storage.read_text(config.text_file).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{config.text_file!r} cannot be read: {error}", "text_file"
+            ) from error
+        texts += [line.strip() for line in lines if line.strip()]
+        if not texts:
+            raise InputError(f"{config.text_file!r} holds no text", "text_file")
+    return list(dict.fromkeys(texts))

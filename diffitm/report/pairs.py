@@ -1,0 +1,45 @@
+"""The report on people's own pairs: the distribution, both ends with pictures, sources, failures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from diffitm.report import charts
+from diffitm.report.html import thumbnail, write_page
+from diffitm.store.pair_scores import PairSummary
+
+
+def write_report(
+    summary: PairSummary, model: str, kind: str, provenance: dict[str, Any], root: str, out: str
+) -> str:
+    """Write OUT/report.html and return its path. `kind` is that of the score, `root` the images'."""
+    scored = summary.pairs - summary.failures
+    sections = [("distribution", "Distribution")] * bool(summary.edges)
+    sections += [("ends", "Best and worst")] * bool(summary.best)
+    sections += [("sources", "By source")] * bool(summary.sources)
+    sections += [("failures", "Failures")] * bool(summary.failed)
+
+    def shown(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {**line, "score": f"{line['score']:.4g}", "thumbnail": thumbnail(root, line["image"])}
+            for line in lines
+        ]
+
+    chart = ""
+    if summary.edges:
+        chart = charts.histogram(summary.edges, summary.counts, f"{kind} score", "Pairs by score")
+    parts = {
+        "title": "Scores of pairs",
+        "setting": f"{model}: {scored:,} of {summary.pairs:,} pairs scored; {kind} score, higher is a "
+        "better match",
+        "sections": sections,
+        "chart": chart,
+        "quantiles": {name: f"{value:.4g}" for name, value in summary.quantiles.items()},
+        "ends": [("Best", shown(summary.best)), ("Worst", shown(summary.worst))],
+        "sources": summary.sources,
+        "failed": summary.failed,
+        "failures": summary.failures,
+        "provenance": json.dumps(provenance, indent=2),
+    }
+    return write_page("pairs.html.jinja", parts, out)

@@ -1,0 +1,203 @@
+"""Scores of people's own pairs as one Parquet file, and what a report says of it; streamed, never held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from pyarrow import parquet
+
+from diffitm.core import storage
+from diffitm.metrics.score import averaged, normalised_score
+from diffitm.store.pair_table import connect, examples_dataset, scored_pairs
+from diffitm.store.score_store import Store
+
+HELD = 4_000_000  # values of errors that are held at once
+BINS = 40
+PAIRS = [
+    ("row", pa.int64()),  # the pair's place in the input
+    ("image", pa.string()),
+    ("text", pa.string()),
+    ("source", pa.string()),
+    ("score", pa.float32()),  # higher is better: the normalised score, or the model's single one
+]
+ERRORS = [("conditional_error", pa.float32()), ("unconditional_error", pa.float32())]
+BY_TIMESTEP = [("conditional_errors", pa.list_(pa.float32())),
+               ("unconditional_errors", pa.list_(pa.float32()))]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PairSummary:
+    """What the scores of a run look like."""
+
+    pairs: int
+    failures: int
+    quantiles: dict[str, float]  # '1%' .. '99%'
+    edges: list[float]  # of the histogram's bins, one more than there are counts
+    counts: list[int]
+    best: list[dict[str, Any]]
+    worst: list[dict[str, Any]]
+    failed: list[dict[str, Any]]  # the first of them
+    sources: list[dict[str, Any]]  # source, pairs, failures, mean, median, low and high quartile
+
+
+def write_pairs(
+    out: str,
+    examples: str,
+    store: Store,
+    error: str,
+    weights: np.ndarray | None = None,
+    by_timestep: bool = False,
+) -> str:
+    """OUT/pairs.parquet: every pair of the input in its order, with its score or why it has none, and behind
+    them the rows that could not be asked for; its path.
+
+    `error` is averaged over the timesteps, by `weights` if there are any.
+    """
+    fields = PAIRS + ([] if store.similarity else ERRORS + (BY_TIMESTEP if by_timestep else []))
+    schema = pa.schema([*fields, ("failure", pa.string())])
+    steps = max(1, len(store.config.get("timesteps", [])))
+    path = storage.join(out, "pairs.parquet")
+    storage.make_folder(out)
+    rows = max(1000, min(50_000, HELD // steps))
+    with (
+        storage.replacing(path) as sink,
+        parquet.ParquetWriter(sink, schema, compression="zstd") as writer,
+    ):
+        for batch in scored_pairs(examples, store, error, rows, names=True):
+            columns = _columns(batch, store, error, weights)
+            writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
+        for batch in _lost(examples):
+            absent = {
+                name: pa.nulls(len(batch), schema.field(name).type)
+                for name in schema.names
+                if name not in batch.schema.names
+            }
+            given = {name: batch[name] for name in batch.schema.names}
+            writer.write_table(pa.table({n: {**absent, **given}[n] for n in schema.names}, schema))
+    return path
+
+
+def _columns(
+    batch: pa.RecordBatch, store: Store, error: str, weights: np.ndarray | None
+) -> dict[str, Any]:
+    failed = np.array(batch["failure"].is_valid())
+    sources = [dict(line).get("source") for line in batch["groups"].to_pylist()]
+    columns: dict[str, Any] = {
+        "row": batch["position"],
+        "image": batch["image"],
+        "text": batch["text"],
+        "source": pa.array(sources, pa.string()),
+        "failure": batch["failure"],
+    }
+    if store.similarity:
+        values = batch["similarity"].to_numpy(zero_copy_only=False)
+    else:
+        elements = batch["elements"].to_numpy(zero_copy_only=False).astype(float)
+        kinds = {}
+        for name, column in (("conditional", "errors"), ("unconditional", "unconditional")):
+            errors = _errors(batch[column], len(store.config["timesteps"]))
+            errors = errors**2 / elements[:, None] if error == "mse" else errors
+            kinds[name] = averaged(errors, weights)
+            columns[f"{name}_error"] = pa.array(kinds[name].astype(np.float32), mask=failed)
+            lists = pa.array(list(errors.astype(np.float32)), pa.list_(pa.float32()))
+            columns[f"{name}_errors"] = pc.if_else(batch["failure"].is_null(), lists, None)
+        values = normalised_score(kinds["conditional"], kinds["unconditional"])
+    lost = failed | ~np.isfinite(values.astype(float))
+    columns["score"] = pa.array(values.astype(np.float32), mask=lost)
+    odd = pa.array(lost & ~failed)
+    columns["failure"] = pc.if_else(odd, "the score is not finite", batch["failure"])
+    return columns
+
+
+def _errors(lists: pa.ListArray, steps: int) -> np.ndarray:
+    """[pairs, timesteps], NaN where there are none."""
+    out = np.full((len(lists), steps), np.nan)
+    present = np.flatnonzero(np.array(lists.is_valid()))
+    if len(present):
+        flat = lists.drop_null().flatten().to_numpy(zero_copy_only=False)
+        out[present] = flat.reshape(len(present), -1)
+    return out
+
+
+def _lost(examples: str) -> Any:
+    """Rows of the input that could not be asked for: row, image, text, source, failure."""
+    query = """
+        SELECT position AS row, images[1] AS image, texts[1] AS text,
+               list_extract(map_extract(groups, 'source'), 1) AS source, failure
+        FROM examples WHERE failure IS NOT NULL ORDER BY position
+    """
+    connection = connect(examples=examples_dataset([examples]))
+    return connection.sql(query).to_arrow_reader(50_000)
+
+
+def summarise(path: str, shown: int) -> PairSummary:
+    """What pairs.parquet holds: `shown` of the best, the worst and the failures."""
+    found, name = storage.filesystem(path)
+    connection = connect(pairs=ds.dataset(name, filesystem=found, format="parquet"))
+
+    def ask(query: str) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = connection.sql(query).to_arrow_table().to_pylist()
+        return lines
+
+    (whole,) = ask("""
+        SELECT count(*) AS pairs, count(failure) AS failures, min(score) AS low, max(score) AS high
+        FROM pairs""")
+    shares = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
+    quantiles: dict[str, float] = {}
+    edges: list[float] = []
+    counts = [0] * BINS
+    if whole["low"] is not None:
+        (values,) = ask(f"SELECT quantile_cont(score, {shares}) AS q FROM pairs")
+        quantiles = {f"{share:.0%}": float(q) for share, q in zip(shares, values["q"], strict=True)}
+        low, high = whole["low"], whole["high"]
+        width = (high - low) / BINS or 1.0
+        edges = [low + width * i for i in range(BINS + 1)]
+        for line in ask(f"""
+            SELECT least(CAST(floor((score - {low}) / {width}) AS INTEGER), {BINS - 1}) AS bin,
+                   count(*) AS count
+            FROM pairs WHERE score IS NOT NULL GROUP BY bin"""):
+            counts[line["bin"]] = line["count"]
+    some = (
+        "SELECT row, image, text, source, score FROM pairs WHERE score IS NOT NULL ORDER BY score"
+    )
+    return PairSummary(
+        pairs=whole["pairs"],
+        failures=whole["failures"],
+        quantiles=quantiles,
+        edges=edges,
+        counts=counts,
+        best=ask(f"{some} DESC, row LIMIT {shown}"),
+        worst=ask(f"{some}, row LIMIT {shown}"),
+        failed=ask(f"""
+            SELECT row, image, text, failure FROM pairs WHERE failure IS NOT NULL
+            ORDER BY row LIMIT {shown}"""),
+        sources=ask("""
+            SELECT source, count(*) AS pairs, count(failure) AS failures, avg(score) AS mean,
+                   quantile_cont(score, 0.25) AS low, median(score) AS median,
+                   quantile_cont(score, 0.75) AS high
+            FROM pairs WHERE source IS NOT NULL GROUP BY source ORDER BY mean DESC NULLS LAST"""),
+    )
+
+
+def write_top(path: str, out: str, k: int, of: str) -> str:
+    """OUT/top.parquet: the `k` best images of each text (`of` 'text') or texts of each image ('image'); of
+    equal scores the earlier ones."""
+    found, name = storage.filesystem(path)
+    connection = connect(pairs=ds.dataset(name, filesystem=found, format="parquet"))
+    order = f"(PARTITION BY {of} ORDER BY score DESC, row)"
+    query = f"""
+        SELECT {of}, rank, {"image" if of == "text" else "text"}, score, row FROM (
+            SELECT *, row_number() OVER {order} AS rank FROM pairs WHERE score IS NOT NULL)
+        WHERE rank <= {k} ORDER BY {of}, rank
+    """
+    top = storage.join(out, "top.parquet")
+    reader = connection.sql(query).to_arrow_reader(50_000)
+    with storage.replacing(top) as sink, parquet.ParquetWriter(sink, reader.schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+    return top

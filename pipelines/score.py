@@ -1,0 +1,6 @@
+"""`diffitm score` as a file, which `ray job submit` takes; see --help."""
+
+from diffitm.cli import start
+
+if __name__ == "__main__":
+    start("score")
