@@ -122,7 +122,7 @@ def _bar_series(axes: Any, lines: Sequence[TableLine], name: str, i: int, width:
 
 def histogram(edges: Sequence[float], counts: Sequence[int], axis: str, title: str) -> str:
     """How many fall between each edge and the next."""
-    with _drawing(9, 2.6, title) as (_, axes, out):
+    with _drawing(WIDE, 2.4, title) as (_, axes, out):
         axes.stairs(counts, edges, fill=True, color=look(0)[0])
         axes.set_xlabel(axis)
         axes.set_ylabel("pairs")
