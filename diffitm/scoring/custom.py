@@ -111,6 +111,7 @@ class CustomSpec:
 
     source: CustomSource
     root: str
+    known_as: str | None = None
     cost = 1
 
     @property
@@ -126,7 +127,7 @@ class CustomSpec:
             "score": self.source.score,
             "scorer": self.source.place.rpartition("/")[2],
             "depends": self.source.digest,
-            "root": without_query(self.root),
+            "root": without_query(self.known_as or self.root),
         }
 
     def build(self, device: str) -> RowScorer:
