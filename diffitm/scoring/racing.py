@@ -17,6 +17,7 @@ import numpy as np
 from scipy import special
 
 from diffitm.core.errors import InputError
+from diffitm.scoring.noise_plan import plan_timesteps
 
 BORROWED = 4.0  # how many timesteps the other candidates' spread weighs as much as
 
@@ -185,8 +186,7 @@ def rounds(samples: Sequence[int], total: int = 1000) -> list[list[int]]:
     """
     if not samples or min(samples) < 1 or max(samples) > total:
         raise InputError(f"rounds {list(samples)}: each must be 1 to {total}")
-    step = total // max(samples)
-    grid = list(range(step // 2, total, step))[: max(samples)]
+    grid = plan_timesteps("diffusion-classifier", max(samples), total=total)
     strides = [len(grid) // n for n in samples]
     return [grid[s // 2 :: s][:n] for s, n in zip(strides, samples, strict=True)]
 

@@ -40,10 +40,12 @@ def test_paper_draws_are_uniform_and_nested() -> None:
     assert len(set(long)) < 1000, "draws are with replacement"
 
 
-def test_diffusion_classifier_midpoints() -> None:
+def test_diffusion_classifier_grid() -> None:
     assert plan_timesteps("diffusion-classifier", 4) == [125, 375, 625, 875]
     assert plan_timesteps("diffusion-classifier", 1) == [500]
     assert plan_timesteps("diffusion-classifier", 1000) == list(range(1000))
+    published = plan_timesteps("diffusion-classifier", 64)
+    assert (len(published), published[0], published[-1]) == (64, 7, 952)
 
 
 @pytest.mark.parametrize("protocol", ["diffusionitm", "paper", "diffusion-classifier"])

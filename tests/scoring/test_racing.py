@@ -1,0 +1,173 @@
+"""Racing: the published rounds, what a prefix can tell, and that the stated doubt holds."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from diffitm.core.errors import InputError
+from diffitm.scoring.racing import Race, Racing, doubts, race, rounds, spread_order, survivors
+
+
+def published_rounds(samples: list[int], total: int) -> list[list[int]]:
+    """As the loop of Li et al. 2023 is described: from the grid of the largest round each takes every so
+    manieth timestep, from the middle of the first stretch on."""
+    most = max(samples)
+    grid = []
+    t = total // most // 2
+    while t < total and len(grid) < most:
+        grid.append(t)
+        t += total // most
+    found = []
+    for n in samples:
+        every = most // n
+        chosen = [grid[i] for i in range(every // 2, most, every)]
+        found.append(chosen[:n])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("samples", "total"),
+    [([50, 500], 1000), ([16, 64], 1000), ([1, 3, 7, 100], 1000), ([5], 1000), ([4, 20], 100)],
+)
+def test_the_published_rounds(samples: list[int], total: int) -> None:
+    assert rounds(samples, total) == published_rounds(samples, total)
+
+
+def test_rounds_by_hand() -> None:
+    assert rounds([2, 8], 1000) == [[312, 812], [62, 187, 312, 437, 562, 687, 812, 937]]
+    assert rounds([64])[0][-1] == 952
+    assert set(rounds([50, 500])[0]) <= set(rounds([50, 500])[1])
+
+
+@pytest.mark.parametrize("samples", [[], [0, 5], [5, 1001]])
+def test_rounds_that_cannot_be(samples: list[int]) -> None:
+    with pytest.raises(InputError, match="must be 1 to 1000"):
+        rounds(samples)
+
+
+def test_survivors() -> None:
+    errors = np.array([[3.0, 3.0], [1.0, 2.0], [9.0, 0.0], [2.0, 1.0]])
+    assert survivors(errors, 1) == [1]  # a tie stays in the order given
+    assert survivors(errors, 3) == [1, 3, 0]
+    assert survivors(errors, 9) == [1, 3, 0, 2]
+
+
+def test_no_survivor_by_nan() -> None:
+    errors = np.array([[np.nan, 0.0], [5.0, 5.0], [-np.inf, 0.0]])
+    assert survivors(errors, 2) == [1]
+    with pytest.raises(ValueError, match="no candidate has a finite error"):
+        survivors(errors[[0, 2]], 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        survivors(errors, 0)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 49, 64, 245])
+def test_every_prefix_is_spread(total: int) -> None:
+    """All positions once; of the first 2 ** k, none is alone in more than two of its strata's widths."""
+    order = spread_order(total)
+    assert sorted(order) == list(range(total))
+    for k in range(1, total.bit_length()):
+        prefix = sorted(order[: 2**k])
+        gaps = np.diff([-1, *prefix, total])
+        assert gaps.max() <= 2 * math.ceil(2 ** (total - 1).bit_length() / 2**k)
+
+
+def test_prefixes_grow_to_the_full_plan() -> None:
+    assert Racing(first=5, growth=1.4).prefixes(49) == [5, 7, 10, 14, 20, 28, 39, 49]
+    assert Racing(first=5, growth=1.1).prefixes(8) == [5, 6, 7, 8]
+    assert Racing(first=5).prefixes(3) == [3]
+
+
+def test_doubt_of_two_is_the_paired_t_test_with_the_correction() -> None:
+    numbers = np.random.default_rng(0)
+    a, b = numbers.normal(size=(2, 6))
+    deviation = np.std(a - b, ddof=1) / math.sqrt(6) * math.sqrt(1 - 6 / 30)
+    expected = stats.t.sf(abs(np.mean(a - b)) / deviation, 5)
+    assert doubts(a[None], b, 30) == pytest.approx([expected])
+    assert doubts(a[None], b, 6) == [0]
+
+
+def test_doubt_borrows_the_others_spread() -> None:
+    """By hand: n = 2, variances 8 and 2, each 1 of 5 its own and 4 of 5 the other's; t of 5 degrees."""
+    border = np.zeros(2)
+    errors = np.array([[1.0, 5.0], [2.0, 4.0]])
+    variances = np.array([8 + 4 * 2, 2 + 4 * 8]) / 5
+    expected = stats.t.sf(3 / np.sqrt(variances / 2 * (1 - 2 / 10)), 5)
+    assert doubts(errors, border, 10) == pytest.approx(expected)
+
+
+def test_equal_candidates_are_never_without_doubt() -> None:
+    flat = np.ones((3, 5))
+    assert doubts(flat, np.ones(5), 49).tolist() == [0.5] * 3
+    winners, spent = race(np.ones((3, 49)), Racing())
+    assert (winners, spent.tolist()) == ([0], [49] * 3)
+
+
+def test_a_clear_decision_ends_at_the_first_prefix() -> None:
+    numbers = np.random.default_rng(1)
+    level = numbers.normal(size=49) * 50  # shared by all, so that only paired differences are clear
+    errors = level + numbers.normal(size=(10, 49)) * 0.1
+    errors[3] -= 5
+    winners, spent = race(errors, Racing())
+    assert winners == [3] and spent.tolist() == [5] * 10
+
+
+def test_several_winners_and_their_order() -> None:
+    numbers = np.random.default_rng(2)
+    errors = numbers.normal(size=(6, 245)) + np.array([5, 1, 9, 0, 8, 2])[:, None]
+    winners, spent = race(errors, Racing(kept=3))
+    assert winners == [3, 1, 5] and spent.max() < 100
+    assert race(errors[:2], Racing(kept=3))[0] == [1, 0]  # fewer than are kept: nothing to race for
+    assert race(errors[:2], Racing(kept=2))[1].tolist() == [0, 0]
+
+
+def test_no_doubt_allowed_scores_everything() -> None:
+    numbers = np.random.default_rng(3)
+    errors = numbers.normal(size=(5, 20)) + np.arange(5)[:, None]
+    winners, spent = race(errors, Racing(doubt=0))
+    assert winners == survivors(errors, 1) and spent.tolist() == [20] * 5
+
+
+def test_a_race_refuses_what_would_win_by_nan() -> None:
+    run = Race(2, 10, Racing())
+    with pytest.raises(ValueError, match="not finite"):
+        run.take(np.array([[1.0, np.nan], [1.0, 1.0]]))
+    with pytest.raises(ValueError, match="of 2 candidates"):
+        run.take(np.ones((3, 5)))
+    with pytest.raises(InputError, match=r"doubt 1\.5"):
+        Racing(doubt=1.5)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "kept", "total", "apart", "heavy"),
+    [
+        (2, 1, 49, 0.0, False),
+        (2, 1, 245, 0.05, True),
+        (4, 1, 245, 0.05, False),
+        (10, 5, 49, 0.05, False),
+        (10, 1, 49, 0.3, True),
+        (40, 1, 245, 0.0, False),
+    ],
+)
+def test_the_stated_doubt_holds(
+    candidates: int, kept: int, total: int, apart: float, heavy: bool
+) -> None:
+    """Of 400 races with a known truth, among them candidates that are all but equal, no more go wrong than
+    were allowed to; the number that may be seen in 400 is that of the binomial distribution."""
+    numbers = np.random.default_rng(candidates * total)
+    races, doubt, wrong = 400, 0.05, 0
+    scale = 1 + 0.6 * np.linspace(0, 1, total)  # errors spread more at late timesteps
+    for _ in range(races):
+        noise = (
+            numbers.standard_t(4, (candidates, total))
+            if heavy
+            else numbers.normal(size=(candidates, total))
+        )
+        slope = 0.3 * numbers.normal(size=(candidates, 1)) * np.linspace(-1, 1, total)
+        means = apart * numbers.normal(size=(candidates, 1))
+        errors = 5 * numbers.normal(size=total) + (means + noise) * scale + slope
+        wrong += set(race(errors, Racing(doubt, kept=kept))[0]) != set(survivors(errors, kept))
+    assert wrong > 0 or apart > 0.1
+    assert wrong <= stats.binom.isf(0.001, races, doubt)
