@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pyarrow import parquet
 
+from diffitm.captions.row import CaptionRow
 from diffitm.core import storage
 from diffitm.core.schema import EXAMPLES, WORK, Example, fault
-from diffitm.store.pair_list import OwnRow
 from diffitm.store.score_store import Store
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def write_examples(
     return uri, total
 
 
-def write_own(rows: Iterable[OwnRow], folder: str) -> tuple[str, int, int]:
+def write_own(rows: Iterable[CaptionRow], folder: str) -> tuple[str, int, int]:
     """Stream people's own rows to one Parquet file of examples, each scored with and without its text.
 
     Returns the file, which is named by its content, how many rows it holds and how many are failures.
@@ -89,7 +89,7 @@ def write_own(rows: Iterable[OwnRow], folder: str) -> tuple[str, int, int]:
     return uri, total, failed
 
 
-def _own_line(position: int, row: OwnRow) -> dict[str, Any]:
+def _own_line(position: int, row: CaptionRow) -> dict[str, Any]:
     return {
         "task": "own",
         "position": position,
@@ -101,7 +101,7 @@ def _own_line(position: int, row: OwnRow) -> dict[str, Any]:
         "cluster": str(position),
         "groups": [] if row.source is None else [("source", row.source)],
         "unconditional": True,
-        "failure": row.failure,
+        "failure": None if row.failure is None else f"{row.place}: {row.failure}",
     }
 
 

@@ -10,19 +10,19 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from diffitm.captions.row import CaptionRow
 from diffitm.core.schema import SCORES
-from diffitm.store.pair_list import OwnRow
 from diffitm.store.pair_scores import summarise, write_pairs, write_top
 from diffitm.store.pair_table import write_own, write_work
 from diffitm.store.score_store import Store, open_store
 from tests.tiny import score_row
 
 ROWS = [
-    OwnRow("a.jpg", ("red", "blue"), "s"),
-    OwnRow("b.jpg", ("red",), "t"),
-    OwnRow("c.jpg", (), "t", "the row has no text"),
-    OwnRow("b.jpg", ("red",), "s"),
-    OwnRow("gone.jpg", ("red",), "t"),
+    CaptionRow("row 0", "a.jpg", ("red", "blue"), source="s"),
+    CaptionRow("row 1", "b.jpg", ("red",), source="t"),
+    CaptionRow("row 2", "c.jpg", (), "the row has no text", source="t"),
+    CaptionRow("row 3", "b.jpg", ("red",), source="s"),
+    CaptionRow("row 4", "gone.jpg", ("red",), source="t"),
 ]
 CONFIG = {"kind": "diffusion", "protocol": "diffusionitm", "timesteps": [10, 20]}
 
@@ -76,7 +76,7 @@ def test_scores_by_hand(tmp_path: Path, examples: str, store: Store) -> None:
         (1, "b.jpg", "red", "t", 0.5, None),
         (3, "b.jpg", "red", "s", 0.5, None),
         (4, "gone.jpg", "red", "t", None, "no such file"),
-        (2, "c.jpg", None, "t", None, "the row has no text"),
+        (2, "c.jpg", None, "t", None, "row 2: the row has no text"),
     ]
     assert (lines[0]["conditional_error"], lines[0]["unconditional_error"]) == (4.0, 6.0)
     assert lines[4]["conditional_error"] is None
