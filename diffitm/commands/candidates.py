@@ -75,6 +75,7 @@ def run(config: CandidatesConfig) -> None:
 def _run(config: CandidatesConfig, captions: str, root: str, out: str) -> None:
     """See run, with OUT held."""
     from diffitm.models.clip import resolve_clip
+    from diffitm.models.text_limits import tell_long_texts
 
     source = resolve_clip(config.clip)
     known = candidate_lists.read_captions(captions)
@@ -85,6 +86,7 @@ def _run(config: CandidatesConfig, captions: str, root: str, out: str) -> None:
         config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
     )
     source = share(source, storage.join(storage.parent(out), "work"))
+    tell_long_texts(source, known.captions)
     work = _work_folder(out, source, root, known, pool.device)
     pictures = embed.embed(work, "image", known.images, known.of_image, source, root, pool)
     texts = embed.embed(work, "text", known.captions, known.of_caption, source, root, pool)

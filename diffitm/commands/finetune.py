@@ -87,10 +87,12 @@ def build_plan(config: FinetuneConfig) -> Plan[Job]:
 
     from diffitm.commands.weights import share
     from diffitm.distributed import session
+    from diffitm.models.text_limits import tell_long_texts
 
     session.connect(config.ray, verbose=config.verbose)
     source = share(source, storage.join(storage.parent(out), "work"), config.variant)
     check_loadable(source, [])
+    tell_long_texts(source, texts_of([rows[position] for position in kept]))
     file = hand_over(out, rows, kept)
     job = _job(config, source, objective, negatives, file, root, valid, session.gpus())
     settings = settings_of(

@@ -71,7 +71,8 @@ def write_examples(
 def write_own(rows: Iterable[CaptionRow], folder: str) -> tuple[str, int, int]:
     """Stream people's own rows to one Parquet file of examples, each scored with and without its text.
 
-    Returns the file, which is named by its content, how many rows it holds and how many are failures.
+    A row's bad text costs itself alone. Returns the file, which is named by its content, how many
+    examples it holds and how many of them are failures.
     """
     storage.make_folder(folder)
     found, path = storage.filesystem(storage.join(folder, ".own.part"))
@@ -79,7 +80,7 @@ def write_own(rows: Iterable[CaptionRow], folder: str) -> tuple[str, int, int]:
     digest = hashlib.sha256()
     with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, EXAMPLES) as writer:
         for batch in _batched(enumerate(rows), BATCH):
-            lines = [_own_line(position, row) for position, row in batch]
+            lines = [line for position, row in batch for line in _own_lines(position, row)]
             writer.write_table(pa.Table.from_pylist(lines, EXAMPLES))
             digest.update(json.dumps(lines).encode())
             total += len(lines)
@@ -87,6 +88,15 @@ def write_own(rows: Iterable[CaptionRow], folder: str) -> tuple[str, int, int]:
     uri = storage.join(folder, f"own-{digest.hexdigest()[:12]}.parquet")
     found.move(path, storage.filesystem(uri)[1])
     return uri, total, failed
+
+
+def _own_lines(position: int, row: CaptionRow) -> Iterator[dict[str, Any]]:
+    """An example of the row's good texts, and one, a failure, of each other."""
+    parts = list(row.each_text())
+    texts = [text for part in parts if part.failure is None for text in part.texts]
+    if texts:
+        yield _own_line(position, row._replace(texts=tuple(texts), failure=None))
+    yield from (_own_line(position, part) for part in parts if part.failure is not None)
 
 
 def _own_line(position: int, row: CaptionRow) -> dict[str, Any]:
@@ -149,6 +159,16 @@ def examples_dataset(uris: list[str]) -> ds.Dataset:
     found = storage.filesystem(uris[0])[0]
     paths = [storage.filesystem(uri)[1] for uri in uris]
     return ds.dataset(paths, schema=EXAMPLES, filesystem=found, format="parquet")
+
+
+def distinct_texts(uris: list[str]) -> Iterator[str]:
+    """Each text of the examples that are to be scored, once."""
+    connection = connect(examples=examples_dataset(uris))
+    query = (
+        "SELECT DISTINCT unnest(texts) AS text FROM examples WHERE failure IS NULL ORDER BY text"
+    )
+    for batch in connection.sql(query).to_arrow_reader(BATCH):
+        yield from batch["text"].to_pylist()
 
 
 def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from diffitm.captions.row import CaptionRow
 from diffitm.core.schema import SCORES
 from diffitm.store.pair_scores import summarise, write_pairs, write_top
-from diffitm.store.pair_table import write_own, write_work
+from diffitm.store.pair_table import distinct_texts, write_own, write_work
 from diffitm.store.score_store import Store, open_store
 from tests.tiny import score_row
 
@@ -140,3 +140,24 @@ def test_the_best(tmp_path: Path, examples: str, store: Store) -> None:
     ]  # fmt: skip
     lines = parquet.read_table(write_top(path, str(tmp_path), 1, "image")).to_pylist()
     assert [(x["image"], x["text"]) for x in lines] == [("a.jpg", "red"), ("b.jpg", "red")]
+
+
+def test_a_bad_text_of_a_row_costs_itself(tmp_path: Path) -> None:
+    """The row's other texts are asked for, under its own place in the input."""
+    rows = [
+        CaptionRow("row 0", "a.jpg", ("red",)),
+        CaptionRow("row 1", "b.jpg", ("x", ""), "no text", text_failures=(None, "no text")),
+    ]
+    uri, total, failed = write_own(rows, str(tmp_path / "examples"))
+    assert (total, failed) == (3, 1)
+    made = open_store(str(tmp_path), "model", CONFIG)
+    scored = [("a.jpg", "red"), ("a.jpg", ""), ("b.jpg", "x"), ("b.jpg", "")]
+    fill(made, [score_row(*pair, [1.0, 2.0], elements=4) for pair in scored])
+    lines = parquet.read_table(write_pairs(str(tmp_path), uri, made, "l2")).to_pylist()
+    found = [(line["row"], line["image"], line["text"], line["failure"]) for line in lines]
+    assert found == [
+        (0, "a.jpg", "red", None),
+        (1, "b.jpg", "x", None),
+        (1, "b.jpg", "", "row 1: no text"),
+    ]
+    assert list(distinct_texts([uri])) == ["red", "x"]
