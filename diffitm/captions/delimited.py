@@ -28,6 +28,7 @@ def read_records(lines: Lines, where: str, delimiter: str, quoted: bool = True) 
             stream,
             delimiter=delimiter,
             strict=True,
+            skipinitialspace=delimiter == ",",  # a, "b, c"
             quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         )
         while True:

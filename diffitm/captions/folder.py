@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -39,7 +40,12 @@ def read_folder(root: str, reading: Reading) -> Iterator[CaptionRow]:
             yield make_row(reading, name, name, None)
         return
     described = set[str]()
-    for name in (name for name in names if storage.name(name) in METADATA):
+    metadata = [name for name in names if storage.name(name) in METADATA]
+    for first, second in itertools.pairwise(metadata):
+        if storage.parent(first) == storage.parent(second):
+            what = f"{first} and {second} both say what its images show; one must go"
+            raise InputError(f": {root}: {what}", reading.field)
+    for name in metadata:
         for row in _table(root, name, reading):
             described.add(row.image)
             yield row

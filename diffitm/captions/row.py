@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from diffitm.core.schema import encodable
+
 NO_IMAGE, NO_TEXT = "the row names no image", "the row has no text"
 SHOWN = 60  # characters of a wrong value
 
@@ -110,11 +112,7 @@ def image_fault(value: Any) -> str | None:
 
 
 def _encoding_fault(what: str, value: str) -> str | None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return f"{what} is not UTF-8: {shown(value)}"
-    return None
+    return None if value == encodable(value) else f"{what} is not UTF-8: {shown(value)}"
 
 
 def _kind(value: Any) -> str:
@@ -130,8 +128,7 @@ def shown(value: Any) -> str:
 
 def _safe(value: Any) -> str:
     """The value as text that every file and terminal takes."""
-    text = "" if value is None else value if isinstance(value, str) else str(value)
-    return text.encode("utf-8", "backslashreplace").decode()
+    return encodable("" if value is None else value if isinstance(value, str) else str(value))
 
 
 def parse_list(value: Any) -> Any:

@@ -29,7 +29,7 @@ class Member(NamedTuple):
 
 def is_webdataset(uri: str) -> bool:
     """Whether a path, glob or range of shards ({0000..0009}) is meant."""
-    return storage.without_query(uri).endswith(".tar")
+    return storage.without_query(uri).lower().endswith(".tar")
 
 
 def shards(uri: str, field: str = "data") -> list[str]:

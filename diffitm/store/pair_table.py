@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from diffitm.captions.row import CaptionRow
 from diffitm.core import storage
-from diffitm.core.schema import EXAMPLES, WORK, Example, fault
+from diffitm.core.schema import EXAMPLES, WORK, Example, encodable, fault
 from diffitm.store.score_store import Store
 
 T = TypeVar("T")
@@ -133,7 +133,7 @@ def _line(task: str, position: int, example: Example) -> dict[str, Any]:
         "position": position,
         "id": example.id,
         "images": list(example.images),
-        "texts": list(example.texts),
+        "texts": list(map(encodable, example.texts)),
         "direction": example.direction,
         "gold": example.gold,
         "cluster": example.cluster or example.id,

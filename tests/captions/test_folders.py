@@ -96,6 +96,16 @@ def test_metadata_of_the_hub(tmp_path: Path, ending: str) -> None:
     assert lost["train/d.png"].endswith("and no metadata names it")
 
 
+def test_two_metadata_files_of_one_folder(tmp_path: Path) -> None:
+    put(tmp_path, ["a.png", "sub/b.png"])
+    for name in ("metadata.csv", "sub/metadata.csv"):
+        (tmp_path / name).write_text(f"file_name,text\n{'b' if 'sub' in name else 'a'}.png,x\n")
+    assert found(tmp_path)[0] == {"a.png": "x", "sub/b.png": "x"}
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "y"}')
+    with pytest.raises(InputError, match=r"metadata\.csv and metadata\.jsonl both say"):
+        found(tmp_path)
+
+
 def test_a_folder_of_parquet_files(tmp_path: Path) -> None:
     """Of paths, which start where the file lies, or of the images themselves."""
     (tmp_path / "data").mkdir()

@@ -157,6 +157,7 @@ def test_tables_that_cannot_be_read(tmp_path: Path, name: str, content: Any, tol
         b"image,text\ra.jpg,x\rb.jpg,y\r",
         b"image,text\r\na.jpg,x\r\n\r\n,\r\nb.jpg,y",
         "\ufeffimage, text \na.jpg,x\nb.jpg,y\n".encode(),
+        b'image, text\na.jpg, x\nb.jpg, "y"\n',
     ],
 )
 def test_line_ends_and_byte_order_marks(tmp_path: Path, content: bytes) -> None:
