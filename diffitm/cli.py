@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from diffitm import __version__
 from diffitm.core.config import parse
 from diffitm.core.errors import Incomplete, InputError, Unavailable, suggest
+from diffitm.core.outside import causes
 from diffitm.core.provenance import redact
 from diffitm.core.registry import load
 
@@ -173,9 +174,8 @@ def _run(call: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted; the same command goes on where it stopped")
     except Exception as error:
-        if _is_full_disk(error):
-            text = "no space left in the --out folder; free some and run the same command again"
-            return _fail(BAD_INPUT, f"error: {text}")
+        if (problem := _of_the_disk(error)) is not None:
+            return _fail(BAD_INPUT, f"error: {problem}; mend it and give the same command again")
         return _fail(UNEXPECTED, traceback.format_exc().rstrip())
     return 0
 
@@ -185,7 +185,21 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    """Whether there was no space, here or, of which the text alone comes back, in a task of Ray."""
-    number = getattr(error, "errno", None)
-    return number == errno.ENOSPC or "No space left on device" in str(error)
+# What a disk refuses, as the system puts it; of a task of Ray the text alone comes back.
+_REFUSALS = {
+    os.strerror(n): n for n in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+}
+
+
+def _of_the_disk(error: BaseException) -> str | None:
+    """What a disk refused, where that is what went wrong: no space, or no right to write or read."""
+    for cause in causes(error):
+        text = str(cause)
+        for refusal, number in _REFUSALS.items():
+            if isinstance(cause, OSError) and cause.errno == number and cause.filename:
+                return f"{cause.filename}: {refusal.lower()}"
+            own = isinstance(cause, OSError) and cause.errno == number
+            if own or f"[errno {number}] {refusal}".lower() in text.lower():
+                lines = [line.strip() for line in text.splitlines() if refusal in line]
+                return f"{refusal.lower()} ({lines[-1] if lines else text})"
+    return None

@@ -22,10 +22,10 @@ def choose_processor() -> None:
     """In a worker: whatever Ray gave it, the model runs on the processor."""
     import torch
 
-    from diffitm.distributed import actors, devices
+    from diffitm.distributed import devices
 
-    actors.choose_device = lambda gpus: "cpu"
-    devices.choose_device = lambda: torch.device("cpu")
+    devices.actor_device = lambda gpus: "cpu"
+    devices.worker_device = lambda: torch.device("cpu")
 
 
 def wait_less() -> None:

@@ -35,7 +35,7 @@ class Ranks:
             monkeypatch.setattr(ray.train, name, getattr(self, name))
         monkeypatch.setattr(ray, "get", lambda value: value)
         monkeypatch.setattr(torch.distributed, "all_reduce", self.all_reduce)
-        monkeypatch.setattr(train_loop, "choose_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(train_loop, "worker_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(train_loop, "gradient_group", lambda device, seconds: None)
 
     def train(self, kind: type[TrainModule], job: Training, world: int) -> list[int]:

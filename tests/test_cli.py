@@ -59,7 +59,19 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
         ("pass", 0, ""),
         ("raise InputError('--model x: no')", 2, "error: --model x: no\n"),
         ("raise InputError('x: no', 'held_out')", 2, "error: --held-out x: no\n"),
-        ("raise OSError(28, 'full')", 2, "error: no space left in the --out folder"),
+        ("raise OSError(28, 'full')", 2, "error: no space left on device ([Errno 28] full); mend"),
+        (
+            "raise OSError(13, 'no', 'OUT/a')",
+            2,
+            "error: OUT/a: permission denied; mend it and give",
+        ),
+        ("raise OSError(30, 'no', 'OUT/a')", 2, "error: OUT/a: read-only file system; mend"),
+        (
+            "raise RuntimeError('task failed\\n[Errno 30] Read-only file system: OUT')",
+            2,
+            "error: read-only file system ([Errno 30] Read-only file system: OUT)",
+        ),
+        ("raise FileNotFoundError(2, 'gone', 'x')", 1, "Traceback (most recent call last)"),
         ("raise Incomplete('2 images')", 3, "incomplete: 2 images\n"),
         (
             "raise Unavailable('s3 is away')",

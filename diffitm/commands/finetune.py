@@ -18,7 +18,7 @@ from diffitm.core.provenance import record
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
 from diffitm.models.loading import ModelSource, check_loadable, resolve
-from diffitm.training.job import Job, Validation
+from diffitm.training.job import LoraJob, Validation
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.options import FinetuneConfig, find_problems
 from diffitm.training.row_table import RowsFile, StoredRows
@@ -46,7 +46,7 @@ def run(config: FinetuneConfig, listen: Listener | None = None) -> None:
     tuning.run(config, TUNING, listen)
 
 
-def _write(config: FinetuneConfig, trained: Trained[Job], out: str) -> None:
+def _write(config: FinetuneConfig, trained: Trained[LoraJob], out: str) -> None:
     """The LoRA, the log and what was lost; how they compare is told."""
     job = trained.job
     with trained.result.checkpoint.as_directory() as folder:
@@ -67,7 +67,7 @@ def _write(config: FinetuneConfig, trained: Trained[Job], out: str) -> None:
         print(f"compare python pipelines/gdbench.py {shlex.join(command)}")
 
 
-def build_plan(config: FinetuneConfig) -> Plan[Job]:
+def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
     """What a run trains.
 
     Raises InputError for bad input.
@@ -128,7 +128,7 @@ def _job(
     root: str,
     valid: str | None,
     gpus: float,
-) -> Job:
+) -> LoraJob:
     """The settings that travel to the workers. Raises InputError where rows are too few."""
     shared = common(config, source, rows, config.batch_size, gpus)
     validation = None
@@ -144,7 +144,7 @@ def _job(
         )
     elif config.validate_every:
         log.warning("no --validation-data: the last weights are kept, not the best")
-    return Job(
+    return LoraJob(
         **shared,
         objective=objective,
         root=root,
@@ -160,7 +160,7 @@ def _job(
     )
 
 
-def encoded(job: Job, out: str) -> Job:
+def encoded(job: LoraJob, out: str) -> LoraJob:
     """The job with its images and texts encoded beforehand."""
     from diffitm.commands.stages.encode import Encoder, encode
     from diffitm.distributed import session

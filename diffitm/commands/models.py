@@ -13,6 +13,7 @@ from diffitm.models.lora import locate
 from diffitm.scoring.custom import CustomSpec, find_scorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 from diffitm.store.pair_table import distinct_texts
+from diffitm.store.roots import known_root
 from diffitm.store.run_summary import Done
 from diffitm.store.score_store import Store
 from diffitm.store.work_table import finish, open_work
@@ -67,14 +68,16 @@ def make_specs(
     for source in models:  # before a GPU is asked for
         check_loadable(source, [locate(name) for name in lora_names(config) if name])
     dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
+    known_as = known_root(root, out)
     specs: list[Spec] = [
-        _diffusion(config, source, lora, root, steps, dtype)
+        _diffusion(config, source, lora, root, steps, dtype, known_as)
         for source in models
         for lora in lora_names(config)
         for steps in timesteps
     ]
-    specs += [ClipSpec(source, root, config.batch_size) for source in clips]
-    specs += [CustomSpec(find_scorer(name), root) for name in dict.fromkeys(config.scorer)]
+    specs += [ClipSpec(source, root, config.batch_size, known_as) for source in clips]
+    scorers = dict.fromkeys(config.scorer)
+    specs += [CustomSpec(find_scorer(name), root, known_as) for name in scorers]
     return specs, pool
 
 
@@ -93,6 +96,7 @@ def _diffusion(
     root: str,
     timesteps: tuple[int, ...],
     dtype: str,
+    known_as: str,
 ) -> DiffusionSpec:
     resize = config.resize
     if resize == "auto":
@@ -110,6 +114,7 @@ def _diffusion(
         lora=locate(lora) if lora else None,
         lora_name=storage.without_query(lora) if lora else None,
         batch_size=config.batch_size,
+        known_as=known_as,
     )
 
 

@@ -118,7 +118,7 @@ def run(sweep: Sweep, out: str) -> Tried:
     from diffitm.commands import diva, finetune
     from diffitm.commands.workers.trials import train_trial
     from diffitm.distributed import session
-    from diffitm.distributed.trainer import share, workers_of
+    from diffitm.distributed.trainer import worker_share, workers_of
     from diffitm.distributed.tuner import Experiment, identity, stopper
 
     # Without it Ray Train does not see that a training was stopped, and keeps its workers' share.
@@ -133,7 +133,7 @@ def run(sweep: Sweep, out: str) -> Tried:
     if job.validation is None:
         raise InputError("validation_data: give the data root of the tasks that choose")
     workers = workers_of(first)
-    cpus, gpus = share(workers)
+    cpus, gpus = worker_share(workers)
     open_sweep(out, identity(sweep))
     if first.cache_latents:
         pipeline.encoded(job, first.out)

@@ -86,23 +86,26 @@ def load(root: str, reference: str) -> tuple[Image.Image, str]:
     Raises OSError or ValueError with a message that names what is wrong.
     """
     path, crop = split_crop(reference)
-    _check_inside(path)
-    if "://" in root and "?" in path:  # it would become options of the connection
-        raise ValueError("a name with '?' cannot be read from a URI")
-    member, row = MEMBER.fullmatch(path), ROW.fullmatch(path)
-    if row is not None:
-        data = _cell(storage.join(root, row[1]), int(row[2]))
-    elif member is not None:
-        place = (int(member[2]), int(member[3]))
-        data = storage.read_range(storage.join(root, member[1]), *place)
-    else:
-        data = storage.read_bytes(storage.join(root, path))
+    data = encoded(root, path)
     image = decode(data)
     if crop is not None:
         _check_crop(crop, image.size)
         left, top, width, height = crop
         image = image.crop((left, top, left + width, top + height))
     return image, hashlib.sha256(data).hexdigest()
+
+
+def encoded(root: str, path: str) -> bytes:
+    """The file of an image, or its bytes inside of a Parquet file or a tar. Raises OSError or ValueError."""
+    _check_inside(path)
+    if "://" in root and "?" in path:  # it would become options of the connection
+        raise ValueError("a name with '?' cannot be read from a URI")
+    member, row = MEMBER.fullmatch(path), ROW.fullmatch(path)
+    if row is not None:
+        return _cell(storage.join(root, row[1]), int(row[2]))
+    if member is not None:
+        return storage.read_range(storage.join(root, member[1]), int(member[2]), int(member[3]))
+    return storage.read_bytes(storage.join(root, path))
 
 
 def _cell(uri: str, row: int) -> bytes:

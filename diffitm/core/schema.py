@@ -42,7 +42,7 @@ def encodable(text: str) -> str:
 
 
 def fault(example: Example) -> str | None:
-    """Why an example decides nothing: an empty or broken caption, or a wrong candidate that is the right one."""
+    """Why an example decides nothing: a caption is no text, or a wrong candidate is the right one."""
     for i, text in enumerate(example.texts):
         if not text.strip():
             return f"caption {i} is empty"

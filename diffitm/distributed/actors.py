@@ -13,29 +13,11 @@ import ray
 
 from diffitm.core.errors import InputError, Unavailable
 from diffitm.core.outside import is_cuda_error, is_transient
+from diffitm.distributed import devices
 from diffitm.distributed.attempts import RETRIES, SHORT, Place, Verdict
 
 STARTS = 1 + RETRIES  # tries of an actor to build its worker
 Worker = Callable[[pa.Table], pa.Table]
-
-
-def choose_device(gpus: float) -> str:
-    """torch's device of a process that Ray gave this share of GPUs.
-
-    Raises InputError where torch sees none of them.
-    """
-    if not gpus:
-        return "cpu"
-    import torch
-
-    if not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
-        raise InputError(
-            f"Ray gave this process {gpus:g} GPUs, but torch {torch.__version__} ({built}) sees none: "
-            "install a torch that fits the node's driver (nvidia-smi names it), or give "
-            "--gpus-per-actor 0 to score on processors"
-        )
-    return "cuda"
 
 
 def here() -> Place:
@@ -94,7 +76,7 @@ class StageActor:
         that Ray starts another, perhaps elsewhere; a restarted one, for which blocks wait, has none."""
         for number in range(STARTS):
             try:
-                self.worker = self.spec.build(choose_device(self.spec.gpus))
+                self.worker = self.spec.build(devices.actor_device(self.spec.gpus))
             except Exception as error:
                 verdict = self._fail(self.start, error)
                 if self.ending is not None:

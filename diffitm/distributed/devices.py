@@ -14,23 +14,39 @@ if TYPE_CHECKING:
     import torch
 
 
-def choose_device() -> torch.device:
+def actor_device(gpus: float) -> str:
+    """torch's device of an actor that Ray gave this share of GPUs.
+
+    Raises InputError where torch sees none of them.
+    """
+    if not gpus:
+        return "cpu"
+    _check_seen(f"this actor {gpus:g} GPUs", "--gpus-per-actor 0 to score on processors")
+    return "cuda"
+
+
+def worker_device() -> torch.device:
     """The device of this worker of Ray Train.
 
     Raises InputError where Ray gave it a share of a GPU and torch sees none.
     """
     import ray.train.torch
-    import torch
 
     device = ray.train.torch.get_device()
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda":
+        _check_seen("this worker a GPU", "--gpus-per-worker 0 to train on processors")
+    return device
+
+
+def _check_seen(given: str, otherwise: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
         raise InputError(
-            f"Ray gave this worker a GPU, but torch {torch.__version__} ({built}) sees none: install a "
-            "torch that fits the node's driver (nvidia-smi names it), or give --gpus-per-worker 0 to "
-            "train on processors"
+            f"Ray gave {given}, but torch {torch.__version__} ({built}) sees none: install a torch "
+            f"that fits the node's driver (nvidia-smi names it), or give {otherwise}"
         )
-    return device
 
 
 def gradient_group(device: torch.device, seconds: int) -> Any:

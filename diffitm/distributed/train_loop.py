@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffitm.core.errors import InputError
 from diffitm.distributed.actors import here
-from diffitm.distributed.devices import choose_device, gradient_group, processors
+from diffitm.distributed.devices import gradient_group, processors, worker_device
 from diffitm.distributed.worker_group import EXCHANGE
 from diffitm.training.gradient_sync import Gradients
 from diffitm.training.job import Training
@@ -57,7 +57,7 @@ class TrainLoop:
     def __init__(
         self, kind: type[TrainModule], job: Training, monitor: Any, processors: float
     ) -> None:
-        context, device = ray.train.get_context(), choose_device()
+        context, device = ray.train.get_context(), worker_device()
         rank, world = context.get_world_rank(), context.get_world_size()
         self.job, self.monitor = job, monitor
         self.worker = Worker(rank, world, device, processors, monitor)

@@ -90,7 +90,7 @@ def fit(
     from diffitm.distributed.progress import Watch
     from diffitm.distributed.worker_group import GroupSettings
 
-    cpus, gpus = share(workers)
+    cpus, gpus = worker_share(workers)
     bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     monitor = session.start_here(Monitor)
     found, folder = storage.filesystem(storage.join(out, CHECKPOINTS))
@@ -133,7 +133,7 @@ def _useful(workers: Workers, job: Training) -> tuple[int, int]:
     return min(workers.least, job.grad_accum_steps), min(workers.most, job.grad_accum_steps)
 
 
-def share(workers: Workers) -> tuple[float, float]:
+def worker_share(workers: Workers) -> tuple[float, float]:
     """Processors and GPUs of a worker. Raises InputError if the least number of workers does not fit,
     and warns where the cluster may grow."""
     from diffitm.distributed import session

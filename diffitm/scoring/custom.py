@@ -86,10 +86,14 @@ def _load(name: str, place: str) -> Any:
         kind = load(place)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise InputError(f"{name!r} cannot be imported: {error}", "scorer") from error
-    for attribute, wanted in (("version", int), ("score", str)):
-        if not isinstance(getattr(kind, attribute, None), wanted):
-            text = f"{name!r}: its class has no {attribute} ({wanted.__name__}); see diffitm.Scorer"
-            raise InputError(text, "scorer")
+    lacking = [
+        f"{attribute} ({wanted.__name__})"
+        for attribute, wanted in (("version", int), ("score", str))
+        if not isinstance(getattr(kind, attribute, None), wanted)
+    ]
+    if lacking:
+        text = f"{name!r}: its class has no {' and no '.join(lacking)}; see diffitm.Scorer"
+        raise InputError(text, "scorer")
     if not (isinstance(kind, type) and callable(getattr(kind, "__call__", None))):  # noqa: B004
         raise InputError(f"{name!r}: is no class with __call__(images, texts)", "scorer")
     return kind
@@ -111,6 +115,7 @@ class CustomSpec:
 
     source: CustomSource
     root: str
+    known_as: str | None = None
     cost = 1
 
     @property
@@ -126,7 +131,7 @@ class CustomSpec:
             "score": self.source.score,
             "scorer": self.source.place.rpartition("/")[2],
             "depends": self.source.digest,
-            "root": without_query(self.root),
+            "root": without_query(self.known_as or self.root),
         }
 
     def build(self, device: str) -> RowScorer:

@@ -52,6 +52,7 @@ class DiffusionSpec:
     lora: str | None = None
     lora_name: str | None = None  # as the user typed it, for tables
     batch_size: int = 64
+    known_as: str | None = None  # the root that its scores are kept under, if not `root`
 
     @property
     def label(self) -> str:
@@ -77,7 +78,7 @@ class DiffusionSpec:
             "dtype": self.dtype,
             "resize": self.resize,
             "latent_seed": self.latent_seed,
-            "root": without_query(self.root),
+            "root": without_query(self.known_as or self.root),
         }
 
     def build(self, device: str) -> RowScorer:
@@ -99,6 +100,7 @@ class ClipSpec:
     source: ClipSource
     root: str
     batch_size: int = 64
+    known_as: str | None = None
     cost = 1
 
     @property
@@ -115,7 +117,7 @@ class ClipSpec:
             "kind": "clip",
             "version": SCORE_VERSION,
             "weights": self.source.digest,
-            "root": without_query(self.root),
+            "root": without_query(self.known_as or self.root),
         } | ({"preprocessing": own} if own else {})
 
     def build(self, device: str) -> RowScorer:

@@ -6,6 +6,7 @@ grow with the number of pairs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -54,17 +55,8 @@ def write_examples(
     its content, and how many examples it holds.
     """
     kept = _spread(list(examples), limit) if limit is not None else examples
-    storage.make_folder(folder)
-    found, path = storage.filesystem(storage.join(folder, f".{task}.part"))
-    total, digest = 0, hashlib.sha256()
-    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, EXAMPLES) as writer:
-        for batch in _batched(enumerate(kept), BATCH):
-            lines = [_line(task, position, example) for position, example in batch]
-            writer.write_table(pa.Table.from_pylist(lines, EXAMPLES))
-            digest.update(json.dumps(lines).encode())
-            total += len(lines)
-    uri = storage.join(folder, f"{task}-{digest.hexdigest()[:12]}.parquet")
-    found.move(path, storage.filesystem(uri)[1])
+    lines = (_line(task, position, example) for position, example in enumerate(kept))
+    uri, total, _ = _write_lines(lines, folder, task)
     return uri, total
 
 
@@ -74,18 +66,30 @@ def write_own(rows: Iterable[CaptionRow], folder: str) -> tuple[str, int, int]:
     A row's bad text costs itself alone. Returns the file, which is named by its content, how many
     examples it holds and how many of them are failures.
     """
+    lines = (line for position, row in enumerate(rows) for line in _own_lines(position, row))
+    return _write_lines(lines, folder, "own")
+
+
+def _write_lines(lines: Iterable[dict[str, Any]], folder: str, name: str) -> tuple[str, int, int]:
+    """The file, named by its content, how many lines it holds and how many are failures."""
     storage.make_folder(folder)
-    found, path = storage.filesystem(storage.join(folder, ".own.part"))
-    total = failed = 0
-    digest = hashlib.sha256()
-    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, EXAMPLES) as writer:
-        for batch in _batched(enumerate(rows), BATCH):
-            lines = [line for position, row in batch for line in _own_lines(position, row)]
-            writer.write_table(pa.Table.from_pylist(lines, EXAMPLES))
-            digest.update(json.dumps(lines).encode())
-            total += len(lines)
-            failed += sum(line["failure"] is not None for line in lines)
-    uri = storage.join(folder, f"own-{digest.hexdigest()[:12]}.parquet")
+    found, path = storage.filesystem(storage.join(folder, f".{name}.part"))
+    total, failed, digest = 0, 0, hashlib.sha256()
+    try:
+        with (
+            found.open_output_stream(path) as sink,
+            parquet.ParquetWriter(sink, EXAMPLES) as writer,
+        ):
+            for batch in map(list, _batched(lines, BATCH)):
+                writer.write_table(pa.Table.from_pylist(batch, EXAMPLES))
+                digest.update(json.dumps(batch).encode())
+                total += len(batch)
+                failed += sum(line["failure"] is not None for line in batch)
+    except BaseException:  # what was begun is of no use
+        with contextlib.suppress(OSError):
+            found.delete_file(path)
+        raise
+    uri = storage.join(folder, f"{name}-{digest.hexdigest()[:12]}.parquet")
     found.move(path, storage.filesystem(uri)[1])
     return uri, total, failed
 

@@ -7,7 +7,9 @@ everything that a score depends on; _config.json in it says what that is.
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,8 @@ from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint
 from diffitm.core.schema import SCORES
+
+log = logging.getLogger("diffitm")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def open_store(out: str, model: str, config: dict[str, Any]) -> Store:
             raise InputError(
                 f"{uri} holds scores but no _config.json: move it away or restore the file"
             )
+        _say_why(out, model, config)
         storage.write_text(note, json.dumps({"model": model, **config}, indent=2))
         return Store(uri, model, config)
     store = read_store(uri)
@@ -70,6 +75,33 @@ def open_store(out: str, model: str, config: dict[str, Any]) -> Store:
             "give another --out or move the folder away"
         )
     return Store(uri, model, config)
+
+
+def stores_of(out: str) -> Iterator[Store]:
+    """The score stores of an OUT. Raises InputError for a folder whose _config.json is none."""
+    base = storage.join(out, "scores")
+    for path in storage.sizes(base, recursive=True):
+        folder, _, name = path.rpartition("/")
+        if name == "_config.json" and "/" not in folder:
+            yield read_store(storage.join(base, folder))
+
+
+def _say_why(out: str, model: str, config: dict[str, Any]) -> None:
+    """Tell what keeps a new store from taking the scores of the most alike one of the same model."""
+    alike = []
+    for store in stores_of(out):
+        if store.model == model and store.config["kind"] == config["kind"]:
+            other = [key for key in config if store.config.get(key) != config[key]]
+            alike.append((len(other), store.name, other, store.config))
+    if alike:
+        _, name, other, known = min(alike, key=lambda found: found[:2])
+        told = ", ".join(f"{key} {_short(known.get(key))}" for key in other)
+        log.info("%s: scores anew; those in %s are of %s", model, name, told)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:40]}.."
 
 
 def read_store(uri: str) -> Store:

@@ -80,7 +80,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Training):
+class LoraJob(Training):
     """Tuning of a diffusion model's LoRA for matching."""
 
     objective: Objective

@@ -112,7 +112,7 @@ def test_columns_that_are_not_there(tmp_path: Path, columns: Columns, text: str)
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.csv", "image,text\na,b, c\n", r"line 2: 3 fields where .* 2 columns .* be quoted\): 'a,b, c'"),
+        ("a.csv", "image,text\na,b, c\n", r"line 2: 3 fields where .* 2 columns .* be quoted\): 'a,b,c'"),
         ("a.csv", "image,text\na\n", "line 2: 1 fields where"),
         ("a.tsv", "image\ttext\na\tb\tc\n", r"line 2: 3 fields .*cannot have tabs"),
         ("a.csv", 'image,text\na.jpg,"b\nc.jpg,d\n', "line 2: not CSV: a quote opens that does not close"),

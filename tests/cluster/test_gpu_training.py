@@ -44,7 +44,7 @@ def processors_for_gpus() -> None:
     What it was given is told beside that file."""
     from diffitm.distributed import devices
 
-    choose = devices.choose_device
+    choose = devices.worker_device
 
     def choose_processor() -> object:
         import torch
@@ -54,7 +54,7 @@ def processors_for_gpus() -> None:
         (flag.parent / f"worker-{rank}").write_text(str(ray.get_gpu_ids()))
         return torch.device("cpu") if flag.exists() else choose()
 
-    devices.choose_device = choose_processor  # type: ignore[assignment]
+    devices.worker_device = choose_processor  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")

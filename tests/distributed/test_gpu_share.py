@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from diffitm.core.errors import InputError
-from diffitm.distributed import actors
+from diffitm.distributed import devices
 from diffitm.distributed.item_stage import ItemStage, run_items
 from diffitm.distributed.session import choose_pool, connect
 from diffitm.distributed.stages import whole_files
@@ -59,6 +59,6 @@ def test_a_stage_on_gpus(gpus: None, tmp_path: Path) -> None:
 
 def test_no_gpu_to_be_seen() -> None:
     """The real choice asks torch, and says what is wrong where it sees none."""
-    assert actors.choose_device(0) == "cpu"
-    with pytest.raises(InputError, match=r"Ray gave this process 1 GPUs, but torch .* sees none"):
-        actors.choose_device(1.0)
+    assert devices.actor_device(0) == "cpu"
+    with pytest.raises(InputError, match=r"Ray gave this actor 1 GPUs, but torch .* sees none"):
+        devices.actor_device(1.0)

@@ -19,7 +19,7 @@ from diffitm.models.loading import resolve
 from diffitm.shapes.training import write_training
 from diffitm.training.diva.options import DivaConfig
 from diffitm.training.image_pool import Paths, read_images
-from diffitm.training.job import DivaJob, Job
+from diffitm.training.job import DivaJob, LoraJob
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.options import FinetuneConfig
 from diffitm.training.rows import read_rows
@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def lora_job(root: Path, **more: Any) -> Job:
+def lora_job(root: Path, **more: Any) -> LoraJob:
     config = FinetuneConfig(
         batch_size=SIZE, effective_batch=SIZE * MICRO, steps=STEPS, lr=1e-2, checkpoint_every=100,
         log_every=1,

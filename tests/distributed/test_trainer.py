@@ -43,14 +43,14 @@ def test_the_share_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU where there are any; what is asked for; refused where the least number does not fit."""
     has = {"CPU": 8.0, "GPU": 2.0}
     monkeypatch.setattr(session, "resources", lambda: has)
-    assert trainer.share(Workers(2, 9, None, None, 0)) == (1.0, 1.0)
-    assert trainer.share(Workers(4, 9, 2.0, 0.5, 0)) == (2.0, 0.5)
+    assert trainer.worker_share(Workers(2, 9, None, None, 0)) == (1.0, 1.0)
+    assert trainer.worker_share(Workers(4, 9, 2.0, 0.5, 0)) == (2.0, 0.5)
     with pytest.raises(InputError, match=r"--workers 3 with 1 GPUs each: the cluster has 2"):
-        trainer.share(Workers(3, 9, None, None, 0))
+        trainer.worker_share(Workers(3, 9, None, None, 0))
     with pytest.raises(InputError, match=r"--workers 3 with 3 processors each: the cluster has 8"):
-        trainer.share(Workers(3, 3, 3.0, 0.0, 0))
+        trainer.worker_share(Workers(3, 3, 3.0, 0.0, 0))
     has = {"CPU": 8.0}
-    assert trainer.share(Workers(8, 9, None, None, 0)) == (1.0, 0.0)
+    assert trainer.worker_share(Workers(8, 9, None, None, 0)) == (1.0, 0.0)
 
 
 def test_lines_of_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffitm.distributed.actors import choose_device
+from diffitm.distributed.devices import actor_device
 from diffitm.models.clip import load_clip, resolve_clip
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import add_lora
@@ -46,7 +46,7 @@ def errors(device: str, dtype: str, batch: int = 7) -> np.ndarray:
 
 
 def test_a_gpu_is_chosen() -> None:
-    assert choose_device(0.5) == "cuda"
+    assert actor_device(0.5) == "cuda"
 
 
 def test_errors_are_those_of_the_processor() -> None:

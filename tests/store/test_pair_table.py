@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -656,3 +657,13 @@ def test_present_names_an_absent_image(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.png").touch()
     assert evaluate.present(str(tmp_path), uri) is None
+
+
+def test_examples_that_are_refused_halfway_leave_no_file(tmp_path: Path) -> None:
+    def examples() -> Iterator[Example]:
+        yield Example("0", ("a.png",), ("x", "y"), "text")
+        raise InputError("line 2 is none")
+
+    with pytest.raises(InputError, match="line 2"):
+        pair_table.write_examples("own", examples(), str(tmp_path / "examples"), None)
+    assert list((tmp_path / "examples").iterdir()) == []

@@ -17,7 +17,7 @@ from diffitm.scoring.diffusion import DiffusionScorer, scaled
 from diffitm.scoring.noise_plan import make_plan, plan_timesteps
 from diffitm.training.crops import Whole
 from diffitm.training.dataloader import Loader
-from diffitm.training.job import Job, Validation
+from diffitm.training.job import LoraJob, Validation
 from diffitm.training.latent_cache import Cache, CachedLoader
 from diffitm.training.lora.step import Posterior, Tuner
 from diffitm.training.module import Measured, TrainModule, Worker
@@ -28,10 +28,10 @@ from diffitm.training.validation import accuracy
 class LoraModule(TrainModule):
     """A Tuner, and a validation that chooses the best weights."""
 
-    job: Job
+    job: LoraJob
     names = ("loss", "right", "contrast", "held")
 
-    def __init__(self, job: Job, worker: Worker) -> None:
+    def __init__(self, job: LoraJob, worker: Worker) -> None:
         super().__init__(job, worker)
         denoiser = load_denoiser(job.source, job.dtype, str(worker.device), job.variant)
         texts = self._on_device(Cache(job.texts)) if job.texts else None
