@@ -110,9 +110,15 @@ def _keyed(shard: str, reading: Reading) -> Iterator[tuple[str, CaptionRow]]:
         broken = f"it is no whole, uncompressed tar: {error}"
     except OSError as error:
         raise InputError(f"{shard}: cannot be read: {error}") from error
+    fields = list[str]()
     for key, stems in keys.items():
-        for name, members in _samples(key, stems):
+        samples = dict(_samples(key, stems))
+        for name, members in samples.items():
             yield from ((name, row) for row in _rows(f"sample {name}", members, reading))
+        fields += [s for s in stems if s not in samples and any(map(_is_picture, stems[s]))]
+    if fields:
+        text = "%s: left out %s images that are fields of other samples, such as %s"
+        log.warning(text, shard, f"{len(fields):,}", fields[0])
     if broken is not None:
         yield "", CaptionRow(f"behind {len(keys):,} samples", failure=broken)
 

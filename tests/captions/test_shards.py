@@ -50,7 +50,7 @@ def test_as_img2dataset_writes_them(tmp_path: Path) -> None:
     assert [row.texts for row in every] == [("x",)] * 3
 
 
-def test_names_with_dots(tmp_path: Path) -> None:
+def test_names_with_dots(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The name up to the first dot is the sample's and other endings are its fields; where these are
     samples themselves, none is lost."""
     file = write(tmp_path / "a.tar", [
@@ -60,7 +60,9 @@ def test_names_with_dots(tmp_path: Path) -> None:
         ("rgb.rgb.jpg", b"i"), ("rgb.txt", b"rgb"),
         ("own.jpg", b"i"), ("own.txt", b"own"), ("own.b.jpg", b"i"), ("own.b.txt", b"other"),
     ])  # fmt: skip
-    texts, lost = found(file)
+    with caplog.at_level(logging.WARNING, "diffitm"):
+        texts, lost = found(file)
+    assert "left out 1 images that are fields of other samples, such as field.seg" in caplog.text
     assert texts == {
         "cat.1": "one", "cat.2": "two", "dog.v1.0": "dog", "field": "field", "rgb.rgb": "rgb",
         "own": "own", "own.b": "other",
