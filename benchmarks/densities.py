@@ -89,7 +89,7 @@ def run(folder: Path, name: str | None, seed: int, steps: int, first: int, rate:
     if name:
         tower, projection = diva.parts()
         first = steps if name == CONTROL else first
-        paths = [row.image for row in read_rows(f"{root}/coco_neg/train_neg_clip.tsv")]
+        paths = [row.image for row in read_rows(f"{root}/coco_neg/train_neg_clip.tsv")[0]]
         rows = [TrainingRow(path, "") for path in paths]
         pixels, latents = Pixels(root, paths, diva.side), Latents(diva.teacher, root, paths)
         plan = BatchSampler(rows, list(range(len(rows))), SIZE, 1, "none", False, seed)
@@ -115,7 +115,7 @@ def run(folder: Path, name: str | None, seed: int, steps: int, first: int, rate:
             optimizer.step()
             rates.step()
     trained = time.perf_counter() - begin
-    valid = [row.image for row in read_rows(f"{root}/coco_neg/valid_neg_clip.tsv")][:HELD_IMAGES]
+    valid = [row.image for row in read_rows(f"{root}/coco_neg/valid_neg_clip.tsv")[0]][:HELD_IMAGES]
     result = evaluate(diva, parts, folder, valid)
     result |= {**shared, "seconds": trained, "history": history}
     file.write_text(json.dumps(result, allow_nan=False))

@@ -24,7 +24,7 @@ from benchmarks.objectives import Latents
 from benchmarks.tuning import BATCH, SCENES, WARM, compare, encoded, logged
 from diffitm.models.loading import SHAPES, load_denoiser, resolve
 from diffitm.shapes.training import write_training
-from diffitm.training.image_pool import in_folder
+from diffitm.training.image_pool import read_images
 
 SHARE = 0.3
 
@@ -38,7 +38,7 @@ def plain(root: str, steps: int) -> float:
     projection = torch.nn.Linear(64, 96)
     parameters = [*visual.parameters(), *projection.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
-    paths = in_folder(root)
+    paths, _ = read_images(root)
     latents = Latents(load_denoiser(resolve("shapes")), root, paths)
     squares, text = Pixels(root, paths, 32), encoded([""])[0].mean(0)
     cfg = visual.preprocess_cfg

@@ -147,7 +147,7 @@ def evaluate(tuner: Tuner, folder: Path, timesteps: int) -> dict[str, Any]:
         part = "train" if name.startswith("coco_neg") else "tasks"
         task = find_task(name)()
         found[name] = credits(task, list(task.examples(parts[part])), scorers[part])
-    rows = read_rows(f"{parts['train']}/coco_neg/valid_neg_clip.tsv")
+    rows, _ = read_rows(f"{parts['train']}/coco_neg/valid_neg_clip.tsv")
     texts = [(row.caption, row.negative_captions[0], "") for row in rows]
     work = [PairRow(i, row.image, list(texts[i])) for i, row in enumerate(rows)]
     lines = scorers["train"].score(work)
@@ -172,7 +172,7 @@ def run(
     begin, history = time.perf_counter(), []
     if name:
         root = str(folder / "train")
-        rows = read_rows(f"{root}/coco_neg/train_neg_clip.tsv")
+        rows, _ = read_rows(f"{root}/coco_neg/train_neg_clip.tsv")
         latents = Latents(tuner.denoiser, root, paths(rows))
         plan = BatchSampler(
             rows, list(range(len(rows))), SIZE, MICRO, setting.negatives, False, seed

@@ -46,7 +46,7 @@ def plain(root: str, steps: int) -> float:
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=PROJECTIONS))
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    rows = read_rows(f"{root}/coco_neg/train_neg_clip.tsv")
+    rows, _ = read_rows(f"{root}/coco_neg/train_neg_clip.tsv")
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     tuner = Tuner(load_denoiser(resolve("shapes")), Objective("no-neg"))

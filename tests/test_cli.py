@@ -192,7 +192,9 @@ def test_a_finished_training_tells_its_lost_images(tmp_path: Path) -> None:
     (tmp_path / "failures.json").write_text("{}")
     check_complete(str(tmp_path))
     (tmp_path / "failures.json").write_text('{"a.jpg: no image": 3}')
-    with pytest.raises(Incomplete, match=r"1 images or shards .* listed in .*failures\.json"):
+    with pytest.raises(
+        Incomplete, match=r"1 images, texts or shards .* listed in .*failures\.json"
+    ):
         check_complete(str(tmp_path))
 
 

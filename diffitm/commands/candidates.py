@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from diffitm.captions.read import find_absent, image_root, listed
 from diffitm.commands.entrance import entered
 from diffitm.commands.stages import embed
 from diffitm.commands.weights import share
@@ -31,8 +32,12 @@ class CandidatesConfig(OnActors):
     """Options of pipelines/candidates.py."""
 
     clip: str = option("", "the CLIP: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs")
-    images: str = option("", "folder or URI that the image paths start from")
-    captions: str = option("", "JSON of rows {image, caption} or {image: captions}, or tsv, csv")
+    images: str | None = option(
+        None, "folder or URI that a table's image paths start from (default: the table's own)"
+    )
+    captions: str = option(
+        "", "a table, a folder of images or .tar shards, or its URI: see docs/data.md"
+    )
     out: str = option("out/candidates/val_top10.json", "image lists; text lists end in _text.json")
     top_k: int = option(10, "candidates of a list", at_least=2)
     prefix: str | None = option(
@@ -58,20 +63,22 @@ def run(config: CandidatesConfig) -> None:
     the end if images could not be read.
     """
     _check(config)
-    read = [("--images", config.images), ("--clip", config.clip)]
+    captions = storage.absolute(config.captions)
+    root = image_root(captions, config.images, "captions")
+    read = [("--images" if config.images else "--captions", root), ("--clip", config.clip)]
     read.append(("--clip", config.clip.partition(":")[2]))
     out = storage.absolute(config.out)
     with entered(config, out, read, is_file=True):
-        _run(config, out)
+        _run(config, captions, root, out)
 
 
-def _run(config: CandidatesConfig, out: str) -> None:
+def _run(config: CandidatesConfig, captions: str, root: str, out: str) -> None:
     """See run, with OUT held."""
     from diffitm.models.clip import resolve_clip
+    from diffitm.models.text_limits import tell_long_texts
 
     source = resolve_clip(config.clip)
-    known = candidate_lists.read_captions(storage.absolute(config.captions))
-    root = storage.absolute(config.images)
+    known = candidate_lists.read_captions(captions)
     known = replace(known, images=embed.located(root, known.images))
     log.info("%s images, %s captions", f"{len(known.images):,}", f"{len(known.captions):,}")
     session.connect(config.ray, verbose=config.verbose)
@@ -79,6 +86,7 @@ def _run(config: CandidatesConfig, out: str) -> None:
         config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
     )
     source = share(source, storage.join(storage.parent(out), "work"))
+    tell_long_texts(source, known.captions)
     work = _work_folder(out, source, root, known, pool.device)
     pictures = embed.embed(work, "image", known.images, known.of_image, source, root, pool)
     texts = embed.embed(work, "text", known.captions, known.of_caption, source, root, pool)
@@ -91,6 +99,7 @@ def _run(config: CandidatesConfig, out: str) -> None:
         "clip": source.name,
         "weights": source.digest,
         "other_captions_kept": config.keep_other_captions,
+        "lost": listed(known.lost),
         "provenance": record(asdict(config)),
     }
     for side, queries, gallery in (
@@ -103,20 +112,24 @@ def _run(config: CandidatesConfig, out: str) -> None:
             queries, gallery, config.top_k, None if kept else 1, pool, config.block_size,
         )  # fmt: skip
         _write(config, out, side, found, note)
+    where = _beside(out, ".info.json")
     if failed:
         print(f"{len(failed)} unreadable images are tried again once {work} is deleted")
-        where = _beside(out, ".info.json")
-        raise Incomplete(f"{len(failed)} images could not be read; they are listed in {where}")
+    if known.lost:
+        print(f"{len(known.lost):,} images or captions of {captions} were left out")
+    if count := len(failed) + len(known.lost):
+        raise Incomplete(
+            f"{count:,} images or captions could not be used; they are listed in {where}"
+        )
 
 
 def _check(config: CandidatesConfig) -> None:
     """All problems of the options together."""
-    needed = {"clip": "RN50x64:openai", "images": "DIR", "captions": "FILE"}
+    needed = {"clip": "RN50x64:openai", "captions": "FILE"}
     problems = lacking(config, needed)
     if config.images and not storage.exists(storage.absolute(config.images)):
         problems.append(f"--images: there is no folder {storage.absolute(config.images)}")
-    if config.captions and not storage.exists(storage.absolute(config.captions)):
-        problems.append(f"--captions: there is no file {storage.absolute(config.captions)}")
+    problems += find_absent(config.captions, "captions")
     if not storage.without_query(config.out).endswith(".json") or storage.without_query(
         config.out
     ).endswith("_text.json"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save
 from transformers.utils.logging import disable_progress_bar
 
+from diffitm.captions.read import image_root
+from diffitm.captions.shards import is_webdataset, shards
 from diffitm.commands import tuning
 from diffitm.commands.tuning import Listener, Plan, Trained, Tuning, common
 from diffitm.core import storage
@@ -33,7 +36,7 @@ from diffitm.tasks.registry import find_task
 from diffitm.training.diva.options import DivaConfig, find_problems, micro_batch
 from diffitm.training.diva.recap import parse_recap
 from diffitm.training.diva.step import PROJECTION, load_tower
-from diffitm.training.image_pool import Paths, in_folder, in_parquet, in_shard, split
+from diffitm.training.image_pool import Paths, in_shard, read_images, split
 from diffitm.training.job import DivaJob, Validation
 from diffitm.training.row_table import RowsFile, StoredRows
 from diffitm.training.run_folder import (
@@ -42,13 +45,12 @@ from diffitm.training.run_folder import (
     write_log,
     write_note,
 )
-from diffitm.training.webdataset import is_webdataset, shards
 
 log = logging.getLogger("diffitm")
 Lost = dict[str, int]
-LISTING = 2  # grows when the same shards would be listed otherwise
+LISTING = 3  # grows when the same shards would be listed otherwise
 LISTED = pa.schema(
-    [("shard", pa.string()), ("found", pa.list_(pa.string())), ("failure", pa.string())]
+    [("shard", pa.string()), ("found", pa.list_(pa.string())), ("lost", pa.list_(pa.string()))]
 )
 
 
@@ -85,7 +87,9 @@ def build_plan(config: DivaConfig) -> Plan[DivaJob]:
     root, valid = _roots(config, out)
     check = _validation(config, valid)
     given, lost = storage.absolute(config.data), Lost()
-    paths = [] if is_webdataset(given) else _images(config, root)
+    paths = list[str]()
+    if not is_webdataset(given):
+        paths, lost = read_images(root if config.data == "shapes" else given)
     session.connect(config.ray, verbose=config.verbose)
     work = storage.join(storage.parent(out), "work")
     teacher, clip = share(teacher, work, config.variant), share(clip, work)
@@ -118,20 +122,11 @@ def _roots(config: DivaConfig, out: str) -> tuple[str, str | None]:
         write_training(root, config.scenes)
         return storage.join(root, "coco", "train"), valid
     given = storage.absolute(config.data)
-    is_file = is_webdataset(given) or storage.without_query(given).endswith(".parquet")
-    return storage.parent(given) if is_file else given, valid
-
-
-def _images(config: DivaConfig, root: str) -> list[str]:
-    """References of all images below the root that are not in shards."""
-    given = storage.absolute(config.data)
-    if config.data != "shapes" and storage.without_query(given).endswith(".parquet"):
-        return in_parquet(given, storage.without_query(given).rpartition("/")[2])
-    return in_folder(root)
+    return image_root(given, None), valid
 
 
 def _in_shards(names: list[str], out: str) -> tuple[list[str], Lost]:
-    """What the shards hold, and those that could be read in part only; listed once for runs beside
+    """What the shards hold, and what of them could not be used; listed once for runs beside
     each other. Raises InputError if they hold no image."""
     from diffitm.distributed.item_stage import work_folder
 
@@ -147,9 +142,10 @@ def _in_shards(names: list[str], out: str) -> tuple[list[str], Lost]:
         storage.write_bytes(file, sink.getvalue().to_pybytes())
     found, path = storage.filesystem(file)
     lines = parquet.read_table(path, filesystem=found).to_pylist()
-    lost = {line["failure"]: 1 for line in lines if line["failure"] is not None}
-    for failure in lost:
-        log.warning("%s; its images before that are used", failure)
+    lost = dict(Counter(reason for line in lines for reason in line["lost"]))
+    if lost:
+        text = "--data: left out %s samples or ends of shards; %s"
+        log.warning(text, f"{sum(lost.values()):,}", next(iter(lost)))
     references = [reference for line in lines for reference in line["found"]]
     if not references:
         raise InputError(f"--data: {names[0]} and the other shards hold no image")
@@ -163,7 +159,7 @@ def _list_shards(names: list[str]) -> pa.Table:
     def listed(table: pa.Table) -> pa.Table:
         lines = [(shard, *in_shard(shard)) for shard in table["shard"].to_pylist()]
         columns = zip(*lines, strict=True)
-        return pa.table(dict(zip(("shard", "found", "failure"), columns, strict=True)), LISTED)
+        return pa.table(dict(zip(("shard", "found", "lost"), columns, strict=True)), LISTED)
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -7,6 +7,9 @@ import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from diffitm.captions.read import image_root
+from diffitm.captions.shards import is_webdataset
+from diffitm.captions.table import is_table
 from diffitm.commands import tuning
 from diffitm.commands.tuning import Listener, Plan, Trained, Tuning, common
 from diffitm.core import storage
@@ -28,7 +31,6 @@ from diffitm.training.rows import (
     usable,
 )
 from diffitm.training.run_folder import write_result
-from diffitm.training.webdataset import is_webdataset, read_shards
 
 log = logging.getLogger("diffitm")
 TRAIN, VALID = "coco_neg/train_neg_clip.tsv", "coco_neg/valid_neg_clip.tsv"
@@ -73,8 +75,8 @@ def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
     out = storage.absolute(config.out)
     source = resolve(config.model)
     rows_file, root, valid = _data(config, out)
-    reader = read_shards if is_webdataset(rows_file) else read_rows
-    rows, equal = drop_equal(reader(rows_file))
+    found, unusable = read_rows(rows_file)
+    rows, equal = drop_equal(found)
     if equal:
         log.warning("%s: left out %s negatives that equal their row's own", rows_file, f"{equal:,}")
     objective = Objective(config.objective, config.lambda_, config.clip_over, config.guard)
@@ -85,16 +87,18 @@ def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
 
     from diffitm.commands.weights import share
     from diffitm.distributed import session
+    from diffitm.models.text_limits import tell_long_texts
 
     session.connect(config.ray, verbose=config.verbose)
     source = share(source, storage.join(storage.parent(out), "work"), config.variant)
     check_loadable(source, [])
+    tell_long_texts(source, texts_of([rows[position] for position in kept]))
     file = hand_over(out, rows, kept)
     job = _job(config, source, objective, negatives, file, root, valid, session.gpus())
     settings = settings_of(
         config, pipeline="finetune.py", weights=source.digest, rows=file.digest, dtype=job.dtype
     )
-    return Plan(job, settings, {})
+    return Plan(job, settings, unusable)
 
 
 def _data(config: FinetuneConfig, out: str) -> tuple[str, str, str | None]:
@@ -108,16 +112,9 @@ def _data(config: FinetuneConfig, out: str) -> tuple[str, str, str | None]:
         write_training(root, config.scenes)
         return storage.join(root, TRAIN), root, config.validation_data or root
     given = storage.absolute(config.data)
-    if storage.without_query(given).endswith((".tsv", ".parquet", ".tar")):
-        if is_webdataset(given) and config.images:
-            raise InputError(f"--images {config.images}: shards hold their images; leave it out")
-        root = storage.absolute(config.images) if config.images else storage.parent(given)
-        return given, root, config.validation_data
     file = storage.join(given, TRAIN)
-    if not storage.exists(file):
-        raise InputError(
-            f"--data {config.data}: is neither a .tsv, .parquet or .tar file, nor a folder with {TRAIN}"
-        )
+    if is_table(given) or is_webdataset(given) or not storage.exists(file):
+        return given, image_root(given, config.images), config.validation_data
     known = given if storage.exists(storage.join(given, VALID)) else None
     return file, given, config.validation_data or known
 

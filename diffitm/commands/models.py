@@ -12,6 +12,7 @@ from diffitm.models.loading import ModelSource, check_loadable, resolve
 from diffitm.models.lora import locate
 from diffitm.scoring.custom import CustomSpec, find_scorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+from diffitm.store.pair_table import distinct_texts
 from diffitm.store.roots import known_root
 from diffitm.store.run_summary import Done
 from diffitm.store.score_store import Store
@@ -127,6 +128,10 @@ def score_missing(
     if work.rows_left == 0:
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
         return Done()
+    if isinstance(spec, DiffusionSpec | ClipSpec):
+        from diffitm.models.text_limits import tell_long_texts
+
+        tell_long_texts(spec.source, distinct_texts([e.uri for e in examples]))
     if work.resumed:
         finished = f"{work.table.pairs - work.pairs_left:,} of {work.table.pairs:,}"
         log.info("%s: going on where it stopped, %s pairs done", store.model, finished)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from diffitm import negatives
+from diffitm.captions.read import find_absent, image_root, listed
+from diffitm.captions.row import CaptionRow
 from diffitm.commands.entrance import entered
 from diffitm.commands.stages import embed, propose
 from diffitm.commands.weights import share
@@ -49,7 +51,7 @@ class NegativesConfig(OnActors):
     }
 
     preset: str | None = option(None, "softneg-sd15: rules and LLaMA, see docs/negatives.md")
-    captions: str = option("", "NegCLIP .tsv, Parquet, or .json with images and captions")
+    captions: str = option("", "a table, a folder of images or .tar shards: see docs/data.md")
     out: str = option("", "file to write, .tsv or .parquet; its .info.json lies beside it")
     kinds: list[Literal["rules", "llm", "images"]] = option(["rules"], "rules, llm, images")
     llm: str | None = option(None, "kind llm: folder, URI or Hub id of an instruct model")
@@ -69,7 +71,9 @@ class NegativesConfig(OnActors):
     clip: str | None = option(
         None, "kind images: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs"
     )
-    images: str | None = option(None, "kind images: folder or URI that image paths start from")
+    images: str | None = option(
+        None, "kind images: where a table's image paths start (default: its own folder)"
+    )
     near: int = option(3, "kind images: near images of an image", at_least=1)
     keep_given: bool = option(True, "keep the negatives that the file has already")
     seed: int = option(0, "of rules, and of samples at a temperature above 0", at_least=0)
@@ -86,6 +90,7 @@ class Inputs:
     clip: ClipSource | None
     root: str
     places: dict[str, str]
+    lost: list[CaptionRow]
 
 
 def run(config: NegativesConfig) -> None:
@@ -96,6 +101,9 @@ def run(config: NegativesConfig) -> None:
     """
     _check(config)
     read = [("--images", config.images), ("--clip", config.clip), ("--llm", config.llm)]
+    if config.clip:
+        captions = storage.absolute(config.captions)
+        read[0] = ("--images", image_root(captions, config.images, "captions"))
     read.append(("--clip", (config.clip or "").partition(":")[2]))
     out = storage.absolute(config.out)
     with entered(config, out, read, is_file=True):
@@ -131,6 +139,7 @@ def _run(config: NegativesConfig, out: str) -> None:
         "rows_without_negative_image": sum(not row.negative_images for row in done),
         "rejected": dict(Counter(f"{item.kind}: {item.reason}" for item in rejected)),
         "unreadable_images": unreadable,
+        "lost": listed(given.lost),
         "llm": _told(given.language) if given.language else None,
         "prompt": given.template if given.language else None,
         "clip": _told(given.clip) if given.clip else None,
@@ -141,15 +150,17 @@ def _run(config: NegativesConfig, out: str) -> None:
     candidate_lists.write_info(info_uri, info)
     _tell(info)
     print(f"  negatives {out}\n  info {info_uri}")
-    if unreadable:
-        text = f"{len(unreadable)} images could not be read; they are listed in {info_uri}"
-        raise Incomplete(text)
+    if count := len(unreadable) + len(given.lost):
+        raise Incomplete(
+            f"{count:,} images or captions could not be used; they are listed in {info_uri}"
+        )
 
 
 def _check(config: NegativesConfig) -> None:
     """All problems of the options together."""
     problems = lacking(config, {"captions": "FILE", "out": "FILE.parquet"})
-    for name in ("captions", "prompt", "images"):
+    problems += find_absent(config.captions, "captions")
+    for name in ("prompt", "images"):
         value = getattr(config, name)
         if value and not storage.exists(storage.absolute(value)):
             problems.append(f"--{name}: there is no file or folder {storage.absolute(value)}")
@@ -160,7 +171,7 @@ def _check(config: NegativesConfig) -> None:
         problems.append(f"--out {config.out}: would replace the captions file {config.captions}")
     for kind, needed, others in (
         ("llm", ("llm",), ("prompt",)),
-        ("images", ("clip", "images"), ()),
+        ("images", ("clip",), ("images",)),
     ):
         asked = kind in config.kinds
         problems += [
@@ -176,7 +187,8 @@ def _check(config: NegativesConfig) -> None:
 def _read(config: NegativesConfig) -> Inputs:
     """Read and check everything that a run needs."""
     template = _template(config.prompt)
-    rows = merge.read_pairs(storage.absolute(config.captions))
+    source = storage.absolute(config.captions)
+    rows, lost = merge.read_pairs(source)
     if not config.keep_given:
         rows = [replace(row, negative_captions=(), negative_images=()) for row in rows]
     lines = merge.first_lines(rows)
@@ -193,15 +205,15 @@ def _read(config: NegativesConfig) -> Inputs:
         from diffitm.models.causal_lm import resolve_language_model
 
         language = resolve_language_model(config.llm)
-    if config.clip and config.images:
+    if config.clip:
         from diffitm.models.clip import resolve_clip
 
-        clip, root = resolve_clip(config.clip), storage.absolute(config.images)
+        clip, root = resolve_clip(config.clip), image_root(source, config.images, "captions")
         if len(lines) < 2:
             raise InputError(f"--captions {config.captions}: near images need two images or more")
         places = dict(zip(lines, embed.located(root, list(lines)), strict=True))
     captions = list(dict.fromkeys(row.caption for row in rows))
-    return Inputs(rows, captions, template, language, clip, root, places)
+    return Inputs(rows, captions, template, language, clip, root, places, lost)
 
 
 def _template(path: str | None) -> str:
@@ -300,3 +312,5 @@ def _tell(info: dict[str, Any]) -> None:
         print(f"  left out: {count:,} {reason}")
     if info["unreadable_images"]:
         print(f"  {len(info['unreadable_images']):,} unreadable images")
+    if info["lost"]:
+        print(f"  left out of the captions: {len(info['lost']):,}")

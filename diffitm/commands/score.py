@@ -10,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from diffitm.captions.read import image_root, read
+from diffitm.captions.row import CaptionRow, Columns, Reading
 from diffitm.commands.entrance import entered
 from diffitm.commands.models import find_sources, make_specs, paths_read, score_missing
 from diffitm.core import storage
@@ -21,12 +23,10 @@ from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.options import ModelOptions, check_models, lora_names
 from diffitm.report.pairs import write_report
 from diffitm.report.terminal import print_summary
-from diffitm.store.pair_list import Columns, OwnRow, is_table, read_folder, read_samples, read_table
 from diffitm.store.pair_scores import summarise, write_pairs, write_top
 from diffitm.store.pair_table import write_own
 from diffitm.store.run_summary import write_summary
 from diffitm.store.score_store import open_store
-from diffitm.training.webdataset import is_webdataset, members, shards
 
 log = logging.getLogger("diffitm")
 
@@ -36,7 +36,7 @@ class ScoreConfig(ModelOptions):
     """Options of pipelines/score.py."""
 
     data: str = option(
-        "", "a .parquet, .csv, .tsv or .jsonl table, a folder of images, or .tar shards; or its URI"
+        "", "a table, a folder of images or .tar shards, or its URI: see docs/data.md"
     )
     images: str | None = option(
         None, "folder or URI that a table's image paths start from (default: the table's own)"
@@ -73,9 +73,9 @@ def run(config: ScoreConfig) -> None:
     if problems:
         raise InputError("\n".join(problems))
     out = storage.absolute(config.out)
-    root = image_root(config)
-    read = [("--data", config.data), ("--images", root), *paths_read(config)]
-    with entered(config, out, read):
+    root = image_root(storage.absolute(config.data), config.images)
+    paths = [("--data", config.data), ("--images", root), *paths_read(config)]
+    with entered(config, out, paths):
         _run(config, timesteps, root, out)
 
 
@@ -83,8 +83,6 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
     """See run; OUT is held."""
     sources = find_sources(config)
     uri, total, unusable = write_own(own_rows(config), storage.join(out, "examples"))
-    if total == 0:
-        raise InputError(f": {config.data} holds no row", "data")
     if unusable == total:
         raise InputError(f": {config.data}: none of its {total:,} rows can be scored", "data")
     log.info(
@@ -113,31 +111,11 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
         raise Incomplete(f"{text}; pairs.parquet says why (column failure)")
 
 
-def image_root(config: ScoreConfig) -> str:
-    """What image paths start from."""
-    data = storage.absolute(config.data)
-    if config.images is not None:
-        root = storage.absolute(config.images)
-    elif is_table(data) or is_webdataset(data):
-        root = storage.parent(data)
-    else:
-        root = data
-    if not storage.exists(root):
-        raise InputError(f": there is no folder {root}", "images" if config.images else "data")
-    return root
-
-
-def own_rows(config: ScoreConfig) -> Iterator[OwnRow]:
+def own_rows(config: ScoreConfig) -> Iterator[CaptionRow]:
     """The rows of --data, one after the other. Raises InputError for what cannot be read."""
-    data, texts = storage.absolute(config.data), _texts(config)
-    if is_table(data):
-        columns = Columns(config.image_column, config.text_column, config.source_column)
-        yield from read_table(data, columns, texts)
-    elif is_webdataset(data):
-        for shard in shards(data):
-            yield from read_samples(members(shard), texts, config.source_column)
-    else:
-        yield from read_folder(data, texts)
+    columns = Columns(config.image_column, config.text_column, config.source_column)
+    texts = _texts(config)
+    return read(storage.absolute(config.data), Reading(columns, tuple(texts) if texts else None))
 
 
 def _texts(config: ScoreConfig) -> list[str]:

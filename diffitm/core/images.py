@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable
 
@@ -32,10 +33,42 @@ def row_of(table: str, row: int) -> str:
     return f"{table}#row={row}"
 
 
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp"),
+    *(".gif", ".bmp", ".tif", ".tiff", ".avif"),
+)
+
+
 def is_image(path: str) -> bool:
     """Whether a file name has the ending of an image, hidden files aside."""
     name = path.rsplit("/", 1)[-1].lower()
-    return name.endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")
+    return name.endswith(ENDINGS) and not name.startswith(".")
+
+
+def is_litter(path: str) -> bool:
+    """Whether a path below a folder is of what systems leave there: hidden (._x.jpg, .DS_Store),
+    Thumbs.db, __MACOSX."""
+    *folders, name = path.split("/")
+    hidden = any(part.startswith(".") for part in (*folders, name))
+    return hidden or "__MACOSX" in folders or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def list_files(root: str) -> list[str]:
+    """Sorted paths below a folder of all files in it and below, litter aside. What a link leads to and lies
+    below the folder itself is listed there alone.
+
+    Raises InputError if the place cannot be looked at.
+    """
+    start = f"{storage.filesystem(root)[1].rstrip('/')}/"
+    paths = [path.removeprefix(start) for path in storage.files(root, recursive=True)]
+    if "://" not in root:
+        top = os.path.realpath(root)
+        folders = {path.rpartition("/")[0] for path in paths}
+        places = {folder: os.path.realpath(os.path.join(root, folder)) for folder in folders}
+        own = {os.path.normpath(os.path.join(top, folder)): folder for folder in folders}
+        twice = {f for f, place in places.items() if own.get(place, f) != f}
+        paths = [path for path in paths if path.rpartition("/")[0] not in twice]
+    return [path for path in paths if not is_litter(path)]
 
 
 def split_crop(reference: str) -> tuple[str, tuple[int, int, int, int] | None]:

@@ -36,11 +36,18 @@ class Example:
         return self.direction != "text"
 
 
+def encodable(text: str) -> str:
+    """The text without lone surrogates, which no file and no tokenizer takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def fault(example: Example) -> str | None:
-    """Why an example decides nothing: an empty caption, or a wrong candidate that is the right one."""
+    """Why an example decides nothing: a caption is no text, or a wrong candidate is the right one."""
     for i, text in enumerate(example.texts):
         if not text.strip():
             return f"caption {i} is empty"
+        if text != encodable(text):
+            return f"caption {i} is not UTF-8"
     kinds = {"text": [example.texts], "image": [example.images]}
     for candidates in kinds.get(example.direction, [example.texts, example.images]):
         gold = candidates[0 if example.direction == "both" else example.gold]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
@@ -147,6 +147,12 @@ def exists(uri: str) -> bool:
         raise InputError(f"{uri} cannot be looked at: {error}") from error
 
 
+def is_file(uri: str) -> bool:
+    """Whether there is a file, not a folder. Raises OSError."""
+    found, path = filesystem(uri)
+    return bool(found.get_file_info(path).type == fs.FileType.File)
+
+
 def stamp(root: str, names: list[str]) -> str | None:
     """What changes when any of the local files below `root` does: a digest of their sizes and times.
 
@@ -264,18 +270,52 @@ def sizes(uri: str, recursive: bool = False) -> dict[str, tuple[int, int]]:
     Raises InputError if the place cannot be looked at.
     """
     start = f"{filesystem(uri)[1].rstrip('/')}/"
-    infos = _listed(uri, recursive)
-    return {i.path.removeprefix(start): (int(i.size), int(i.mtime_ns or 0)) for i in infos}
+    return {i.path.removeprefix(start): (i.size, i.mtime_ns) for i in _listed(uri, recursive)}
 
 
-def _listed(uri: str, recursive: bool) -> list[fs.FileInfo]:
+class _Listed(NamedTuple):
+    path: str
+    size: int
+    mtime_ns: int
+
+
+def _listed(uri: str, recursive: bool) -> list[_Listed]:
     found, path = filesystem(uri)
-    selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
     try:
-        infos = found.get_file_info(selector)
+        if recursive and isinstance(found, fs.LocalFileSystem):
+            return _walked(path)
+        infos = found.get_file_info(
+            fs.FileSelector(path, allow_not_found=True, recursive=recursive)
+        )
     except OSError as error:
         raise InputError(f"{uri} cannot be looked at: {error}") from error
-    return [info for info in infos if info.type == fs.FileType.File]
+    return [
+        _Listed(info.path, int(info.size or 0), int(info.mtime_ns or 0))
+        for info in infos
+        if info.type == fs.FileType.File
+    ]
+
+
+def _walked(top: str) -> list[_Listed]:
+    """The files in a local folder and below. A link to a folder that it lies in is not followed."""
+    found = list[_Listed]()
+
+    def look(folder: str, above: frozenset[tuple[int, int]]) -> None:
+        about = os.stat(folder)
+        place = (about.st_dev, about.st_ino)
+        if place in above:
+            return
+        with os.scandir(folder) as scan:
+            for entry in scan:
+                if entry.is_dir():
+                    look(entry.path, above | {place})
+                elif entry.is_file():
+                    about = entry.stat()
+                    found.append(_Listed(entry.path, about.st_size, about.st_mtime_ns))
+
+    if os.path.isdir(top):
+        look(top.rstrip("/") or "/", frozenset())
+    return found
 
 
 def download(uri: str, to: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffitm.core.errors import InputError
+from diffitm.core.images import ENDINGS
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Need:
 
     path: str
     least: int = 1
-    suffixes: tuple[str, ...] = (".jpg", ".jpeg", ".png")
+    suffixes: tuple[str, ...] = ENDINGS
 
 
 @dataclass(frozen=True)

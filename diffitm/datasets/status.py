@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from diffitm.core import storage
 from diffitm.core.errors import Incomplete, InputError
+from diffitm.core.images import is_image
 from diffitm.datasets import recipe
 from diffitm.datasets.image_fetch import fetched_ids, read_dead
 from diffitm.datasets.recipe import DatasetRecipe, Hub, ImageList
@@ -30,7 +31,7 @@ class Outcome(NamedTuple):
 def write_classes(root: Path) -> bool:
     """Make pets/classes.txt from the file names, if the authors' could not be fetched."""
     folder = root / "pets"
-    names = {p.stem.rpartition("_")[0] for p in folder.glob("images/*.jpg")}
+    names = {p.stem.rpartition("_")[0] for p in folder.glob("images/*") if is_image(p.name)}
     if not names or (folder / "classes.txt").exists():
         return False
     lines = sorted(name.replace("_", " ").lower() for name in names)

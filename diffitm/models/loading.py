@@ -145,7 +145,7 @@ def load_denoiser(
     build = registry.load(FAMILIES[source.family].denoiser)
     if dtype == "fp32":  # cuDNN would round convolutions to TF32
         torch.backends.cudnn.allow_tf32 = False
-    folder, revision = _on_machine(source)
+    folder, revision = on_machine(source)
     try:
         denoiser = build(folder, DTYPES[dtype], device, revision, variant)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -163,7 +163,7 @@ def check_loadable(source: ModelSource, loras: Sequence[str]) -> None:
 
     Raises InputError that names the file.
     """
-    folder = Path(_on_machine(source)[0])
+    folder = Path(on_machine(source)[0])
     for part in FAMILIES[source.family].parts:
         for file in sorted((folder / part).glob("*.safetensors")):
             try:
@@ -188,7 +188,7 @@ def check_loadable(source: ModelSource, loras: Sequence[str]) -> None:
                 raise InputError(f"{unpinned(lora)}: {error.message}", "lora") from error
 
 
-def _on_machine(source: ModelSource) -> tuple[str, str | None]:
+def on_machine(source: ModelSource) -> tuple[str, str | None]:
     """The local folder, or the Hub id and its commit, to load from."""
     if source.location == "shapes":
         return str(SHAPES / "diffusion"), None

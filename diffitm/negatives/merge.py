@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 from pyarrow import parquet
 
+from diffitm.captions.read import divide, read, tell_lost
+from diffitm.captions.row import CaptionRow, Reading
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.negatives.rules import normal, tidy
-from diffitm.retrieval.candidate_lists import read_captions
-from diffitm.training.rows import TrainingRow, read_rows
+from diffitm.training.rows import TrainingRow, training_row
 
 GIVEN, MODEL = "given", "llm"
 TRUE, REPEATED, EQUAL = "another caption of the image", "repeats another", "equals the caption"
@@ -41,26 +42,21 @@ class Rejected:
     reason: str
 
 
-def read_pairs(uri: str) -> list[TrainingRow]:
-    """Rows of a NegCLIP .tsv, of Parquet, or of a .json that `candidates.read_captions` takes.
+def read_pairs(uri: str) -> tuple[list[TrainingRow], list[CaptionRow]]:
+    """A row for each caption of a table, a folder or shards, and what was left out: what has no image, no
+    caption or a caption without a word.
 
-    Raises InputError that names file, row and what is right; a row needs an image and a caption.
+    Raises InputError that names file, row and what is right.
     """
-    if storage.without_query(uri).endswith(".json"):
-        known = read_captions(uri)
-        pairs = zip(known.images, known.of_image, strict=True)
-        return [
-            TrainingRow(image, known.captions[c]) for image, captions in pairs for c in captions
-        ]
-    rows = read_rows(uri, "captions")
-    for number, row in enumerate(rows):
-        lack = row.lacks("random-text")
-        if lack is not None or not normal(row.caption):
-            what = lack or f"caption {row.caption!r} has no word"
-            raise InputError(f"{uri}, row {number}: {what}; each needs an image path and a caption")
+    good, lost = divide(read(uri, Reading(negatives=True, field="captions")))
+    for row in good:
+        if not normal(row.texts[0]):
+            lost.append(row._replace(failure=f"its caption {row.texts[0]!r} has no word"))
+    tell_lost(uri, lost)
+    rows = [training_row(row) for row in good if normal(row.texts[0])]
     if not rows:
-        raise InputError(f": {uri} holds no row", "captions")
-    return rows
+        raise InputError(f": {uri}: no caption has a word; {lost[0].place}", "captions")
+    return rows, lost
 
 
 def mine(

@@ -31,7 +31,7 @@ def read_split(root: str, split: str) -> list[Pair]:
     names = [name for name in _names(root, f"{split}/images") if images.is_image(name)]
     if not names:
         where = storage.join(root, split, "images")
-        raise InputError(f"{where} holds no image (.jpg, .jpeg or .png)")
+        raise InputError(f"{where} holds no image ({', '.join(images.ENDINGS)})")
     pairs = [
         (f"{split}/images/{name}", f"{split}/masks/{name.rpartition('.')[0]}.png") for name in names
     ]

@@ -1,20 +1,20 @@
-"""Candidate lists: captions files, and the lists in the published layout with what they are."""
+"""Candidate lists: captions, and the lists in the published layout with what they are."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from diffitm.captions.read import divide, read, tell_lost
+from diffitm.captions.row import CaptionRow, Reading
 from diffitm.core import storage
-from diffitm.core.errors import InputError
+from diffitm.core.provenance import fingerprint
 from diffitm.metrics.intervals import interval, wilson
 
 Direction = Literal["image", "text"]
@@ -26,7 +26,7 @@ FOUND = pa.schema([("position", pa.int64()), ("candidates", pa.list_(pa.int64())
 class Captions:
     """Unique images and captions in file order, and which is true for which (by position).
 
-    `digest` identifies the file's content.
+    `digest` identifies all that, `lost` is what was left out.
     """
 
     images: list[str] = field(default_factory=list)
@@ -34,37 +34,23 @@ class Captions:
     of_image: list[list[int]] = field(default_factory=list)
     of_caption: list[list[int]] = field(default_factory=list)
     digest: str = ""
+    lost: list[CaptionRow] = field(default_factory=list)
 
 
 def read_captions(uri: str) -> Captions:
-    """Read [{"image": path, "caption": [..]}], {path: [captions]}, or .tsv/.csv with a header.
+    """The images and captions of a table, a folder or shards. An image or a caption that comes again is
+    the same one.
 
-    Quotes mean nothing in a .tsv. An image or a caption that comes again is the same one. Raises
-    InputError that names file, row and what is right.
+    Raises InputError that names file, row and what is right.
     """
-    try:
-        data = storage.read_bytes(uri)
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f": there is no file {uri}", "captions") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f": {uri} cannot be read: {error}", "captions") from error
-    found = Captions(digest=hashlib.sha256(data).hexdigest())
+    good, lost = divide(read(uri, Reading(field="captions")))
+    tell_lost(uri, lost)
+    found = Captions(lost=lost)
     places: tuple[dict[str, int], dict[str, int]] = ({}, {})
-    for where, image, captions in _rows(uri, text):
-        captions = [captions] if isinstance(captions, str) else captions
-        for value in (image, *captions) if isinstance(captions, list) and captions else (None,):
-            if not isinstance(value, str) or not value.strip():
-                shown = json.dumps([image, captions], default=str)[:120]
-                raise InputError(
-                    f"{uri}, {where}: expects an image path and one or more captions that are not "
-                    f"empty, found {shown}"
-                )
-        for caption in captions:
-            _add(found, places, image, caption)
-    if not found.images:
-        raise InputError(f"{uri} holds no image with a caption")
-    return found
+    for row in good:
+        _add(found, places, row.image, row.texts[0])
+    digest = fingerprint([found.images, found.captions, found.of_image])
+    return replace(found, digest=digest)
 
 
 def _add(found: Captions, places: Sequence[dict[str, int]], image: str, caption: str) -> None:
@@ -79,34 +65,6 @@ def _add(found: Captions, places: Sequence[dict[str, int]], image: str, caption:
     if i not in found.of_caption[c]:
         found.of_image[i].append(c)
         found.of_caption[c].append(i)
-
-
-def _rows(uri: str, text: str) -> Iterator[tuple[str, Any, Any]]:
-    """Where a row stands, its image and its caption or captions, unchecked."""
-    name = storage.without_query(uri).lower()
-    if name.endswith((".tsv", ".csv")):
-        plain: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        lines = csv.DictReader(io.StringIO(text), **(plain if name.endswith(".tsv") else {}))
-        if not {"image", "caption"} <= set(lines.fieldnames or ()):
-            raise InputError(f"{uri}: its first line must name the columns image and caption")
-        try:
-            for line in lines:
-                yield f"line {lines.line_num}", line["image"], line["caption"]
-        except csv.Error as error:
-            raise InputError(f"{uri}, line {lines.line_num}: not CSV: {error}") from error
-        return
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{uri}: neither JSON nor named .tsv or .csv: {error}") from error
-    if isinstance(entries, dict):
-        yield from ((f"key {key!r}", key, value) for key, value in entries.items())
-        return
-    if not isinstance(entries, list):
-        raise InputError(f'{uri}: must hold [{{"image": .., "caption": [..]}}] or {{image: [..]}}')
-    for number, entry in enumerate(entries, 1):
-        known = entry if isinstance(entry, dict) else {}
-        yield f"row {number}", known.get("image"), known.get("caption")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from pyarrow import parquet
 
+from diffitm.captions.row import CaptionRow
 from diffitm.core import storage
-from diffitm.core.schema import EXAMPLES, WORK, Example, fault
-from diffitm.store.pair_list import OwnRow
+from diffitm.core.schema import EXAMPLES, WORK, Example, encodable, fault
 from diffitm.store.score_store import Store
 
 T = TypeVar("T")
@@ -60,12 +60,13 @@ def write_examples(
     return uri, total
 
 
-def write_own(rows: Iterable[OwnRow], folder: str) -> tuple[str, int, int]:
+def write_own(rows: Iterable[CaptionRow], folder: str) -> tuple[str, int, int]:
     """Stream people's own rows to one Parquet file of examples, each scored with and without its text.
 
-    Returns the file, which is named by its content, how many rows it holds and how many are failures.
+    A row's bad text costs itself alone. Returns the file, which is named by its content, how many
+    examples it holds and how many of them are failures.
     """
-    lines = (_own_line(position, row) for position, row in enumerate(rows))
+    lines = (line for position, row in enumerate(rows) for line in _own_lines(position, row))
     return _write_lines(lines, folder, "own")
 
 
@@ -93,7 +94,16 @@ def _write_lines(lines: Iterable[dict[str, Any]], folder: str, name: str) -> tup
     return uri, total, failed
 
 
-def _own_line(position: int, row: OwnRow) -> dict[str, Any]:
+def _own_lines(position: int, row: CaptionRow) -> Iterator[dict[str, Any]]:
+    """An example of the row's good texts, and one, a failure, of each other."""
+    parts = list(row.each_text())
+    texts = [text for part in parts if part.failure is None for text in part.texts]
+    if texts:
+        yield _own_line(position, row._replace(texts=tuple(texts), failure=None))
+    yield from (_own_line(position, part) for part in parts if part.failure is not None)
+
+
+def _own_line(position: int, row: CaptionRow) -> dict[str, Any]:
     return {
         "task": "own",
         "position": position,
@@ -105,7 +115,7 @@ def _own_line(position: int, row: OwnRow) -> dict[str, Any]:
         "cluster": str(position),
         "groups": [] if row.source is None else [("source", row.source)],
         "unconditional": True,
-        "failure": row.failure,
+        "failure": None if row.failure is None else f"{row.place}: {row.failure}",
     }
 
 
@@ -127,7 +137,7 @@ def _line(task: str, position: int, example: Example) -> dict[str, Any]:
         "position": position,
         "id": example.id,
         "images": list(example.images),
-        "texts": list(example.texts),
+        "texts": list(map(encodable, example.texts)),
         "direction": example.direction,
         "gold": example.gold,
         "cluster": example.cluster or example.id,
@@ -153,6 +163,16 @@ def examples_dataset(uris: list[str]) -> ds.Dataset:
     found = storage.filesystem(uris[0])[0]
     paths = [storage.filesystem(uri)[1] for uri in uris]
     return ds.dataset(paths, schema=EXAMPLES, filesystem=found, format="parquet")
+
+
+def distinct_texts(uris: list[str]) -> Iterator[str]:
+    """Each text of the examples that are to be scored, once."""
+    connection = connect(examples=examples_dataset(uris))
+    query = (
+        "SELECT DISTINCT unnest(texts) AS text FROM examples WHERE failure IS NULL ORDER BY text"
+    )
+    for batch in connection.sql(query).to_arrow_reader(BATCH):
+        yield from batch["text"].to_pylist()
 
 
 def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable
 from typing import Any
 
+from diffitm.captions.delimited import of_text, read_records
 from diffitm.core.errors import InputError
 
 # (what was found, what is expected) -> the error
@@ -27,11 +26,7 @@ def malformed_in(where: str) -> Malformed:
 
 def csv_rows(text: str, where: str, delimiter: str = ",") -> list[list[str]]:
     """The rows that are not empty, the header too. Raises InputError that names file and line."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        return [row for row in reader if any(field.strip() for field in row)]
-    except csv.Error as error:
-        raise InputError(f"{where}, line {reader.line_num}: not CSV: {error}") from error
+    return [fields for _, fields in read_records(of_text(text), where, delimiter)]
 
 
 def csv_table(

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
-from diffitm.core.images import is_image
+from diffitm.core.images import is_image, is_litter
 from diffitm.core.schema import Example
 from diffitm.metrics.bias import association, effect_interval, effect_p, effect_size
 from diffitm.metrics.credit import LOST, Credit
@@ -41,7 +41,7 @@ EFFECT, PUBLISHED_EFFECT = "effect size", "effect size, published pooling"
 
 
 class MmBias(Task):
-    """data/Images/<kind>/<group>/*.jpg (or .jpeg, .png) and textual_phrases.txt (JSON: pleasant_phrases and
+    """data/Images/<kind>/<group>/*.jpg (or another image) and textual_phrases.txt (JSON: pleasant_phrases and
     unpleasant_phrases); every image against every phrase.
 
     phi compares texts of one image, so the score is the conditional one: normalising cancels.
@@ -60,8 +60,8 @@ class MmBias(Task):
             raise self.malformed(root, PHRASES, phrases, f"lists of strings, {' and '.join(kinds)}")
         pleasant, unpleasant = (phrases[kind] for kind in kinds)
         base = storage.join(root, self.folder, IMAGES)
-        paths = [path for path in storage.files(base, recursive=True) if is_image(path)]
-        found = [path.split(f"/{IMAGES}/")[-1] for path in paths]
+        paths = (path.split(f"/{IMAGES}/")[-1] for path in storage.files(base, recursive=True))
+        found = [path for path in paths if is_image(path) and not is_litter(path)]
         if not found:
             raise InputError(f"task {self.name} needs images below {base} (from {self.source})")
         for path in found:

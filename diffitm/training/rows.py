@@ -6,18 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import pyarrow as pa
-from pyarrow import parquet
-
-from diffitm.core import storage
+from diffitm.captions.read import divide, read, tell_lost
+from diffitm.captions.row import CaptionRow, Reading
 from diffitm.core.errors import InputError
-from diffitm.tasks.coco_neg import read_pairs
-from diffitm.tasks.csv_files import csv_table, malformed_in
 
 # 'none' is what objectives without wrong pairs see.
 NEGATIVES = ("hard-text", "random-text", "hard-image", "mixed", "none")
-COLUMNS = ("image", "caption")
-LISTS = ("negative_captions", "negative_images")
 
 
 @dataclass(frozen=True)
@@ -42,26 +36,21 @@ class TrainingRow:
         return None
 
 
-def read_rows(uri: str, field: str = "data") -> list[TrainingRow]:
-    """Rows of a file in the NegCLIP layout (.tsv) or of Parquet with the columns image, caption and,
-    if there are any, negative_captions and negative_images (lists of texts).
+def training_row(row: CaptionRow) -> TrainingRow:
+    """The row of an image with a text."""
+    return TrainingRow(row.image, row.texts[0], row.negative_captions, row.negative_images)
+
+
+def read_rows(uri: str, field: str = "data") -> tuple[list[TrainingRow], dict[str, int]]:
+    """A row for each caption of a table, a folder or shards, with its hard negatives if there are any; and
+    what was left out (what and why -> how often).
 
     Raises InputError that names file, row and what is right; `field` is what the user gave the file
     with.
     """
-    if storage.without_query(uri).endswith(".tsv"):
-        malformed = malformed_in(uri)
-        pairs = read_pairs(csv_table(_text(uri, field), uri, malformed, "\t"), malformed)
-        return [
-            TrainingRow(
-                pair.image,
-                pair.title,
-                tuple(pair.neg_captions),
-                tuple(pairs[i].image for i in pair.neg_images if 0 <= i < len(pairs)),
-            )
-            for pair in pairs
-        ]
-    return _read_parquet(uri, field)
+    good, lost = divide(read(uri, Reading(negatives=True, field=field)))
+    tell_lost(uri, lost)
+    return list(map(training_row, good)), dict(Counter(f"{r.place}: {r.failure}" for r in lost))
 
 
 def drop_equal(rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], int]:
@@ -82,37 +71,6 @@ def drop_equal(rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], int]:
 
 def _negatives(row: TrainingRow) -> int:
     return len(row.negative_captions) + len(row.negative_images)
-
-
-def _text(uri: str, field: str) -> str:
-    try:
-        return storage.read_text(uri)
-    except FileNotFoundError:
-        raise InputError(f": there is no file {uri}", field) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f": {uri} cannot be read: {error}", field) from error
-
-
-def _read_parquet(uri: str, field: str) -> list[TrainingRow]:
-    found, path = storage.filesystem(uri)
-    try:
-        table = parquet.read_table(path, filesystem=found)
-    except FileNotFoundError:
-        raise InputError(f": there is no file {uri}", field) from None
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f": {uri} is neither .tsv nor Parquet: {error}", field) from error
-    for name in COLUMNS:
-        if name not in table.column_names:
-            raise InputError(f"{uri}: no column {name}; it has {', '.join(table.column_names)}")
-    rows = []
-    for number, line in enumerate(table.to_pylist()):
-        texts = [line[name] or "" for name in COLUMNS]
-        lists = [line.get(name) or [] for name in LISTS]
-        if not all(isinstance(text, str) for text in (*texts, *lists[0], *lists[1])):
-            wanted = f"texts in {', '.join(COLUMNS)}, lists of texts in {', '.join(LISTS)}"
-            raise InputError(f"{uri}, row {number}: expects {wanted}, found {str(line)[:120]}")
-        rows.append(TrainingRow(texts[0], texts[1], tuple(lists[0]), tuple(lists[1])))
-    return rows
 
 
 def images_of(rows: Sequence[TrainingRow]) -> list[str]:

@@ -99,11 +99,11 @@ def write_result(
 
 
 def check_complete(out: str) -> None:
-    """Raises Incomplete if the finished run in OUT could not read some of its images or shards."""
+    """Raises Incomplete if the finished run in OUT could not use some of its images, texts or shards."""
     where = storage.join(out, FAILURES)
     if lost := json.loads(storage.read_text(where)):
         raise Incomplete(
-            f"{len(lost)} images or shards could not be read; they are listed in {where}"
+            f"{len(lost):,} images, texts or shards could not be used; they are listed in {where}"
         )
 
 

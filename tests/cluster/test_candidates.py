@@ -48,7 +48,7 @@ def lists(data: Path) -> Path:
     assert "image retrieval: 645 queries, 129 candidates, recall ceiling" in done.stdout
     assert "text retrieval: 129 queries, 650 candidates, recall ceiling" in done.stdout
     assert "1 unreadable images (5 queries)" in done.stdout
-    assert "incomplete: 1 images could not be read; they are listed in" in done.stderr
+    assert "incomplete: 1 images or captions could not be used; they are listed in" in done.stderr
     return data / "flickr30k"
 
 

@@ -168,7 +168,7 @@ def test_shards_with_broken_members(tmp_path: Path) -> None:
     options += ("--validation-data", tmp_path / "data", "--validation-tasks", "coco_neg_image")
     options += ("--validate-every", 6, "--projection-steps", 3)
     done = run(*options, "--steps", 12, "--held-out", 2, "--out", tmp_path / "out", code=3)
-    assert "could not be read" in done.stderr
+    assert "could not be used" in done.stderr
     lost = json.loads((tmp_path / "out" / "failures.json").read_text())
     assert any("0001.tar: is no whole, uncompressed tar" in failure for failure in lost)
     assert sum("not an image" in failure for failure in lost) == 2

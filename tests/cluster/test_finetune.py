@@ -140,7 +140,7 @@ def test_unreadable_images_cost_their_own_examples(tmp_path: Path) -> None:
     for number in (3, 11):
         (drawn / "coco" / "train" / f"{number}.jpg").write_bytes(b"no image")
     done = run(*options, code=3)
-    assert "could not be read; they are listed in" in done.stderr
+    assert "could not be used; they are listed in" in done.stderr
     again = run(*options, code=3)
     assert "holds this run already" in again.stderr
     assert len(json.loads((out / "failures.json").read_text())) >= 1

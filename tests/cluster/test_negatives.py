@@ -61,8 +61,8 @@ def info(folder: Path) -> dict:
 def test_captions(data: Path, made: Path) -> None:
     """The rows in the file's order with the captions of the rules; each answer used or told why not."""
     given, rows, told = (
-        read_pairs(str(data / "captions.json")),
-        read_pairs(str(made / "negatives.tsv")),
+        read_pairs(str(data / "captions.json"))[0],
+        read_pairs(str(made / "negatives.tsv"))[0],
         info(made),
     )
     assert [(r.image, r.caption) for r in rows] == [(r.image, r.caption) for r in given]
@@ -84,7 +84,7 @@ def test_near_images(made: Path) -> None:
     """As a sort of the stored embeddings' products gives them, none that shares a caption."""
     (work,) = made.glob("work/negatives-images-*/images/embeddings")
     table = pq.read_table(work).sort_by("position")
-    rows = read_pairs(str(made / "negatives.tsv"))
+    rows, _ = read_pairs(str(made / "negatives.tsv"))
     names = list(dict.fromkeys(row.image for row in rows))
     content = table["embedding"].to_pylist()
     good = [i for i, item in enumerate(content) if item is not None]

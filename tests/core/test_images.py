@@ -286,8 +286,10 @@ def test_problems_are_told(tmp_path: Path) -> None:
 
 
 def test_names_of_images() -> None:
-    names = ["a.jpg", "d.x/a.JPEG", "a.Png", "a.gif", "d/.a.jpg", ".d/a.jpg", "jpg"]
-    assert [images.is_image(name) for name in names] == [True] * 3 + [False] * 2 + [True, False]
+    names = ["a.jpg", "d.x/a.JPEG", "a.Png", "a.gif", "a.AVIF", "a.heic", "d/.a.jpg", "jpg"]
+    assert [images.is_image(name) for name in names] == [True] * 5 + [False] * 3
+    litter = [".d/a.jpg", "d/._a.jpg", ".DS_Store", "d/Thumbs.db", "__MACOSX/a.jpg", "a.b/c.jpg"]
+    assert [images.is_litter(name) for name in litter] == [True] * 5 + [False]
 
 
 def test_integers_that_are_bytes_are_not_scaled() -> None:

@@ -30,7 +30,7 @@ from diffitm.models.weight_cache import cache_folder, content_digest, on_disk
 from diffitm.scoring.scorer import load_images
 from diffitm.scoring.specs import ClipSpec
 from diffitm.store.work_table import mend
-from diffitm.training.image_pool import in_parquet
+from diffitm.training.image_pool import read_images
 from diffitm.training.lora.options import FinetuneConfig
 from tests.loopback import picture
 from tests.objects import Objects, reachable, serve
@@ -299,7 +299,7 @@ def test_images_of_parquet(bucket: Objects) -> None:
     data = [picture(), b"", picture()]
     parquet.write_table(pa.table({"image": data}), sink, row_group_size=2)
     storage.write_bytes(bucket.uri("pool/images.parquet"), sink.getvalue().to_pybytes())
-    names = in_parquet(bucket.uri("pool/images.parquet"), "images.parquet")
+    names, _ = read_images(bucket.uri("pool/images.parquet"))
     assert len(names) == 3
     for name in names[::2]:
         assert images.load(bucket.uri("pool"), name)[1] == hashlib.sha256(picture()).hexdigest()

@@ -18,11 +18,11 @@ from diffitm.models.clip import resolve_clip
 from diffitm.models.loading import resolve
 from diffitm.shapes.training import write_training
 from diffitm.training.diva.options import DivaConfig
-from diffitm.training.image_pool import Paths, in_folder
+from diffitm.training.image_pool import Paths, read_images
 from diffitm.training.job import DivaJob, LoraJob
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.options import FinetuneConfig
-from diffitm.training.rows import TrainingRow, read_rows
+from diffitm.training.rows import read_rows
 from tests.ranks import Ranks
 from tests.training_runs import norm
 
@@ -45,7 +45,7 @@ def lora_job(root: Path, **more: Any) -> LoraJob:
         batch_size=SIZE, effective_batch=SIZE * MICRO, steps=STEPS, lr=1e-2, checkpoint_every=100,
         log_every=1,
     )  # fmt: skip
-    rows: list[TrainingRow] = read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))
+    rows, _ = read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))
     file = hand_over(str(root.parent / "out"), rows, range(len(rows)))
     objective = Objective("hard-neg", clip_over="microbatch")
     model = resolve("shapes")
@@ -59,7 +59,7 @@ def diva_job(root: Path, **more: Any) -> DivaJob:
         log_every=1, recap="random:0.3", projection_steps=1, measure_every=0, held_out=0,
     )  # fmt: skip
     images = root / "coco" / "train"
-    paths = in_folder(str(images))
+    paths, _ = read_images(str(images))
     file = hand_over(str(root.parent / "out"), Paths(paths), range(len(paths)))
     teacher, clip = resolve("shapes"), resolve_clip("shapes")
     job = diva._job(config, teacher, clip, str(images), file, [], None, 0)

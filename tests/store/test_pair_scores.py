@@ -10,19 +10,19 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from diffitm.captions.row import CaptionRow
 from diffitm.core.schema import SCORES
-from diffitm.store.pair_list import OwnRow
 from diffitm.store.pair_scores import summarise, write_pairs, write_top
-from diffitm.store.pair_table import write_own, write_work
+from diffitm.store.pair_table import distinct_texts, write_own, write_work
 from diffitm.store.score_store import Store, open_store
 from tests.tiny import score_row
 
 ROWS = [
-    OwnRow("a.jpg", ("red", "blue"), "s"),
-    OwnRow("b.jpg", ("red",), "t"),
-    OwnRow("c.jpg", (), "t", "the row has no text"),
-    OwnRow("b.jpg", ("red",), "s"),
-    OwnRow("gone.jpg", ("red",), "t"),
+    CaptionRow("row 0", "a.jpg", ("red", "blue"), source="s"),
+    CaptionRow("row 1", "b.jpg", ("red",), source="t"),
+    CaptionRow("row 2", "c.jpg", (), "the row has no text", source="t"),
+    CaptionRow("row 3", "b.jpg", ("red",), source="s"),
+    CaptionRow("row 4", "gone.jpg", ("red",), source="t"),
 ]
 CONFIG = {"kind": "diffusion", "protocol": "diffusionitm", "timesteps": [10, 20]}
 
@@ -76,7 +76,7 @@ def test_scores_by_hand(tmp_path: Path, examples: str, store: Store) -> None:
         (1, "b.jpg", "red", "t", 0.5, None),
         (3, "b.jpg", "red", "s", 0.5, None),
         (4, "gone.jpg", "red", "t", None, "no such file"),
-        (2, "c.jpg", None, "t", None, "the row has no text"),
+        (2, "c.jpg", None, "t", None, "row 2: the row has no text"),
     ]
     assert (lines[0]["conditional_error"], lines[0]["unconditional_error"]) == (4.0, 6.0)
     assert lines[4]["conditional_error"] is None
@@ -140,3 +140,24 @@ def test_the_best(tmp_path: Path, examples: str, store: Store) -> None:
     ]  # fmt: skip
     lines = parquet.read_table(write_top(path, str(tmp_path), 1, "image")).to_pylist()
     assert [(x["image"], x["text"]) for x in lines] == [("a.jpg", "red"), ("b.jpg", "red")]
+
+
+def test_a_bad_text_of_a_row_costs_itself(tmp_path: Path) -> None:
+    """The row's other texts are asked for, under its own place in the input."""
+    rows = [
+        CaptionRow("row 0", "a.jpg", ("red",)),
+        CaptionRow("row 1", "b.jpg", ("x", ""), "no text", text_failures=(None, "no text")),
+    ]
+    uri, total, failed = write_own(rows, str(tmp_path / "examples"))
+    assert (total, failed) == (3, 1)
+    made = open_store(str(tmp_path), "model", CONFIG)
+    scored = [("a.jpg", "red"), ("a.jpg", ""), ("b.jpg", "x"), ("b.jpg", "")]
+    fill(made, [score_row(*pair, [1.0, 2.0], elements=4) for pair in scored])
+    lines = parquet.read_table(write_pairs(str(tmp_path), uri, made, "l2")).to_pylist()
+    found = [(line["row"], line["image"], line["text"], line["failure"]) for line in lines]
+    assert found == [
+        (0, "a.jpg", "red", None),
+        (1, "b.jpg", "x", None),
+        (1, "b.jpg", "", "row 1: no text"),
+    ]
+    assert list(distinct_texts([uri])) == ["red", "x"]

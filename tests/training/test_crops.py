@@ -16,8 +16,7 @@ from pyarrow import parquet
 from diffitm.core import images
 from diffitm.core.errors import InputError
 from diffitm.training.crops import Views, Whole, random_box
-from diffitm.training.image_pool import in_folder, in_parquet, in_shard, split
-from diffitm.training.webdataset import read_shards
+from diffitm.training.image_pool import in_shard, read_images, split
 from tests.tiny import write_image
 
 
@@ -104,12 +103,7 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
     for name in ("b.png", "a/c.jpg", ".hidden.png"):
         write_image(tmp_path / name)
     (tmp_path / "note.txt").write_text("no image")
-    assert in_folder(str(tmp_path)) == ["a/c.jpg", "b.png"]
-
-
-def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no image \(.jpg, .jpeg, .png\) and no .parquet"):
-        in_folder(str(tmp_path))
+    assert read_images(str(tmp_path)) == (["a/c.jpg", "b.png"], {})
 
 
 @pytest.mark.parametrize("form", ["struct", "binary", "large"])
@@ -120,7 +114,8 @@ def test_parquet_with_embedded_images(tmp_path: Path, form: str) -> None:
     else:
         column = pa.array(data, pa.binary() if form == "binary" else pa.large_binary())
     parquet.write_table(pa.table({"image": column}), tmp_path / "x.parquet", row_group_size=3)
-    found = in_folder(str(tmp_path))
+    found, _ = read_images(str(tmp_path))
+    assert read_images(str(tmp_path / "x.parquet")) == (found, {})
     assert found == [f"x.parquet#row={i}" for i in range(7)]
     for i in (0, 2, 3, 6):
         image, _ = images.load(str(tmp_path), found[i])
@@ -130,22 +125,24 @@ def test_parquet_with_embedded_images(tmp_path: Path, form: str) -> None:
 
 
 def test_parquet_with_paths(tmp_path: Path) -> None:
+    """A row without one is told."""
     file = tmp_path / "x.parquet"
     parquet.write_table(pa.table({"image": ["a.png", None, "b.png"]}), file)
-    assert in_parquet(str(file), "x.parquet") == ["a.png", "b.png"]
+    lost = {"x.parquet, row 1: the row names no image": 1}
+    assert read_images(str(file)) == (["a.png", "b.png"], lost)
 
 
 def test_parquet_without_images(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     parquet.write_table(pa.table({"caption": ["a"]}), file)
-    with pytest.raises(InputError, match="no column image; it has caption"):
-        in_parquet(str(file), "x.parquet")
+    with pytest.raises(InputError, match=r"has none of image, .* it has caption"):
+        read_images(str(file))
     parquet.write_table(pa.table({"image": [1]}), file)
-    with pytest.raises(InputError, match="column image is int64; expects paths or bytes"):
-        in_parquet(str(file), "x.parquet")
-    file.write_bytes(b"no table")
-    with pytest.raises(InputError, match="is no Parquet"):
-        in_parquet(str(file), "x.parquet")
+    with pytest.raises(InputError, match="the image is a number where a path is expected: 1"):
+        read_images(str(file))
+    parquet.write_table(pa.table({"img": [png()]}), file)
+    with pytest.raises(InputError, match="images themselves must be in a column image, not img"):
+        read_images(str(file))
 
 
 def test_a_null_image_is_unreadable(tmp_path: Path) -> None:
@@ -167,31 +164,22 @@ def test_images_of_a_shard(tmp_path: Path) -> None:
     """Captions and notes aside; a broken member is found when it is decoded, not here."""
     shard = tmp_path / "0.tar"
     write_shard(shard, {"a.png": png(1), "a.txt": b"caption", "b.json": b"{", "b.jpg": b"broken"})
-    found, failure = in_shard(str(shard))
-    assert failure is None and len(found) == 2
+    found, lost = in_shard(str(shard))
+    assert lost == [] and len(found) == 2
     image, _ = images.load(str(tmp_path), found[0])
     assert image.size == (30, 20)
     with pytest.raises(ValueError, match="not an image"):
         images.load(str(tmp_path), found[1])
 
 
-def test_captions_that_are_no_text_cost_images_nothing(tmp_path: Path) -> None:
-    """Rows with captions name the member instead."""
-    shard = tmp_path / "0.tar"
-    members = {"0.png": png(0), "0.txt": "caf\u00e9".encode("latin-1"), "1.png": png(1)}
-    write_shard(shard, members)
-    found, failure = in_shard(str(shard))
-    assert (len(found), failure) == (2, None)
-    with pytest.raises(InputError, match=r"0\.tar: 0\.txt is not UTF-8: .* at byte 3"):
-        read_shards(str(shard))
-
-
 def test_a_shard_that_breaks_off_gives_what_comes_before(tmp_path: Path) -> None:
     shard = tmp_path / "0.tar"
     write_shard(shard, {f"{i}.png": png(i) for i in range(5)})
     shard.write_bytes(shard.read_bytes()[:4000])
-    found, failure = in_shard(str(shard))
-    assert failure is not None and "0.tar: is no whole, uncompressed tar" in failure
+    found, (failure,) = in_shard(str(shard))
+    assert failure.startswith(
+        f"0.tar, behind {len(found)} samples: it is no whole, uncompressed tar"
+    )
     assert 1 <= len(found) < 5
     assert images.load(str(tmp_path), found[0])[0].size == (30, 20)
 

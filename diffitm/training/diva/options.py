@@ -66,7 +66,7 @@ class DivaConfig(Shared):
         "", "frozen diffusion model: shapes, a diffusers folder (or URI of one) or a Hub id"
     )
     data: str = option(
-        "", "images: shapes, a folder of images or Parquet, .parquet, or WebDataset's .tar"
+        "", "images: shapes, a folder, a table or .tar shards, or its URI: see docs/data.md"
     )
     out: str = option("out/diva", "folder or URI for the tuned CLIP, checkpoints and the log")
     preset: str | None = option(

@@ -41,7 +41,8 @@ class FinetuneConfig(Shared):
         "", "diffusion model: shapes, a diffusers folder (or URI of one) or a Hub id"
     )
     data: str = option(
-        "", "shapes, a data root in COCO's layout, or rows: .tsv, .parquet or WebDataset's .tar"
+        "",
+        "shapes, a data root in COCO's layout, or rows: a table, a folder or .tar, see docs/data.md",
     )
     images: str | None = option(None, "where a file's image paths start (default: its own folder)")
     out: str = option("out/finetune", "folder or URI for weights, checkpoints and the log")

@@ -1,0 +1,215 @@
+"""Tables of images and captions: CSV, TSV, JSON lines, Parquet and the JSON files of the field."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from diffitm.captions.delimited import read_table as read_delimited
+from diffitm.captions.json_file import parse_json, read_entries
+from diffitm.captions.row import CaptionRow, Reading, make_row, parse_list, shown
+from diffitm.core import storage
+from diffitm.core.errors import InputError, suggest
+from diffitm.core.images import row_of
+
+log = logging.getLogger("diffitm")
+BATCH = 2000  # rows
+# The first is taken where it is there; of the others there may be one.
+IMAGE_NAMES = ("image", "image_path", "file_name", "filepath", "filename", "path", "img")
+TEXT_NAMES = ("caption", "captions", "text", "texts", "prompt", "title")
+NEGATIVE_CAPTIONS = ("negative_captions", "neg_caption")
+NEGATIVE_IMAGES, NEGATIVE_LINES = "negative_images", "neg_image"
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".ndjson")
+ENDINGS = (".parquet", *DELIMITERS, *JSON_LINES, ".json")
+Place = tuple[str | None, str | None, str | None]  # columns of image, text and source
+
+
+def is_table(uri: str) -> bool:
+    """Whether a file's ending is that of a table."""
+    return storage.without_query(uri).lower().endswith(ENDINGS)
+
+
+def read_table(uri: str, reading: Reading) -> Iterator[CaptionRow]:
+    """The rows of a table, one after the other; one that is wrong has a failure.
+
+    Raises InputError for a file that cannot be read, naming the line where there are lines, and for a
+    column that is not there.
+    """
+    name = storage.without_query(uri).lower()
+    try:
+        if name.endswith(".parquet"):
+            yield from _parquet(uri, reading)
+        elif name.endswith(tuple(DELIMITERS)):
+            yield from _delimited(uri, DELIMITERS[name[-4:]], reading)
+        elif name.endswith(JSON_LINES):
+            yield from _json_lines(uri, reading)
+        else:
+            yield from _json_file(uri, reading)
+    except FileNotFoundError:
+        raise InputError(f": there is no file {uri}", reading.field) from None
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f": {uri} cannot be read: {error}", reading.field) from error
+
+
+@contextlib.contextmanager
+def open_text(uri: str) -> Iterator[io.TextIOBase]:
+    """A file's text with its line ends as they are; bytes that are not UTF-8 become lone surrogates, which
+    costs their row alone. Raises InputError for UTF-16."""
+    found, path = storage.filesystem(uri)
+    with found.open_input_stream(path, compression=None) as stream:
+        start = stream.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{uri} cannot be read: it is UTF-16; save the file as UTF-8")
+    with found.open_input_stream(path, compression=None, buffer_size=2**20) as stream:
+        yield io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _delimited(uri: str, delimiter: str, reading: Reading) -> Iterator[CaptionRow]:
+    header, lines = read_delimited(lambda: open_text(uri), uri, delimiter)
+    columns = _columns(uri, header, reading)
+    rows = (
+        _row(reading, f"line {number}", line, columns, uri, as_lists=True) for number, line in lines
+    )
+    if reading.negatives and NEGATIVE_LINES in header:
+        yield from _with_images(uri, list(rows))
+    else:
+        yield from rows
+
+
+def _with_images(uri: str, rows: list[CaptionRow]) -> Iterator[CaptionRow]:
+    """Rows whose negative images are numbers of the file's rows, with the images of these."""
+    outside = 0
+    for row in rows:
+        numbers = [int(number) for number in row.negative_images]
+        images = tuple(rows[n].image for n in numbers if 0 <= n < len(rows))
+        outside += len(numbers) - len(images)
+        yield row._replace(negative_images=images)
+    if outside:
+        log.warning("%s: left out %s negative images: it has no such rows", uri, f"{outside:,}")
+
+
+def _json_lines(uri: str, reading: Reading) -> Iterator[CaptionRow]:
+    with open_text(uri) as stream:
+        for number, text in enumerate(stream, 1):
+            if text.strip():
+                place = f"line {number}"
+                try:
+                    yield _row(reading, place, parse_json(text), None, uri)
+                except (ValueError, RecursionError) as error:
+                    yield CaptionRow(place, failure=f"it is not JSON: {error}")
+
+
+def _json_file(uri: str, reading: Reading) -> Iterator[CaptionRow]:
+    with open_text(uri) as stream:
+        text = stream.read()
+    for place, entry in read_entries(text, uri):
+        if isinstance(entry, CaptionRow):
+            yield entry
+        elif isinstance(entry, tuple):
+            yield make_row(reading, place, *entry)
+        else:
+            yield _row(reading, place, entry, None, uri)
+
+
+def _parquet(uri: str, reading: Reading) -> Iterator[CaptionRow]:
+    found, path = storage.filesystem(uri)
+    with found.open_input_file(path) as stream:
+        file = parquet.ParquetFile(stream)
+        names = file.schema_arrow.names
+        columns = _columns(uri, names, reading)
+        image = columns[0] or ""
+        encoded = _holds_bytes(file.schema_arrow.field(image).type)
+        if encoded and image != "image":
+            raise InputError(f"{uri}: images themselves must be in a column image, not {image}")
+        more = [*NEGATIVE_CAPTIONS, NEGATIVE_IMAGES] if reading.negatives else []
+        kept = list(dict.fromkeys(n for n in (*columns, *more) if n is not None and n in names))
+        kept = [name for name in kept if name != image or not encoded]
+        number = 0
+        for size, lines in _batches(file, kept):
+            for line in lines if kept else [{} for _ in range(size)]:
+                if encoded:
+                    line[image] = row_of(storage.name(uri), number)
+                yield _row(reading, f"row {number}", line, columns, uri)
+                number += 1
+
+
+def _batches(
+    file: parquet.ParquetFile, names: list[str]
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    if not names:
+        yield file.metadata.num_rows, []
+        return
+    for batch in file.iter_batches(BATCH, columns=names):
+        yield batch.num_rows, batch.to_pylist()
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column has the encoded images, as binary or as the Hub's struct of bytes and path."""
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _row(
+    reading: Reading,
+    place: str,
+    line: Any,
+    columns: Place | None,
+    uri: str,
+    as_lists: bool = False,
+) -> CaptionRow:
+    """The row of a line by column. Without `columns` these are the line's own; `as_lists`: its lists are
+    written as texts."""
+    if not isinstance(line, Mapping):
+        return CaptionRow(place, failure=f"it is no object with an image and a text: {shown(line)}")
+    if columns is None:
+        try:
+            columns = _columns(uri, list(line), reading)
+        except InputError as error:
+            return CaptionRow(place, failure=str(error))
+    image, text, source = (None if name is None else line.get(name) for name in columns)
+    negatives: tuple[Any, Any] = (None, None)
+    if reading.negatives:
+        captions = next((line[name] for name in NEGATIVE_CAPTIONS if name in line), None)
+        images = line.get(NEGATIVE_IMAGES, line.get(NEGATIVE_LINES))
+        if as_lists:
+            captions, images = parse_list(captions), parse_list(images)
+        if NEGATIVE_LINES in line and isinstance(images, list):
+            images = [str(n) if type(n) is int else n for n in images]
+            if not all(isinstance(n, str) and n.lstrip("-").isdigit() for n in images):
+                images = shown(images)
+        negatives = captions, images
+    return make_row(reading, place, image, text, source, negatives)
+
+
+def _columns(uri: str, names: Sequence[str], reading: Reading) -> Place:
+    """The columns that are read. Raises InputError."""
+    wanted = reading.columns
+    image = _column(uri, names, wanted.image, IMAGE_NAMES, "image_column")
+    text = source = None
+    if reading.texts is None:
+        text = _column(uri, names, wanted.text, TEXT_NAMES, "text_column")
+    if wanted.source is not None:
+        source = _column(uri, names, wanted.source, (), "source_column")
+    return image, text, source
+
+
+def _column(
+    uri: str, names: Sequence[str], name: str | None, usual: Sequence[str], field: str
+) -> str:
+    if name is not None:
+        if name not in names:
+            raise InputError(f"{name!r}: {uri} has no such column{suggest(name, names)}", field)
+        return name
+    there = [n for n in usual if n in names]
+    if len(there) == 1 or usual[0] in there:
+        return there[0]
+    what = f"has {' and '.join(there)}" if there else f"has none of {', '.join(usual)}"
+    raise InputError(f"{uri} {what}; one must be named {usual[0]}; it has {', '.join(names)}", None)
