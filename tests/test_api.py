@@ -128,6 +128,8 @@ def test_nothing(scorer: diffitm.ImageTextScorer, files: list[str]) -> None:
     assert scorer([], TEXTS).shape == (0, 3)
     assert scorer(files, []).shape == (3, 0)
     assert scorer.errors([], []).shape == (0, 0, STEPS)
+    assert scorer.errors([], TEXTS).shape == (0, 3, STEPS)
+    assert scorer.errors([np.zeros((8, 8, 3), np.uint8)], []).shape == (1, 0, STEPS)
 
 
 def test_an_image_that_cannot_be_read(

@@ -82,6 +82,9 @@ class DiffusionSpec:
 
     def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""
+        if not self.timesteps or min(self.timesteps) < 0:
+            text = f": {list(self.timesteps)}: give at least one timestep, none of them below 0"
+            raise InputError(text, "timesteps")
         denoiser = load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
         if max(self.timesteps) >= denoiser.schedule.timesteps:
             last = denoiser.schedule.timesteps - 1
