@@ -21,7 +21,7 @@ from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
-from diffitm.models.clip import ClipSource, load_clip, resolve_clip
+from diffitm.models.clip import ClipSource, check_clip, load_clip, resolve_clip
 from diffitm.models.clip_export import (
     stock_name,
     stock_preprocessing,
@@ -90,6 +90,7 @@ def build_plan(config: DivaConfig) -> Plan[DivaJob]:
     work = storage.join(storage.parent(out), "work")
     teacher, clip = share(teacher, work, config.variant), share(clip, work)
     check_loadable(teacher, [])
+    check_clip(clip)
     if is_webdataset(given):
         paths, lost = _in_shards(shards(given), out)
     trained, held = split(paths, config.max_images, config.held_out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from diffitm.models.weight_cache import content_digest, on_disk
 
 log = logging.getLogger("diffitm")
 WEIGHTS = (".safetensors", ".bin")  # the first that a part has is read
+ANSWERS_WITHIN = 5.0  # seconds
 FOREIGN = (".msgpack", ".h5", ".onnx", ".onnx_data", ".ckpt", ".pt", ".pth", ".gguf", ".xml", ".py")
 
 
@@ -63,6 +66,32 @@ def _lacking(folder: Path, files: Iterable[str]) -> str | None:
     return next((name for name in files if not (folder / name).is_file()), None)
 
 
+def go_offline_if_away() -> None:
+    """Ask the Hub once whether it answers. Where it does not, this process no longer asks it, and takes
+    what the cache has: its client would try each file again for minutes. Said in the log."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
+        text = "%s does not answer: from now on only what the Hub's cache on this machine has is used"
+        log.warning(text, constants.ENDPOINT)
+
+
+@functools.cache
+def _answers(endpoint: str) -> bool:
+    """Whether there is a server at all, whatever it says."""
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=ANSWERS_WITHIN)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        return False
+    return True
+
+
 def fetch(
     repo: str, commit: str, choose: Callable[[list[str]], Iterable[str]], field: str
 ) -> Weights:
@@ -73,6 +102,7 @@ def fetch(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    go_offline_if_away()
     try:
         files = tuple(sorted(choose(_names(repo, commit))))
         where = patiently(

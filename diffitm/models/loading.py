@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from diffitm.core import registry, storage
 from diffitm.core.errors import InputError, suggest
 from diffitm.models.denoiser import Denoiser
-from diffitm.models.hub_weights import Weights, fetch, needed
+from diffitm.models.hub_weights import Weights, fetch, go_offline_if_away, needed
 from diffitm.models.lora import (
     digest_of,
     lora_file,
@@ -259,6 +259,7 @@ def from_hub(name: str, file: str, field: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    go_offline_if_away()
     try:
         return Path(hf_hub_download(name, file))
     except GatedRepoError as error:

@@ -114,12 +114,17 @@ class ClipSpec:
         from diffitm.models.clip import preprocessing
 
         own = preprocessing(self.source)
-        return {
+        config: dict[str, Any] = {
             "kind": "clip",
             "version": SCORE_VERSION,
             "weights": self.source.digest,
             "root": without_query(self.root),
-        } | ({"preprocessing": own} if own else {})
+        }
+        if own:
+            config["preprocessing"] = own
+        if self.source.quick_gelu and not self.source.is_tagged:  # a tag says it by itself
+            config["quick_gelu"] = True
+        return config
 
     def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""
