@@ -28,7 +28,8 @@ from diffitm.models.clip_export import (
     write_open_clip,
     write_transformers,
 )
-from diffitm.models.loading import ModelSource, check_loadable, resolve
+from diffitm.models.loading import ModelSource, resolve
+from diffitm.models.model_check import check_loadable
 from diffitm.tasks.registry import find_task
 from diffitm.training.diva.options import DivaConfig, find_problems, micro_batch
 from diffitm.training.diva.recap import parse_recap
@@ -89,7 +90,7 @@ def build_plan(config: DivaConfig) -> Plan[DivaJob]:
     session.connect(config.ray, verbose=config.verbose)
     work = storage.join(storage.parent(out), "work")
     teacher, clip = share(teacher, work, config.variant), share(clip, work)
-    check_loadable(teacher, [])
+    check_loadable(teacher, variant=config.variant)
     check_clip(clip)
     if is_webdataset(given):
         paths, lost = _in_shards(shards(given), out)

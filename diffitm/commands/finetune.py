@@ -14,7 +14,8 @@ from diffitm.core.errors import InputError
 from diffitm.core.provenance import record
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
-from diffitm.models.loading import ModelSource, check_loadable, resolve
+from diffitm.models.loading import ModelSource, resolve
+from diffitm.models.model_check import check_loadable
 from diffitm.training.job import Job, Validation
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.options import FinetuneConfig, find_problems
@@ -88,7 +89,7 @@ def build_plan(config: FinetuneConfig) -> Plan[Job]:
 
     session.connect(config.ray, verbose=config.verbose)
     source = share(source, storage.join(storage.parent(out), "work"), config.variant)
-    check_loadable(source, [])
+    check_loadable(source, variant=config.variant)
     file = hand_over(out, rows, kept)
     job = _job(config, source, objective, negatives, file, root, valid, session.gpus())
     settings = settings_of(

@@ -36,7 +36,12 @@ log = logging.getLogger("diffitm")
 # What open_clip lets through for a name, a config or a file that it cannot use.
 WEIGHTS = (".safetensors", ".bin", ".pth")
 LOCAL, HUB = "local-dir:", "hf-hub:"
-OPENAI_NOTES = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # beside its weights
+OPENAI_NOTES = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+)  # beside its weights
 CONFIG = "open_clip_config.json"
 # What transformers' AutoTokenizer, which open_clip asks, reads of a folder.
 TOKENIZER_FILES = (
@@ -179,7 +184,10 @@ def _wants_quick_gelu(name: str, model: str, file: Path) -> bool:
     tags = open_clip.list_pretrained_tags_by_model(model)
     kinds = {_has_quick_gelu(model, tag) for tag in tags}
     if kinds == {True}:
-        text = "clip %s: a weights file does not say its activation; QuickGELU is taken, as all published weights of %s have"
+        text = (
+            "clip %s: a weights file does not say its activation; QuickGELU is taken, as all published "
+            "weights of %s have"
+        )
         log.info(text, name, model)
         return True
     if kinds == {True, False}:
@@ -327,7 +335,11 @@ def go_offline_if_asked(model: str) -> None:
 def _without_program(pretrained: str | None, folder: Path) -> str | None:
     """What open_clip loads weights from; of OpenAI's own TorchScript file, which is known not to do
     harm, the tensors alone."""
-    if pretrained is None or not Path(pretrained).is_file() or _openai_tag(Path(pretrained)) is None:
+    if (
+        pretrained is None
+        or not Path(pretrained).is_file()
+        or _openai_tag(Path(pretrained)) is None
+    ):
         return pretrained
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch will no longer write such files

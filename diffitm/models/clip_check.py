@@ -150,4 +150,12 @@ def _sizes_named(model: str) -> Sizes | None:
         return None
     places = (side // patch) ** 2 + 1
     layers = vision["layers"]
-    return patch, vision["width"], layers, places, text["width"], text["layers"], config["embed_dim"]
+    return (
+        patch,
+        vision["width"],
+        layers,
+        places,
+        text["width"],
+        text["layers"],
+        config["embed_dim"],
+    )

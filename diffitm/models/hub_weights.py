@@ -17,6 +17,8 @@ from diffitm.models.weight_cache import content_digest, on_disk
 
 log = logging.getLogger("diffitm")
 WEIGHTS = (".safetensors", ".bin")  # the first that a part has is read
+WITHOUT_WEIGHTS = ("tokenizer", "scheduler")  # how names of such parts begin
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")  # how names of weights begin
 ANSWERS_WITHIN = 5.0  # seconds
 FOREIGN = (".msgpack", ".h5", ".onnx", ".onnx_data", ".ckpt", ".pt", ".pth", ".gguf", ".xml", ".py")
 
@@ -74,7 +76,9 @@ def go_offline_if_away() -> None:
     if not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
-        text = "%s does not answer: from now on only what the Hub's cache on this machine has is used"
+        text = (
+            "%s does not answer: from now on only what the Hub's cache on this machine has is used"
+        )
         log.warning(text, constants.ENDPOINT)
 
 
@@ -141,13 +145,50 @@ def needed(names: Iterable[str], parts: Sequence[str], variant: str | None = Non
 def _weights(names: Sequence[str], variant: str | None, part: str) -> list[str]:
     for ending in WEIGHTS:
         for kind in dict.fromkeys((variant or "", "")):
-            found = [n for n in names if ending in n and _variant(n, ending) == kind]
+            found = [n for n in names if ending in n and variant_of(n) == kind]
             if found:
                 return [f"{part}/{n}".lstrip("/") for n in found]
     return []
 
 
-def _variant(name: str, ending: str) -> str:
+def variant_of(name: str) -> str:
     """'fp16' of model.fp16.safetensors, of its shards and of their index; '' of files without one."""
-    stem = name.replace(".index", "").removesuffix(".json").replace(ending, "")
+    stem = name.replace(".index", "").removesuffix(".json")
+    for ending in WEIGHTS:
+        stem = stem.replace(ending, "")
     return re.sub(r"-\d+-of-\d+", "", stem).partition(".")[2]
+
+
+def variants(names: Iterable[str], part: str) -> set[str]:
+    """The variants that a part has weights of, '' for those without one."""
+    inside = (n.rpartition("/")[2] for n in names if n.rpartition("/")[0] == part)
+    known = [n for n in inside if n.startswith(STEMS) and not n.endswith(FOREIGN)]
+    return {variant_of(n) for n in known if any(ending in n for ending in WEIGHTS)}
+
+
+def choose_variant(names: Iterable[str], part: str, variant: str | None) -> str | None:
+    """The variant to read of a part: the one asked for where the part has it, else None for its plain
+    weights.
+
+    Raises InputError, which names the part, where it has neither.
+    """
+    there = variants(names, part)
+    if variant and variant in there:
+        return variant
+    if "" in there:
+        return None
+    asked = f"of the variant {variant}" if variant else "without a variant"
+    hint = " or ".join(f"--variant {other}" for other in sorted(there))
+    right = f": give {hint}" if hint else f" ({', '.join(WEIGHTS)})"
+    raise InputError(f"its {part} has no weights {asked if there else ''}".rstrip() + right)
+
+
+def check_variant(names: Sequence[str], parts: Sequence[str], variant: str | None) -> None:
+    """Raises InputError where no part of a model has weights of the variant, or a part has none to read."""
+    weighed = [part for part in parts if not part.startswith(WITHOUT_WEIGHTS)]
+    there = set[str]().union(*(variants(names, part) for part in weighed))
+    if variant and there and variant not in there:
+        others = ", ".join(sorted(there - {""})) or "none"
+        raise InputError(f"no part has weights of the variant {variant}; there are: {others}")
+    for part in weighed:
+        choose_variant(names, part, variant)

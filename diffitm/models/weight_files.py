@@ -67,7 +67,9 @@ def read_shapes(file: Path) -> Shapes:
 
     Raises WeightsError, also where there is no tensor.
     """
-    return {name: tuple(t.shape) for name, t in tensors_of(read_weights(file, "meta"), file).items()}
+    return {
+        name: tuple(t.shape) for name, t in tensors_of(read_weights(file, "meta"), file).items()
+    }
 
 
 def tensors_of(found: Any, file: Path) -> dict[str, Tensor]:
@@ -142,7 +144,9 @@ def _why(file: Path, error: Exception) -> str:
         strange = _strange(file)
         if strange:
             read = f"torch.load({file.name!r}, weights_only=False)['state_dict']"
-            text = f"{file} holds more than tensors and numbers ({few(strange)}), which are not read"
+            text = (
+                f"{file} holds more than tensors and numbers ({few(strange)}), which are not read"
+            )
             return f"{text}: {LEFT_OVER}: torch.save({read}, 'weights.pt')"
     return f"{file} is no whole file of weights: {' '.join(str(error).split())[:300]}"
 

@@ -61,7 +61,8 @@ def pair_errors(
     device, count, used = denoiser.device, len(plan), batch or Batch(64)
     elements = latents.shape[1:].numel()
     if len(pairs) == 0:
-        return PairErrors(*torch.zeros(3, 0, count), elements)
+        nothing = torch.zeros(0, count)
+        return PairErrors(nothing, nothing, nothing, elements)
     latents, noise = latents.to(device), plan.noise.to(device)
     steps, pairs = plan.timesteps.to(device), pairs.to(device)
 

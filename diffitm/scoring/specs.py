@@ -65,7 +65,7 @@ class DiffusionSpec:
 
     def store_config(self) -> dict[str, Any]:
         """Everything that a score depends on."""
-        return {
+        config = {
             "kind": "diffusion",
             "version": SCORE_VERSION,
             "weights": self.source.digest,
@@ -79,6 +79,9 @@ class DiffusionSpec:
             "latent_seed": self.latent_seed,
             "root": without_query(self.root),
         }
+        if self.source.prediction is not None:
+            config["prediction_type"] = self.source.prediction
+        return config
 
     def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""

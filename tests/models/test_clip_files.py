@@ -54,7 +54,9 @@ def file(state: dict[str, torch.Tensor], tmp_path: Path) -> Path:
 
 
 def activation(name: str) -> str:
-    return type(load_clip(resolve_clip(name)).model.visual.transformer.resblocks[0].mlp.gelu).__name__
+    return type(
+        load_clip(resolve_clip(name)).model.visual.transformer.resblocks[0].mlp.gelu
+    ).__name__
 
 
 def test_activation_of_all_published_weights(
@@ -94,13 +96,13 @@ def test_architectures_of_quick_gelu(name: str, tmp_path: Path) -> None:
     assert not resolve_clip(f"{name}-quickgelu:{file}").quick_gelu  # its config has it
 
 
-def test_longer_text_positions(
-    state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_longer_text_positions(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """As Long-CLIP's 248 are refused, not stretched; under either of open_clip's names."""
     state["positional_embedding"] = torch.zeros(26, 8)
     torch.save(state, tmp_path / "long.pt")
-    with pytest.raises(InputError, match="has 26 text positions, small has 8: they are for another"):
+    with pytest.raises(
+        InputError, match="has 26 text positions, small has 8: they are for another"
+    ):
         load_clip(resolve_clip(f"small:{tmp_path / 'long.pt'}"))
 
 
@@ -125,7 +127,9 @@ class Strange:
 def test_other_objects_beside_the_tensors(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Are named, with what helps."""
     torch.save({"state_dict": state, "extra": Strange()}, tmp_path / "odd.pt")
-    with pytest.raises(InputError, match=r"odd\.pt holds more .*\.Strange\).*save its tensors alone"):
+    with pytest.raises(
+        InputError, match=r"odd\.pt holds more .*\.Strange\).*save its tensors alone"
+    ):
         load_clip(resolve_clip(f"small:{tmp_path / 'odd.pt'}"))
 
 
@@ -216,7 +220,9 @@ def test_a_file_without_name(tmp_path: Path) -> None:
         shapes = open_clip.create_model("ViT-S-32", load_weights=False, device="meta").state_dict()
     state = {k: torch.zeros(()).expand(v.shape) for k, v in shapes.items()}
     torch.save(state, tmp_path / "tuned.pt")
-    with pytest.raises(InputError, match="such as ViT-S-32:.*Its shapes are those of ViT-S-32") as raised:
+    with pytest.raises(
+        InputError, match=r"such as ViT-S-32:.*Its shapes are those of ViT-S-32"
+    ) as raised:
         resolve_clip(str(tmp_path / "tuned.pt"))
     assert len(str(raised.value)) < 500
     with pytest.raises(InputError) as raised:

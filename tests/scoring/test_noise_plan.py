@@ -197,6 +197,4 @@ def test_pairs_of_rows_that_are_not_there(pair: list[int], text: str) -> None:
     model = tiny.Fixed(tiny.schedule())
     plan, condition = make_plan([1], (2, 4, 4)), model.encode_texts(["a"])
     with pytest.raises(ValueError, match=text):
-        pair_errors(
-            model, torch.ones(2, 2, 4, 4), condition, plan, torch.tensor([[0, 0], pair])
-        )
+        pair_errors(model, torch.ones(2, 2, 4, 4), condition, plan, torch.tensor([[0, 0], pair]))
