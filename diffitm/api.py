@@ -207,9 +207,9 @@ def load_scorer(
         return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
     from diffitm.models.loading import resolve
     from diffitm.models.lora import locate
-    from diffitm.models.model_check import check_loadable, with_prediction
+    from diffitm.models.model_check import check_loadable, settled
 
-    source = with_prediction(resolve(name).fetched(variant), prediction_type)
+    source = settled(resolve(name).fetched(variant), prediction_type)
     check_loadable(source, [locate(lora)] if lora else [], variant)
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"

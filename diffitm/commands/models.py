@@ -6,11 +6,12 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffitm.core import storage
+from diffitm.evaluation.evaluate import other_dtype
 from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.options import ModelOptions, lora_names
 from diffitm.models.loading import ModelSource, resolve
 from diffitm.models.lora import locate
-from diffitm.models.model_check import check_loadable, with_prediction
+from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 from diffitm.store.run_summary import Done
@@ -64,7 +65,7 @@ def make_specs(
     work = storage.join(out, "work")
     clips = [share(source, work) for source in sources.clips]
     models = [
-        with_prediction(share(source, work, config.variant), config.prediction_type)
+        settled(share(source, work, config.variant), config.prediction_type)
         for source in sources.models
     ]
     loras = [locate(name) for name in lora_names(config) if name]
@@ -147,4 +148,8 @@ def score_missing(
     finish(work, done)
     made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
     log.info("%s: %s", store.model, made)
+    if done.not_finite:
+        text = "%s: %s of %s pairs have a score that is NaN or infinite%s"
+        hint = other_dtype(store.config.get("dtype"))
+        log.warning(text, store.model, f"{done.not_finite:,}", f"{done.pairs:,}", hint)
     return done

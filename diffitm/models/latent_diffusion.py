@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -126,7 +126,8 @@ class LatentDiffusion(Denoiser):
     def take_prediction(self, prediction: str) -> None:
         """See Denoiser."""
         super().take_prediction(prediction)
-        self.scheduler.register_to_config(prediction_type=prediction)
+        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+        self.scheduler = DDPMScheduler(**config | {"prediction_type": prediction})
 
     @torch.inference_mode()
     def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,7 @@ class ModelSource:
     field: str = "model"
     weights: Weights | None = None  # of the Hub, once they are fetched
     prediction: str | None = None  # what the network predicts, where its folder says something else
+    upcast: bool = False  # its VAE stays in float32, though not all of its family's do
 
     def fetched(self, variant: str | None = None) -> ModelSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""

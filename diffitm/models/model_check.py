@@ -31,6 +31,7 @@ from diffitm.models.weight_files import Shapes, check_whole, few, read_shapes
 log = logging.getLogger("diffitm")
 ENDINGS = (".safetensors", ".bin")
 SCHEDULE = "scheduler/scheduler_config.json"
+ALWAYS_UPCAST = "StableDiffusionXLPipeline"  # its stores need not say so
 # Attention of older VAEs, which diffusers renames.
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -63,18 +64,30 @@ def check_loadable(
                 match_lora(parts["unet"], tensors, encoders)
 
 
-def with_prediction(source: ModelSource, prediction: str | None) -> ModelSource:
-    """The source whose network's output is read as `prediction`, where one is given that is not what its
-    folder says; that is logged. Its weights are on this machine."""
-    if prediction is None:
-        return source
+def settled(source: ModelSource, prediction: str | None = None) -> ModelSource:
+    """The source with what of its folder, whose weights are on this machine, a score depends on beside
+    them: whether its VAE stays in float32, and what its network predicts, where `prediction` is given and
+    is not what the folder says; that is logged. Raises InputError."""
     location, revision = on_machine(source)
-    scheduler = read_schedule(location, revision)
-    if scheduler.config.prediction_type == prediction:
+    try:
+        source = replace(source, upcast=_is_upcast(source, location, revision))
+        if prediction is None:
+            return source
+        there = read_schedule(location, revision).config.prediction_type
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source.name!r}: {error}", source.field) from error
+    if there == prediction:
         return source
     text = "%s: its output is read as %s, not as the %s that its scheduler gives"
-    log.info(text, source.name, prediction, scheduler.config.prediction_type)
+    log.info(text, source.name, prediction, there)
     return replace(source, prediction=prediction)
+
+
+def _is_upcast(source: ModelSource, location: str, revision: str | None) -> bool:
+    file = Path(location, "vae", "config.json")
+    if revision is not None or not file.is_file() or source.family == ALWAYS_UPCAST:
+        return False
+    return bool(read_json(file).get("force_upcast"))
 
 
 def _check_parts(folder: Path, names: tuple[str, ...], variant: str | None) -> dict[str, nn.Module]:

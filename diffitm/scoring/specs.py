@@ -81,6 +81,8 @@ class DiffusionSpec:
         }
         if self.source.prediction is not None:
             config["prediction_type"] = self.source.prediction
+        if self.source.upcast and self.dtype != "fp32":
+            config["vae"] = "fp32"
         return config
 
     def build(self, device: str) -> RowScorer:
