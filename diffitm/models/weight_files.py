@@ -148,7 +148,10 @@ def _why(file: Path, error: Exception) -> str:
                 f"{file} holds more than tensors and numbers ({few(strange)}), which are not read"
             )
             return f"{text}: {LEFT_OVER}: torch.save({read}, 'weights.pt')"
-    return f"{file} is no whole file of weights: {' '.join(str(error).split())[:300]}"
+    text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+    if "weights_only" in text:  # advice of torch that reads whatever is in the file
+        return f"{file} is no file of weights that torch.save wrote, or not a whole one"
+    return f"{file} is no whole file of weights: {text[:200]}"
 
 
 def _strange(file: Path) -> list[str]:
