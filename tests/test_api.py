@@ -257,7 +257,7 @@ def test_upright(clip: diffitm.ImageTextScorer, tmp_path: Path) -> None:
     """A file's orientation is followed, that of a PIL image too."""
     left = Image.new("RGB", (32, 32), "red")
     left.paste("blue", (0, 0, 16, 32))
-    exif = left.getexif()
+    exif = Image.Exif()
     exif[0x0112] = 6
     left.save(tmp_path / "a.png", exif=exif)
     turned = images.decode((tmp_path / "a.png").read_bytes())

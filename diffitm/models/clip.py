@@ -7,13 +7,14 @@ import logging
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -23,6 +24,7 @@ from diffitm.core.outside import is_transient, patiently
 from diffitm.models.clip_check import architectures_of, check_weights
 from diffitm.models.hub_weights import Weights, fetch, go_offline_if_away, needed
 from diffitm.models.loading import SHAPES, from_hub
+from diffitm.models.parts import read_json
 from diffitm.models.weight_cache import content_digest, on_disk
 from diffitm.models.weight_files import (
     WeightsError,
@@ -225,8 +227,25 @@ def _digest(folder: Path, name: str) -> str:
     weights = open_clip.factory._find_checkpoint_in_dir(folder)
     if weights is None:
         raise InputError(f"{name!r}: the folder has no weights ({', '.join(WEIGHTS)})", "clip")
+    _tell_preprocessing(folder, name)
     read = {CONFIG, Path(weights).name, *TOKENIZER_FILES}
     return content_digest(sorted(path for path in folder.iterdir() if path.name in read))
+
+
+def _tell_preprocessing(folder: Path, name: str) -> None:
+    """Log what a folder's config does not say of its images. Raises InputError where it is no config."""
+    try:
+        config = read_json(folder / CONFIG)
+        given = {**(config.get("preprocess_cfg") or {})}
+        config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
+    except (OSError, KeyError, TypeError) as error:
+        text = error if isinstance(error, OSError) else f"{CONFIG} has no model_cfg of both towers"
+        raise InputError(f"{name!r}: {text}", "clip") from error
+    values = asdict(PreprocessCfg())
+    lacking = [key for key in ("mean", "std") if key not in given]
+    if lacking:
+        taken = ", ".join(f"{key} {values[key]}" for key in lacking)
+        log.warning("clip %s: its %s does not say all, so there is taken: %s", name, CONFIG, taken)
 
 
 def _copy(uri: str, digest: str | None = None) -> Path:

@@ -98,12 +98,17 @@ def check_width(unet: Any, width: int) -> None:
         raise OSError(f"its texts are {width} wide, its U-Net takes {found}: parts of two models")
 
 
-def check_channels(network: int, vae: int) -> None:
-    """Raises OSError if the network does not take the VAE's latents alone."""
-    if network != vae:
+def check_network(config: Any, latent_channels: int) -> None:
+    """Raises OSError if the network does not take the VAE's latents alone, or does not say their size."""
+    if not isinstance(config.sample_size, int):
         raise OSError(
-            f"its network takes {network} channels, its VAE gives {vae}: parts of two models, or a model "
-            "that also takes a mask or an image (inpainting), which scores no texts"
+            f"the config.json of its network gives sample_size {config.sample_size!r}, not the side of its "
+            "latents (64 for images of 512 pixels, 128 for 1024)"
+        )
+    if config.in_channels != latent_channels:
+        raise OSError(
+            f"its network takes {config.in_channels} channels, its VAE gives {latent_channels}: parts of two "
+            "models, or one that also takes a mask or an image (inpainting), which scores no texts"
         )
 
 
@@ -115,7 +120,7 @@ class LatentDiffusion(Denoiser):
         self.device, self.dtype = folder.device, folder.dtype
         self.network, self.vae = network, vae
         self.scheduler = read_schedule(folder.location, folder.revision)
-        check_channels(network.config.in_channels, vae.config.latent_channels)
+        check_network(network.config, vae.config.latent_channels)
         self.schedule = NoiseSchedule.from_alphas_cumprod(
             self.scheduler.alphas_cumprod, self.scheduler.config.prediction_type
         )

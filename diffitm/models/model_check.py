@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from torch import nn
 
 from diffitm.core.errors import InputError
 from diffitm.models.hub_weights import check_variant, needed
-from diffitm.models.latent_diffusion import check_channels, check_width
+from diffitm.models.latent_diffusion import check_network, check_width
 from diffitm.models.loading import FAMILIES, ModelSource, files_of, on_machine
 from diffitm.models.lora import match_lora, naming, read_lora
 from diffitm.models.parts import (
@@ -31,6 +31,15 @@ from diffitm.models.weight_files import Shapes, check_whole, few, read_shapes
 log = logging.getLogger("diffitm")
 ENDINGS = (".safetensors", ".bin")
 SCHEDULE = "scheduler/scheduler_config.json"
+# What of a part's settings no shape of a tensor shows, so that a wrong default would go unseen.
+_OF_TEXT = ("hidden_act", "num_attention_heads")
+UNSEEN = {
+    "unet": ("attention_head_dim",),
+    "vae": ("scaling_factor",),
+    "transformer": ("attention_head_dim",),
+    "text_encoder": _OF_TEXT,
+    "text_encoder_2": _OF_TEXT,
+}
 ALWAYS_UPCAST = "StableDiffusionXLPipeline"  # its stores need not say so
 # Attention of older VAEs, which diffusers renames.
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -50,7 +59,7 @@ def check_loadable(
         return
     try:
         parts = _check_parts(Path(location), FAMILIES[source.family].parts, variant)
-        _tell_defaults(source, Path(location))
+        _tell_defaults(source, Path(location), parts)
     except InputError as error:
         raise InputError(f"{source.name!r}: {error.message}", source.field) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -180,7 +189,7 @@ def _check_together(folder: Path, names: tuple[str, ...], parts: Mapping[str, nn
     network: Any = parts.get("unet") or parts.get("transformer")
     vae: Any = parts.get("vae")
     if network is not None and vae is not None:
-        check_channels(network.config.in_channels, vae.config.latent_channels)
+        check_network(network.config, vae.config.latent_channels)
     if "scheduler" in names:
         read_schedule(str(folder), None)
 
@@ -192,9 +201,16 @@ def _encoder_settings(folder: Path, tokenizer: str) -> dict[str, Any]:
     return dict(CLIPTextConfig.from_dict(read_json(folder / name / "config.json")).to_dict())
 
 
-def _tell_defaults(source: ModelSource, folder: Path) -> None:
+def _tell_defaults(source: ModelSource, folder: Path, parts: Mapping[str, nn.Module]) -> None:
     """Log what the folder does not say, and what is taken."""
     names = FAMILIES[source.family].parts
+    for name, part in parts.items():
+        settings, config = read_json(folder / name / "config.json"), cast("Any", part).config
+        lacking = [key for key in UNSEEN.get(name, ()) if key not in settings]
+        if lacking:
+            values = ", ".join(f"{key} {getattr(config, key)}" for key in lacking)
+            text = "%s: %s/config.json does not say all, so there is taken: %s"
+            log.warning(text, source.name, name, values)
     if "scheduler" in names:
         taken = schedule_defaults(read_json(folder / SCHEDULE))
         if source.prediction is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import shutil
 import warnings
@@ -212,6 +213,23 @@ def test_a_folder_is_checked_too(tmp_path: Path) -> None:
     save_file({"visual.proj": torch.zeros(2, 2)}, folder / "open_clip_model.safetensors")
     with pytest.raises(InputError, match="does not fit its config"):
         check_clip(resolve_clip(str(folder)))
+
+
+def test_a_folder_that_says_nothing_of_its_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(SHAPES / "clip", tmp_path / "clip"))
+    resolve_clip(str(folder))
+    assert not caplog.text
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    del config["preprocess_cfg"]
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    resolve_clip(str(folder))
+    assert "does not say all, so there is taken: mean (0.48" in caplog.text
+    for content, text in (("{", "is no JSON"), ("{}", "has no model_cfg of both towers")):
+        (folder / "open_clip_config.json").write_text(content)
+        with pytest.raises(InputError, match=text):
+            resolve_clip(str(folder))
 
 
 def test_a_file_without_name(tmp_path: Path) -> None:

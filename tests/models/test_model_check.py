@@ -282,6 +282,32 @@ def test_no_betas(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert text in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("unet", "attention_head_dim", "8"),
+        ("vae", "scaling_factor", "0.18215"),
+        ("text_encoder", "hidden_act", "quick_gelu"),
+    ],
+)
+def test_what_no_shape_shows(
+    part: str, key: str, value: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A default that would go unseen is said."""
+    check_loadable(resolve(str(folder)))
+    assert not caplog.text
+    change(folder / part / "config.json", **{key: None})
+    check_loadable(resolve(str(folder)))
+    assert f"{part}/config.json does not say all, so there is taken: {key} {value}" in caplog.text
+
+
+def test_no_size_of_latents(folder: Path) -> None:
+    change(folder / "unet" / "config.json", sample_size=None)
+    for call in (check_loadable, load_denoiser):
+        with pytest.raises(InputError, match="gives sample_size None, not the side of its latents"):
+            call(resolve(str(folder)))
+
+
 def test_a_prediction_type_of_ones_own(silent: Path, tmp_path: Path) -> None:
     """Gives the model that a folder which says it gives, and is in a store's name only where it changes
     something."""
