@@ -174,6 +174,7 @@ def load_scorer(
     resize: Literal["auto", "squash", "crop"] = "auto",
     lora: str | None = None,
     variant: str | None = None,
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     batch_size: int = 64,
 ) -> ImageTextScorer:
     """Load what scores images against texts.
@@ -190,6 +191,7 @@ def load_scorer(
         resize: 'squash' to a square or 'crop' the centre; 'auto' crops for diffusion-classifier.
         lora: a LoRA file for a diffusion model's U-Net.
         variant: of a diffusion model's files, such as 'fp16'.
+        prediction_type: what a diffusion model predicts, where its scheduler's config does not say it.
         batch_size: of forwards; one that does not fit a GPU's memory is halved.
 
     Raises:
@@ -205,12 +207,15 @@ def load_scorer(
         return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
     from diffitm.models.loading import resolve
     from diffitm.models.lora import locate
+    from diffitm.models.model_check import check_loadable, settled
 
+    source = settled(resolve(name).fetched(variant), prediction_type)
+    check_loadable(source, [locate(lora)] if lora else [], variant)
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"
     count = timesteps if isinstance(timesteps, int) else None
     spec = DiffusionSpec(
-        source=resolve(name).fetched(variant),
+        source=source,
         root="",
         protocol=protocol,
         timesteps=tuple(plan_timesteps(protocol, count, seed) if count is not None else timesteps),  # type: ignore[arg-type]

@@ -128,6 +128,8 @@ def test_nothing(scorer: diffitm.ImageTextScorer, files: list[str]) -> None:
     assert scorer([], TEXTS).shape == (0, 3)
     assert scorer(files, []).shape == (3, 0)
     assert scorer.errors([], []).shape == (0, 0, STEPS)
+    assert scorer.errors([], TEXTS).shape == (0, 3, STEPS)
+    assert scorer.errors([np.zeros((8, 8, 3), np.uint8)], []).shape == (1, 0, STEPS)
 
 
 def test_an_image_that_cannot_be_read(
@@ -255,7 +257,7 @@ def test_upright(clip: diffitm.ImageTextScorer, tmp_path: Path) -> None:
     """A file's orientation is followed, that of a PIL image too."""
     left = Image.new("RGB", (32, 32), "red")
     left.paste("blue", (0, 0, 16, 32))
-    exif = left.getexif()
+    exif = Image.Exif()
     exif[0x0112] = 6
     left.save(tmp_path / "a.png", exif=exif)
     turned = images.decode((tmp_path / "a.png").read_bytes())

@@ -24,14 +24,15 @@ from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
-from diffitm.models.clip import ClipSource, load_clip, resolve_clip
+from diffitm.models.clip import ClipSource, check_clip, load_clip, resolve_clip
 from diffitm.models.clip_export import (
     stock_name,
     stock_preprocessing,
     write_open_clip,
     write_transformers,
 )
-from diffitm.models.loading import ModelSource, check_loadable, resolve
+from diffitm.models.loading import ModelSource, resolve
+from diffitm.models.model_check import check_loadable
 from diffitm.tasks.registry import find_task
 from diffitm.training.diva.options import DivaConfig, find_problems, micro_batch
 from diffitm.training.diva.recap import parse_recap
@@ -93,7 +94,8 @@ def build_plan(config: DivaConfig) -> Plan[DivaJob]:
     session.connect(config.ray, verbose=config.verbose)
     work = storage.join(storage.parent(out), "work")
     teacher, clip = share(teacher, work, config.variant), share(clip, work)
-    check_loadable(teacher, [])
+    check_loadable(teacher, variant=config.variant)
+    check_clip(clip)
     if is_webdataset(given):
         paths, lost = _in_shards(shards(given), out)
     trained, held = split(paths, config.max_images, config.held_out)

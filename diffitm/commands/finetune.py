@@ -17,7 +17,8 @@ from diffitm.core.errors import InputError
 from diffitm.core.provenance import record
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
-from diffitm.models.loading import ModelSource, check_loadable, resolve
+from diffitm.models.loading import ModelSource, resolve
+from diffitm.models.model_check import check_loadable
 from diffitm.training.job import LoraJob, Validation
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.options import FinetuneConfig, find_problems
@@ -91,7 +92,7 @@ def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
 
     session.connect(config.ray, verbose=config.verbose)
     source = share(source, storage.join(storage.parent(out), "work"), config.variant)
-    check_loadable(source, [])
+    check_loadable(source, variant=config.variant)
     tell_long_texts(source, texts_of([rows[position] for position in kept]))
     file = hand_over(out, rows, kept)
     job = _job(config, source, objective, negatives, file, root, valid, session.gpus())

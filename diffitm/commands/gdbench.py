@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -137,7 +138,10 @@ def report(config: GdbenchConfig, record: RunRecord) -> None:
     if evaluation.failures:
         count, where = len(evaluation.failures), storage.join(out, "failures.json")
         print(f"failures {where} ({count})")
-        raise Incomplete(f"{count:,} examples could not be scored; they are listed in {where}")
+        text = f"{count:,} examples could not be scored; they are listed in {where}"
+        reasons = Counter(line["failure"] for line in evaluation.failures)
+        often, times = reasons.most_common(1)[0]
+        raise Incomplete(f"{text}. {times:,} of them: {often}")
 
 
 def _read(config: GdbenchConfig) -> list[tuple[str, str | None]]:

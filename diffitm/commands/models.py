@@ -6,10 +6,12 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffitm.core import storage
+from diffitm.evaluation.evaluate import other_dtype
 from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.options import ModelOptions, lora_names
-from diffitm.models.loading import ModelSource, check_loadable, resolve
+from diffitm.models.loading import ModelSource, resolve
 from diffitm.models.lora import locate
+from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 from diffitm.store.pair_table import distinct_texts
@@ -63,10 +65,15 @@ def make_specs(
         config.actors, config.max_actors, config.cpus_per_actor, config.gpus_per_actor
     )
     work = storage.join(out, "work")
-    models = [share(source, work, config.variant) for source in sources.models]
     clips = [share(source, work) for source in sources.clips]
-    for source in models:  # before a GPU is asked for
-        check_loadable(source, [locate(name) for name in lora_names(config) if name])
+    models = [
+        settled(share(source, work, config.variant), config.prediction_type)
+        for source in sources.models
+    ]
+    loras = [locate(name) for name in lora_names(config) if name]
+    for source in models:  # all of them, before a GPU is asked for and anything is scored
+        check_loadable(source, loras, config.variant)
+    _check_clips(clips)
     dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
     known_as = known_root(root, out)
     specs: list[Spec] = [
@@ -87,6 +94,15 @@ def _clips(names: list[str]) -> list[ClipSource]:
     from diffitm.models.clip import resolve_clip
 
     return [resolve_clip(name) for name in dict.fromkeys(names)]
+
+
+def _check_clips(clips: list[ClipSource]) -> None:
+    """Raises InputError for weights that are not those of their architecture."""
+    if clips:
+        from diffitm.models.clip import check_clip
+
+        for clip in clips:
+            check_clip(clip)
 
 
 def _diffusion(
@@ -142,4 +158,8 @@ def score_missing(
     finish(work, done)
     made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
     log.info("%s: %s", store.model, made)
+    if done.not_finite:
+        text = "%s: %s of %s pairs have a score that is NaN or infinite%s"
+        hint = other_dtype(store.config.get("dtype"))
+        log.warning(text, store.model, f"{done.not_finite:,}", f"{done.pairs:,}", hint)
     return done

@@ -45,9 +45,16 @@ class Incomplete(Exception):  # noqa: N818, it is no error
     be used: the message says how many, and where they are listed. Raised last."""
 
 
+LISTED = 60  # names that a message lists
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean x?' for the nearest known name, and the list of all of them."""
+    """'; did you mean x?' for the nearest known name, and the list of all of them, of many names the
+    nearest few."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{hint} Known: {', '.join(names)}"
+    if len(names) <= LISTED:
+        return f"{hint} Known: {', '.join(names)}"
+    others = f" Near: {', '.join(near)}." if len(near) > 1 else ""
+    return f"{hint}{others} {len(names)} are known"

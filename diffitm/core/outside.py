@@ -49,7 +49,9 @@ def _is_transient(error: BaseException) -> bool:
         return status in BUSY
     if type(error).__module__.partition(".")[0] in (
         "httpx",
+        "httpx2",
         "httpcore",
+        "httpcore2",
         "urllib3",
         "requests",
         "aiohttp",

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,12 @@ def error_of(store: Store, error: str) -> str:
     return "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
 
 
+def other_dtype(dtype: str | None) -> str:
+    """What to say of scores that are not finite: which dtype may give some that are."""
+    wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(dtype or "")
+    return f" in {dtype}: try --dtype {wider}" if wider else ""
+
+
 def titles(stores: Sequence[Store]) -> list[str]:
     """A name for every store: the model's, with the settings that tell two of one model apart."""
     same = Counter(store.model for store in stores)
@@ -181,7 +187,7 @@ class Part:
         example, scores = item.example, item.scores(self.weights)
         reason = item.failure
         if not all(np.isfinite(values).all() for values in scores.values()):
-            reason = "a score is not finite"
+            reason = f"a score is not finite{other_dtype(self.store.config.get('dtype'))}"
         if reason is not None:
             line = {"model": self.title, "task": self.task.name, "example": example.id}
             self.failures.append({**line, "failure": reason})
@@ -197,6 +203,13 @@ class Part:
             if self.timesteps:
                 self.counts.add(item)
 
+    def _drop_what_is_nowhere_finite(self) -> None:
+        """A model without one score that is finite has no accuracy of 0: nothing could be scored."""
+        for kind, decisions in self.decisions.items():
+            credits = [credit for d in decisions for credit in (d.credits or {}).values()]
+            if credits and not any(credit.finite for credit in credits):
+                self.decisions[kind] = [replace(d, credits=None) for d in decisions]
+
     @property
     def shown(self) -> list[str]:
         """Kinds of score that any example has."""
@@ -205,6 +218,7 @@ class Part:
     def put_into(self, evaluation: Evaluation) -> None:
         """Add the rows, curves, counts, cases and failures."""
         task = self.task.name
+        self._drop_what_is_nowhere_finite()
         for kind in self.shown or self.kinds[:1]:
             if self.decisions[kind]:
                 evaluation.rows += self._rows(kind)

@@ -58,7 +58,14 @@ class ModelOptions(OnActors):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto: fp16 on a GPU, else fp32"
     )
-    variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
+    variant: str | None = option(
+        None,
+        "weights variant, such as fp16, of a diffusers folder, or of those of its parts that have it",
+    )
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
+        None,
+        "what the diffusion models predict, where their scheduler's config does not say it or is wrong",
+    )
     lora: list[str] = option(
         [],
         "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",

@@ -5,28 +5,46 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from dataclasses import dataclass, replace
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from safetensors import SafetensorError, safe_open
+from open_clip.transform import PreprocessCfg
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError, Unavailable, suggest
 from diffitm.core.outside import is_transient, patiently
-from diffitm.models.hub_weights import Weights, fetch, needed
+from diffitm.models.clip_check import architectures_of, check_weights
+from diffitm.models.hub_weights import Weights, fetch, go_offline_if_away, needed
 from diffitm.models.loading import SHAPES, from_hub
+from diffitm.models.parts import read_json
 from diffitm.models.weight_cache import content_digest, on_disk
+from diffitm.models.weight_files import (
+    WeightsError,
+    is_torchscript,
+    read_shapes,
+    readable,
+    sha256,
+)
 
 log = logging.getLogger("diffitm")
 # What open_clip lets through for a name, a config or a file that it cannot use.
 WEIGHTS = (".safetensors", ".bin", ".pth")
 LOCAL, HUB = "local-dir:", "hf-hub:"
+OPENAI_NOTES = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+)  # beside its weights
 CONFIG = "open_clip_config.json"
-POSITIONS = "positional_embedding"  # of an image tower
 # What transformers' AutoTokenizer, which open_clip asks, reads of a folder.
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -59,7 +77,7 @@ class ClipSource:
     model: str
     pretrained: str | None
     digest: str
-    quick_gelu: bool = False  # OpenAI's weights want it, and a model's name alone does not say so
+    quick_gelu: bool = False  # what the weights want, and the model's name alone does not say
     weights: Weights | None = None  # of the Hub, once they are fetched
 
     @property
@@ -67,14 +85,20 @@ class ClipSource:
         """The user's folder or URI that it was found in, if so."""
         return self.model.removeprefix(LOCAL) if self.model.startswith(LOCAL) else None
 
+    @property
+    def is_tagged(self) -> bool:
+        """Whether its weights are published ones, by their tag."""
+        return self.pretrained in open_clip.list_pretrained_tags_by_model(self.model)
+
     def fetched(self, variant: str | None = None) -> ClipSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.model.startswith(HUB):
             repo, _, commit = self.digest.removeprefix(HUB).rpartition("@")
             weights = fetch(repo, commit, lambda names: needed(names, ("",)), "clip")
             return replace(self, weights=weights)
-        if self.pretrained not in open_clip.list_pretrained_tags_by_model(self.model):
+        if not self.is_tagged:
             return self
+        go_offline_if_away()
         try:
             config = open_clip.get_pretrained_cfg(self.model, self.pretrained)
             file = Path(patiently(lambda: open_clip.download_pretrained(config)))
@@ -107,20 +131,88 @@ def resolve_clip(name: str) -> ClipSource:
         return ClipSource(name, name, None, f"{name}@{config.parent.name}")
     model, _, tag = name.partition(":")
     if model not in open_clip.list_models():
-        raise InputError(
-            f"{name!r}: unknown model{suggest(model, open_clip.list_models())}", "clip"
-        )
-    if "://" in tag:
-        uri = given.partition(":")[2]
-        return ClipSource(name, model, uri, f"{model}:{content_digest([_file_copy(uri)])}")
-    if Path(tag).expanduser().is_file():
-        file = Path(tag).expanduser().absolute()
-        return ClipSource(name, model, str(file), f"{model}:{content_digest([file])}")
+        raise InputError(f"{name!r}: {_no_model(name, model)}", "clip")
+    file = _weights_file(given.partition(":")[2])
+    if file is not None:
+        where = given.partition(":")[2] if "://" in tag else str(file)
+        digest = f"{model}:{content_digest([file])}"
+        return ClipSource(name, model, where, digest, _wants_quick_gelu(name, model, file))
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
+        if not tags:
+            raise InputError(f"{name!r}: there is no file {tag!r}, and {model} has no tags", "clip")
         raise InputError(f"{name!r}: {tag!r} is no file and no tag{suggest(tag, tags)}", "clip")
-    quick_gelu = bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
-    return ClipSource(name, model, tag, f"{model}:{tag}", quick_gelu)
+    return ClipSource(name, model, tag, f"{model}:{tag}", _has_quick_gelu(model, tag))
+
+
+def _weights_file(given: str) -> Path | None:
+    """The local file that stands after NAME:, that of a URI fetched; None if it is none."""
+    if "://" in given:
+        return _file_copy(given)
+    file = Path(given).expanduser().absolute()
+    return file if given and file.is_file() else None
+
+
+def _no_model(name: str, model: str) -> str:
+    """What to say of a name that open_clip does not have."""
+    file = _local_file(name)
+    if file is None:
+        return f"unknown model{suggest(model, open_clip.list_models())}"
+    text = "is a weights file without the name of its architecture: give NAME:FILE"
+    try:
+        fitting = architectures_of(read_shapes(file))
+    except WeightsError as error:
+        return f"{text}. But {error}"
+    shapes = f" Its shapes are those of {' or '.join(fitting)}." if fitting else ""
+    return f"{text}, such as {(fitting or ['ViT-L-14'])[0]}:{name}.{shapes}"
+
+
+def _local_file(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    return path if path.is_file() else None
+
+
+def _has_quick_gelu(model: str, tag: str) -> bool:
+    return bool((open_clip.get_pretrained_cfg(model, tag) or {}).get("quick_gelu"))
+
+
+def _wants_quick_gelu(name: str, model: str, file: Path) -> bool:
+    """Whether a weights file is run with QuickGELU though its architecture's config has GELU. A file does
+    not say; the published weights of the architecture do, where they agree, and OpenAI's own file."""
+    if open_clip.get_model_config(model).get("quick_gelu"):
+        return False  # by its own config, as NAME-quickgelu
+    if _openai_tag(file) is not None:
+        return True
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    kinds = {_has_quick_gelu(model, tag) for tag in tags}
+    if kinds == {True}:
+        text = (
+            "clip %s: a weights file does not say its activation; QuickGELU is taken, as all published "
+            "weights of %s have"
+        )
+        log.info(text, name, model)
+        return True
+    if kinds == {True, False}:
+        quick = [tag for tag in tags if _has_quick_gelu(model, tag)]
+        text = (
+            "clip %s: a weights file does not say its activation, and the published weights of %s differ "
+            "(%s have QuickGELU): GELU is taken. If these are tuned from one of those, give %s-quickgelu:FILE"
+        )
+        log.warning(text, name, model, ", ".join(quick), model)
+    return False
+
+
+def _openai_tag(file: Path) -> str | None:
+    """The model of OpenAI's that a file is, as published: a TorchScript archive that is known by its
+    sha256, which stands in its address."""
+    if not is_torchscript(file):
+        return None
+    digest = sha256(file)
+    for model in open_clip.list_models():
+        config = open_clip.get_pretrained_cfg(model, "openai") or {}
+        if digest in config.get("url", ""):
+            return model
+    return None
 
 
 def _is_uri(name: str) -> bool:
@@ -135,8 +227,25 @@ def _digest(folder: Path, name: str) -> str:
     weights = open_clip.factory._find_checkpoint_in_dir(folder)
     if weights is None:
         raise InputError(f"{name!r}: the folder has no weights ({', '.join(WEIGHTS)})", "clip")
+    _tell_preprocessing(folder, name)
     read = {CONFIG, Path(weights).name, *TOKENIZER_FILES}
     return content_digest(sorted(path for path in folder.iterdir() if path.name in read))
+
+
+def _tell_preprocessing(folder: Path, name: str) -> None:
+    """Log what a folder's config does not say of its images. Raises InputError where it is no config."""
+    try:
+        config = read_json(folder / CONFIG)
+        given = {**(config.get("preprocess_cfg") or {})}
+        config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
+    except (OSError, KeyError, TypeError) as error:
+        text = error if isinstance(error, OSError) else f"{CONFIG} has no model_cfg of both towers"
+        raise InputError(f"{name!r}: {text}", "clip") from error
+    values = asdict(PreprocessCfg())
+    lacking = [key for key in ("mean", "std") if key not in given]
+    if lacking:
+        taken = ", ".join(f"{key} {values[key]}" for key in lacking)
+        log.warning("clip %s: its %s does not say all, so there is taken: %s", name, CONFIG, taken)
 
 
 def _copy(uri: str, digest: str | None = None) -> Path:
@@ -189,20 +298,74 @@ def load_clip(source: ClipSource, device: torch.device | str = "cpu") -> LoadedC
 
     Raises InputError if they cannot be loaded.
     """
+    check_clip(source)
     model, pretrained = on_machine(source)
+    go_offline_if_asked(model)
     try:
-        # Unlike create_model_and_transforms, this refuses to go on with random weights.
-        loaded, preprocess = open_clip.create_model_from_pretrained(
-            model,
-            pretrained=pretrained,
-            device=torch.device(device),
-            force_quick_gelu=source.quick_gelu,
-            **preprocessing(source),
-        )
-        _check_size(source.name, model, pretrained, loaded.visual)
+        with tempfile.TemporaryDirectory(prefix="diffitm-") as folder, readable():
+            # Unlike create_model_and_transforms, this refuses to go on with random weights.
+            loaded, preprocess = open_clip.create_model_from_pretrained(
+                model,
+                pretrained=_without_program(pretrained, Path(folder)),
+                device=torch.device(device),
+                force_quick_gelu=source.quick_gelu,
+                **preprocessing(source),
+            )
         return LoadedClip(loaded.eval(), preprocess, open_clip.get_tokenizer(model))
     except _UNREADABLE as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"{source.name!r} cannot be loaded: {text}", "clip") from error
+
+
+def check_clip(source: ClipSource) -> None:
+    """Whether the weights, where they are a file on this machine, are those of the architecture. Costs no
+    memory of the model's size.
+
+    Raises InputError that names the file and what differs.
+    """
+    model, file = _file_of(source)
+    if file is None:
+        return
+    text = "its config" if model.startswith(LOCAL) else model
+    try:
+        if _openai_tag(file) is None:
+            check_weights(model, file, text)
+    except WeightsError as error:
         raise InputError(f"{source.name!r} cannot be loaded: {error}", "clip") from error
+
+
+def _file_of(source: ClipSource) -> tuple[str, Path | None]:
+    """open_clip's name of the model, and its weights where they are a file on this machine."""
+    model, pretrained = on_machine(source)
+    found = pretrained
+    if model.startswith(LOCAL):
+        found = open_clip.factory._find_checkpoint_in_dir(Path(model.removeprefix(LOCAL)))
+    file = Path(found) if found else None
+    return model, file if file is not None and file.is_file() else None
+
+
+def go_offline_if_asked(model: str) -> None:
+    """open_clip asks the Hub for the tokenizers and text towers of others: once, not for minutes."""
+    config = {} if model.startswith(LOCAL) else (open_clip.get_model_config(model) or {})
+    if {"hf_tokenizer_name", "hf_model_name"} & config.get("text_cfg", {}).keys():
+        go_offline_if_away()
+
+
+def _without_program(pretrained: str | None, folder: Path) -> str | None:
+    """What open_clip loads weights from; of OpenAI's own TorchScript file, which is known not to do
+    harm, the tensors alone."""
+    if (
+        pretrained is None
+        or not Path(pretrained).is_file()
+        or _openai_tag(Path(pretrained)) is None
+    ):
+        return pretrained
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch will no longer write such files
+        state = torch.jit.load(pretrained, map_location="cpu").state_dict()
+    kept = {k: v.contiguous() for k, v in state.items() if k not in OPENAI_NOTES}
+    save_file(kept, folder / "weights.safetensors")
+    return str(folder / "weights.safetensors")
 
 
 @functools.cache
@@ -227,33 +390,3 @@ def preprocessing(source: ClipSource) -> dict[str, Any]:
             )
             log.warning(text, source.name, key, source.model)
     return found
-
-
-def _check_size(name: str, model: str, file: str | None, tower: Any) -> None:
-    """open_clip stretches the positions of weights for another image size, and says nothing."""
-    if model.startswith(LOCAL):
-        file = open_clip.factory._find_checkpoint_in_dir(Path(model.removeprefix(LOCAL)))
-    if file is None or not Path(file).is_file():
-        return
-    there, wanted = _positions(str(file)), getattr(tower, POSITIONS, None)
-    if there is None or wanted is None:
-        return
-    wanted = list(wanted.shape)
-    if there != wanted:
-        raise InputError(
-            f"{name!r}: its weights have positions of {there}, its config, for images of "
-            f"{tower.image_size} pixels, has {wanted}: they are for another image size",
-            "clip",
-        )
-
-
-def _positions(file: str) -> list[int] | None:
-    """Shape of the image tower's positions in a weights file, if they are there by this name."""
-    key = f"visual.{POSITIONS}"
-    if file.endswith((".npz", ".npy")):  # big_vision's, for towers of timm
-        return None
-    if file.endswith(".safetensors"):
-        with safe_open(file, "pt") as weights:
-            return weights.get_slice(key).get_shape() if key in set(weights.keys()) else None
-    found = open_clip.factory.load_state_dict(file, weights_only=True).get(key)
-    return None if found is None else list(found.shape)

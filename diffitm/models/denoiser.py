@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -48,6 +49,11 @@ class Denoiser(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] to pixels float32 [B, 3, H, W], cut to [-1, 1]; without gradient."""
+
+    def take_prediction(self, prediction: str) -> None:
+        """Read the network's output as this (one of noise_schedule.PREDICTIONS), whatever its folder
+        says."""
+        self.schedule = replace(self.schedule, prediction=prediction)
 
     def refuses(self, text: str) -> str | None:
         """Why a text cannot be a condition of this model; None if it can, as every text here."""

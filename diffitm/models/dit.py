@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from diffitm.models.denoiser import Condition
@@ -33,7 +33,7 @@ class Dit(LatentDiffusion):
     ) -> None:
         parts = Folder(folder, dtype, torch.device(device), revision, variant)
         self.transformer = parts.model(DiTTransformer2DModel, "transformer")
-        super().__init__(parts, self.transformer, parts.model(AutoencoderKL, "vae"))
+        super().__init__(parts, self.transformer, parts.vae())
         self.table = _take_table(self.transformer)
         self.null = int(self.transformer.config.num_embeds_ada_norm)
         self.classes = _classes(parts.index().get("id2label"), self.null)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +17,9 @@ from diffitm.models.weight_cache import content_digest, on_disk
 
 log = logging.getLogger("diffitm")
 WEIGHTS = (".safetensors", ".bin")  # the first that a part has is read
+WITHOUT_WEIGHTS = ("tokenizer", "scheduler")  # how names of such parts begin
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")  # how names of weights begin
+ANSWERS_WITHIN = 5.0  # seconds
 FOREIGN = (".msgpack", ".h5", ".onnx", ".onnx_data", ".ckpt", ".pt", ".pth", ".gguf", ".xml", ".py")
 
 
@@ -63,6 +68,34 @@ def _lacking(folder: Path, files: Iterable[str]) -> str | None:
     return next((name for name in files if not (folder / name).is_file()), None)
 
 
+def go_offline_if_away() -> None:
+    """Ask the Hub once whether it answers. Where it does not, this process no longer asks it, and takes
+    what the cache has: its client would try each file again for minutes. Said in the log."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that this one starts
+        text = (
+            "%s does not answer: from now on only what the Hub's cache on this machine has is used"
+        )
+        log.warning(text, constants.ENDPOINT)
+
+
+@functools.cache
+def _answers(endpoint: str) -> bool:
+    """Whether there is a server at all, whatever it says."""
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=ANSWERS_WITHIN)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        return False
+    return True
+
+
 def fetch(
     repo: str, commit: str, choose: Callable[[list[str]], Iterable[str]], field: str
 ) -> Weights:
@@ -73,6 +106,7 @@ def fetch(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    go_offline_if_away()
     try:
         files = tuple(sorted(choose(_names(repo, commit))))
         where = patiently(
@@ -111,13 +145,50 @@ def needed(names: Iterable[str], parts: Sequence[str], variant: str | None = Non
 def _weights(names: Sequence[str], variant: str | None, part: str) -> list[str]:
     for ending in WEIGHTS:
         for kind in dict.fromkeys((variant or "", "")):
-            found = [n for n in names if ending in n and _variant(n, ending) == kind]
+            found = [n for n in names if ending in n and variant_of(n) == kind]
             if found:
                 return [f"{part}/{n}".lstrip("/") for n in found]
     return []
 
 
-def _variant(name: str, ending: str) -> str:
+def variant_of(name: str) -> str:
     """'fp16' of model.fp16.safetensors, of its shards and of their index; '' of files without one."""
-    stem = name.replace(".index", "").removesuffix(".json").replace(ending, "")
+    stem = name.replace(".index", "").removesuffix(".json")
+    for ending in WEIGHTS:
+        stem = stem.replace(ending, "")
     return re.sub(r"-\d+-of-\d+", "", stem).partition(".")[2]
+
+
+def variants(names: Iterable[str], part: str) -> set[str]:
+    """The variants that a part has weights of, '' for those without one."""
+    inside = (n.rpartition("/")[2] for n in names if n.rpartition("/")[0] == part)
+    known = [n for n in inside if n.startswith(STEMS) and not n.endswith(FOREIGN)]
+    return {variant_of(n) for n in known if any(ending in n for ending in WEIGHTS)}
+
+
+def choose_variant(names: Iterable[str], part: str, variant: str | None) -> str | None:
+    """The variant to read of a part: the one asked for where the part has it, else None for its plain
+    weights.
+
+    Raises InputError, which names the part, where it has neither.
+    """
+    there = variants(names, part)
+    if variant and variant in there:
+        return variant
+    if "" in there:
+        return None
+    asked = f"of the variant {variant}" if variant else "without a variant"
+    hint = " or ".join(f"--variant {other}" for other in sorted(there))
+    right = f": give {hint}" if hint else f" ({', '.join(WEIGHTS)})"
+    raise InputError(f"its {part} has no weights {asked if there else ''}".rstrip() + right)
+
+
+def check_variant(names: Sequence[str], parts: Sequence[str], variant: str | None) -> None:
+    """Raises InputError where no part of a model has weights of the variant, or a part has none to read."""
+    weighed = [part for part in parts if not part.startswith(WITHOUT_WEIGHTS)]
+    there = set[str]().union(*(variants(names, part) for part in weighed))
+    if variant and there and variant not in there:
+        others = ", ".join(sorted(there - {""})) or "none"
+        raise InputError(f"no part has weights of the variant {variant}; there are: {others}")
+    for part in weighed:
+        choose_variant(names, part, variant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DPMSolver
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.hub_weights import choose_variant
 from diffitm.models.noise_schedule import NoiseSchedule
+from diffitm.models.parts import read_json, read_schedule, read_tokenizer
 
-_OTHER_SCHEDULES = ("EDM", "FlowMatch")  # their configs hold no betas
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,23 @@ class Folder:
 
     def index(self) -> dict[str, Any]:
         """model_index.json."""
+        if self._is_here:
+            return read_json(Path(self.location, INDEX))
         return dict(DiffusionPipeline.load_config(self.location, revision=self.revision))
+
+    @property
+    def _is_here(self) -> bool:
+        return Path(self.location).is_dir()
+
+    def variant_of(self, part: str) -> str | None:
+        """The variant of the weights that are read of a part: some folders have one of some parts only."""
+        if not self._is_here:
+            return self.variant
+        names = [f"{part}/{path.name}" for path in sorted(Path(self.location, part).glob("*"))]
+        try:
+            return choose_variant(names, part, self.variant)
+        except InputError as error:
+            raise OSError(error.message) from error
 
     def model(self, kind: Any, part: str, dtype: torch.dtype | None = None) -> Any:
         """A model of diffusers, in another dtype than the others if one is given."""
@@ -41,9 +61,16 @@ class Folder:
             subfolder=part,
             revision=self.revision,
             torch_dtype=dtype or self.dtype,
-            variant=self.variant,
+            variant=self.variant_of(part),
         )
         return loaded.to(self.device).eval().requires_grad_(False)
+
+    def vae(self, upcast: bool = False) -> AutoencoderKL:
+        """The VAE: in float32 where its config says `force_upcast`, as it would overflow in fp16, else in
+        the dtype of the others; `upcast` is what a config means that does not say it."""
+        config = AutoencoderKL.load_config(self.location, subfolder="vae", revision=self.revision)
+        upcast = bool(config.get("force_upcast", upcast))
+        return self.model(AutoencoderKL, "vae", torch.float32 if upcast else None)
 
     def text_encoder(self, kind: Any, part: str) -> Any:
         """A text model of transformers."""
@@ -52,25 +79,16 @@ class Folder:
             subfolder=part,
             revision=self.revision,
             dtype=self.dtype,
-            variant=self.variant,
+            variant=self.variant_of(part),
             output_loading_info=True,
         )
         if missing := sorted(report["missing_keys"]):  # transformers would make them up
             raise OSError(f"the weights of {part} lack {', '.join(missing[:5])}")
         return loaded.to(self.device).eval().requires_grad_(False)
 
-    def tokenizer(self, part: str) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(self.location, subfolder=part, revision=self.revision)
-
-    def scheduler(self) -> DDPMScheduler:
-        """The training schedule, whatever sampling scheduler the folder names."""
-        config = DDPMScheduler.load_config(
-            self.location, subfolder="scheduler", revision=self.revision
-        )
-        name = str(config.get("_class_name"))
-        if name.startswith(_OTHER_SCHEDULES):
-            raise OSError(f"the scheduler {name} gives no betas, only DDPM's schedule is supported")
-        return DDPMScheduler.from_config(config)
+    def tokenizer(self, part: str, encoder: Any) -> CLIPTokenizer:
+        """The tokenizer of a text encoder, which it has to fit."""
+        return read_tokenizer(self.location, part, self.revision, encoder.config.to_dict())
 
 
 def check_width(unet: Any, width: int) -> None:
@@ -80,19 +98,41 @@ def check_width(unet: Any, width: int) -> None:
         raise OSError(f"its texts are {width} wide, its U-Net takes {found}: parts of two models")
 
 
+def check_network(config: Any, latent_channels: int) -> None:
+    """Raises OSError if the network does not take the VAE's latents alone, or does not say their size."""
+    if not isinstance(config.sample_size, int):
+        raise OSError(
+            f"the config.json of its network gives sample_size {config.sample_size!r}, not the side of its "
+            "latents (64 for images of 512 pixels, 128 for 1024)"
+        )
+    if config.in_channels != latent_channels:
+        raise OSError(
+            f"its network takes {config.in_channels} channels, its VAE gives {latent_channels}: parts of two "
+            "models, or one that also takes a mask or an image (inpainting), which scores no texts"
+        )
+
+
 class LatentDiffusion(Denoiser):
     """A network (`network`) on the latents of a VAE; the prediction is what the scheduler's config
     says."""
 
     def __init__(self, folder: Folder, network: Any, vae: AutoencoderKL) -> None:
         self.device, self.dtype = folder.device, folder.dtype
-        self.network, self.vae, self.scheduler = network, vae, folder.scheduler()
+        self.network, self.vae = network, vae
+        self.scheduler = read_schedule(folder.location, folder.revision)
+        check_network(network.config, vae.config.latent_channels)
         self.schedule = NoiseSchedule.from_alphas_cumprod(
             self.scheduler.alphas_cumprod, self.scheduler.config.prediction_type
         )
         side = int(network.config.sample_size)
         self.latent_shape = (int(network.config.in_channels), side, side)
         self.resolution = side * 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def take_prediction(self, prediction: str) -> None:
+        """See Denoiser."""
+        super().take_prediction(prediction)
+        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+        self.scheduler = DDPMScheduler(**config | {"prediction_type": prediction})
 
     @torch.inference_mode()
     def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,18 +175,23 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 def sample(
     pipeline: Any,
+    denoiser: LatentDiffusion,
     prompt: str,
     seeds: Sequence[int],
     steps: int,
     guidance: float,
-    output_type: str = "pil",
 ) -> Any:
-    """What a pipeline of diffusers makes of the prompt, once a seed; see Denoiser.generate."""
+    """What a pipeline of diffusers makes of the prompt, once a seed; see Denoiser.generate.
+
+    The pipeline itself would give a float32 VAE latents of the U-Net's dtype.
+    """
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
+    latents = pipeline(
         [prompt] * len(seeds),
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type=output_type,
+        output_type="latent",
     ).images
+    pixels = torch.cat([denoiser.decode(one[None]) for one in latents])
+    return pipeline.image_processor.postprocess(pixels)

@@ -5,31 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from diffitm.core import registry, storage
 from diffitm.core.errors import InputError, suggest
 from diffitm.models.denoiser import Denoiser
-from diffitm.models.hub_weights import Weights, fetch, needed
-from diffitm.models.lora import (
-    digest_of,
-    lora_file,
-    lora_unet,
-    match_lora,
-    merge_lora,
-    read_lora,
-    unpinned,
+from diffitm.models.hub_weights import (
+    Weights,
+    check_variant,
+    fetch,
+    go_offline_if_away,
+    needed,
 )
+from diffitm.models.lora import digest_of, lora_file, merge_file
 from diffitm.models.weight_cache import on_disk
+from diffitm.models.weight_files import POINTER, WeightsError, check_whole
 
 SHAPES = Path(__file__).resolve().parents[1] / "shapes" / "weights"
 INDEX = "model_index.json"
+SINGLE = (".safetensors", ".ckpt")  # how models in one file end
+CONVERT = (
+    "Once: StableDiffusionPipeline.from_single_file({file!r}).save_pretrained('FOLDER') with diffusers "
+    "(StableDiffusionXLPipeline of an SDXL), and give the FOLDER"
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,6 +84,8 @@ class ModelSource:
     digest: str
     field: str = "model"
     weights: Weights | None = None  # of the Hub, once they are fetched
+    prediction: str | None = None  # what the network predicts, where its folder says something else
+    upcast: bool = False  # its VAE stays in float32, though not all of its family's do
 
     def fetched(self, variant: str | None = None) -> ModelSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
@@ -88,6 +94,10 @@ class ModelSource:
         parts = FAMILIES[self.family].parts
 
         def choose(names: list[str]) -> list[str]:
+            try:
+                check_variant(names, parts, variant)
+            except InputError as error:
+                raise InputError(f"{self.name!r}: {error.message}", self.field) from error
             return [INDEX, *needed(names, parts, variant)]
 
         return replace(self, weights=fetch(self.name, self.revision, choose, self.field))
@@ -104,11 +114,10 @@ def resolve(name: str, field: str = "model") -> ModelSource:
     if "://" in given:
         folder = _copy(given, field)
     if folder.is_dir():
+        folder = snapshot_of(folder, name, field)
         index = folder / INDEX
         if not index.is_file():
-            raise InputError(
-                f"{name!r}: the folder has no model_index.json (diffusers layout)", field
-            )
+            raise InputError(f"{name!r}: {_no_index(folder)}", field)
         settings = _read_index(index, name, field)
         family = family_of(settings, name, field)
         missing = [part for part in family.parts if not (folder / part).is_dir()]
@@ -117,6 +126,8 @@ def resolve(name: str, field: str = "model") -> ModelSource:
         location = given if name == "shapes" or "://" in given else str(folder.absolute())
         digest = _digest(folder, family, settings)
         return ModelSource(name, location, None, str(settings["_class_name"]), digest, field)
+    if folder.is_file():
+        raise InputError(f"{name!r}: {_of_one_file(folder)}", field)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
         raise InputError(
             f"{name!r} is neither a folder nor a Hub id such as 'org/name', nor 'shapes'", field
@@ -147,45 +158,74 @@ def load_denoiser(
         torch.backends.cudnn.allow_tf32 = False
     folder, revision = on_machine(source)
     try:
-        denoiser = build(folder, DTYPES[dtype], device, revision, variant)
+        if revision is None:
+            check_variant(files_of(Path(folder)), FAMILIES[source.family].parts, variant)
+        denoiser: Denoiser = build(folder, DTYPES[dtype], device, revision, variant)
+    except InputError as error:
+        raise InputError(
+            f"{source.name!r} cannot be loaded: {error.message}", source.field
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{source.name!r} cannot be loaded: {error}", source.field) from error
+        text = " ".join(str(error).split())
+        raise InputError(f"{source.name!r} cannot be loaded: {text}", source.field) from error
+    if source.prediction is not None:
+        denoiser.take_prediction(source.prediction)
     if lora is not None:
-        unet = lora_unet(denoiser)
-        tensors, scale = read_lora(lora)
-        merge_lora(unet, tensors, scale)
+        merge_file(denoiser, lora)
     return denoiser
 
 
-def check_loadable(source: ModelSource, loras: Sequence[str]) -> None:
-    """What can be told of a model without its weights in memory: whether their files are whole, and
-    whether LoRA files fit its U-Net.
+def files_of(folder: Path) -> list[str]:
+    """The files of a local model and its parts, from its folder on."""
+    found = [*folder.glob("*"), *folder.glob("*/*")]
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
 
-    Raises InputError that names the file.
+
+def snapshot_of(folder: Path, name: str, field: str) -> Path:
+    """The newest files in a folder of the Hub's cache (models--org--name); another folder as it is.
+
+    Raises InputError where the cache has no whole commit.
     """
-    folder = Path(on_machine(source)[0])
-    for part in FAMILIES[source.family].parts:
-        for file in sorted((folder / part).glob("*.safetensors")):
-            try:
-                with safe_open(file, "pt"):
-                    continue
-            except (OSError, SafetensorError) as error:
-                text = f"{source.name!r}: {file} is no whole safetensors file: {error}"
-                raise InputError(text, source.field) from error
-    if loras and (folder / "unet").is_dir():
-        from diffusers import UNet2DConditionModel
+    commits = folder / "snapshots"
+    if (folder / INDEX).exists() or not commits.is_dir():
+        return folder
+    main = folder / "refs" / "main"
+    there = sorted(path.name for path in commits.iterdir() if path.is_dir())
+    if main.is_file() and main.read_text().strip() in there:
+        return commits / main.read_text().strip()
+    if len(there) == 1:
+        return commits / there[0]
+    raise InputError(
+        f"{name!r}: is a folder of the Hub's cache with {len(there)} commits, none of which is its main: "
+        f"give {commits}/COMMIT",
+        field,
+    )
 
-        try:
-            config = UNet2DConditionModel.load_config(str(folder), subfolder="unet")
-            with torch.device("meta"):
-                unet = UNet2DConditionModel.from_config(config)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{source.name!r}: its U-Net: {error}", source.field) from error
-        for lora in loras:
-            try:
-                match_lora(unet, read_lora(lora)[0])
-            except InputError as error:
-                raise InputError(f"{unpinned(lora)}: {error.message}", "lora") from error
+
+def _no_index(folder: Path) -> str:
+    """What to say of a folder that is no model of diffusers."""
+    below = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
+    single = sorted(path.name for path in folder.iterdir() if path.suffix in SINGLE)
+    text = "the folder has no model_index.json (diffusers layout)"
+    if below:
+        return f"{text}; its {below[0]} has one"
+    if (folder / "open_clip_config.json").is_file():
+        return f"{text}, but a CLIP's open_clip_config.json"
+    if single:
+        return f"{text}, but {single[0]}: {CONVERT.format(file=single[0])}"
+    return text
+
+
+def _of_one_file(file: Path) -> str:
+    """What to say of a model in one file."""
+    try:
+        check_whole(file)
+    except WeightsError as error:
+        return str(error)
+    if file.suffix not in SINGLE:
+        return "is a file, not a diffusers folder"
+    how = CONVERT.format(file=file.name)
+    return f"is a model in one file, which does not say all that scoring needs. {how}"
 
 
 def on_machine(source: ModelSource) -> tuple[str, str | None]:
@@ -221,7 +261,10 @@ def lora_digest(path: str) -> str:
 
 
 def _read_index(index: Path, name: str, field: str) -> dict[str, Any]:
-    return _index_of(index.read_text(), name, field)
+    try:
+        return _index_of(index.read_text(encoding="utf-8-sig"), name, field)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name!r}: {INDEX} is not in UTF-8: {error}", field) from error
 
 
 def _index_of(text: str, name: str, field: str) -> dict[str, Any]:
@@ -229,7 +272,11 @@ def _index_of(text: str, name: str, field: str) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(text)
         settings["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{name!r}: model_index.json names no _class_name", field) from error
+        pointer = ", it is a pointer of Git LFS" if text.startswith(POINTER.decode()) else ""
+        broken = ": it is no whole JSON" if isinstance(error, ValueError) and not pointer else ""
+        raise InputError(
+            f"{name!r}: model_index.json names no _class_name{pointer}{broken}", field
+        ) from error
     return settings
 
 
@@ -259,6 +306,7 @@ def from_hub(name: str, file: str, field: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    go_offline_if_away()
     try:
         return Path(hf_hub_download(name, file))
     except GatedRepoError as error:

@@ -1,38 +1,27 @@
-"""LoRA weights of a U-Net, in the four layouts that are about, merged into its weights."""
+"""LoRA weights of a U-Net and its text encoders, merged into their weights."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.lora_formats import PARTS, find_module, from_kohya, place_of, refuse_others
 from diffitm.models.weight_cache import on_disk
+from diffitm.models.weight_files import WeightsError, few, read_weights, tensors_of
 
-# diffusers ('unet.<module>.lora_A.weight' or '.lora.down.weight') and PEFT ('base_model.model.<module>...').
-_PLAIN = re.compile(
-    r"(?:unet\.|base_model\.model\.)?(?P<module>.+?)\."
-    r"(?P<side>lora_A|lora_B|lora\.down|lora\.up)(?:\.[\w-]+)?\.weight"
-)
-# The older attention-processor file: '<block>.attn1.processor.to_q_lora.down.weight'.
-_PROCESSOR = re.compile(
-    r"(?:unet\.)?(?P<block>.+)\.processor\.(?P<name>to_q|to_k|to_v|to_out)_lora\."
-    r"(?P<side>down|up)\.weight"
-)
-_ALPHA = re.compile(r"(?:unet\.|base_model\.model\.)?(?P<module>.+)\.alpha")
+Key = tuple[str, str]  # a part and a module of it
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-_DOWN = ("lora_A", "lora.down", "down")
 _FILES = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
@@ -108,32 +97,47 @@ def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
     file = lora_file(path)
     try:
         tensors, settings = _read(file)
-    except (OSError, EOFError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f": {file} cannot be read: {error}", "lora") from error
+    try:
+        refuse_others(tensors)
+    except InputError as error:
+        raise InputError(f": {file} {error.message}", "lora") from error
     return tensors, _stated_scale(settings, file)
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     beside = file.parent / _CONFIG
     settings = json.loads(beside.read_text()) if beside.is_file() else {}
+    found = read_weights(file)
+    if isinstance(found, list) and all(isinstance(value, Tensor) for value in found):
+        raise WeightsError(
+            f"it is a cloneofsimo file, a list of {len(found)} tensors without names"
+        )
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        settings = settings or {k.removeprefix("unet."): v for k, v in metadata.items()}
-    else:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    return tensors, settings
+        settings = settings or metadata
+    return tensors_of(found, file) if found else {}, settings
 
 
 def _stated_scale(settings: dict[str, object], file: Path) -> float | None:
-    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
-        if settings.get(key):
-            raise InputError(f"{file}: {key} = {settings[key]!r} is not supported, only plain LoRA")
-    if "lora_alpha" not in settings or "r" not in settings:
-        return None
-    rank = float(str(settings["r"]))
-    return float(str(settings["lora_alpha"])) / (rank**0.5 if settings.get("use_rslora") else rank)
+    """What an adapter_config.json states, or the metadata, there for each part."""
+    scales = set[float]()
+    for start in ("", *(f"{part}." for part in PARTS)):
+        own = {k.removeprefix(start): v for k, v in settings.items() if k.startswith(start)}
+        for key in ("use_dora", "rank_pattern", "alpha_pattern"):
+            if own.get(key):
+                raise InputError(f"{file}: {key} = {own[key]!r} is not supported, only plain LoRA")
+        if "lora_alpha" in own and "r" in own:
+            rank = float(str(own["r"]))
+            scales.add(
+                float(str(own["lora_alpha"])) / (rank**0.5 if own.get("use_rslora") else rank)
+            )
+    if len(scales) > 1:
+        text = " and ".join(f"{scale:g}" for scale in sorted(scales))
+        raise InputError(f"{file}: its metadata states other scales for other parts, {text}")
+    return scales.pop() if scales else None
 
 
 def lora_unet(denoiser: Denoiser) -> nn.Module:
@@ -151,18 +155,47 @@ def lora_unet(denoiser: Denoiser) -> nn.Module:
     return unet
 
 
-def merge_lora(unet: nn.Module, tensors: Mapping[str, Tensor], scale: float | None = None) -> int:
-    """Add scale * up @ down to each weight; how many tensors were used, which is all of them.
+def merge_file(denoiser: Denoiser, path: str) -> None:
+    """Merge a LoRA file into a model. Raises InputError that names the file."""
+    unet = lora_unet(denoiser)
+    tensors, scale = read_lora(path)
+    with naming(path):
+        merge_lora(unet, tensors, scale, text_encoders(denoiser))
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """The block's InputErrors begin with the LoRA's file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f": {unpinned(path)}: {error.message}", "lora") from error
+
+
+def text_encoders(denoiser: Denoiser) -> list[nn.Module]:
+    """The text encoders, which a LoRA may change too."""
+    found = getattr(denoiser, "text_encoders", None) or [getattr(denoiser, "text_encoder", None)]
+    return [encoder for encoder in found if encoder is not None]
+
+
+def merge_lora(
+    unet: nn.Module,
+    tensors: Mapping[str, Tensor],
+    scale: float | None = None,
+    encoders: Sequence[nn.Module] = (),
+) -> int:
+    """Add scale * up @ down to each weight of the U-Net and its text encoders; how many tensors were used,
+    which is all of them.
 
     `scale` None means alpha / r where the file holds alpha, else 1 (the old files carry no alpha).
-    Raises InputError that lists the keys which do not fit the U-Net; nothing is changed then.
+    Raises InputError that lists the keys which do not fit; nothing is changed then.
     """
-    pairs, alphas = match_lora(unet, tensors)
-    modules = dict(unet.named_modules())
-    for name, pair in pairs.items():
-        weight = modules[name].weight
+    pairs, alphas = match_lora(unet, tensors, encoders)
+    parts = dict(zip(PARTS, [unet, *encoders], strict=False))
+    for (part, name), pair in pairs.items():
+        weight = _weight(parts, part, name)
         rank = len(pair["down"])
-        factor = scale if scale is not None else alphas.get(name, rank) / rank
+        factor = scale if scale is not None else alphas.get((part, name), rank) / rank
         delta = pair["up"].float().flatten(1) @ pair["down"].float().flatten(1)
         merged = weight.float() + factor * delta.to(weight.device).view(weight.shape)
         with torch.no_grad():
@@ -171,79 +204,49 @@ def merge_lora(unet: nn.Module, tensors: Mapping[str, Tensor], scale: float | No
 
 
 def match_lora(
-    unet: nn.Module, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """The tensors 'down' and 'up' of each module of the U-Net that has some, and the alphas by module.
+    unet: nn.Module, tensors: Mapping[str, Tensor], encoders: Sequence[nn.Module] = ()
+) -> tuple[dict[Key, dict[str, Tensor]], dict[Key, float]]:
+    """The tensors 'down' and 'up' of each part's module that has some, and the alphas.
 
     Raises InputError that lists the keys which do not fit.
     """
-    tensors = _from_kohya(unet, tensors)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
+    refuse_others(tensors)
+    tensors = from_kohya(unet, tensors)
+    parts = dict(zip(PARTS, [unet, *encoders], strict=False))
+    pairs: dict[Key, dict[str, Tensor]] = {}
+    alphas: dict[Key, float] = {}
     strange = []
     for key, tensor in tensors.items():
-        if match := _PROCESSOR.fullmatch(key):
-            module = _of_processor(match)
-        elif (match := _PLAIN.fullmatch(key)) or (match := _ALPHA.fullmatch(key)):
-            module = match["module"]
-        else:
+        place = place_of(key)
+        if place is None:
             strange.append(key)
-            continue
-        if "side" not in match.groupdict():
-            alphas[module] = float(tensor)
-            continue
-        side = "down" if match["side"] in _DOWN else "up"
-        pairs.setdefault(module, {})[side] = tensor
-    modules = dict(unet.named_modules())
-    strange += [name for name, pair in pairs.items() if not _fits(modules.get(name), pair)]
-    strange += [f"{name}.alpha" for name in alphas if name not in pairs]
+        elif place.side == "alpha":
+            alphas[place.part, place.module] = float(tensor)
+        else:
+            pairs.setdefault((place.part, place.module), {})[place.side] = tensor
+    strange += [_key(k) for k, pair in pairs.items() if not _fits(parts, *k, pair)]
+    strange += [f"{_key(k)}.alpha" for k in alphas if k not in pairs]
     if strange or not pairs:
-        shown = ", ".join(strange[:5]) or "no LoRA tensor at all"
+        shown = few(strange, 5) or "no LoRA tensor at all"
         raise InputError(
-            f"the LoRA weights do not fit this U-Net: {len(strange)} of {len(tensors)} keys, "
-            f"such as {shown}"
+            f"the LoRA weights do not fit this U-Net or its text encoders: {len(strange)} of "
+            f"{len(tensors)} keys, such as {shown}"
         )
     return pairs, alphas
 
 
-def _from_kohya(unet: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Kohya's names (lora_unet_down_blocks_0_.. or lora_unet_input_blocks_4_..) as diffusers has them.
-
-    Raises InputError for a part of the text encoder, which scoring does not merge, and for names that
-    diffusers does not know.
-    """
-    if not all(key.startswith("lora_") for key in tensors):
-        return tensors
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
-
-    texts = [key for key in tensors if not key.startswith("lora_unet_")]
-    if texts:
-        raise InputError(
-            f"{len(texts)} of {len(tensors)} keys, such as {texts[0]}, are of the text encoder, which "
-            "stays as it is here: give a LoRA of the U-Net alone"
-        )
-    config: Any = unet.config
-    try:
-        renamed, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            dict(tensors), unet_config=config
-        )
-    except (ValueError, KeyError, IndexError) as error:
-        raise InputError(
-            f"the LoRA's keys, as kohya has them, are strange: {' '.join(str(error).split())}"
-        ) from error
-    for key, alpha in (alphas or {}).items():
-        match = _PROCESSOR.fullmatch(key.removesuffix(".alpha"))
-        renamed[f"{_of_processor(match)}.alpha" if match else key] = torch.tensor(alpha)
-    return renamed
+def _key(key: Key) -> str:
+    part, name = key
+    return name if part == "unet" else f"{part}.{name}"
 
 
-def _of_processor(match: re.Match[str]) -> str:
-    """The module that a key of an attention processor's file is of."""
-    name = match["name"] + (".0" if match["name"] == "to_out" else "")
-    return f"{match['block']}.{name}"
+def _weight(parts: Mapping[str, nn.Module], part: str, name: str) -> Tensor:
+    weight: Tensor = find_module(parts[part], name).weight  # type: ignore[union-attr, assignment]
+    return weight
 
 
-def _fits(module: nn.Module | None, pair: dict[str, Tensor]) -> bool:
+def _fits(parts: Mapping[str, nn.Module], part: str, name: str, pair: Mapping[str, Tensor]) -> bool:
+    module = find_module(parts[part], name) if part in parts else None
     if not isinstance(module, nn.Linear | nn.Conv2d) or set(pair) != {"down", "up"}:
         return False
     down, up = pair["down"].flatten(1), pair["up"].flatten(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -28,9 +28,10 @@ class StableDiffusionXL(LatentDiffusion):
     2023).
 
     The condition is {"hidden": [B, L, D], "pooled": [B, P]}: the encoders' penultimate hidden states
-    side by side, and the second's projected embedding. The VAE stays in float32 where its config
-    says `force_upcast`, because it overflows in fp16. Parameters as of StableDiffusion. Raises
-    OSError if a part cannot be read or the model, like the refiner, comes without one.
+    side by side, and the second's projected embedding. The VAE is in float32 unless its config says that
+    it need not be (`force_upcast`), because the published one overflows in fp16. Parameters as of
+    StableDiffusion. Raises OSError if a part cannot be read or the model, like the refiner, comes without
+    one.
     """
 
     def __init__(
@@ -46,15 +47,17 @@ class StableDiffusionXL(LatentDiffusion):
         if absent := [part for part in _TEXT_PARTS if not (index.get(part) or [None])[0]]:
             raise OSError(f"model_index.json names no {', '.join(absent)} (a refiner has not all)")
         self.zeros = bool(index.get("force_zeros_for_empty_prompt", True))
-        self.tokenizers = [parts.tokenizer("tokenizer"), parts.tokenizer("tokenizer_2")]
         self.text_encoders = [
             parts.text_encoder(CLIPTextModel, "text_encoder"),
             parts.text_encoder(CLIPTextModelWithProjection, "text_encoder_2"),
         ]
+        self.tokenizers = [
+            parts.tokenizer(name, encoder)
+            for name, encoder in zip(("tokenizer", "tokenizer_2"), self.text_encoders, strict=True)
+        ]
         self.unet = parts.model(UNet2DConditionModel, "unet")
         check_width(self.unet, sum(e.config.hidden_size for e in self.text_encoders))
-        vae = parts.model(AutoencoderKL, "vae", torch.float32)
-        super().__init__(parts, self.unet, vae if vae.config.force_upcast else vae.to(dtype))
+        super().__init__(parts, self.unet, parts.vae(upcast=True))
         side = float(self.resolution)
         # Original size, crop's corner and target size.
         self.time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
@@ -102,7 +105,4 @@ class StableDiffusionXL(LatentDiffusion):
             force_zeros_for_empty_prompt=self.zeros,
             add_watermarker=False,
         )
-        # The pipeline itself would give the float32 VAE latents of the U-Net's dtype.
-        latents = sample(pipeline, prompt, seeds, steps, guidance, "latent")
-        pixels = torch.cat([self.decode(one[None]) for one in latents])
-        return pipeline.image_processor.postprocess(pixels)
+        return sample(pipeline, self, prompt, seeds, steps, guidance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -37,11 +37,11 @@ class StableDiffusion(LatentDiffusion):
         variant: str | None = None,
     ) -> None:
         parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.tokenizer = parts.tokenizer("tokenizer")
         self.text_encoder = parts.text_encoder(CLIPTextModel, "text_encoder")
+        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder)
         self.unet = parts.model(UNet2DConditionModel, "unet")
         check_width(self.unet, self.text_encoder.config.hidden_size)
-        super().__init__(parts, self.unet, parts.model(AutoencoderKL, "vae"))
+        super().__init__(parts, self.unet, parts.vae())
 
     def cuts(self, text: str) -> bool:
         """See Denoiser."""
@@ -73,4 +73,4 @@ class StableDiffusion(LatentDiffusion):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        return sample(pipeline, prompt, seeds, steps, guidance)
+        return sample(pipeline, self, prompt, seeds, steps, guidance)

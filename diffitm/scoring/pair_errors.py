@@ -45,10 +45,11 @@ def pair_errors(
 
     latents [I, C, h, w], a condition of T texts, pairs int64 [P, 2] of (image, text) rows. A `batch`,
     of 64 by default, is filled over pairs and timesteps alike; each pair costs len(plan) forwards of
-    the model, whose time the batch adds up.
+    the model, whose time the batch adds up. No pairs give no errors, [0, N].
 
-    Raises ValueError if the plan's noise has another shape than a latent, or one of its timesteps
-    is not a training timestep of the model; InputError if not one forward fits a GPU's memory.
+    Raises ValueError if the plan's noise has another shape than a latent, one of its timesteps is not a
+    training timestep of the model, or a pair names a row that is not there, such as a negative one;
+    InputError if not one forward fits a GPU's memory.
     """
     if plan.noise.shape[1:] != latents.shape[1:]:
         wrong, right = tuple(plan.noise.shape[1:]), tuple(latents.shape[1:])
@@ -56,7 +57,12 @@ def pair_errors(
     if int(plan.timesteps.max()) >= denoiser.schedule.timesteps:
         last = denoiser.schedule.timesteps - 1
         raise ValueError(f"timestep {int(plan.timesteps.max())} is beyond the model's last, {last}")
+    _check_rows(pairs, len(latents), len(next(iter(condition.values()))))
     device, count, used = denoiser.device, len(plan), batch or Batch(64)
+    elements = latents.shape[1:].numel()
+    if len(pairs) == 0:
+        nothing = torch.zeros(0, count)
+        return PairErrors(nothing, nothing, nothing, elements)
     latents, noise = latents.to(device), plan.noise.to(device)
     steps, pairs = plan.timesteps.to(device), pairs.to(device)
 
@@ -72,7 +78,24 @@ def pair_errors(
 
     found = torch.cat(list(used.run(len(pairs) * count, forward)), 1)
     l2, l1, huber = found.view(3, len(pairs), count)
-    return PairErrors(l2, l1, huber, latents[0].numel())
+    return PairErrors(l2, l1, huber, elements)
+
+
+def _check_rows(pairs: Tensor, images: int, texts: int) -> None:
+    """Raises ValueError for a pair of a row that is not there: torch would count negative ones from the
+    end."""
+    if len(pairs) == 0:
+        return
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must be [P, 2] of (image, text) rows, not {tuple(pairs.shape)}")
+    for name, column, count in (("image", pairs[:, 0], images), ("text", pairs[:, 1], texts)):
+        wrong = ((column < 0) | (column >= count)).nonzero().flatten()
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                f"pairs[{at}] = {tuple(pairs[at].tolist())}: there is no {name} {int(column[at])}, "
+                f"rows are 0 to {count - 1}"
+            )
 
 
 def _kinds(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

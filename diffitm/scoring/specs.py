@@ -66,7 +66,7 @@ class DiffusionSpec:
 
     def store_config(self) -> dict[str, Any]:
         """Everything that a score depends on."""
-        return {
+        config = {
             "kind": "diffusion",
             "version": SCORE_VERSION,
             "weights": self.source.digest,
@@ -80,9 +80,17 @@ class DiffusionSpec:
             "latent_seed": self.latent_seed,
             "root": without_query(self.known_as or self.root),
         }
+        if self.source.prediction is not None:
+            config["prediction_type"] = self.source.prediction
+        if self.source.upcast and self.dtype != "fp32":
+            config["vae"] = "fp32"
+        return config
 
     def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""
+        if not self.timesteps or min(self.timesteps) < 0:
+            text = f": {list(self.timesteps)}: give at least one timestep, none of them below 0"
+            raise InputError(text, "timesteps")
         denoiser = load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
         if max(self.timesteps) >= denoiser.schedule.timesteps:
             last = denoiser.schedule.timesteps - 1
@@ -113,12 +121,17 @@ class ClipSpec:
         from diffitm.models.clip import preprocessing
 
         own = preprocessing(self.source)
-        return {
+        config: dict[str, Any] = {
             "kind": "clip",
             "version": SCORE_VERSION,
             "weights": self.source.digest,
             "root": without_query(self.known_as or self.root),
-        } | ({"preprocessing": own} if own else {})
+        }
+        if own:
+            config["preprocessing"] = own
+        if self.source.quick_gelu and not self.source.is_tagged:  # a tag says it by itself
+            config["quick_gelu"] = True
+        return config
 
     def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""

@@ -16,6 +16,7 @@ class Done:
     pairs: int = 0
     forwards: int = 0  # of the model
     failures: int = 0  # pairs
+    not_finite: int = 0  # pairs whose score is NaN or infinite
     busy: float = 0.0  # scoring
     actors: int = 0
     rate: float = 0.0  # measured forwards a second, of all actors together

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -54,6 +56,20 @@ def an_actor(
     monkeypatch.setattr(score, "gpu_memory", lambda device: 99 if device == "cuda" else 0)
     spec: Any = SimpleNamespace(build=lambda device: Scorer(clock, batches))
     return ScoringActor(spec, "m", "cuda", Handle(counter)), counter, clock
+
+
+@pytest.mark.parametrize(
+    ("line", "finite"),
+    [
+        ({"l2": np.array([1.0, 2.0]), "similarity": None}, True),
+        ({"l2": np.array([1.0, np.nan]), "similarity": None}, False),
+        ({"l2": None, "similarity": math.inf}, False),
+        ({"l2": None, "similarity": 0.5}, True),
+        ({"l2": None, "similarity": None}, True),  # failed, which is counted by itself
+    ],
+)
+def test_scores_that_are_no_numbers(line: dict[str, Any], finite: bool) -> None:
+    assert score.is_finite(line) == finite
 
 
 def test_what_an_actor_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,3 +243,22 @@ def test_an_image_in_any_folder_will_do(tmp_path: Path) -> None:
     assert evaluate.present(str(root), uri) == str(root / "d" / "a.png")
     (root / "c.png").touch()
     assert evaluate.present(str(root), uri) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [("fp16", " in fp16: try --dtype bf16 or fp32"), ("bf16", " in bf16: try --dtype fp32"), ("fp32", "")],
+)  # fmt: skip
+def test_no_score_is_finite(tmp_path: Path, dtype: str, hint: str) -> None:
+    """Is no accuracy of 0: there is no figure, the examples are failures, and another dtype is suggested.
+    Beside one score that is finite, they are lost, as before."""
+    examples = {"clevr": written(tmp_path, "clevr", texts(0), texts(1))}
+    nan = float("nan")
+    lines = [score_row(f"i{i}", text, [nan, nan]) for i in range(2) for text in ("x", "y", "")]
+    store = stored(tmp_path / "none", lines, dtype=dtype)
+    found = evaluate.evaluate(examples, [store])
+    assert {row.value for row in found.rows} == {None} and {row.n for row in found.rows} == {0}
+    assert [line["failure"] for line in found.failures] == [f"a score is not finite{hint}"] * 2
+    lines[3:] = [score_row("i1", text, [1.0, 2.0]) for text in ("x", "y", "")]
+    found = evaluate.evaluate(examples, [stored(tmp_path / "one", lines, dtype=dtype)])
+    assert {row.n for row in found.rows} == {2} and None not in {row.value for row in found.rows}

@@ -197,7 +197,8 @@ def test_each_text_is_asked_once(folder: Path, root: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision(folder: Path, dit: Dit, dtype: str) -> None:
     model: Any = load_denoiser(resolve(str(folder)), dtype)
-    assert model.transformer.dtype == model.vae.dtype == DTYPES[dtype]
+    assert model.transformer.dtype == DTYPES[dtype]
+    assert model.vae.dtype == torch.float32  # its config says force_upcast
     assert model.encode_images(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
     z, at = noised(len(NAMED))
     with torch.no_grad():

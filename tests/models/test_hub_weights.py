@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -220,3 +223,50 @@ def test_a_language_model(served: Hub, tmp_path: Path, monkeypatch: pytest.Monke
     here = resolve_language_model(str(served.folder))
     assert there == LanguageModel(here, "fp32", "cpu", max_new_tokens=5).answer(["a cat"])
     assert not served.asked
+
+
+@pytest.fixture(params=["refuses", "is silent"])
+def gone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a Hub that a machine without network does not reach: at once, or in no time."""
+    monkeypatch.setattr(hub_weights, "ANSWERS_WITHIN", 0.3)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        if request.param == "is silent":
+            listening.listen()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_no_network(
+    served: Hub,
+    gone: str,
+    sd_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A model in the cache is taken from there after one try, which is said; of another there is an error,
+    as soon. The Hub's own client would try for minutes."""
+    shutil.copytree(sd_folder, served.folder, dirs_exist_ok=True)
+    source = resolve(REPO).fetched()
+    monkeypatch.setattr(constants, "ENDPOINT", gone)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", gone + TEMPLATE)
+    start = time.monotonic()
+    assert resolve(REPO).fetched() == source
+    assert caplog.text.count("does not answer: from now on only what the Hub's cache") == 1
+    with pytest.raises(InputError, match="'org/other': no such folder, and the Hub gave none"):
+        resolve("org/other")
+    assert time.monotonic() - start < 5
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # of the processes that are started from here
+
+
+def test_a_variant_that_only_some_have(served: Hub, sd_folder: Path, tmp_path: Path) -> None:
+    """What a repository has is said before anything is fetched."""
+    shutil.copytree(sd_folder, served.folder, dirs_exist_ok=True)
+    file = served.folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    source = resolve(REPO)
+    with pytest.raises(
+        InputError, match=r"'org/tiny': its unet has no weights .*give --variant fp16"
+    ):
+        source.fetched()
+    assert not [line for line in served.asked if line.startswith("GET") and "safetensors" in line]
+    load_denoiser(source.fetched("fp16"), variant="fp16")

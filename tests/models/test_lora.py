@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffitm.core.errors import InputError
 from diffitm.models.loading import load_denoiser, lora_digest, resolve
-from diffitm.models.lora import lora_file, merge_lora, read_lora
+from diffitm.models.lora import lora_file, merge_lora, read_lora, text_encoders
+from diffitm.models.model_check import check_loadable
 from tests import tiny
 
 RANK = 2
@@ -189,8 +192,8 @@ def test_kohya_file_of_every_module() -> None:
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "are of the text encoder"),
-        ("lora_unet_conv_in.hada_w1_a", "strange: .*hada_w1_a"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "do not fit|strange"),
+        ("lora_unet_conv_in.hada_w1_a", "is a LoHa .* file .*hada_w1_a"),
         ("lora_unet_no_such_module.lora_down.weight", "do not fit this U-Net|strange"),
     ],
 )
@@ -201,6 +204,121 @@ def test_what_of_kohya_is_refused(key: str, text: str) -> None:
     with pytest.raises(InputError, match=text):
         merge_lora(unet, tensors)
     assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+
+
+def kohya(model: torch.nn.Module, start: str, names: Sequence[str], seed: int) -> Tensors:
+    """A kohya file's tensors for the layers of a model whose names end so, alphas that are not the rank."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for module, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and module.endswith(tuple(names)):
+            module = (
+                module if "text_model" in module or "te" not in start else f"text_model.{module}"
+            )
+            flat = f"{start}_{module.replace('.', '_')}"
+            down = torch.randn(RANK, layer.in_features, generator=generator)
+            up = torch.randn(layer.out_features, RANK, generator=generator)
+            tensors[f"{flat}.lora_down.weight"], tensors[f"{flat}.lora_up.weight"] = down, up
+            tensors[f"{flat}.alpha"] = torch.tensor(1.0)
+    return tensors
+
+
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_text_encoders(kind: str, layout: str, tmp_path: Path) -> None:
+    """Their parts of a file are merged too, as diffusers' pipeline fuses them."""
+    folder = (tiny.write_sd if kind == "sd" else tiny.write_sdxl)(tmp_path / kind)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    encoders = {"text_encoder": "lora_te" if kind == "sd" else "lora_te1"}
+    if kind == "sdxl":
+        encoders["text_encoder_2"] = "lora_te2"
+    tensors = kohya(pipeline.unet, "lora_unet", PROJECTIONS, 1)
+    for number, (name, start) in enumerate(encoders.items()):
+        tensors |= kohya(getattr(pipeline, name), start, TEXT_LAYERS, 2 + number)
+    file = tmp_path / "kohya.safetensors"
+    save_file(tensors, file)
+    pipeline.load_lora_weights(str(file))
+    if layout == "diffusers":
+        names, metadata = ("unet", *encoders), {"r": RANK, "lora_alpha": 1}
+        layers = {
+            f"{name}_lora_layers": get_peft_model_state_dict(
+                getattr(pipeline, name), adapter_name="default_0"
+            )
+            for name in names
+        }
+        file = tmp_path / "again"
+        alphas = {f"{name}_lora_adapter_metadata": metadata for name in names}
+        type(pipeline).save_lora_weights(file, **layers, **alphas)
+    pipeline.fuse_lora()
+    source = resolve(str(folder))
+    check_loadable(source, [str(file)])
+    plain, merged = load_denoiser(source), load_denoiser(source, lora=str(file))
+    for own, before, theirs in zip(
+        [merged.unet, *text_encoders(merged)],
+        [plain.unet, *text_encoders(plain)],
+        [pipeline.unet, *(getattr(pipeline, name) for name in encoders)],
+        strict=True,
+    ):
+        fused = {k.replace(".base_layer", ""): v for k, v in theirs.state_dict().items()}
+        for name, value in own.state_dict().items():
+            torch.testing.assert_close(value, fused[name], atol=1e-5, rtol=1e-4)
+        assert not torch.equal(*(next(v for k, v in m.state_dict().items() if "to_q" in k or "q_proj" in k)
+                                 for m in (own, before)))  # fmt: skip
+
+
+OTHERS = {
+    "LoHa": {"lora_unet_conv_in.hada_w1_a": 2, "lora_unet_conv_in.alpha": 0},
+    "LoKr": {"lora_unet_conv_in.lokr_w1": 2},
+    "DoRA": {"lora_unet_mid.lora_down.weight": 2, "lora_unet_mid.dora_scale": 2},
+    "DoRA file (1": {"unet.conv_in.lora_magnitude_vector": 1},
+    "Tucker": {"lora_unet_conv_in.lora_mid.weight": 4, "lora_unet_conv_in.lora_down.weight": 4},
+    "full-difference": {"lora_unet_conv_in.diff": 2},
+    "cloneofsimo": {"unet:0:up": 2, "unet:0:down": 2},
+    "transformer": {"transformer.blocks.0.attn.to_q.lora_A.weight": 2},
+    "whole model": {"model.diffusion_model.input_blocks.0.0.weight": 4},
+    "textual inversion": {"<cat>": 2},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_formats_by_name(kind: str, tmp_path: Path, sd_folder: Path) -> None:
+    """A file of another format is refused by the format's name and its own, not as one of another model;
+    before anything is loaded, and by what loads it."""
+    file = tmp_path / "own.safetensors"
+    save_file({key: torch.ones([1] * dims) for key, dims in OTHERS[kind].items()}, file)
+    source = resolve(str(sd_folder))
+    for call in (lambda: check_loadable(source, [str(file)]),
+                 lambda: load_denoiser(source, lora=str(file))):  # fmt: skip
+        with pytest.raises(
+            InputError, match=rf"own\.safetensors is a .*{re.escape(kind)}"
+        ) as raised:
+            call()
+        assert "do not fit" not in str(raised.value)
+
+
+def test_a_list_of_tensors(tmp_path: Path) -> None:
+    """cloneofsimo's .pt, which has no names."""
+    torch.save([torch.ones(2, 4), torch.ones(4, 2)], tmp_path / "own.pt")
+    with pytest.raises(InputError, match=r"own\.pt .*cloneofsimo file, a list of 2 tensors"):
+        read_lora(str(tmp_path / "own.pt"))
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b""])
+def test_a_lora_that_was_not_fetched(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.safetensors is (a pointer of Git LFS|empty)"):
+        read_lora(str(tmp_path / "a.safetensors"))
+
+
+def test_a_lora_of_another_model(tmp_path: Path, sd_folder: Path) -> None:
+    """Is found without the model's weights, and the message names the file."""
+    save_file(wrong_block(processor_layout()), tmp_path / "other.safetensors")
+    source, file = resolve(str(sd_folder)), str(tmp_path / "other.safetensors")
+    for call in (lambda: check_loadable(source, [file]), lambda: load_denoiser(source, lora=file)):
+        with pytest.raises(InputError, match=r"other\.safetensors: .* do not fit this U-Net"):
+            call()
 
 
 def test_alpha_inside_the_file(expected: Tensors) -> None:

@@ -171,3 +171,32 @@ def test_timestep_beyond_the_model() -> None:
             plan,
             torch.tensor([[0, 0]]),
         )
+
+
+def test_no_pairs() -> None:
+    """Give no errors, and ask the model nothing."""
+    model = tiny.Fixed(tiny.schedule())
+    plan, condition = make_plan([1, 2, 3], (2, 4, 4)), model.encode_texts(["a"])
+    for latents in (torch.ones(1, 2, 4, 4), torch.ones(0, 2, 4, 4)):
+        for none in (torch.zeros(0, 2, dtype=torch.long), torch.tensor([], dtype=torch.long)):
+            found = pair_errors(model, latents, condition, plan, none)
+            assert found.l2.shape == found.l1.shape == found.huber.shape == (0, 3)
+            assert found.mse.shape == (0, 3) and found.elements == 32
+    assert not model.seen
+
+
+@pytest.mark.parametrize(
+    ("pair", "text"),
+    [
+        ([-1, 0], r"pairs\[1\] = \(-1, 0\): there is no image -1, rows are 0 to 1"),
+        ([0, -2], r"pairs\[1\] = \(0, -2\): there is no text -2, rows are 0 to 0"),
+        ([2, 0], "there is no image 2"),
+        ([0, 1], "there is no text 1"),
+    ],
+)
+def test_pairs_of_rows_that_are_not_there(pair: list[int], text: str) -> None:
+    """A negative row is not counted from the end."""
+    model = tiny.Fixed(tiny.schedule())
+    plan, condition = make_plan([1], (2, 4, 4)), model.encode_texts(["a"])
+    with pytest.raises(ValueError, match=text):
+        pair_errors(model, torch.ones(2, 2, 4, 4), condition, plan, torch.tensor([[0, 0], pair]))

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -77,6 +78,7 @@ class ScoringActor:
             pairs=len(lines),
             forwards=(len(lines) - failed) * self.scorer.cost,
             failures=failed,
+            not_finite=sum(not is_finite(line) for line in lines),
             busy=end - start,
             waited=start - self.free,
             inside=self.batches[0].spent() if self.batches else 0.0,
@@ -87,6 +89,12 @@ class ScoringActor:
         self.free = end
         self.counter.add.remote(done)
         self.metrics.add(done)
+
+
+def is_finite(line: dict[str, Any]) -> bool:
+    """Whether a line's errors or similarity are numbers; one that failed has none."""
+    values = line["similarity"] if line["l2"] is None else line["l2"]
+    return values is None or bool(np.isfinite(values).all())
 
 
 def score(spec: Spec, work: OpenWork, store: Store, pool: ActorPool) -> Done:

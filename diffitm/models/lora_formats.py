@@ -1,0 +1,119 @@
+"""The layouts of LoRA files that are about: which are read, by what names, and which are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffitm.core.errors import InputError
+from diffitm.models.weight_files import few
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+# diffusers ('unet.<module>.lora_A.weight', '.lora.down.weight', for texts '.lora_linear_layer.down.weight')
+# and PEFT ('base_model.model.<module>...').
+_PLAIN = re.compile(
+    r"(?P<module>.+?)\."
+    r"(?P<side>lora_A|lora_B|lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up)"
+    r"(?:\.[\w-]+)?\.weight"
+)
+# The older file of attention processors: '<block>.attn1.processor.to_q_lora.down.weight', for texts without
+# 'processor'.
+_PROCESSOR = re.compile(
+    r"(?P<block>.+?)(?:\.processor)?\.(?P<name>to_q|to_k|to_v|to_out)_lora\.(?P<side>down|up)\.weight"
+)
+_ALPHA = re.compile(r"(?P<module>.+)\.alpha")
+_DOWN = ("lora_A", "lora.down", "lora_linear_layer.down", "down")
+_IN_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+# What in a key tells an adapter that is no plain LoRA, whose tensors mean something else.
+OTHERS = {
+    "DoRA": r"\.dora_scale|lora_magnitude_vector",
+    "LoHa (LyCORIS)": r"\.hada_(w|t)\d",
+    "LoKr (LyCORIS)": r"\.lokr_(w|t)\d",
+    "LoCon with a Tucker core (LyCORIS)": r"\.lora_mid\.",
+    "GLoRA (LyCORIS)": r"\.[ab][12]\.weight$",
+    "IA3": r"\.on_input$|\.ia3_",
+    "OFT": r"\.oft_|\.boft_",
+    "full-difference (LyCORIS)": r"\.diff(_b)?$|\.[wb]_norm$",
+    "cloneofsimo": r"^(unet|text_encoder):\d+:(up|down)$",
+    "transformer (SD3, Flux, ..)": r"^(lora_)?transformer[._]",
+    "whole model": r"^model\.diffusion_model\.|^(down|up)_blocks\.[\w.]+\.(to_q|conv1)\.weight$",
+    "textual inversion": r"^<.*>$|^emb_params$|^string_to_param$|^clip_[lg]$",
+}
+READ = "plain LoRA and LoCon are, in diffusers', PEFT's or kohya's names"
+
+
+class Place(NamedTuple):
+    """What a tensor is of: a module of a part, and 'down', 'up' or 'alpha'."""
+
+    part: str
+    module: str
+    side: str
+
+
+def refuse_others(tensors: Mapping[str, Any]) -> None:
+    """Raises InputError, which names the format, for adapters that are no plain LoRA."""
+    for name, pattern in OTHERS.items():
+        keys = [key for key in tensors if re.search(pattern, key)]
+        if keys:
+            raise InputError(
+                f"is a {name} file ({len(keys):,} of {len(tensors):,} keys: {few(keys, 1)}), which is "
+                f"not merged here; {READ}"
+            )
+
+
+def from_kohya(unet: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Kohya's names (lora_unet_down_blocks_0_.., lora_unet_input_blocks_4_.., lora_te_..) as diffusers has
+    them; other names as they are.
+
+    Raises InputError for names that diffusers does not know.
+    """
+    if not all(key.startswith("lora_") for key in tensors):
+        return tensors
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    config: Any = unet.config
+    try:
+        renamed, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            dict(tensors), unet_config=config
+        )
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise InputError(
+            f"its keys, as kohya has them, are strange: {' '.join(str(error).split())}"
+        ) from error
+    for key, alpha in (alphas or {}).items():
+        place = place_of(key.removesuffix(".alpha"))
+        name = f"{place.part}.{place.module}.alpha" if place else key
+        renamed[name] = torch.tensor(alpha)
+    return renamed
+
+
+def place_of(key: str) -> Place | None:
+    """What the tensor of this key is of, by the names of diffusers and PEFT; None if it is none of them."""
+    part, rest = "unet", key.removeprefix("base_model.model.")
+    for name in PARTS:
+        if key.startswith(f"{name}."):
+            part, rest = name, key.removeprefix(f"{name}.")
+    if match := _PROCESSOR.fullmatch(rest):
+        name = match["name"]
+        if part == "unet":
+            module = f"{match['block']}.{name}" + (".0" if name == "to_out" else "")
+        else:
+            module = f"{match['block']}.{_IN_TEXT[name]}"
+        return Place(part, module, match["side"])
+    if match := _PLAIN.fullmatch(rest):
+        return Place(part, match["module"], "down" if match["side"] in _DOWN else "up")
+    if match := _ALPHA.fullmatch(rest):
+        return Place(part, match["module"], "alpha")
+    return None
+
+
+def find_module(part: nn.Module, name: str) -> nn.Module | None:
+    """The module of this name; text encoders have it with 'text_model.' before it or without, as the
+    version of transformers is."""
+    modules = dict(part.named_modules())
+    short = name.removeprefix("text_model.")
+    return next((modules[n] for n in (name, short, f"text_model.{short}") if n in modules), None)
