@@ -15,6 +15,7 @@ import numpy as np
 
 import diffitm
 from diffitm.core import images
+from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
 from diffitm.report.charts import COLOURS
 from diffitm.tasks.registry import find_task
@@ -35,8 +36,11 @@ SIDE = 256  # pixels
 
 
 def world_of(run: Path) -> str:
-    """The drawn world of a run."""
-    return str(next(path for path in sorted(run.glob("shapes-*")) if path.is_dir()))
+    """The drawn world of a run. Raises InputError for a folder without one."""
+    found = [path for path in sorted(run.glob("shapes-*")) if path.is_dir()]
+    if not found or not (run / "results.json").is_file():
+        raise InputError(f"{run}: is no OUT of gdbench with --data shapes")
+    return str(found[0])
 
 
 def draw(run: Path, path: str) -> None:
@@ -69,12 +73,12 @@ def _errors(axes: Any, example: Example, root: str) -> None:
     picture, _ = images.load(root, example.images[0])
     right, wrong, none = scorer.errors(picture, [*example.texts, ""])[0]
     axes.axhline(0, color=NONE, linewidth=1)
-    for error, colour, name in [(right, RIGHT, "right caption"), (wrong, WRONG, "wrong caption")]:
-        axes.plot(scorer.timesteps, none - error, "o-", color=colour, markersize=4, label=name)
-    score = [float(np.mean(none - error)) for error in (right, wrong)]
+    for error, colour, name in [(right, RIGHT, "right"), (wrong, WRONG, "wrong")]:
+        label = f"{name}: score {np.mean(none - error):+.2f}"
+        axes.plot(scorer.timesteps, none - error, "o-", color=colour, markersize=4, label=label)
     axes.set(title="How much each caption helps\nto predict the noise", xlabel="timestep")
     axes.set_ylabel("error without text, less that with it")
-    axes.legend(frameon=False, title=f"scores: {score[0]:+.2f} and {score[1]:+.2f}")
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
