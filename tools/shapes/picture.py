@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 import diffitm
 from diffitm.core import images
@@ -61,7 +62,7 @@ def draw(run: Path, path: str) -> None:
 
 def _image(axes: Any, example: Example, root: str) -> None:
     picture, _ = images.load(root, example.images[0])
-    axes.imshow(picture.resize((SIDE, SIDE), images.Image.Resampling.BICUBIC))
+    axes.imshow(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     axes.set(xticks=[], yticks=[], title="Which caption is right?")
     for place, text, colour in zip((-0.06, -0.15), example.texts, (RIGHT, WRONG), strict=True):
         axes.text(0.5, place, text, color=colour, ha="center", va="top", transform=axes.transAxes)
