@@ -89,7 +89,7 @@ def test_readme(reader: Reader) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # six runs of Ray, each with a time-out of its own
+@pytest.mark.timeout(1200)  # five runs of Ray, each with a time-out of its own
 def test_tutorial(reader: Reader) -> None:
     done = reader.follow(ROOT / "docs" / "tutorial.md")
     assert {"python", "bash", "text"} == set(done)
