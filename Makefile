@@ -1,10 +1,11 @@
-# make demo, make sweep-demo: the embedded examples; make test, make test-slow, make test-long: the tests. Each installs what it needs.
+# make demo, make sweep-demo: the embedded examples; make test, make test-slow, make test-long: the tests;
+# make docs: the site. Each installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
 
-.PHONY: demo sweep-demo test test-slow test-long lint rooms clean
+.PHONY: demo sweep-demo test test-slow test-long lint rooms docs clean
 
 demo: $(READY)
 	$(BIN)/python pipelines/gdbench.py --model shapes --clip shapes --data shapes --out out/demo
@@ -32,6 +33,9 @@ lint: $(READY)
 
 rooms: $(READY)
 	$(BIN)/python tools/rooms.py --write
+
+docs: $(READY)
+	$(BIN)/mkdocs build
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffitm needs Python 3.11 or newer")'

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # of the package, too: pyproject.toml reads it here
 # Where the names are; __init__.pyi has them for type checkers.
 _PLACES = {
     "Denoiser": "diffitm.models.denoiser",

@@ -196,7 +196,7 @@ def _search(sweep: Sweep, parallel: int) -> Any:
     try:
         import optuna
     except ImportError:
-        raise InputError("search=optuna: is not installed; pip install optuna") from None
+        raise InputError("search=optuna: is not installed; pip install 'diffitm[optuna]'") from None
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

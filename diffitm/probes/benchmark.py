@@ -16,7 +16,7 @@ from diffitm.core.errors import InputError, suggest
 from diffitm.models.clip import ClipSource, LoadedClip, load_clip
 
 PACKAGE = "clip_benchmark"
-INSTALL = "pip install -e '.[clip-benchmark]' in the checkout"
+INSTALL = "pip install 'diffitm[clip-benchmark]'"
 WEBDATASET = "wds/"
 RECALLS = [1, 5, 10]
 

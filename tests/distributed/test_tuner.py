@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -241,6 +242,15 @@ def test_a_sweep_whose_state_is_cut_off(made: list[dict[str, Any]], tmp_path: An
         tuner.Experiment(
             sweep=a_sweep(), trainable="f", cpus=1.0, parallel=1, out=str(tmp_path)
         ).run()
+
+
+def test_optuna_is_not_installed(
+    made: list[dict[str, Any]], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    sweep = a_sweep(search="optuna", samples=2)
+    with pytest.raises(InputError, match=r"pip install 'diffitm\[optuna\]'"):
+        tuner.Experiment(sweep=sweep, trainable="f", cpus=1.0, parallel=1, out=str(tmp_path)).run()
 
 
 def test_optuna_draws_so_many(made: list[dict[str, Any]], tmp_path: Any) -> None:

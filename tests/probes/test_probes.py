@@ -99,7 +99,7 @@ def installed() -> Path:
     """The folder of the real package."""
     found = importlib.util.find_spec("clip_benchmark")
     if found is None or found.origin is None:
-        pytest.skip("clip_benchmark is not installed (pip install -e '.[clip-benchmark]')")
+        pytest.skip("clip_benchmark is not installed (pip install 'diffitm[clip-benchmark]')")
     return Path(found.origin).parent
 
 
@@ -151,7 +151,7 @@ def test_data_set_that_cannot_be_built(fake: Path) -> None:
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "clip_benchmark", None)
-    with pytest.raises(InputError, match=r"pip install -e '.\[clip-benchmark\]'"):
+    with pytest.raises(InputError, match=r"pip install 'diffitm\[clip-benchmark\]'"):
         benchmark(CLIP, "cifar10", "data")
 
 

@@ -1,0 +1,30 @@
+"""The README's picture is drawn from what a run leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffitm.core.errors import InputError
+from diffitm.shapes.layouts import write_world
+from tools.shapes.picture import BARS, KINDS, draw
+
+
+def test_picture(tmp_path: Path) -> None:
+    """A text task has no normalised score of its own: its bar is that of the naive one."""
+    write_world(str(tmp_path / "shapes-10-v2"), 10)
+    with pytest.raises(InputError, match="is no OUT of gdbench"):
+        draw(tmp_path, str(tmp_path / "picture.png"))
+    figure = {"group": "all", "value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.25}
+    rows = [
+        {"task": task, "metric": metric, "score": score, **figure}
+        for task, metric, _ in BARS
+        for score, *_ in KINDS
+        if metric != "text" or score != "normalised"
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    draw(tmp_path, str(tmp_path / "picture.png"))
+    assert Image.open(tmp_path / "picture.png").width > 1000
