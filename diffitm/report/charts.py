@@ -38,6 +38,7 @@ NEEDLESS = (
     r"font-family: [^;\"]*; |font-size: 9px; |(?<=; )fill: currentColor(?=\" [xt])",
     r'<g>\s*<path d="[^"]*" style="fill: none"/>\s*</g>',
 )
+LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")  # a coordinate needs no more than two digits
 METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 Limits = tuple[float, float]
 
@@ -91,12 +92,16 @@ def _light(svg: str) -> str:
     svg = svg.split("?>", 1)[1].split(">", 1)[1]
     for needless in NEEDLESS:
         svg = re.sub(needless, "", svg, flags=re.DOTALL)
-    svg = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: LONG_NUMBER.sub(_rounded, tag[0]), svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg).strip()
     svg = svg.replace(">\n<", "><").replace("xlink:href", "href")
     for i, colour in enumerate(SERIES):
         svg = svg.replace(colour, f"var(--c{i})")
     return svg.replace(INK, "currentColor")
+
+
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}"
 
 
 def _short(title: str, most: int = 38) -> str:
@@ -218,7 +223,9 @@ def setting_points(
             keys.append(Key("before training", Look(0), "chance"))
         if not numeric:
             names = [_short(str(v), 20) for v in values]
-            axes.set_xticks(range(len(values)), names, rotation=30, ha="right")
+            turn = {"rotation": 30, "ha": "right"} if sum(map(len, names)) > 30 else {}
+            axes.set_xticks(range(len(values)), names, **turn)
+            axes.margins(x=0.2)
         elif values[0] > 0 and values[-1] / values[0] >= 4:
             axes.set_xscale("log")
             ticks = _apart(values)

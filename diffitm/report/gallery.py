@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image
@@ -47,7 +48,7 @@ class Gallery:
         image = self.thumbnails.read(reference)
         if image is None:
             return None
-        return self._spend(jpeg(image, self.quality.thumbnail, self.quality.jpeg))
+        return self._spend(lambda: jpeg(image, self.quality.thumbnail, self.quality.jpeg))
 
     def sample(self, data: bytes) -> str:
         """A generated image, a PNG: a data URI, '' if left out."""
@@ -71,11 +72,13 @@ class Gallery:
     def _png(self, data: bytes, most: int) -> str:
         image = Image.open(io.BytesIO(data))
         if max(image.size) <= most:
-            return self._spend("data:image/png;base64," + base64.b64encode(data).decode())
-        return self._spend(jpeg(image, most, self.quality.jpeg))
+            return self._spend(lambda: "data:image/png;base64," + base64.b64encode(data).decode())
+        return self._spend(lambda: jpeg(image, most, self.quality.jpeg))
 
-    def _spend(self, uri: str) -> str:
-        if len(uri) > self.budget:
+    def _spend(self, encode: Callable[[], str]) -> str:
+        """What is encoded, if it and all before it fit."""
+        uri = "" if self.left_out else encode()
+        if self.left_out or len(uri) > self.budget:
             self.left_out += 1
             return ""
         self.budget -= len(uri)

@@ -24,6 +24,7 @@ from diffitm.report.terminal import comparison_texts
 log = logging.getLogger("diffitm")
 MOST_BYTES = 2_000_000  # of a page
 SHOWN_FAILURES, SHOWN_TESTS = 200, 1000
+LONG_TITLE = 44  # characters of a column's title
 MOST_BARS = 30  # groups in one chart; a table holds all
 TABLES = ("tests", "speed", "denoising", "reconstruction")
 Cells = dict[str, Any]
@@ -194,7 +195,14 @@ def _sortable(table: Table, lines: Sequence[TableLine], by_task: bool = True) ->
         known = re.match(r"[\d.]+", texts[-1]) if table.published else None
         values = [None, None, line.n, *values, line.chance, float(known[0]) if known else None]
         rows.append({"key": line.task if by_task else line.group, "cells": _cells(texts, values)})
-    return {"head": table.head(), "texts": 2, "rows": rows}
+    return {"head": table.head(), "shown": short_titles(table.head()), "texts": 2, "rows": rows}
+
+
+def short_titles(titles: Sequence[str]) -> list[str]:
+    """Without the middles of long ones, where that leaves them different."""
+    half = LONG_TITLE // 2
+    shown = [t if len(t) <= LONG_TITLE else f"{t[:half].rstrip()}…{t[-half:]}" for t in titles]
+    return shown if len(set(shown)) == len(set(titles)) else list(titles)
 
 
 def _cells(texts: Sequence[str], values: Sequence[Any]) -> list[Cells]:
@@ -363,14 +371,12 @@ def _cases(evaluation: Evaluation, gallery: Gallery) -> dict[str, Any]:
         if len(same) == gallery.quality.cases:
             gallery.cases_left_out += 1
             continue
-        pairs = [
-            {
-                "text": p.text,
-                "right": p.right,
-                "score": f"{p.score:.4g}",
-                "thumbnail": gallery.thumbnail(p.image),
-            }
-            for p in case.pairs
-        ]
-        same.append({"example": case.example, "margin": f"{case.margin:+.4g}", "pairs": pairs})
+        texts: dict[str, list[Cells]] = {}  # by image: each is shown once
+        for p in case.pairs:
+            texts.setdefault(p.image, []).append(
+                {"text": p.text, "right": p.right, "score": f"{p.score:.4g}"}
+            )
+        pictures = [(gallery.thumbnail(image), members) for image, members in texts.items()]
+        shown = {"example": case.example, "margin": f"{case.margin:+.4g}", "pictures": pictures}
+        same.append(shown)
     return {"cases": [(t, list(k.items())) for t, k in found.items()], "case_model": model}

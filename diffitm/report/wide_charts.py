@@ -49,7 +49,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that share an axis; `ticks` are (percent of the width, label)."""
+    """Panels that share an axis; `ticks` are (percent of the width, label), `form` is bar, stack or
+    dot."""
 
     label: str
     axis: str
@@ -73,18 +74,17 @@ class Histogram:
     height: int = HISTOGRAM_HEIGHT
 
 
+SHARE = "in %; the lines are 95% intervals"
 PERCENT = [(float(tick), str(tick)) for tick in (0, 25, 50, 75, 100)]
 
 
-def bars(
-    lines: Sequence[TableLine], looks: Looks, titles: Sequence[str], label: str
-) -> Chart:
+def bars(lines: Sequence[TableLine], looks: Looks, titles: Sequence[str], label: str) -> Chart:
     """Shares with intervals and a dotted line at chance; a panel a task."""
     panels = [
         Panel(task, [_bar_row(line, line.metric, looks, titles) for line in members])
         for task, members in itertools.groupby(lines, key=lambda line: line.task)
     ]
-    return Chart(label, "%", PERCENT, _keys(lines, looks, titles), panels, notes=_notes(looks))
+    return Chart(label, SHARE, PERCENT, _keys(lines, looks, titles), panels, notes=_notes(looks))
 
 
 def group_bars(
@@ -93,7 +93,7 @@ def group_bars(
     """The same of one task's groups."""
     rows = [_bar_row(line, group_label(line.group), looks, titles) for line in lines]
     panels = [Panel("", part) for part in _parts(rows)]
-    return Chart(label, "%", PERCENT, _keys(lines, looks, titles), panels, notes=_notes(looks))
+    return Chart(label, SHARE, PERCENT, _keys(lines, looks, titles), panels, notes=_notes(looks))
 
 
 def effects(lines: Sequence[TableLine], looks: Looks, titles: Sequence[str], label: str) -> Chart:
@@ -146,7 +146,7 @@ def share_bars(lines: Sequence[TableLine], titles: Sequence[str], label: str) ->
                 rows.append(Row(title, marks, BAR + 2 * GAP))
         panels.append(Panel(task, rows))
     legend = [Key(k.removeprefix("var. "), Look(i), "bar") for i, k in enumerate(keys)]
-    return Chart(label, "% of the variance", PERCENT, legend, panels)
+    return Chart(label, "% of the variance", PERCENT, legend, panels, form="stack")
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], axis: str, label: str) -> Histogram:

@@ -54,9 +54,7 @@ def write_report(
 def _settings(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> dict[str, Any]:
     lines = [cells(row, axes) for row in rows]
     head = list(dict.fromkeys(name for line in lines for name in line))
-    shown = [
-        {"key": "", "cells": [_cell(line.get(name, "")) for name in head]} for line in lines
-    ]
+    shown = [{"key": "", "cells": [_cell(line.get(name, "")) for name in head]} for line in lines]
     return {"head": head, "texts": 0, "rows": shown}
 
 
