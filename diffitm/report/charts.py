@@ -39,6 +39,10 @@ NEEDLESS = (
     r'<g>\s*<path d="[^"]*" style="fill: none"/>\s*</g>',
 )
 LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")  # a coordinate needs no more than two digits
+# All markers of a line, whose style is one.
+MARKERS = re.compile(
+    r'<g([^>]*)>((?:<use [^>]*? style="([^"]*)"/>)(?:<use [^>]*? style="\3"/>)*)</g>'
+)
 METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 Limits = tuple[float, float]
 
@@ -94,7 +98,9 @@ def _light(svg: str) -> str:
         svg = re.sub(needless, "", svg, flags=re.DOTALL)
     svg = re.sub(r"<[^>]*>", lambda tag: LONG_NUMBER.sub(_rounded, tag[0]), svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg).strip()
-    svg = svg.replace(">\n<", "><").replace("xlink:href", "href")
+    svg = svg.replace(">\n<", "><")
+    svg = MARKERS.sub(_styled_once, svg)
+    svg = svg.replace("xlink:href", "href")
     for i, colour in enumerate(SERIES):
         svg = svg.replace(colour, f"var(--c{i})")
     return svg.replace(INK, "currentColor")
@@ -102,6 +108,12 @@ def _light(svg: str) -> str:
 
 def _rounded(number: re.Match[str]) -> str:
     return f"{float(number[0]):.2f}"
+
+
+def _styled_once(markers: re.Match[str]) -> str:
+    attributes, uses, style = markers.groups()
+    shared = f' style="{style}"'
+    return f"<g{attributes}{shared}>{uses.replace(shared, '')}</g>"
 
 
 def _short(title: str, most: int = 38) -> str:

@@ -23,7 +23,7 @@ from diffitm.report.terminal import comparison_texts
 
 log = logging.getLogger("diffitm")
 MOST_BYTES = 2_000_000  # of a page
-SHOWN_FAILURES, SHOWN_TESTS = 200, 1000
+SHOWN_FAILURES, SHOWN_TESTS = 200, 500
 LONG_TITLE = 44  # characters of a column's title
 MOST_BARS = 30  # groups in one chart; a table holds all
 TABLES = ("tests", "speed", "denoising", "reconstruction")
@@ -92,6 +92,11 @@ class Pictures:
         self.evaluation, self.samples, self.strips = evaluation, samples or {}, strips or {}
         self.thumbnails = Thumbnails(root)
 
+    @property
+    def models(self) -> int:
+        """How many models the page compares."""
+        return len({row.model for row in self.evaluation.rows})
+
     def parts(self, gallery: Gallery) -> dict[str, Any]:
         """Those of the template, and its list of sections."""
         return {
@@ -137,6 +142,12 @@ def _fitted(page: Template, parts: dict[str, Any], pictures: Pictures) -> str:
             break
     if gallery.shortened(MOST_BYTES):
         log.info("report.html: %s", gallery.shortened(MOST_BYTES))
+    if (size := len(text.encode())) > MOST_BYTES:
+        log.warning(
+            "report.html has %.1f MB: tables and charts of %d models alone are too long; report "
+            "fewer of them at a time for a smaller one",
+            *(size / 1e6, pictures.models),
+        )
     return text
 
 

@@ -284,6 +284,15 @@ def test_pictures_shrink_to_a_page_that_can_be_sent(
     assert shown + cases == len([c for c in evaluation.cases if c.model == model])
 
 
+def test_a_page_that_cannot_be_short_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(html, "MOST_BYTES", 1000)
+    table = make_table(Evaluation(rows=[a_row()]))
+    html.write_report(Evaluation(rows=[a_row()]), table, {}, "", str(tmp_path))
+    assert "tables and charts of 1 models alone are too long" in caplog.text
+
+
 def test_long_names_leave_charts_and_titles_readable(tmp_path: Path) -> None:
     """Titles of columns lose their middles, unless that makes two the same; legends have all of it."""
     long = "models/" + "x" * 200
