@@ -210,10 +210,12 @@ def _sortable(table: Table, lines: Sequence[TableLine], by_task: bool = True) ->
 
 
 def short_titles(titles: Sequence[str]) -> list[str]:
-    """Without the middles of long ones, where that leaves them different."""
-    half = LONG_TITLE // 2
-    shown = [t if len(t) <= LONG_TITLE else f"{t[:half].rstrip()}…{t[-half:]}" for t in titles]
-    return shown if len(set(shown)) == len(set(titles)) else list(titles)
+    """Without the middles of long ones, where no other is the same then; the end tells more."""
+    head, tail = LONG_TITLE // 3, LONG_TITLE - LONG_TITLE // 3
+    shown = [
+        t if len(t) <= LONG_TITLE else f"{t[:head].rstrip()}…{t[-tail:].lstrip()}" for t in titles
+    ]
+    return [s if shown.count(s) == 1 else t for s, t in zip(shown, titles, strict=True)]
 
 
 def _cells(texts: Sequence[str], values: Sequence[Any]) -> list[Cells]:
