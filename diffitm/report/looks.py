@@ -51,7 +51,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend; `form` is bar, line or chance. `both`: it stands for a model's naive and
+    """An entry of a legend; `form` is bar, dot, line or chance. `both`: it stands for a model's naive and
     normalised scores."""
 
     name: str

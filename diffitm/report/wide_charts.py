@@ -12,7 +12,7 @@ from diffitm.report.looks import Key, Look, Looks
 from diffitm.report.table import TableLine, cell, group_label
 
 BAR, GAP = 9, 2  # pixels: a bar's height, and what is between two
-MOST_ROWS = 8  # of a panel without a task's name
+MOST_ROWS = 8  # of a block without a task's name
 HISTOGRAM_HEIGHT = 160  # pixels
 
 
@@ -40,7 +40,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Panel:
+class Block:
     """Rows below a title and the axis."""
 
     title: str
@@ -49,14 +49,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that share an axis; `ticks` are (percent of the width, label), `form` is bar, stack or
+    """Blocks that share an axis; `ticks` are (percent of the width, label), `form` is bar, stack or
     dot."""
 
     label: str
     axis: str
     ticks: list[tuple[float, str]]
     keys: list[Key]
-    panels: list[Panel]
+    blocks: list[Block]
     form: str = "bar"
     thickness: int = BAR
     notes: list[str] = field(default_factory=list)
@@ -79,12 +79,12 @@ PERCENT = [(float(tick), str(tick)) for tick in (0, 25, 50, 75, 100)]
 
 
 def bars(lines: Sequence[TableLine], looks: Looks, titles: Sequence[str], label: str) -> Chart:
-    """Shares with intervals and a dotted line at chance; a panel a task."""
-    panels = [
-        Panel(task, [_bar_row(line, line.metric, looks, titles) for line in members])
+    """Shares with intervals and a dotted line at chance; a block a task."""
+    blocks = [
+        Block(task, [_bar_row(line, line.metric, looks, titles) for line in members])
         for task, members in itertools.groupby(lines, key=lambda line: line.task)
     ]
-    return Chart(label, SHARE, PERCENT, _keys(lines, looks, titles), panels, notes=_notes(looks))
+    return Chart(label, SHARE, PERCENT, _keys(lines, looks, titles), blocks, notes=_notes(looks))
 
 
 def group_bars(
@@ -92,8 +92,8 @@ def group_bars(
 ) -> Chart:
     """The same of one task's groups."""
     rows = [_bar_row(line, group_label(line.group), looks, titles) for line in lines]
-    panels = [Panel("", part) for part in _parts(rows)]
-    return Chart(label, SHARE, PERCENT, _keys(lines, looks, titles), panels, notes=_notes(looks))
+    blocks = [Block("", part) for part in _parts(rows)]
+    return Chart(label, SHARE, PERCENT, _keys(lines, looks, titles), blocks, notes=_notes(looks))
 
 
 def effects(lines: Sequence[TableLine], looks: Looks, titles: Sequence[str], label: str) -> Chart:
@@ -122,15 +122,15 @@ def effects(lines: Sequence[TableLine], looks: Looks, titles: Sequence[str], lab
         "effect size; above 0: the first is nearer to pleasant",
         [(place(tick), f"{tick:g}") for tick in ticks],
         keys,
-        [Panel("", part) for part in _parts(rows)],
+        [Block("", part) for part in _parts(rows)],
         form="dot",
     )
 
 
 def share_bars(lines: Sequence[TableLine], titles: Sequence[str], label: str) -> Chart:
-    """Stacked shares of the variance, a bar a model and kind of score; a panel a task."""
+    """Stacked shares of the variance, a bar a model and kind of score; a block a task."""
     keys = list(dict.fromkeys(line.metric for line in lines))
-    panels = []
+    blocks = []
     for task, members in itertools.groupby(lines, key=lambda line: line.task):
         shown, rows = list(members), []
         for title in titles:
@@ -144,9 +144,9 @@ def share_bars(lines: Sequence[TableLine], titles: Sequence[str], label: str) ->
                     at = end
             if marks:
                 rows.append(Row(title, marks, BAR + 2 * GAP))
-        panels.append(Panel(task, rows))
+        blocks.append(Block(task, rows))
     legend = [Key(k.removeprefix("var. "), Look(i), "bar") for i, k in enumerate(keys)]
-    return Chart(label, "% of the variance", PERCENT, legend, panels, form="stack")
+    return Chart(label, "% of the variance", PERCENT, legend, blocks, form="stack")
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], axis: str, label: str) -> Histogram:
@@ -185,7 +185,7 @@ def _notes(looks: Looks) -> list[str]:
 
 
 def _parts(rows: list[Row]) -> list[list[Row]]:
-    """Panels of about the same length."""
+    """Blocks of about the same length."""
     number = -(-len(rows) // MOST_ROWS)
     each = -(-len(rows) // max(1, number)) or 1
     return [rows[at : at + each] for at in range(0, len(rows), each)]

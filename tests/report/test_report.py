@@ -136,8 +136,8 @@ LETTERS = """Math.min(...[...document.querySelectorAll('svg text')].filter(
 SHOWN_CONTENTS = """['nav.aside', 'details.contents'].map(
   name => document.querySelector(name).checkVisibility())"""
 BARS = """(() => {
-  const rights = [...document.querySelectorAll('#comparison ~ figure .panel')].map(
-    panel => panel.getBoundingClientRect());
+  const rights = [...document.querySelectorAll('#comparison ~ figure .block')].map(
+    block => block.getBoundingClientRect());
   const main = document.querySelector('main').getBoundingClientRect();
   return (Math.max(...rights.map(r => r.right)) - Math.min(...rights.map(r => r.left))) / main.width;
 })()"""
