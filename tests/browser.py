@@ -29,17 +29,20 @@ def chromium() -> str:
     return found
 
 
-def visit(page: Path, scripts: list[str], profile: Path, width: int = 1200) -> dict[str, Any]:
-    """Open a page: the results of the scripts, run one after the other, and `problems`: whatever was
-    logged, thrown or asked for over the network."""
-    flags = [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},900"]
+def visit(
+    page: Path, scripts: list[str], profile: Path, width: int = 1200, scheme: str = "light"
+) -> dict[str, Any]:
+    """Open a page, `width` pixels wide, for who prefers a light or dark `scheme`: the results of the
+    scripts, run one after the other (a promise is waited for), and `problems`: whatever was logged,
+    thrown or asked for over the network."""
+    flags = [*FLAGS, f"--user-data-dir={profile}"]
     if os.geteuid() == 0:
         flags.append("--no-sandbox")
     browser = subprocess.Popen(
         [chromium(), *flags, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        return asyncio.run(_visit(page.as_uri(), scripts, _address(profile)))
+        return asyncio.run(_visit(page.as_uri(), scripts, _address(profile), width, scheme))
     finally:
         browser.kill()
         browser.wait()
@@ -54,7 +57,9 @@ def _address(profile: Path) -> str:
     return f"http://127.0.0.1:{file.read_text().split()[0]}"
 
 
-async def _visit(url: str, scripts: list[str], address: str) -> dict[str, Any]:
+async def _visit(
+    url: str, scripts: list[str], address: str, width: int, scheme: str
+) -> dict[str, Any]:
     problems: list[str] = []
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{address}/json") as answer:
@@ -77,11 +82,18 @@ async def _visit(url: str, scripts: list[str], address: str) -> dict[str, Any]:
 
         for domain in ("Page", "Runtime", "Log", "Network"):
             await call(f"{domain}.enable")
+        # A window has a least width, an emulated screen has none.
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        await call("Emulation.setDeviceMetricsOverride", **screen)
+        preference = [{"name": "prefers-color-scheme", "value": scheme}]
+        await call("Emulation.setEmulatedMedia", features=preference)
         await call("Page.navigate", url=url)
         await until(lambda message: message.get("method") == "Page.loadEventFired")
         results = []
         for script in scripts:
-            answer_ = await call("Runtime.evaluate", expression=script, returnByValue=True)
+            answer_ = await call(
+                "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+            )
             assert "exceptionDetails" not in answer_["result"], answer_
             results.append(answer_["result"]["result"].get("value"))
     return {"results": results, "problems": problems}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from diffitm.report import charts
-from diffitm.report.html import thumbnail, write_page
+from diffitm.report import wide_charts
+from diffitm.report.gallery import QUALITIES, Thumbnails, jpeg
+from diffitm.report.html import write_page
 from diffitm.store.pair_scores import PairSummary
 
 
@@ -20,15 +21,22 @@ def write_report(
     sections += [("sources", "By source")] * bool(summary.sources)
     sections += [("failures", "Failures")] * bool(summary.failed)
 
-    def shown(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
-            {**line, "score": f"{line['score']:.4g}", "thumbnail": thumbnail(root, line["image"])}
-            for line in lines
-        ]
+    sections += [("provenance", "Provenance")]
+    thumbnails, best = Thumbnails(root), QUALITIES[0]
 
-    chart = ""
+    def shown(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found = []
+        for line in lines:
+            image = thumbnails.read(line["image"])
+            picture = None if image is None else jpeg(image, best.thumbnail, best.jpeg)
+            found.append({**line, "score": f"{line['score']:.4g}", "thumbnail": picture})
+        return found
+
+    chart = None
     if summary.edges:
-        chart = charts.histogram(summary.edges, summary.counts, f"{kind} score", "Pairs by score")
+        chart = wide_charts.histogram(
+            summary.edges, summary.counts, f"{kind} score", "Pairs by score"
+        )
     parts = {
         "title": "Scores of pairs",
         "setting": f"{model}: {scored:,} of {summary.pairs:,} pairs scored; {kind} score, higher is a "

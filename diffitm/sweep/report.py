@@ -13,6 +13,7 @@ from diffitm.sweep.result import TrialResult, cells
 from diffitm.sweep.space import Axis, describe
 
 MEAN = "mean of the tasks"
+PROVENANCE = ("provenance", "Provenance")
 NOTES = {
     "training": "Hollow marks: stopped early. The accuracy is of the validation that also chose.",
     "scores": "Measured on the examples that chose neither weights nor settings; bands are 95% "
@@ -38,8 +39,8 @@ def write_report(
     parts = {
         "title": f"Sweep: {kind}",
         "setting": f"{len(rows)} settings of {'; '.join(map(str, axes)) or 'no option'}",
-        "sections": [*sections, *([("failures", "Failures")] if failed else [])],
-        "charts": _of_scores(rows, axes) if scores else _of_trainings(rows, axes),
+        "sections": [*sections, *([("failures", "Failures")] if failed else []), PROVENANCE],
+        "charts": charts.grid(_of_scores(rows, axes) if scores else _of_trainings(rows, axes)),
         "note": NOTES["scores" if scores else "training"],
         "settings": _settings(rows, axes),
         "told": told,
@@ -53,20 +54,18 @@ def write_report(
 def _settings(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> dict[str, Any]:
     lines = [cells(row, axes) for row in rows]
     head = list(dict.fromkeys(name for line in lines for name in line))
-    shown = [
-        {"kind": "whole", "cells": [_cell(line.get(name, "")) for name in head]} for line in lines
-    ]
+    shown = [{"key": "", "cells": [_cell(line.get(name, "")) for name in head]} for line in lines]
     return {"head": head, "texts": 0, "rows": shown}
 
 
 def _cell(text: str) -> dict[str, Any]:
     try:
-        return {"text": text, "value": float(text)}
+        return {"text": text, "bounds": "", "value": float(text)}
     except ValueError:
-        return {"text": text, "value": text or None}
+        return {"text": text, "bounds": "", "value": text or None}
 
 
-def _of_trainings(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> list[str]:
+def _of_trainings(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> list[charts.Panel]:
     """A chart for each option, series by the others; then validations by update."""
     good = [row for row in rows if row.accuracy is not None]
     base = next((row.base for row in good if row.base is not None), None)
@@ -95,7 +94,7 @@ def _of_trainings(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> list[str
     return drawn + charts.training_curves(logs)
 
 
-def _of_scores(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> list[str]:
+def _of_scores(rows: Sequence[TrialResult], axes: Sequence[Axis]) -> list[charts.Panel]:
     """Accuracy by the number of timesteps: of the mean, then of every task."""
     series = [axis for axis in axes if axis.name != "number"]
     good = [row for row in rows if row.tasks is not None]

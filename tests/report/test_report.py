@@ -18,6 +18,7 @@ from pyarrow import parquet
 from diffitm.evaluation import evaluate
 from diffitm.evaluation.evaluate import Evaluation, ResultRow
 from diffitm.report import charts, html, terminal
+from diffitm.report.looks import Key, Look
 from diffitm.report.published_figures import LABEL
 from diffitm.report.table import TableLine, cell, latex, make_table, markdown
 from diffitm.shapes.layouts import write_world
@@ -82,7 +83,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]
     samples = {name: {"a <red> circle": [png(32), png(512)]} for name in ("base", "base + x")}
     logs = {"base + x": [{"step": 1, "loss": 0.5}, {"step": 2, "accuracy/coco_neg_text": 0.7}]}
     places = (str(root / "data"), str(root / "out"))
-    html.write_report(evaluation, make_table(evaluation), provenance, *places, samples, logs)
+    pictures = {"base + x": png(1500)}
+    table = make_table(evaluation)
+    html.write_report(evaluation, table, provenance, *places, samples, logs, pictures)
     evaluate.write_results(evaluation, provenance, str(root / "out"))
     return root / "out", evaluation
 
@@ -123,6 +126,32 @@ READ = """[...document.querySelectorAll('#main tbody tr')].map(
   row => [...row.cells].map(cell => cell.dataset.value ?? cell.textContent))"""
 CLICK = "document.querySelectorAll('#main th button')[{}].click()"
 WIDTHS = "[document.documentElement.scrollWidth, window.innerWidth]"
+COLUMNS = """getComputedStyle(document.querySelector('#numbers').parentElement.querySelector('.panels'))
+  .gridTemplateColumns.split(' ').length"""
+LETTERS = """Math.min(...[...document.querySelectorAll('svg text')].filter(
+  text => !text.closest('details:not([open])')).map(text => {
+    const {a, b} = text.getScreenCTM();
+    return parseFloat(getComputedStyle(text).fontSize) * Math.hypot(a, b);
+  }))"""
+SHOWN_CONTENTS = """['nav.aside', 'details.contents'].map(
+  name => document.querySelector(name).checkVisibility())"""
+BARS = """(() => {
+  const rights = [...document.querySelectorAll('#comparison ~ figure .block')].map(
+    block => block.getBoundingClientRect());
+  const main = document.querySelector('main').getBoundingClientRect();
+  return (Math.max(...rights.map(r => r.right)) - Math.min(...rights.map(r => r.left))) / main.width;
+})()"""
+CURRENT = """new Promise(done => {{
+  document.getElementById("{}").scrollIntoView();
+  scrollBy(0, 300);
+  setTimeout(() => done([...document.querySelectorAll('.contents a[aria-current]')].map(
+    a => a.hash).concat(document.querySelector('nav.aside').getBoundingClientRect().top === 0)), 500);
+}})"""
+HEAD = """(() => {
+  const box = document.querySelector('#main').parentElement;
+  box.scrollTop = 200;
+  return box.querySelector('th').getBoundingClientRect().top - box.getBoundingClientRect().top;
+})()"""
 
 
 def test_browser(written: tuple[Path, Evaluation], tmp_path: Path) -> None:
@@ -159,13 +188,129 @@ def test_browser(written: tuple[Path, Evaluation], tmp_path: Path) -> None:
     assert widths[0] <= widths[1]
 
 
-def test_phone(written: tuple[Path, Evaluation], tmp_path: Path) -> None:
-    """Only tables scroll sideways, the page does not."""
-    page = written[0] / "report.html"
-    seen = browser.visit(page, [WIDTHS], tmp_path / "profile", width=500)
+def test_numbers_and_intervals_stand_apart(written: tuple[Path, Evaluation]) -> None:
+    """So that numbers are below each other; what is '=' or '-' keeps its place."""
+    page = (written[0] / "report.html").read_text()
+    assert re.search(r">\d+\.\d <span class=\"bounds\">\[\d+\.\d, \d+\.\d\]</span></td>", page)
+    assert '=<span class="bounds"></span></td>' in page
+
+
+def test_long_parts_are_folded(written: tuple[Path, Evaluation]) -> None:
+    page = (written[0] / "report.html").read_text()
+    number = len(written[1].comparisons)
+    assert number > 30
+    assert f"<details><summary>{number} tests</summary>" in page
+    for title in ("Conditional error of base, 5 timesteps", "flickr30k"):
+        assert f"<details><summary>{title}</summary>" in page
+    assert re.search(r"<details><summary>\d+ more</summary>", page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phone(written: tuple[Path, Evaluation], tmp_path: Path, scheme: str) -> None:
+    """At 400 pixels only tables scroll sideways, curves stand one below the other, letters are not
+    small, and the contents are folded."""
+    scripts = [WIDTHS, COLUMNS, LETTERS, SHOWN_CONTENTS]
+    seen = browser.visit(written[0] / "report.html", scripts, tmp_path / "profile", 400, scheme)
     assert seen["problems"] == []
-    (widths,) = seen["results"]
-    assert widths[0] <= widths[1]
+    widths, panel_columns, letters, contents = seen["results"]
+    assert widths == [400, 400]
+    assert panel_columns == 1
+    assert letters >= 10
+    assert contents == [False, True]
+
+
+def test_wide_screen(written: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    """At 1300 pixels the bars take the page's width and curves stand in three columns; the contents at
+    the side follow and mark the section, and a table's head stays."""
+    scripts = [WIDTHS, COLUMNS, LETTERS, SHOWN_CONTENTS, BARS, CURRENT.format("numbers"), HEAD]
+    seen = browser.visit(written[0] / "report.html", scripts, tmp_path / "profile", 1300)
+    assert seen["problems"] == []
+    widths, panel_columns, letters, contents, bars, current, head = seen["results"]
+    assert widths[0] <= widths[1] == 1300
+    assert panel_columns == 3
+    assert letters >= 10
+    assert contents == [True, False]
+    assert bars > 0.95
+    assert current == ["#numbers", "#numbers", True]
+    assert head == 0
+
+
+def test_contents_lead_somewhere(written: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    """Every link of every contents, at the side and folded, and no two parts have the same name."""
+    script = """[[...document.querySelectorAll('.contents a')].map(
+      link => document.querySelectorAll(link.hash).length),
+      [...document.querySelectorAll('[id]')].map(part => part.id)]"""
+    seen = browser.visit(written[0] / "report.html", [script], tmp_path / "profile")
+    found, ids = seen["results"][0]
+    assert found == [1] * 28
+    assert len(ids) == len(set(ids))
+
+
+def test_pictures_shrink_to_a_page_that_can_be_sent(
+    written: tuple[Path, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First in size, then in number, counted; the page says so."""
+    out, evaluation = written
+    whole = (out / "report.html").read_text()
+    assert len(whole.encode()) < html.MOST_BYTES
+    assert "To keep this page" not in whole
+    rng = np.random.default_rng(0)
+    noise = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (512, 512, 3), np.uint8)).save(noise, format="PNG")
+    table = make_table(evaluation)
+    text = len(re.sub(r"data:image/[^\"]+", "", whole).encode())
+
+    def report(room: int, images: int) -> str:
+        monkeypatch.setattr(html, "MOST_BYTES", text + room)
+        samples = {"base": {"a prompt": [noise.getvalue()] * images}}
+        path = html.write_report(
+            evaluation, table, {}, str(out.parent / "data"), str(tmp_path), samples
+        )
+        assert Path(path).stat().st_size <= text + room
+        return Path(path).read_text()
+
+    smaller = report(300_000, 8)
+    assert "pictures are smaller." in smaller
+    assert "left out" not in smaller
+    fewer = report(60_000, 8)
+    said = re.search(r"(\d+) examples are left out, (\d+) of (\d+) pictures are left out", fewer)
+    assert said is not None
+    cases, left_out, number = map(int, said.groups())
+    blank = fewer.count('<span class="noimage">left out</span>')
+    assert blank == left_out
+    assert fewer.count("data:image/") == number - left_out
+    model = evaluation.cases[0].model
+    shown = fewer.count('<div class="case">')
+    assert shown + cases == len([c for c in evaluation.cases if c.model == model])
+
+
+def test_a_page_that_cannot_be_short_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(html, "MOST_BYTES", 1000)
+    table = make_table(Evaluation(rows=[a_row()]))
+    html.write_report(Evaluation(rows=[a_row()]), table, {}, "", str(tmp_path))
+    assert "tables and charts of 1 models alone are too long" in caplog.text
+
+
+def test_long_names_leave_charts_and_titles_readable(tmp_path: Path) -> None:
+    """Titles of columns lose their middles, unless that makes two the same; legends have all of it."""
+    long = "models/" + "x" * 200
+    names = [f"{long}/a/b.safetensors: naive", f"{long}/a/b.safetensors: normalised"]
+    shown = html.short_titles(["task", *names])
+    assert shown[0] == "task"
+    assert all(len(name) < 50 and "…" in name for name in shown[1:])
+    same = [f"{'x' * 30}{i}{'y' * 50}" for i in range(2)]
+    assert html.short_titles([*same, names[0]]) == [*same, shown[1]]
+    rows = [
+        a_row(model=f"{long}{i}", score=score)
+        for i in range(9)
+        for score in ("conditional", "normalised")
+    ]
+    table = make_table(Evaluation(rows=rows))
+    page = Path(html.write_report(Evaluation(rows=rows), table, {}, "", str(tmp_path))).read_text()
+    assert page.count(f"<span>{long}") == 9
+    assert 'id="pattern-1"' in page and 'fill="url(#pattern-1)"' in page
 
 
 def a_row(**changed: Any) -> ResultRow:
@@ -234,7 +379,27 @@ def test_names_survive_every_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_looks_of_many_models_differ() -> None:
-    assert len({charts.look(i) for i in range(64)}) == 64
+    found = [Look(i) for i in range(64)]
+    assert len({(look.colour, look.marker) for look in found}) == 64
+    assert len({(look.colour, look.pattern) for look in found}) == 64
+
+
+def test_axes_keep_their_numbers() -> None:
+    """Coordinates are rounded, labels are not, and both ends of a range have one."""
+    points = [(value, "a", 0.5, True) for value in (0.00003, 0.0001, 0.12345)]
+    svg = charts.setting_points(points, None, "lr", "Accuracy by lr").svg
+    for label in ("3e-05", "0.0001", "0.12345"):
+        assert f">{label}</text>" in svg
+
+
+def test_one_legend_where_all_charts_have_the_same() -> None:
+    a, b, c = (Key(name, Look(i), "line") for i, name in enumerate("abc"))
+    one = charts.grid([charts.Panel("1", (a, b)), charts.Panel("2", (a,))])
+    assert one.keys == (a, b)
+    assert [panel.keys for panel in one.panels] == [(), ()]
+    each = charts.grid([charts.Panel("1", (a, b)), charts.Panel("2", (a, c))])
+    assert each.keys == ()
+    assert [panel.keys for panel in each.panels] == [(a, b), (a, c)]
 
 
 def test_published_bias_is_shown_when_asked_for() -> None:
@@ -292,6 +457,9 @@ def test_nothing_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     table = make_table(evaluation)
     path = html.write_report(evaluation, table, {}, "", str(tmp_path))
     assert "winoground, 0: no" in Path(path).read_text()
+    many = Evaluation(rows=[row], failures=[failure] * 20)
+    html.write_report(many, table, {}, "", str(tmp_path))
+    assert "<details><summary>20 examples, all of them in" in Path(path).read_text()
     terminal.print_results(evaluation, table)
     assert "failures 1" in capsys.readouterr().out
 
