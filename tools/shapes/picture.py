@@ -18,7 +18,7 @@ import diffitm
 from diffitm.core import images
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
-from diffitm.report.charts import COLOURS
+from diffitm.report.looks import PALETTE
 from diffitm.tasks.registry import find_task
 
 BARS = [
@@ -28,9 +28,9 @@ BARS = [
     ("mmvp_vlm", "pair", "MMVP-VLM\npair"),
 ]
 KINDS = [
-    ("conditional", "diffusion, naive", COLOURS[0]),
-    ("normalised", "diffusion, normalised", COLOURS[1]),
-    ("cosine", "CLIP", COLOURS[2]),
+    ("conditional", "diffusion, naive", PALETTE[0][0]),
+    ("normalised", "diffusion, normalised", PALETTE[1][0]),
+    ("cosine", "CLIP", PALETTE[2][0]),
 ]
 NONE, RIGHT, WRONG = "#666666", "#00664B", "#A33A00"
 SIDE = 256  # pixels
