@@ -169,7 +169,7 @@ def naming(path: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f": {unpinned(path)}: {error.message}", "lora") from error
+        raise InputError(f"{unpinned(path)}: {error.message}", "lora") from error
 
 
 def text_encoders(denoiser: Denoiser) -> list[nn.Module]:
