@@ -209,7 +209,7 @@ def load_scorer(
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
 
-    source = settled(resolve(name).fetched(variant), prediction_type)
+    source = settled(resolve(name, variant=variant).fetched(), prediction_type)
     check_loadable(source, [locate(lora)] if lora else [], variant)
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"

@@ -80,7 +80,7 @@ def build_plan(config: DivaConfig) -> Plan[DivaJob]:
     Raises InputError for bad input.
     """
     out = storage.absolute(config.out)
-    teacher, clip = resolve(config.teacher, "teacher"), resolve_clip(config.clip)
+    teacher, clip = resolve(config.teacher, "teacher", config.variant), resolve_clip(config.clip)
 
     from diffitm.commands.weights import share
     from diffitm.distributed import session
@@ -93,7 +93,7 @@ def build_plan(config: DivaConfig) -> Plan[DivaJob]:
         paths, lost = read_images(root if config.data == "shapes" else given)
     session.connect(config.ray, verbose=config.verbose)
     work = storage.join(storage.parent(out), "work")
-    teacher, clip = share(teacher, work, config.variant), share(clip, work)
+    teacher, clip = share(teacher, work), share(clip, work)
     check_loadable(teacher, variant=config.variant)
     check_clip(clip)
     if is_webdataset(given):

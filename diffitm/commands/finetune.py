@@ -74,7 +74,7 @@ def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
     Raises InputError for bad input.
     """
     out = storage.absolute(config.out)
-    source = resolve(config.model)
+    source = resolve(config.model, variant=config.variant)
     rows_file, root, valid = _data(config, out)
     found, unusable = read_rows(rows_file)
     rows, equal = drop_equal(found)
@@ -91,7 +91,7 @@ def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
     from diffitm.models.text_limits import tell_long_texts
 
     session.connect(config.ray, verbose=config.verbose)
-    source = share(source, storage.join(storage.parent(out), "work"), config.variant)
+    source = share(source, storage.join(storage.parent(out), "work"))
     check_loadable(source, variant=config.variant)
     tell_long_texts(source, texts_of([rows[position] for position in kept]))
     file = hand_over(out, rows, kept)

@@ -36,7 +36,8 @@ class Sources(NamedTuple):
 
 def find_sources(config: ModelOptions) -> Sources:
     """Raises InputError for a name that means nothing."""
-    return Sources([resolve(name) for name in dict.fromkeys(config.model)], _clips(config.clip))
+    models = [resolve(name, variant=config.variant) for name in dict.fromkeys(config.model)]
+    return Sources(models, _clips(config.clip))
 
 
 def paths_read(config: ModelOptions) -> list[tuple[str, str | None]]:
@@ -66,10 +67,7 @@ def make_specs(
     )
     work = storage.join(out, "work")
     clips = [share(source, work) for source in sources.clips]
-    models = [
-        settled(share(source, work, config.variant), config.prediction_type)
-        for source in sources.models
-    ]
+    models = [settled(share(source, work), config.prediction_type) for source in sources.models]
     loras = [locate(name) for name in lora_names(config) if name]
     for source in models:  # all of them, before a GPU is asked for and anything is scored
         check_loadable(source, loras, config.variant)

@@ -16,20 +16,20 @@ class HasWeights(Protocol):
     def weights(self) -> Weights | None:
         """Files of the Hub, once they are fetched."""
 
-    def fetched(self, variant: str | None = None) -> Any:
+    def fetched(self) -> Any:
         """The same with the weights on this machine."""
 
 
 S = TypeVar("S", bound=HasWeights)
 
 
-def share(source: S, work: str, variant: str | None = None) -> S:
+def share(source: S, work: str) -> S:
     """The source whose weights every worker finds: those of the Hub on this machine and, where there are
     others, in a mirror below `work`, a path or URI. To be called once Ray is there.
 
     Raises InputError for weights that cannot be had, Unavailable where the Hub does not answer.
     """
-    fetched = source.fetched(variant)
+    fetched = source.fetched()
     if fetched.weights is not None and ("://" in work or session.other_nodes()):
         return replace(fetched, weights=fetched.weights.mirrored(work))
     return fetched

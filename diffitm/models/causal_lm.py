@@ -43,7 +43,7 @@ class LanguageSource:
     digest: str
     weights: Weights | None = None  # of the Hub, once they are fetched
 
-    def fetched(self, variant: str | None = None) -> LanguageSource:
+    def fetched(self) -> LanguageSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.revision is None:
             return self

@@ -90,7 +90,7 @@ class ClipSource:
         """Whether its weights are published ones, by their tag."""
         return self.pretrained in open_clip.list_pretrained_tags_by_model(self.model)
 
-    def fetched(self, variant: str | None = None) -> ClipSource:
+    def fetched(self) -> ClipSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.model.startswith(HUB):
             repo, _, commit = self.digest.removeprefix(HUB).rpartition("@")

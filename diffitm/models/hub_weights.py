@@ -18,6 +18,7 @@ from diffitm.models.weight_cache import content_digest, on_disk
 log = logging.getLogger("diffitm")
 WEIGHTS = (".safetensors", ".bin")  # the first that a part has is read
 WITHOUT_WEIGHTS = ("tokenizer", "scheduler")  # how names of such parts begin
+READ = (".json", ".txt", ".model", ".jinja")  # how names of settings and vocabularies end
 STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")  # how names of weights begin
 ANSWERS_WITHIN = 5.0  # seconds
 FOREIGN = (".msgpack", ".h5", ".onnx", ".onnx_data", ".ckpt", ".pt", ".pth", ".gguf", ".xml", ".py")
@@ -131,15 +132,20 @@ def _names(repo: str, commit: str) -> list[str]:
 
 
 def needed(names: Iterable[str], parts: Sequence[str], variant: str | None = None) -> list[str]:
-    """What is read of a repository's folders `parts`, '' for its top: their small files, and their
-    weights in one format, those of the variant where it has any."""
+    """What is read of a repository's folders `parts`, '' for its top: their settings and vocabularies, and
+    their weights in one format, those of the variant where it has any."""
     chosen: list[str] = []
     for part in parts:
         inside = [n for n in names if n.rpartition("/")[0] == part and not n.endswith(FOREIGN)]
         weights = [n for n in inside if any(ending in n for ending in WEIGHTS)]
-        chosen += [n for n in inside if n not in weights]
+        chosen += [n for n in inside if n not in weights and _is_read(n.rpartition("/")[2])]
         chosen += _weights([n.rpartition("/")[2] for n in weights], variant, part)
     return chosen
+
+
+def _is_read(name: str) -> bool:
+    """Whether a file beside weights is one that loading reads, and no note for people or of a system."""
+    return name.endswith(READ) and not name.lower().startswith((".", "readme", "license"))
 
 
 def _weights(names: Sequence[str], variant: str | None, part: str) -> list[str]:

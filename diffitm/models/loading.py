@@ -74,8 +74,8 @@ def family_of(index: Mapping[str, Any], name: str, field: str) -> Family:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies: a local folder, a URI, or a Hub id with its commit; `digest` names the weights,
-    `field` is what the user gave it with."""
+    """Where a model lies: a local folder, a URI, or a Hub id with its commit; `digest` names the weights
+    of the `variant`, `field` is what the user gave it with."""
 
     name: str
     location: str
@@ -83,11 +83,12 @@ class ModelSource:
     family: str
     digest: str
     field: str = "model"
+    variant: str | None = None
     weights: Weights | None = None  # of the Hub, once they are fetched
     prediction: str | None = None  # what the network predicts, where its folder says something else
     upcast: bool = False  # its VAE stays in float32, though not all of its family's do
 
-    def fetched(self, variant: str | None = None) -> ModelSource:
+    def fetched(self) -> ModelSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.revision is None:
             return self
@@ -95,24 +96,24 @@ class ModelSource:
 
         def choose(names: list[str]) -> list[str]:
             try:
-                check_variant(names, parts, variant)
+                check_variant(names, parts, self.variant)
             except InputError as error:
                 raise InputError(f"{self.name!r}: {error.message}", self.field) from error
-            return [INDEX, *needed(names, parts, variant)]
+            return [INDEX, *needed(names, parts, self.variant)]
 
         return replace(self, weights=fetch(self.name, self.revision, choose, self.field))
 
 
-def resolve(name: str, field: str = "model") -> ModelSource:
+def resolve(name: str, field: str = "model", variant: str | None = None) -> ModelSource:
     """Find a diffusers model by name: 'shapes', a local folder, a URI of one or a Hub id. Loads no
-    weights; those behind a URI are fetched.
+    weights; those behind a URI are fetched. `variant` is that of the weights that will be loaded.
 
     Raises InputError that names `field` and says what was looked for.
     """
     given, name = name, storage.without_query(name)
     folder = SHAPES / "diffusion" if name == "shapes" else Path(name).expanduser()
     if "://" in given:
-        folder = _copy(given, field)
+        folder = _copy(given, field, variant)
     if folder.is_dir():
         folder = snapshot_of(folder, name, field)
         index = folder / INDEX
@@ -124,8 +125,9 @@ def resolve(name: str, field: str = "model") -> ModelSource:
         if missing:
             raise InputError(f"{name!r}: the folder lacks {', '.join(missing)}", field)
         location = given if name == "shapes" or "://" in given else str(folder.absolute())
-        digest = _digest(folder, family, settings)
-        return ModelSource(name, location, None, str(settings["_class_name"]), digest, field)
+        digest = _digest(folder, family, settings, variant)
+        kind = str(settings["_class_name"])
+        return ModelSource(name, location, None, kind, digest, field, variant=variant)
     if folder.is_file():
         raise InputError(f"{name!r}: {_of_one_file(folder)}", field)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
@@ -136,7 +138,8 @@ def resolve(name: str, field: str = "model") -> ModelSource:
     commit = index.parent.name
     settings = _read_index(index, name, field)
     family_of(settings, name, field)
-    return ModelSource(name, name, commit, str(settings["_class_name"]), commit, field)
+    kind = str(settings["_class_name"])
+    return ModelSource(name, name, commit, kind, commit, field, variant=variant)
 
 
 def load_denoiser(
@@ -235,12 +238,12 @@ def on_machine(source: ModelSource) -> tuple[str, str | None]:
     if source.weights is not None:
         return str(source.weights.on_machine()), None
     if "://" in source.location:
-        return str(_copy(source.location, source.field, source.digest)), None
+        return str(_copy(source.location, source.field, source.variant, source.digest)), None
     return source.location, source.revision
 
 
-def _copy(uri: str, field: str, digest: str | None = None) -> Path:
-    """A local copy of the parts of a diffusers folder in an object store."""
+def _copy(uri: str, field: str, variant: str | None, digest: str | None = None) -> Path:
+    """A local copy of what is loaded of a diffusers folder in an object store."""
     there = storage.sizes(uri, recursive=True)
     if INDEX not in there:
         raise InputError(
@@ -250,9 +253,11 @@ def _copy(uri: str, field: str, digest: str | None = None) -> Path:
         storage.read_text(storage.join(uri, INDEX)), storage.without_query(uri), field
     )
     family = family_of(settings, storage.without_query(uri), field)
-    parts = tuple(f"{part}/" for part in family.parts)
-    wanted = {name: state for name, state in there.items() if name.startswith((INDEX, *parts))}
-    return on_disk(uri, wanted, lambda folder: _digest(folder, family, settings), digest)[0]
+    wanted = {name: there[name] for name in (INDEX, *needed(there, family.parts, variant))}
+    copy, _ = on_disk(
+        uri, wanted, lambda folder: _digest(folder, family, settings, variant), digest
+    )
+    return copy
 
 
 def lora_digest(path: str) -> str:
@@ -280,16 +285,17 @@ def _index_of(text: str, name: str, field: str) -> dict[str, Any]:
     return settings
 
 
-def _digest(folder: Path, family: Family, index: Mapping[str, Any]) -> str:
-    """sha256 over the names and contents of the parts that scoring uses, and the index's settings."""
+def _digest(
+    folder: Path, family: Family, index: Mapping[str, Any], variant: str | None = None
+) -> str:
+    """sha256 over the names and contents of the files that are loaded, and the index's settings."""
     total = hashlib.sha256()
     if family.settings:
         used = {key: index.get(key, absent) for key, absent in family.settings.items()}
         total.update(json.dumps(used, sort_keys=True).encode())
-    files = (p for part in family.parts for p in (folder / part).rglob("*") if p.is_file())
-    for path in sorted(files):
-        total.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
+    for name in sorted(needed(files_of(folder), family.parts, variant), key=Path):
+        total.update(name.encode())
+        with (folder / name).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 

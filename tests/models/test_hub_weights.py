@@ -269,4 +269,4 @@ def test_a_variant_that_only_some_have(served: Hub, sd_folder: Path, tmp_path: P
     ):
         source.fetched()
     assert not [line for line in served.asked if line.startswith("GET") and "safetensors" in line]
-    load_denoiser(source.fetched("fp16"), variant="fp16")
+    load_denoiser(resolve(REPO, variant="fp16").fetched(), variant="fp16")

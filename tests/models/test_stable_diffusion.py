@@ -181,6 +181,32 @@ def test_digest_is_of_the_weights(tmp_path: Path, sd_folder: Path) -> None:
     assert loading.resolve(str(other)).digest != digest
 
 
+def test_digest_is_of_what_is_loaded(tmp_path: Path, sd_folder: Path) -> None:
+    """Notes, a system's files and weights of another variant or format change nothing; a vocabulary does."""
+    digest = loading.resolve(str(sd_folder)).digest
+    copy = Path(shutil.copytree(sd_folder, tmp_path / "copy"))
+    for name in (
+        "README.md",
+        "unet/.DS_Store",
+        "unet/README.md",
+        "unet/._config.json",
+        "vae/LICENSE.txt",
+    ):
+        (copy / name).write_text("x")
+    unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    half = unet.with_name("diffusion_pytorch_model.fp16.safetensors")
+    half.write_bytes(b"half")
+    unet.with_name("diffusion_pytorch_model.bin").write_bytes(b"other")
+    assert loading.resolve(str(copy)).digest == digest
+    assert loading.resolve(str(copy), variant="fp16").digest != digest
+    before = loading.resolve(str(copy), variant="fp16").digest
+    half.write_bytes(b"changed")
+    assert loading.resolve(str(copy)).digest == digest
+    assert loading.resolve(str(copy), variant="fp16").digest != before
+    (copy / "tokenizer" / "merges.txt").write_text("#version: 0.2\nx y")
+    assert loading.resolve(str(copy)).digest != digest
+
+
 @pytest.fixture
 def broken(tmp_path: Path, sd_folder: Path) -> Path:
     """A copy to break."""
