@@ -206,7 +206,7 @@ def test_runtime_environment() -> None:
 def test_cost_table_follows_from_its_own_counts() -> None:
     """Hours = pairs x timesteps / R, with the timesteps that the protocol really uses."""
     text = (ROOT / "docs" / "cluster.md").read_text()
-    rate = float(re.search(r"R = (\d+) forwards", text)[1])
+    rate = float(re.search(r"(\d+) forwards a second, an assumption", text)[1])
     steps = [len(plan_timesteps("diffusionitm", count, 0)) for count in (10, 50, 250)]
     titles = re.search(r"\| task \| pairs \| hours at (\d+) \| hours at (\d+) \|", text)
     assert [int(title) for title in titles.groups()] == steps[:2]
