@@ -205,9 +205,9 @@ class Part:
 
     def _drop_what_is_nowhere_finite(self) -> None:
         """A model without one score that is finite has no accuracy of 0: nothing could be scored."""
-        for kind, decisions in self.decisions.items():
-            credits = [credit for d in decisions for credit in (d.credits or {}).values()]
-            if credits and not any(credit.finite for credit in credits):
+        found = [d.credits for decisions in self.decisions.values() for d in decisions if d.credits]
+        if found and not any(credit.finite for credits in found for credit in credits.values()):
+            for kind, decisions in self.decisions.items():
                 self.decisions[kind] = [replace(d, credits=None) for d in decisions]
 
     @property

@@ -16,7 +16,6 @@ class Done:
     pairs: int = 0
     forwards: int = 0  # of the model
     failures: int = 0  # pairs
-    not_finite: int = 0  # pairs whose score is NaN or infinite
     busy: float = 0.0  # scoring
     actors: int = 0
     rate: float = 0.0  # measured forwards a second, of all actors together
@@ -28,6 +27,7 @@ class Done:
     batch_size: int = 0  # the smallest, 0 of models without
     seconds: float = 0.0  # from the start of scoring to its end
     smaller: tuple[str, ...] = ()  # a line for each time that an actor ran out of GPU memory
+    not_finite: int = 0  # pairs whose score is NaN or infinite
 
     def __add__(self, other: Done) -> Done:
         both = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
