@@ -55,7 +55,7 @@ def _why(error: str, delimiter: str) -> str:
     return error
 
 
-def read_table(
+def read_delimited(
     lines: Lines, where: str, delimiter: str
 ) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
     """The header, and each row with its line and its cells by column.

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from diffitm.captions.delimited import read_table as read_delimited
+from diffitm.captions.delimited import read_delimited
 from diffitm.captions.json_file import parse_json, read_entries
 from diffitm.captions.row import CaptionRow, Reading, make_row, parse_list, shown
 from diffitm.core import storage

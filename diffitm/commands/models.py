@@ -73,16 +73,16 @@ def make_specs(
         check_loadable(source, loras, config.variant)
     _check_clips(clips)
     dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
-    known_as = known_root(root, out)
+    scores_root = known_root(root, out)
     specs: list[Spec] = [
-        _diffusion(config, source, lora, root, steps, dtype, known_as)
+        _diffusion(config, source, lora, root, steps, dtype, scores_root)
         for source in models
         for lora in lora_names(config)
         for steps in timesteps
     ]
-    specs += [ClipSpec(source, root, config.batch_size, known_as) for source in clips]
+    specs += [ClipSpec(source, root, config.batch_size, scores_root) for source in clips]
     scorers = dict.fromkeys(config.scorer)
-    specs += [CustomSpec(find_scorer(name), root, known_as) for name in scorers]
+    specs += [CustomSpec(find_scorer(name), root, scores_root) for name in scorers]
     return specs, pool
 
 
@@ -110,7 +110,7 @@ def _diffusion(
     root: str,
     timesteps: tuple[int, ...],
     dtype: str,
-    known_as: str,
+    scores_root: str,
 ) -> DiffusionSpec:
     resize = config.resize
     if resize == "auto":
@@ -128,7 +128,7 @@ def _diffusion(
         lora=locate(lora) if lora else None,
         lora_name=storage.without_query(lora) if lora else None,
         batch_size=config.batch_size,
-        known_as=known_as,
+        scores_root=scores_root,
     )
 
 

@@ -1,1 +1,1 @@
-"""Networks and weights, one file a family: diffusion models behind one contract, CLIP, language models."""
+"""Networks and weights, a file a family and what they share: diffusion models, CLIP, language models."""

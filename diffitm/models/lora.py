@@ -281,7 +281,7 @@ def lora_weights(unet: nn.Module) -> dict[str, Tensor]:
     return {f"unet.{name}": tensor.detach().float().cpu() for name, tensor in found.items()}
 
 
-def load_lora(unet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def restore_adapter(unet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors of `lora_weights` into a U-Net that has its LoRA."""
     from peft import set_peft_model_state_dict
 

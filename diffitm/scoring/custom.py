@@ -115,7 +115,7 @@ class CustomSpec:
 
     source: CustomSource
     root: str
-    known_as: str | None = None
+    scores_root: str | None = None
     cost = 1
 
     @property
@@ -131,7 +131,7 @@ class CustomSpec:
             "score": self.source.score,
             "scorer": self.source.place.rpartition("/")[2],
             "depends": self.source.digest,
-            "root": without_query(self.known_as or self.root),
+            "root": without_query(self.scores_root or self.root),
         }
 
     def build(self, device: str) -> RowScorer:

@@ -69,6 +69,7 @@ def pair_errors(
     def forward(start: int, end: int) -> Tensor:
         item = torch.arange(start, end, device=device)
         image, text = pairs[item // count].T
+        # Noise by place in the plan alone: every pair meets the same.
         at, eps, z0 = steps[item % count], noise[item % count], latents[image]
         noised, chosen = denoiser.schedule.add_noise(z0, eps, at), select(condition, text)
         with used.timed(device):

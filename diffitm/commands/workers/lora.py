@@ -12,7 +12,7 @@ from torch import Tensor
 from diffitm.distributed.train_loop import work
 from diffitm.models.denoiser import Condition
 from diffitm.models.loading import load_denoiser
-from diffitm.models.lora import load_lora, lora_weights
+from diffitm.models.lora import lora_weights, restore_adapter
 from diffitm.scoring.diffusion import DiffusionScorer, scaled
 from diffitm.scoring.noise_plan import make_plan, plan_timesteps
 from diffitm.training.crops import Whole
@@ -78,7 +78,7 @@ class LoraModule(TrainModule):
         return lora_weights(self.tuner.unet)
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        load_lora(self.tuner.unet, weights)
+        restore_adapter(self.tuner.unet, weights)
 
     def measures(self, step: int) -> bool:
         return self.job.validation is not None and self.is_due(step, self.job.validation.every)
