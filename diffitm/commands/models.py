@@ -35,7 +35,9 @@ class Sources(NamedTuple):
 
 
 def find_sources(config: ModelOptions) -> Sources:
-    """Raises InputError for a name that means nothing."""
+    """Raises InputError for a name that means nothing, and for a LoRA that is not there."""
+    for lora in filter(None, lora_names(config)):
+        locate(lora)
     models = [resolve(name, variant=config.variant) for name in dict.fromkeys(config.model)]
     return Sources(models, _clips(config.clip))
 

@@ -50,6 +50,8 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         return _open(uri)
     path, query, options = rest.partition("?")
     bucket, _, name = path.partition("/")
+    if not bucket:
+        raise InputError(f"{uri}: names no bucket; {scheme}://BUCKET/PATH is right")
     found, top = _open(f"{scheme}://{bucket}{query}{options}")
     return found, f"{top}/{name}".strip("/")
 

@@ -25,7 +25,7 @@ import ray.data
 from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from diffitm.core.errors import InputError
+from diffitm.core.errors import InputError, Unavailable
 
 log = logging.getLogger("diffitm")
 T = TypeVar("T")
@@ -108,7 +108,13 @@ def _start(dashboard: bool, options: dict[str, Any]) -> None:
     # Ray warns on stdout of more processes than a few times this, which every run here has.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(8 * cpus))
     where = {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-    ray.init(address="local", num_cpus=cpus, **where, **options)
+    try:
+        ray.init(address="local", num_cpus=cpus, **where, **options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray has no type of its own for it
+            raise
+        text = "Ray did not start in time; the machine is too busy, or out of memory"
+        raise Unavailable(f"{text} ({str(error).splitlines()[0]})") from error
 
 
 def _join(address: str | None, options: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffitm.core import storage
+from diffitm.core.errors import InputError
 from diffitm.core.schema import Example, fault
 
 
@@ -147,3 +148,9 @@ def test_an_example_whose_right_answer_comes_twice_decides_nothing(
     assert (fault(example) or "").endswith(reason or "") and (fault(example) is None) == (
         not reason
     )
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///name", "gs://?x=1"])
+def test_a_uri_without_a_bucket(uri: str) -> None:
+    with pytest.raises(InputError, match="names no bucket"):
+        storage.filesystem(uri)

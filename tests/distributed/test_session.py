@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 
 import pytest
+import ray
 from ray.exceptions import AuthenticationError
 
-from diffitm.core.errors import InputError
+from diffitm.core.errors import InputError, Unavailable
 from diffitm.distributed import session
 
 # cluster resources, (actors, max_actors, cpus, gpus) asked for -> (actors, cpus, gpus)
@@ -105,3 +106,14 @@ def test_a_head_that_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
     session._await(f"127.0.0.1:{port}")
     (head,) = heads
     head.close()
+
+
+def test_a_ray_that_does_not_start_in_time_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ..")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(Unavailable, match="the machine is too busy"):
+        session.connect(None)

@@ -92,6 +92,6 @@ def test_a_new_store_says_what_differs(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO):
         open_store(out, "x", {**CONFIG, "root": "/c"})
         open_store(out, "x", {**CONFIG, "root": "/c"})
-        open_store(out, "y", {**CONFIG, "root": "/c"})
+        open_store(out, "y", {**CONFIG, "root": "/c", "weights": "u"})
     assert [r.message.partition("; ")[2] for r in caplog.records].count("") == 0
     assert len(caplog.records) == 1 and caplog.records[0].message.endswith(" are of root /a")
