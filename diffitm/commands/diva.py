@@ -281,7 +281,7 @@ def _tell(
     if "://" not in out:
         data = "shapes" if config.data == "shapes" else "DATA"
         command = ["--clip", out, config.clip, "--data", data]
-        print(f"compare python pipelines/gdbench.py {shlex.join(command)}")
+        print(f"compare diffitm gdbench {shlex.join(command)}")
 
 
 def _describe(line: Line) -> str:

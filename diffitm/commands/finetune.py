@@ -65,7 +65,7 @@ def _write(config: FinetuneConfig, trained: Trained[LoraJob], out: str) -> None:
         command = ["--model", config.model, "--lora", "none", weights]
         if config.data != "shapes" and (valid := _data(config, out)[2]) is not None:
             command += ["--data", valid, "--tasks", *TASKS]
-        print(f"compare python pipelines/gdbench.py {shlex.join(command)}")
+        print(f"compare diffitm gdbench {shlex.join(command)}")
 
 
 def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:

@@ -85,9 +85,7 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
     uri, total, unusable = write_own(own_rows(config), storage.join(out, "examples"))
     if unusable == total:
         raise InputError(f": {config.data}: none of its {total:,} rows can be scored", "data")
-    log.info(
-        "%s: %s rows, %s of them cannot be asked for", config.data, f"{total:,}", f"{unusable:,}"
-    )
+    log.info("%s: %s rows, %s of them unusable", config.data, f"{total:,}", f"{unusable:,}")
     specs, pool = make_specs(config, sources, timesteps, root, out)
     (spec,) = specs
     store = open_store(out, spec.label, spec.store_config())
@@ -105,9 +103,12 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
     kind = store.similarity or "normalised"
     print(f"report   {write_report(summary, spec.label, kind, provenance, root, out)}")
     if summary.quantiles:
-        print("         " + ", ".join(f"{k} {v:.4g}" for k, v in summary.quantiles.items()))
+        shares = ", ".join(f"{share} {value:.4g}" for share, value in summary.quantiles.items())
+        print(f"quantiles of the score: {shares}")
     if summary.failures:
         text = f"{summary.failures:,} of {summary.pairs:,} pairs have no score"
+        if summary.failed:
+            text += f", such as {summary.failed[0]['image']}: {summary.failed[0]['failure']}"
         raise Incomplete(f"{text}; pairs.parquet says why (column failure)")
 
 

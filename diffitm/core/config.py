@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -74,6 +75,7 @@ class OnActors(OnRay):
     )
 
 
+ON_ACTORS = frozenset(field.name for field in dataclasses.fields(OnActors))
 ON_RAY = frozenset(field.name for field in dataclasses.fields(OnRay))  # no result depends on them
 
 
@@ -84,11 +86,15 @@ def parse(config: type[C], arguments: Sequence[str] | None = None, description: 
     Raises InputError with every problem found.
     """
     fields = types_of(config)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--OPTION VALUE ..]", description=description, allow_abbrev=False
+    )
+    of_ray = parser.add_argument_group("where it runs")
     parser.add_argument("--config", help="YAML file with any of the options below")
     for name, kind in fields.items():
-        _add(parser, name, kind, _help(config, name))
-    known, unknown = parser.parse_known_args(arguments)
+        _add(of_ray if name in ON_ACTORS else parser, name, kind, _help(config, name, kind))
+    words = sys.argv[1:] if arguments is None else arguments
+    known, unknown = parser.parse_known_args([_hyphenated(word) for word in words])
     values = {k: v for k, v in vars(known).items() if k != "config" and v is not None}
     problems = _unknown(unknown, [flag(name) for name in fields])
     from_file = read_yaml(known.config) if known.config else {}
@@ -194,23 +200,41 @@ def types_of(config: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(config)}
 
 
-def _help(config: type, name: str) -> str:
+def _help(config: type, name: str, kind: Any) -> str:
+    """An option's line: what it is, the words it takes, its default where it has one."""
     field = next(f for f in dataclasses.fields(config) if f.name == name)
-    default = field.default
+    text, default = field.metadata.get("help", ""), field.default
     if field.default_factory is not dataclasses.MISSING:
         default = " ".join(str(v) for v in field.default_factory())
-    return f"{field.metadata.get('help', '')} (default: {default})".replace("%", "%%")
+    words = [str(word) for word in _words(kind) if str(word) not in text]
+    if words:
+        text += f" [{', '.join(map(str, _words(kind)))}]"
+    if default not in (None, "", False) and "(default:" not in text:
+        text += f" (default: {default})"
+    return text.replace("%", "%%")
 
 
-def _add(parser: argparse.ArgumentParser, name: str, kind: Any, text: str) -> None:
-    spellings = list(dict.fromkeys([flag(name), "--" + name.rstrip("_")]))
+def _words(kind: Any) -> list[Any]:
+    """The words that an option may have, [] for one that takes any value."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [word for inner in get_args(kind) for word in _words(inner)]
+
+
+def _add(parser: argparse._ActionsContainer, name: str, kind: Any, text: str) -> None:
     if kind is bool:
         action = argparse.BooleanOptionalAction
-        parser.add_argument(*spellings, dest=name, action=action, default=None, help=text)
+        parser.add_argument(flag(name), dest=name, action=action, default=None, help=text)
     elif get_origin(kind) is list:
-        parser.add_argument(*spellings, dest=name, nargs="+", default=None, help=text)
+        parser.add_argument(flag(name), dest=name, nargs="+", default=None, help=text)
     else:
-        parser.add_argument(*spellings, dest=name, default=None, help=text)
+        parser.add_argument(flag(name), dest=name, default=None, help=text)
+
+
+def _hyphenated(word: str) -> str:
+    """An option's name with hyphens, as it may be typed with the underscores of a config file, too."""
+    name, mark, value = word.partition("=")
+    return name.replace("_", "-") + mark + value if name.startswith("--") else word
 
 
 def convert(value: Any, kind: Any) -> Any:

@@ -83,6 +83,10 @@ def connect(address: str | None, dashboard: bool = False, verbose: bool = False)
         _joined |= ray.get_runtime_context().worker.mode == ray.WORKER_MODE  # a trial of a sweep
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    # Few rows need few actors, which is no fault of the user's.
+    warnings.filterwarnings(
+        "ignore", message="The minimum number of concurrent actors", module="ray"
+    )
     handler = signal.getsignal(signal.SIGTERM)
     _joined = is_elsewhere(address)
     heard = _joined or verbose

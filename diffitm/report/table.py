@@ -98,7 +98,8 @@ def make_table(
     steps = {row.timesteps for row in diffusion}
     protocols = {row.protocol for row in diffusion}
     comparable = steps == {TIMESTEPS} and protocols == {"diffusionitm"}
-    return Table([title for title, _, _ in titles], lines, real_data and comparable)
+    shown = real_data and comparable and any(published(x.task, x.metric, x.group) for x in lines)
+    return Table([title for title, _, _ in titles], lines, shown)
 
 
 def columns(evaluation: Evaluation) -> list[tuple[str, str, str]]:

@@ -63,7 +63,7 @@ def assert_same(out: Path, undisturbed: Path) -> None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("diva") / "out"
     done = run(*SMALL, "--out", out)
-    assert f"compare python pipelines/gdbench.py --clip {out} shapes" in done.stdout
+    assert f"compare diffitm gdbench --clip {out} shapes" in done.stdout
     return out
 
 

@@ -295,3 +295,20 @@ def test_a_fingerprint_is_of_values_whatever_their_order() -> None:
     assert len({fingerprint(other) for other in others}) == 4
     # printf '{"a":1}' | sha256sum
     assert fingerprint({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()
+
+
+def test_help_names_the_words_and_no_empty_default(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Own:
+        kind: Literal["one", "two"] = option("one", "which of them")
+        told: Literal["a1", "b2"] | None = option(None, "a1 or b2")
+        words: list[Literal["x9", "y9"]] = option(["x9"], "some")
+        actors: int | None = option(None, "actors (default: as many as fit)")
+        check: bool = option(False, "look only")
+
+    with pytest.raises(SystemExit):
+        parse(Own, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "which of them [one, two] (default: one)" in text
+    assert "a1 or b2 --" in text and "some [x9, y9] (default: x9)" in text
+    assert "(default: as many as fit) --" in text and "None" not in text and "False" not in text
