@@ -303,7 +303,7 @@ def test_help_names_the_words_and_no_empty_default(capsys: pytest.CaptureFixture
         kind: Literal["one", "two"] = option("one", "which of them")
         told: Literal["a1", "b2"] | None = option(None, "a1 or b2")
         words: list[Literal["x9", "y9"]] = option(["x9"], "some")
-        actors: int | None = option(None, "actors (default: as many as fit)")
+        many: int | None = option(None, "how many (default: as many as fit)")
         check: bool = option(False, "look only")
 
     with pytest.raises(SystemExit):
