@@ -17,6 +17,7 @@ from diffitm.core import registry, storage
 from diffitm.core.errors import InputError, suggest
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.hub_weights import (
+    STEMS,
     Weights,
     check_variant,
     fetch,
@@ -34,6 +35,7 @@ CONVERT = (
     "Once: StableDiffusionPipeline.from_single_file({file!r}).save_pretrained('FOLDER') with diffusers "
     "(StableDiffusionXLPipeline of an SDXL), and give the FOLDER"
 )
+SETTINGS = ("config.json", "scheduler_config.json", "generation_config.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -293,11 +295,19 @@ def _digest(
     if family.settings:
         used = {key: index.get(key, absent) for key, absent in family.settings.items()}
         total.update(json.dumps(used, sort_keys=True).encode())
-    for name in sorted(needed(files_of(folder), family.parts, variant), key=Path):
+    read = filter(_is_loaded, needed(files_of(folder), family.parts, variant))
+    for name in sorted(read, key=Path):
         total.update(name.encode())
         with (folder / name).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether a file is one that its part is loaded from, and no copy or note beside it. Of tokenizers all
+    are, as their files have many names."""
+    part, _, file = name.partition("/")
+    return part.startswith("tokenizer") or file.startswith(STEMS) or file in SETTINGS
 
 
 def from_hub(name: str, file: str, field: str) -> Path:

@@ -191,6 +191,9 @@ def test_digest_is_of_what_is_loaded(tmp_path: Path, sd_folder: Path) -> None:
         "unet/README.md",
         "unet/._config.json",
         "vae/LICENSE.txt",
+        "unet/notes.txt",
+        "scheduler/config (copy).json",
+        "vae/lora.safetensors",
     ):
         (copy / name).write_text("x")
     unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
