@@ -193,6 +193,52 @@ def test_a_text_of_several_lines_is_none_of_swallowed_rows(tmp_path: Path) -> No
     assert pairs(tmp_path / "a.csv") == [("a.jpg", ("a red\nbig car, see a.jpg, b",))]
 
 
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('image,caption\n"a b.png","a red circle\nmy b.png,a blue square"\nc.png,x\n', 3),
+        ('image,caption\n0001,"open\n0002,closed"\n0003,x\n', 3),
+        ('image,caption\na.heic,"open\nb.heic,between\n\nc.heic,closed"\nd.heic,x\n', 3),
+        ('caption,image\n"a dog,my a.png\na cat",b.png\nx,c.png\n', 3),
+        ('n,image,caption,set\n1,a b.png,"open,train\n2,c d.png,closed",test\n', 3),
+        ('image,caption\nabc,"open\ndef,closed"\nghi,x\n', 3),
+    ],
+)
+def test_a_quote_that_a_later_row_closes(tmp_path: Path, content: str, line: int) -> None:
+    """Whatever the images' names look like, and in whichever column it opens."""
+    file = tmp_path / "a.csv"
+    file.write_text(content)
+    with pytest.raises(InputError, match=rf"line 2: a quote opens .* of line {line} \("):
+        list(read(str(file), OWN))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red\nsmall circle",
+        "a red, small circle\non white, alone",
+        "a red circle\non white, alone",
+        "dots\nof 3,000 kinds",
+        "a poem,\n\nwith foo.png, in it",
+    ],
+)
+def test_texts_of_several_lines(tmp_path: Path, text: str) -> None:
+    """As they are; one that looks like rows too, where every field of the file is quoted."""
+    for quoting, own in ((csv.QUOTE_MINIMAL, text), (csv.QUOTE_ALL, "a red\nb.png,a blue")):
+        with (tmp_path / "a.csv").open("w", newline="") as stream:
+            writer = csv.writer(stream, quoting=quoting)
+            writer.writerows([["image", "caption"], ["a.png", own], ["b.png", "x"]])
+        assert pairs(tmp_path / "a.csv") == [("a.png", (own,)), ("b.png", ("x",))]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_text_of_any_length(tmp_path: Path, ending: str) -> None:
+    """The csv module's own limit is 131,072 characters."""
+    file, separator = tmp_path / f"a.{ending}", "," if ending == "csv" else "\t"
+    file.write_text(f"image{separator}caption\na.png{separator}{'x' * 140_000}\n")
+    assert [len(texts[0]) for _, texts in pairs(file)] == [140_000]
+
+
 BAD = {
     "null": "the row has no text",
     '" "': "the row has no text",
