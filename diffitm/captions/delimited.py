@@ -119,7 +119,9 @@ def _rows(
         yield line, dict(zip(header, fields, strict=True))
 
 
-def _check_swallowed(where: str, line: int, fields: list[str], delimiter: str, lines: Lines) -> bool:
+def _check_swallowed(
+    where: str, line: int, fields: list[str], delimiter: str, lines: Lines
+) -> bool:
     """A quote that is left open may be closed by one of a later row: then a text of several lines has
     rows in it.
 

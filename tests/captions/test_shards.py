@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import tarfile
 from pathlib import Path
 
@@ -162,6 +163,42 @@ def test_a_shard_that_breaks_off_gives_what_comes_before(tmp_path: Path) -> None
         InputError, match=r"none of its 1 rows can be used; s\.tar, behind 0 samples"
     ):
         found(file)
+
+
+def test_archives_one_behind_the_other(tmp_path: Path) -> None:
+    """As `cat a.tar b.tar` makes them, and writers that end an archive with two blocks alone."""
+    parts = [
+        write(tmp_path / "part", {f"{key}.jpg": b"x", f"{key}.txt": b"t"}).read_bytes()
+        for key in "01"
+    ]
+    for sizes in ((10240, 10240), (2048 + 1024, 10240), (2048 + 1024, 2048 + 512)):
+        data = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        (tmp_path / "s.tar").write_bytes(b"".join(data))
+        assert found(tmp_path / "s.tar") == ({"0": "t", "1": "t"}, {})
+
+
+def test_zeros_where_members_were(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What an aborted download leaves is a failure of the shard, what stands before and behind is read."""
+    write(tmp_path / "a.tar", {"a.jpg": b"", "a.txt": b"a"})
+    members = {f"{i}.{ending}": b"x" for i in range(4) for ending in ("jpg", "txt")}
+    whole = write(tmp_path / "s.tar", members).read_bytes()
+    cases = [
+        (whole[:2048] + bytes(2048) + whole[4096:], "023", "zeros .* bytes 2,048 to 4,096"),
+        (whole[:2048] + bytes(2560) + whole[4608:], "0", "breaks off at byte 4,608"),
+        (whole + b"more", "0123", "breaks off at byte 10,240"),
+        (whole + b"<html>" * 200, "0123", "breaks off at byte 10,240"),
+        (whole[:2048] + bytes(2**21), "0", "zeros .* bytes 2,048 to"),
+        (bytes(2**16), "", "zeros .* bytes 0 to 65,536"),
+    ]
+    for data, kept, told in cases:
+        (tmp_path / "s.tar").write_bytes(data)
+        texts, lost = found(tmp_path / "*.tar")
+        assert texts == {"a": "a"} | dict.fromkeys(kept, "x")
+        (failure,) = lost.values()
+        assert re.search(told, failure), failure
+    write(tmp_path / "s.tar", {})
+    assert found(tmp_path / "*.tar") == ({"a": "a"}, {})
+    assert "it is an empty archive" in caplog.text
 
 
 def test_negative_images_of_other_shards(tmp_path: Path) -> None:
