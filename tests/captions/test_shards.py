@@ -113,6 +113,11 @@ def test_an_empty_txt_does_not_hide_the_json(tmp_path: Path) -> None:
     assert found(file) == ({"a": "x"}, {})
 
 
+def test_a_txt_that_shows_nothing_does_not_hide_the_json(tmp_path: Path) -> None:
+    members = {"a.jpg": b"", "a.txt": "\u200b".encode(), "a.json": b'{"caption": "x"}'}
+    assert found(write(tmp_path / "s.tar", members)) == ({"a": "x"}, {})
+
+
 def test_members_twice_and_in_any_order(tmp_path: Path) -> None:
     members = [("0.jpg", b""), ("1.jpg", b""), ("0.txt", b"a"), ("1.txt", b"b"), ("0.jpg", b"i")]
     texts, lost = found(write(tmp_path / "s.tar", members))
