@@ -162,6 +162,8 @@ def _are_rows(lines: list[str], fields: list[str], column: int, delimiter: str) 
         return False
     others = [n for n in range(len(fields)) if n != column]
     named = [n for n in others if NAMED.search(fields[n].strip())]
+    if not named and any(f"{delimiter} " in line for line in lines):
+        return False  # "Outside, a dog": a sentence, where nothing tells it from a row
     return all(_are_alike(fields[n].strip(), row[n]) for row in rows for n in named or others)
 
 

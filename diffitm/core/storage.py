@@ -41,8 +41,14 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system that serves a URI, and the path within it.
 
     Names in an object store are taken as they are, without %-decoding; its client is kept open.
-    Raises InputError for a scheme that neither pyarrow nor fsspec knows, and for a wrong URI.
+    Raises InputError for a scheme that neither pyarrow nor fsspec knows, for a wrong URI, and for a path
+    that is not UTF-8, which pyarrow takes none of.
     """
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        told = uri.encode("utf-8", "backslashreplace").decode()
+        raise InputError(f"{told}: this path is not UTF-8; rename it") from None
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return fs.LocalFileSystem(), absolute(uri)
@@ -298,16 +304,19 @@ def _listed(uri: str, recursive: bool, others: list[str] | None = None) -> list[
         )
     except OSError as error:
         raise InputError(f"{uri} cannot be looked at: {error}") from error
-    return [
-        _Listed(info.path, int(info.size or 0), int(info.mtime_ns or 0))
-        for info in infos
-        if info.type == fs.FileType.File
-    ]
+    try:
+        return [
+            _Listed(info.path, int(info.size or 0), int(info.mtime_ns or 0))
+            for info in infos
+            if info.type == fs.FileType.File
+        ]
+    except UnicodeDecodeError:  # a local name that is not UTF-8
+        return _walked(path, others, deep=False)
 
 
-def _walked(top: str, others: list[str] | None = None) -> list[_Listed]:
-    """The files in a local folder and below. A link to a folder that it lies in is not followed; what is
-    neither is put into `others`."""
+def _walked(top: str, others: list[str] | None = None, deep: bool = True) -> list[_Listed]:
+    """The files in a local folder and, if `deep`, below. A link to a folder that it lies in is not followed;
+    what is neither is put into `others`."""
     found = list[_Listed]()
 
     def look(folder: str, above: frozenset[tuple[int, int]]) -> None:
@@ -318,6 +327,8 @@ def _walked(top: str, others: list[str] | None = None) -> list[_Listed]:
         with os.scandir(folder) as scan:
             for entry in scan:
                 kind = _kind(entry)
+                if kind == fs.FileType.Directory and not deep:
+                    continue
                 if kind == fs.FileType.Directory:
                     look(entry.path, above | {place})
                 elif kind == fs.FileType.File:

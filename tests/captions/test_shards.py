@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -231,3 +232,16 @@ def test_shards_that_are_missing(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=told):
             found(tmp_path / uri, Reading(field="captions"))
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """One beside the shards is none of theirs, one of a shard is refused by name."""
+    write(tmp_path / "a.tar", {"a.png": b"", "a.txt": b"a"})
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt"), "wb"):
+        pass
+    assert found(tmp_path / "*.tar") == ({"a": "a"}, {})
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.tar"), "wb"):
+        pass
+    for name in ("*.tar", "caf\udce9.tar", "caf\udce9.csv", "caf\udce9"):
+        with pytest.raises(InputError, match=r"caf\\udce9.*: this path is not UTF-8; rename it"):
+            found(tmp_path / name)

@@ -238,6 +238,11 @@ def test_texts_of_several_lines(tmp_path: Path, text: str) -> None:
         assert pairs(tmp_path / "a.csv") == [("a.png", (own,)), ("b.png", ("x",))]
 
 
+def test_a_sentence_is_no_row_of_names_without_endings(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('image,caption\nab12,"A day\nOutside, a dog runs"\ncd34,x\n')
+    assert pairs(tmp_path / "a.csv")[0] == ("ab12", ("A day\nOutside, a dog runs",))
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
 def test_a_text_of_any_length(tmp_path: Path, ending: str) -> None:
     """The csv module's own limit is 131,072 characters."""
