@@ -201,7 +201,8 @@ def _members(shard: str, texts: bool) -> Iterator[tuple[str, str, Member]]:
         ) as archive,
     ):
         for member in archive:
-            if member.offset > next_one:
+            # Between members there may also be a header for all that follow.
+            if member.offset > next_one and _are_zeros(shard, next_one):
                 if not _is_end(next_one - begin, member.offset - begin):
                     holes.append(f"{next_one:,} to {member.offset:,}")
                 begin = member.offset
@@ -224,7 +225,7 @@ def _members(shard: str, texts: bool) -> Iterator[tuple[str, str, Member]]:
         end = archive.offset
     if linked:
         log.warning("%s: left out %s members that are links or devices", shard, f"{linked:,}")
-    if end == next_one or storage.read_range(shard, end, BLOCK).strip(b"\0"):
+    if end == next_one or not _are_zeros(shard, end):
         raise tarfile.ReadError(f"it breaks off at byte {end:,}")
     if end - next_one > (PADDING if next_one else RECORD):
         holes.append(f"{next_one:,} to {end:,}")
@@ -232,6 +233,10 @@ def _members(shard: str, texts: bool) -> Iterator[tuple[str, str, Member]]:
         log.warning("%s: it is an empty archive", shard)
     if holes:
         raise tarfile.ReadError(f"it has zeros where members may have been, bytes {holes[0]}")
+
+
+def _are_zeros(shard: str, start: int) -> bool:
+    return not storage.read_range(shard, start, BLOCK).strip(b"\0")
 
 
 def _is_end(start: int, end: int) -> bool:

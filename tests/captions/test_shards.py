@@ -183,6 +183,17 @@ def test_archives_one_behind_the_other(tmp_path: Path) -> None:
         assert found(tmp_path / "s.tar") == ({"0": "t", "1": "t"}, {})
 
 
+def test_headers_for_all_members(tmp_path: Path) -> None:
+    """As `git archive` writes one; names that are long have headers of their own."""
+    names = ["a", "b" * 180]
+    with tarfile.open(tmp_path / "s.tar", "w", pax_headers={"comment": "x" * 600}) as archive:
+        for name in (f"{name}.{ending}" for name in names for ending in ("jpg", "txt")):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            archive.addfile(info, io.BytesIO(b"x"))
+    assert found(tmp_path / "s.tar") == (dict.fromkeys(names, "x"), {})
+
+
 def test_zeros_where_members_were(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What an aborted download leaves is a failure of the shard, what stands before and behind is read."""
     write(tmp_path / "a.tar", {"a.jpg": b"", "a.txt": b"a"})
