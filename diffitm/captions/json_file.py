@@ -36,8 +36,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_entries(text: str, where: str) -> Iterator[Entry]:
-    """What a JSON file holds of images and captions. Raises InputError that names what is right."""
+def read_entries(text: str, where: str, captioned: bool = True) -> Iterator[Entry]:
+    """What a JSON file holds of images and, if they are `captioned`, of captions.
+
+    Raises InputError that names what is right.
+    """
     try:
         content = parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -48,6 +51,8 @@ def read_entries(text: str, where: str) -> Iterator[Entry]:
     elif not isinstance(content, dict):
         raise InputError(f"{where}: expects {LAYOUTS}; found {shown(content)}")
     elif isinstance(content.get("images"), list) and "annotations" in content:
+        if captioned:
+            _check_annotations(content["annotations"], where)
         yield from _coco(content)
     elif isinstance(content.get("images"), list) and any(
         isinstance(image, dict) and "sentences" in image for image in content["images"]
@@ -57,6 +62,17 @@ def read_entries(text: str, where: str) -> Iterator[Entry]:
         raise InputError(f"{where}: expects {LAYOUTS}; found the keys {', '.join(content)[:80]}")
     else:
         yield from ((f"key {shown(key)!r}", (key, value)) for key, value in content.items())
+
+
+def _check_annotations(annotations: Any, where: str) -> None:
+    """Raises InputError for annotations that are no captions: of instances, or no list."""
+    right = 'expects a list of {"image_id": .., "caption": ..}, as captions_*.json of COCO has it'
+    if not isinstance(annotations, list):
+        raise InputError(f"{where}: annotations is {shown(annotations)}; {right}")
+    objects = [annotation for annotation in annotations if isinstance(annotation, dict)]
+    if objects and not any("caption" in annotation for annotation in objects):
+        keys = ", ".join(objects[0])[:80]
+        raise InputError(f"{where}: none of its annotations has a caption, only {keys}; {right}")
 
 
 def _coco(content: dict[str, Any]) -> Iterator[Entry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from diffitm.captions.folder import read_folder
@@ -13,6 +14,7 @@ from diffitm.core import storage
 from diffitm.core.errors import InputError, flag
 
 log = logging.getLogger("diffitm")
+ABSOLUTE = re.compile(r"~?/|[A-Za-z]:[/\\]|\w+://")
 
 
 def read(uri: str, reading: Reading) -> Iterator[CaptionRow]:
@@ -22,11 +24,20 @@ def read(uri: str, reading: Reading) -> Iterator[CaptionRow]:
     Raises InputError for what cannot be read, and where no row is as it should be.
     """
     total, first, any_good = 0, None, False
+    empty, absolute, such = 0, 0, ""
     for row in _read(uri, reading):
         total += 1
         first = first or row
         any_good = any_good or any(own.failure is None for own in row.each_text())
+        empty += row.empty_negatives
+        if ABSOLUTE.match(row.image):
+            absolute, such = absolute + 1, such or row.image
         yield row
+    if empty:
+        log.warning("%s: left out %s negative captions that are empty", uri, f"{empty:,}")
+    if absolute:
+        text = "%s: %s of its image paths are absolute, such as %s; all start at the images' folder"
+        log.warning(text, uri, f"{absolute:,}", such)
     if first is None:
         raise InputError(f": {uri} holds no row", reading.field)
     if not any_good:

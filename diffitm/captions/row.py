@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class CaptionRow(NamedTuple):
     source: str | None = None
     negative_captions: tuple[str, ...] = ()
     negative_images: tuple[str, ...] = ()
+    empty_negatives: int = 0  # negative captions that were left out
 
     def each_text(self) -> Iterator[CaptionRow]:
         """A row a text, so that a bad one costs itself alone; the row as it is if it has none."""
@@ -81,6 +83,7 @@ def make_row(
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             failure = failure or f"its {name} are no list of texts: {shown(value)}"
             lists = [[], []]
+    captions = [text for text in lists[0] if not is_blank(text)]
     return CaptionRow(
         place,
         _safe(image),
@@ -88,14 +91,20 @@ def make_row(
         failure,
         faults,
         None if source is None else _safe(source),
-        tuple(map(_safe, lists[0])),
+        tuple(map(_safe, captions)),
         tuple(map(_safe, lists[1])),
+        len(lists[0]) - len(captions),
     )
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: blanks, control characters, those of no width, a byte-order mark."""
+    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
 def text_fault(value: Any) -> str | None:
     """Why a value is no text to score or to learn from; None if it is one."""
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and not is_blank(value):
         return _encoding_fault("a text", value)
     if value is None or isinstance(value, str):
         return NO_TEXT
@@ -131,6 +140,16 @@ def _safe(value: Any) -> str:
     return encodable("" if value is None else value if isinstance(value, str) else str(value))
 
 
+def parse_texts(value: Any) -> Any:
+    """The texts that a cell of a text table holds if it is a list of texts and of nothing else; the cell
+    itself, which may well begin with a bracket, if not."""
+    if not isinstance(value, str) or not value.strip().startswith("["):
+        return value
+    found = parse_list(value.strip())
+    is_list = isinstance(found, list) and all(isinstance(item, str) for item in found)
+    return found if is_list else value
+
+
 def parse_list(value: Any) -> Any:
     """The list that a cell of a text table holds, as JSON or as Python writes it; else the cell itself."""
     if not isinstance(value, str):
@@ -139,7 +158,7 @@ def parse_list(value: Any) -> Any:
         return []
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):

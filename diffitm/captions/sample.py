@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffitm.captions.json_file import parse_json
-from diffitm.captions.row import NO_TEXT, CaptionRow, Reading, make_row, shown
+from diffitm.captions.row import NO_TEXT, CaptionRow, Reading, is_blank, make_row, shown
 
 TEXTS = ("txt", "json")
 
@@ -19,6 +19,7 @@ def sample_row(
     try:
         if txt is not None:
             text = txt.decode("utf-8-sig").strip()
+            text = "" if is_blank(text) else text
         if json is not None:
             known = parse_json(json.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ import logging
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from diffitm.captions.row import CaptionRow, Reading
 from diffitm.captions.sample import TEXTS, sample_row
@@ -16,7 +16,20 @@ from diffitm.core.errors import InputError
 from diffitm.core.images import is_image, is_litter, member_of
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+BLOCK, RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
+PADDING = 2**20  # bytes of zeros at an archive's end: some writers fill up larger records
 log = logging.getLogger("diffitm")
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. What is none is an error behind zeros too, where tarfile looks on for one."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"it breaks off at byte {archive.offset:,}") from None
 
 
 class Member(NamedTuple):
@@ -169,15 +182,31 @@ def _first(values: list[str | bytes | None]) -> bytes | None:
 
 
 def _members(shard: str, texts: bool) -> Iterator[tuple[str, str, Member]]:
-    """(name up to the first dot, up to the last, member) of a shard's members."""
+    """(name up to the first dot, up to the last, member) of a shard's members, those of archives that
+    were written one behind the other too.
+
+    Raises tarfile.TarError in the end for zeros that may stand where members were.
+    """
     found, path = storage.filesystem(shard)
     name = storage.name(shard)
-    linked = 0
+    linked, begin, next_one, holes = 0, 0, 0, list[str]()
     with (
         found.open_input_stream(path, compression=None, buffer_size=2**20) as stream,
-        tarfile.open(fileobj=stream, mode="r|", errors="backslashreplace") as archive,
+        tarfile.open(
+            fileobj=stream,
+            mode="r|",
+            errors="backslashreplace",
+            ignore_zeros=True,
+            tarinfo=_Header,
+        ) as archive,
     ):
         for member in archive:
+            # Between members there may also be a header for all that follow.
+            if member.offset > next_one and _are_zeros(shard, next_one):
+                if not _is_end(next_one - begin, member.offset - begin):
+                    holes.append(f"{next_one:,} to {member.offset:,}")
+                begin = member.offset
+            next_one = archive.offset
             place = member.name.removeprefix("./")
             if not member.isreg() or is_litter(place):
                 linked += not (member.isreg() or member.isdir())
@@ -196,6 +225,22 @@ def _members(shard: str, texts: bool) -> Iterator[tuple[str, str, Member]]:
         end = archive.offset
     if linked:
         log.warning("%s: left out %s members that are links or devices", shard, f"{linked:,}")
-    # tarfile takes a broken header for the end, which is a block of zeros.
-    if storage.read_range(shard, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+    if end == next_one or not _are_zeros(shard, end):
         raise tarfile.ReadError(f"it breaks off at byte {end:,}")
+    if end - next_one > (PADDING if next_one else RECORD):
+        holes.append(f"{next_one:,} to {end:,}")
+    elif not next_one:
+        log.warning("%s: it is an empty archive", shard)
+    if holes:
+        raise tarfile.ReadError(f"it has zeros where members may have been, bytes {holes[0]}")
+
+
+def _are_zeros(shard: str, start: int) -> bool:
+    return not storage.read_range(shard, start, BLOCK).strip(b"\0")
+
+
+def _is_end(start: int, end: int) -> bool:
+    """Whether zeros between two members are the end of an archive behind which another one begins: two
+    blocks, or as many as fill up a record."""
+    size = end - start
+    return size == 2 * BLOCK or (end % RECORD == 0 and 2 * BLOCK <= size < RECORD + 2 * BLOCK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import logging
@@ -13,13 +14,13 @@ from pyarrow import parquet
 
 from diffitm.captions.delimited import read_delimited
 from diffitm.captions.json_file import parse_json, read_entries
-from diffitm.captions.row import CaptionRow, Reading, make_row, parse_list, shown
+from diffitm.captions.row import CaptionRow, Reading, make_row, parse_list, parse_texts, shown
 from diffitm.core import storage
 from diffitm.core.errors import InputError, suggest
 from diffitm.core.images import row_of
 
 log = logging.getLogger("diffitm")
-BATCH = 2000  # rows
+BATCH, BATCH_OF_IMAGES = 2000, 100  # rows
 # The first is taken where it is there; of the others there may be one.
 IMAGE_NAMES = ("image", "image_path", "file_name", "filepath", "filename", "path", "img")
 TEXT_NAMES = ("caption", "captions", "text", "texts", "prompt", "title")
@@ -61,14 +62,26 @@ def read_table(uri: str, reading: Reading) -> Iterator[CaptionRow]:
 @contextlib.contextmanager
 def open_text(uri: str) -> Iterator[io.TextIOBase]:
     """A file's text with its line ends as they are; bytes that are not UTF-8 become lone surrogates, which
-    costs their row alone. Raises InputError for UTF-16."""
+    costs their row alone. Raises InputError for UTF-16 and UTF-32."""
     found, path = storage.filesystem(uri)
     with found.open_input_stream(path, compression=None) as stream:
-        start = stream.read(2)
-    if start in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{uri} cannot be read: it is UTF-16; save the file as UTF-8")
+        start = stream.read(4)
+    kind = _encoding(start)
+    if kind is not None:
+        raise InputError(f"{uri} cannot be read: it is {kind}; save the file as UTF-8")
     with found.open_input_stream(path, compression=None, buffer_size=2**20) as stream:
         yield io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _encoding(start: bytes) -> str | None:
+    """The encoding of a file that is not UTF-8 by its first four bytes: a byte-order mark, else the zeros
+    of the wide characters that a column's name or a bracket is then."""
+    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "UTF-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    zeros = start[:2].count(0)
+    return None if not zeros else "UTF-32" if start.count(0) == 3 else "UTF-16"
 
 
 def _delimited(uri: str, delimiter: str, reading: Reading) -> Iterator[CaptionRow]:
@@ -109,7 +122,7 @@ def _json_lines(uri: str, reading: Reading) -> Iterator[CaptionRow]:
 def _json_file(uri: str, reading: Reading) -> Iterator[CaptionRow]:
     with open_text(uri) as stream:
         text = stream.read()
-    for place, entry in read_entries(text, uri):
+    for place, entry in read_entries(text, uri, reading.texts is None):
         if isinstance(entry, CaptionRow):
             yield entry
         elif isinstance(entry, tuple):
@@ -124,29 +137,37 @@ def _parquet(uri: str, reading: Reading) -> Iterator[CaptionRow]:
         file = parquet.ParquetFile(stream)
         names = file.schema_arrow.names
         columns = _columns(uri, names, reading)
+        more = [*NEGATIVE_CAPTIONS, NEGATIVE_IMAGES] if reading.negatives else []
+        kept = list(dict.fromkeys(n for n in (*columns, *more) if n is not None and n in names))
+        twice = [name for name in kept if names.count(name) > 1]
+        if twice:
+            raise InputError(f"{uri}: two columns are named {twice[0]!r}; rename one")
         image = columns[0] or ""
         encoded = _holds_bytes(file.schema_arrow.field(image).type)
         if encoded and image != "image":
             raise InputError(f"{uri}: images themselves must be in a column image, not {image}")
-        more = [*NEGATIVE_CAPTIONS, NEGATIVE_IMAGES] if reading.negatives else []
-        kept = list(dict.fromkeys(n for n in (*columns, *more) if n is not None and n in names))
-        kept = [name for name in kept if name != image or not encoded]
+        beside = encoded and _has_paths(file)
+        kept = [name for name in kept if name != image or not encoded or beside]
         number = 0
-        for size, lines in _batches(file, kept):
+        for size, lines in _batches(file, kept, BATCH_OF_IMAGES if beside else BATCH):
             for line in lines if kept else [{} for _ in range(size)]:
                 if encoded:
+                    value = line.get(image)
+                    is_path = beside and (value is None or value["bytes"] is None)
                     line[image] = row_of(storage.name(uri), number)
+                    if is_path:
+                        line[image] = value and value["path"]
                 yield _row(reading, f"row {number}", line, columns, uri)
                 number += 1
 
 
 def _batches(
-    file: parquet.ParquetFile, names: list[str]
+    file: parquet.ParquetFile, names: list[str], most: int
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     if not names:
         yield file.metadata.num_rows, []
         return
-    for batch in file.iter_batches(BATCH, columns=names):
+    for batch in file.iter_batches(most, columns=names):
         yield batch.num_rows, batch.to_pylist()
 
 
@@ -155,6 +176,18 @@ def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" for field in kind)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _has_paths(file: parquet.ParquetFile) -> bool:
+    """Whether rows of the Hub's struct of bytes and path have a path alone, by the file's counts of what is
+    null, as the images' bytes would be long to read."""
+    names = [file.schema.column(n).path for n in range(len(file.schema))]
+    if not {"image.bytes", "image.path"} <= set(names):
+        return False
+    place = names.index("image.bytes")
+    groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
+    known = [group.column(place).statistics for group in groups]
+    return any(found is not None and found.has_null_count and found.null_count for found in known)
 
 
 def _row(
@@ -175,6 +208,7 @@ def _row(
         except InputError as error:
             return CaptionRow(place, failure=str(error))
     image, text, source = (None if name is None else line.get(name) for name in columns)
+    text = parse_texts(text) if as_lists else text
     negatives: tuple[Any, Any] = (None, None)
     if reading.negatives:
         captions = next((line[name] for name in NEGATIVE_CAPTIONS if name in line), None)

@@ -53,22 +53,35 @@ def is_litter(path: str) -> bool:
     return hidden or "__MACOSX" in folders or name.lower() in ("thumbs.db", "desktop.ini")
 
 
-def list_files(root: str) -> list[str]:
-    """Sorted paths below a folder of all files in it and below, litter aside. What a link leads to and lies
-    below the folder itself is listed there alone.
+def list_files(root: str) -> tuple[list[str], dict[str, str]]:
+    """Sorted paths below a folder of all files in it and below, litter aside, and what else is named as an
+    image, with why it is no file. What a link leads to and lies below the folder itself is listed there
+    alone.
 
     Raises InputError if the place cannot be looked at.
     """
     start = f"{storage.filesystem(root)[1].rstrip('/')}/"
-    paths = [path.removeprefix(start) for path in storage.files(root, recursive=True)]
+    found, others = storage.tree(root)
+    paths = [path.removeprefix(start) for path in found]
+    reasons = {
+        path.removeprefix(start): "it is a link that leads to no file"
+        if os.path.islink(path)
+        else "it is no file but a pipe, a socket or a device"
+        for path in others
+        if is_image(path)
+    }
     if "://" not in root:
         top = os.path.realpath(root)
-        folders = {path.rpartition("/")[0] for path in paths}
+        folders = {path.rpartition("/")[0] for path in (*paths, *reasons)}
         places = {folder: os.path.realpath(os.path.join(root, folder)) for folder in folders}
         own = {os.path.normpath(os.path.join(top, folder)): folder for folder in folders}
         twice = {f for f, place in places.items() if own.get(place, f) != f}
         paths = [path for path in paths if path.rpartition("/")[0] not in twice]
-    return [path for path in paths if not is_litter(path)]
+        reasons = {p: why for p, why in reasons.items() if p.rpartition("/")[0] not in twice}
+    return (
+        [path for path in paths if not is_litter(path)],
+        {path: why for path, why in reasons.items() if not is_litter(path)},
+    )
 
 
 def split_crop(reference: str) -> tuple[str, tuple[int, int, int, int] | None]:

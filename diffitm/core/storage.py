@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -40,8 +41,14 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system that serves a URI, and the path within it.
 
     Names in an object store are taken as they are, without %-decoding; its client is kept open.
-    Raises InputError for a scheme that neither pyarrow nor fsspec knows, and for a wrong URI.
+    Raises InputError for a scheme that neither pyarrow nor fsspec knows, for a wrong URI, and for a path
+    that is not UTF-8, which pyarrow takes none of.
     """
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        told = uri.encode("utf-8", "backslashreplace").decode()
+        raise InputError(f"{told}: this path is not UTF-8; rename it") from None
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return fs.LocalFileSystem(), absolute(uri)
@@ -266,6 +273,14 @@ def files(uri: str, suffix: str = "", recursive: bool = False) -> list[str]:
     return sorted(info.path for info in _listed(uri, recursive) if info.path.endswith(suffix))
 
 
+def tree(uri: str) -> tuple[list[str], list[str]]:
+    """Sorted paths, as files() gives them, of the files in a folder and below, and of what else a local
+    one has: links that lead nowhere, pipes, devices."""
+    others = list[str]()
+    found = [info.path for info in _listed(uri, True, others)]
+    return sorted(found), sorted(others)
+
+
 def sizes(uri: str, recursive: bool = False) -> dict[str, tuple[int, int]]:
     """The files below a folder by their path from there: size and time of each, from one listing.
 
@@ -281,25 +296,29 @@ class _Listed(NamedTuple):
     mtime_ns: int
 
 
-def _listed(uri: str, recursive: bool) -> list[_Listed]:
+def _listed(uri: str, recursive: bool, others: list[str] | None = None) -> list[_Listed]:
     found, path = filesystem(uri)
     try:
         if recursive and isinstance(found, fs.LocalFileSystem):
-            return _walked(path)
+            return _walked(path, others)
         infos = found.get_file_info(
             fs.FileSelector(path, allow_not_found=True, recursive=recursive)
         )
     except OSError as error:
         raise InputError(f"{uri} cannot be looked at: {error}") from error
-    return [
-        _Listed(info.path, int(info.size or 0), int(info.mtime_ns or 0))
-        for info in infos
-        if info.type == fs.FileType.File
-    ]
+    try:
+        return [
+            _Listed(info.path, int(info.size or 0), int(info.mtime_ns or 0))
+            for info in infos
+            if info.type == fs.FileType.File
+        ]
+    except UnicodeDecodeError:  # a local name that is not UTF-8
+        return _walked(path, others, deep=False)
 
 
-def _walked(top: str) -> list[_Listed]:
-    """The files in a local folder and below. A link to a folder that it lies in is not followed."""
+def _walked(top: str, others: list[str] | None = None, deep: bool = True) -> list[_Listed]:
+    """The files in a local folder and, if `deep`, below. A link to a folder that it lies in is not followed;
+    what is neither is put into `others`."""
     found = list[_Listed]()
 
     def look(folder: str, above: frozenset[tuple[int, int]]) -> None:
@@ -309,15 +328,31 @@ def _walked(top: str) -> list[_Listed]:
             return
         with os.scandir(folder) as scan:
             for entry in scan:
-                if entry.is_dir():
+                kind = _kind(entry)
+                if kind == fs.FileType.Directory and not deep:
+                    continue
+                if kind == fs.FileType.Directory:
                     look(entry.path, above | {place})
-                elif entry.is_file():
+                elif kind == fs.FileType.File:
                     about = entry.stat()
                     found.append(_Listed(entry.path, about.st_size, about.st_mtime_ns))
+                elif others is not None:
+                    others.append(entry.path)
 
     if os.path.isdir(top):
         look(top.rstrip("/") or "/", frozenset())
     return found
+
+
+def _kind(entry: os.DirEntry[str]) -> fs.FileType:
+    try:
+        if entry.is_dir():
+            return fs.FileType.Directory
+        return fs.FileType.File if entry.is_file() else fs.FileType.Unknown
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link that leads to itself
+            return fs.FileType.Unknown
+        raise
 
 
 def download(uri: str, to: str) -> None:

@@ -123,3 +123,69 @@ def test_folders_without_images(tmp_path: Path) -> None:
         found(tmp_path)
     with pytest.raises(InputError, match="data: there is no such folder"):
         found(tmp_path / "none")
+
+
+def test_images_that_are_no_files(tmp_path: Path) -> None:
+    """A link that leads nowhere or to itself and a pipe are told, as is one alone."""
+    put(tmp_path, ["a.png"])
+    put(tmp_path, ["a.txt", "b.txt"], b"x")
+    os.symlink("none.png", tmp_path / "b.png")
+    os.symlink("c.png", tmp_path / "c.png")
+    os.symlink("none", tmp_path / "notes")
+    os.mkfifo(tmp_path / "d.png")
+    link, pipe = (
+        "it is a link that leads to no file",
+        "it is no file but a pipe, a socket or a device",
+    )
+    lost = {"b.png": link, "c.png": link, "d.png": pipe}
+    assert found(tmp_path) == ({"a.png": "x"}, lost)
+    assert found(tmp_path, Reading(texts=("y",))) == ({"a.png": "y"}, lost)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(InputError, match=r"none of its 3 rows .* b\.png: it is a link"):
+        found(tmp_path)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    put(tmp_path, ["a.png"])
+    put(tmp_path, ["a.txt"], b"x")
+    for name in (b"caf\xe9.png", b"caf\xe9.txt", b"caf\xe9.caf\xe9"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"x")
+    os.mkdir(os.path.join(os.fsencode(tmp_path), b"\xe9"))
+    for name in ("metadata.jsonl", "b.png"):
+        with open(os.path.join(os.fsencode(tmp_path), b"\xe9", name.encode()), "wb") as file:
+            file.write(b"{}")
+    told = "its path is not UTF-8"
+    lost = {"caf\\udce9.png": told, "\\udce9/b.png": told, "\\udce9/metadata.jsonl": told}
+    assert found(tmp_path) == ({"a.png": "x"}, lost)
+    assert found(tmp_path, Reading(texts=("y",))) == ({"a.png": "y"}, lost)
+
+
+def test_two_images_of_one_text(tmp_path: Path) -> None:
+    """As in a shard; images alone, or with metadata, may have names alike."""
+    put(tmp_path, ["a.png", "d.jpg", "d.png"])
+    put(tmp_path, ["a.txt", "d.txt"], b"x")
+    failure = "d.txt is of 2 images: d.jpg and d.png"
+    assert found(tmp_path) == ({"a.png": "x"}, {"d.jpg": failure, "d.png": failure})
+    assert len(found(tmp_path, Reading(texts=("y",)))[0]) == 3
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "d.jpg", "text": "y"}')
+    assert found(tmp_path)[0] == {"a.png": "x", "d.jpg": "y", "d.png": "x"}
+
+
+def test_metadata_that_names_an_image_by_another_way(tmp_path: Path) -> None:
+    put(tmp_path, ["a.png"])
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "./a.png", "text": "x"}')
+    assert found(tmp_path) == ({"./a.png": "x"}, {})
+
+
+def test_a_parquet_file_that_is_broken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It costs itself; one of other columns is refused; what else lies there is told."""
+    parquet.write_table(pa.table({"image": [b"x"], "text": ["x"]}), tmp_path / "0.parquet")
+    put(tmp_path, ["1.parquet", "2.tar"], b"PAR1")
+    texts, lost = found(tmp_path)
+    assert (texts, list(lost)) == ({"0.parquet#row=0": "x"}, [""])
+    assert lost[""].startswith("it cannot be read: ")
+    assert "left out files that are no image and of none: 1 .tar" in caplog.text
+    parquet.write_table(pa.table({"n": [1]}), tmp_path / "1.parquet")
+    with pytest.raises(InputError, match=r"1\.parquet has none of image"):
+        found(tmp_path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -112,6 +114,11 @@ def test_an_empty_txt_does_not_hide_the_json(tmp_path: Path) -> None:
     assert found(file) == ({"a": "x"}, {})
 
 
+def test_a_txt_that_shows_nothing_does_not_hide_the_json(tmp_path: Path) -> None:
+    members = {"a.jpg": b"", "a.txt": "\u200b".encode(), "a.json": b'{"caption": "x"}'}
+    assert found(write(tmp_path / "s.tar", members)) == ({"a": "x"}, {})
+
+
 def test_members_twice_and_in_any_order(tmp_path: Path) -> None:
     members = [("0.jpg", b""), ("1.jpg", b""), ("0.txt", b"a"), ("1.txt", b"b"), ("0.jpg", b"i")]
     texts, lost = found(write(tmp_path / "s.tar", members))
@@ -164,6 +171,53 @@ def test_a_shard_that_breaks_off_gives_what_comes_before(tmp_path: Path) -> None
         found(file)
 
 
+def test_archives_one_behind_the_other(tmp_path: Path) -> None:
+    """As `cat a.tar b.tar` makes them, and writers that end an archive with two blocks alone."""
+    parts = [
+        write(tmp_path / "part", {f"{key}.jpg": b"x", f"{key}.txt": b"t"}).read_bytes()
+        for key in "01"
+    ]
+    for sizes in ((10240, 10240), (2048 + 1024, 10240), (2048 + 1024, 2048 + 512)):
+        data = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        (tmp_path / "s.tar").write_bytes(b"".join(data))
+        assert found(tmp_path / "s.tar") == ({"0": "t", "1": "t"}, {})
+
+
+def test_headers_for_all_members(tmp_path: Path) -> None:
+    """As `git archive` writes one; names that are long have headers of their own."""
+    names = ["a", "b" * 180]
+    with tarfile.open(tmp_path / "s.tar", "w", pax_headers={"comment": "x" * 600}) as archive:
+        for name in (f"{name}.{ending}" for name in names for ending in ("jpg", "txt")):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            archive.addfile(info, io.BytesIO(b"x"))
+    assert found(tmp_path / "s.tar") == (dict.fromkeys(names, "x"), {})
+
+
+def test_zeros_where_members_were(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What an aborted download leaves is a failure of the shard, what stands before and behind is read."""
+    write(tmp_path / "a.tar", {"a.jpg": b"", "a.txt": b"a"})
+    members = {f"{i}.{ending}": b"x" for i in range(4) for ending in ("jpg", "txt")}
+    whole = write(tmp_path / "s.tar", members).read_bytes()
+    cases = [
+        (whole[:2048] + bytes(2048) + whole[4096:], "023", "zeros .* bytes 2,048 to 4,096"),
+        (whole[:2048] + bytes(2560) + whole[4608:], "0", "breaks off at byte 4,608"),
+        (whole + b"more", "0123", "breaks off at byte 10,240"),
+        (whole + b"<html>" * 200, "0123", "breaks off at byte 10,240"),
+        (whole[:2048] + bytes(2**21), "0", "zeros .* bytes 2,048 to"),
+        (bytes(2**16), "", "zeros .* bytes 0 to 65,536"),
+    ]
+    for data, kept, told in cases:
+        (tmp_path / "s.tar").write_bytes(data)
+        texts, lost = found(tmp_path / "*.tar")
+        assert texts == {"a": "a"} | dict.fromkeys(kept, "x")
+        (failure,) = lost.values()
+        assert re.search(told, failure), failure
+    write(tmp_path / "s.tar", {})
+    assert found(tmp_path / "*.tar") == ({"a": "a"}, {})
+    assert "it is an empty archive" in caplog.text
+
+
 def test_negative_images_of_other_shards(tmp_path: Path) -> None:
     """A key is that of its shard, or of the only one that has it."""
     known = json.dumps({"caption": "x", "negative_images": ["1", "2"]}).encode()
@@ -189,3 +243,16 @@ def test_shards_that_are_missing(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=told):
             found(tmp_path / uri, Reading(field="captions"))
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """One beside the shards is none of theirs, one of a shard is refused by name."""
+    write(tmp_path / "a.tar", {"a.png": b"", "a.txt": b"a"})
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt"), "wb"):
+        pass
+    assert found(tmp_path / "*.tar") == ({"a": "a"}, {})
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.tar"), "wb"):
+        pass
+    for name in ("*.tar", "caf\udce9.tar", "caf\udce9.csv", "caf\udce9"):
+        with pytest.raises(InputError, match=r"caf\\udce9.*: this path is not UTF-8; rename it"):
+            found(tmp_path / name)

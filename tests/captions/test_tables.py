@@ -124,6 +124,13 @@ def test_columns_that_are_not_there(tmp_path: Path, columns: Columns, text: str)
         ("a.csv", "image,text,text\na,b,c\n", "line 1: two columns are named 'text'"),
         ("a.csv", b"image,caf\xe9\na,b\n", "line 1: it is not UTF-8"),
         ("a.csv", "image,text\na,b\n".encode("utf-16"), "it is UTF-16"),
+        ("a.csv", "image,text\na,b\n".encode("utf-16-le"), "it is UTF-16"),
+        ("a.json", "[]".encode("utf-16-be"), "it is UTF-16"),
+        ("a.csv", "image,text\na,b\n".encode("utf-32"), "it is UTF-32"),
+        ("a.jsonl", "{}".encode("utf-32-be"), "it is UTF-32"),
+        ("a.json", '{"images": [{"id": 1}], "annotations": null}', "annotations is null; expects a list"),
+        ("a.json", '{"images": [], "annotations": {"1": ["x"]}}', "annotations is {.*; expects a list"),
+        ("a.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}', "only image_id, bbox"),
         ("a.csv", "", "a.csv cannot be read: it is empty"),
         ("a.csv", "image,text\n", "a.csv holds no row"),
         ("a.csv", "image,text\n,b\n", r"none of its 1 rows can be used; a\.csv, line 2: the row names no"),
@@ -191,6 +198,57 @@ def test_a_tsv_that_is_quoted_here_and_not_there(tmp_path: Path) -> None:
 def test_a_text_of_several_lines_is_none_of_swallowed_rows(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('image,caption\na.jpg,"a red\nbig car, see a.jpg, b"\n')
     assert pairs(tmp_path / "a.csv") == [("a.jpg", ("a red\nbig car, see a.jpg, b",))]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('image,caption\n"a b.png","a red circle\nmy b.png,a blue square"\nc.png,x\n', 3),
+        ('image,caption\n0001,"open\n0002,closed"\n0003,x\n', 3),
+        ('image,caption\na.heic,"open\nb.heic,between\n\nc.heic,closed"\nd.heic,x\n', 3),
+        ('caption,image\n"a dog,my a.png\na cat",b.png\nx,c.png\n', 3),
+        ('n,image,caption,set\n1,a b.png,"open,train\n2,c d.png,closed",test\n', 3),
+        ('image,caption\nabc,"open\ndef,closed"\nghi,x\n', 3),
+    ],
+)
+def test_a_quote_that_a_later_row_closes(tmp_path: Path, content: str, line: int) -> None:
+    """Whatever the images' names look like, and in whichever column it opens."""
+    file = tmp_path / "a.csv"
+    file.write_text(content)
+    with pytest.raises(InputError, match=rf"line 2: a quote opens .* of line {line} \("):
+        list(read(str(file), OWN))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red\nsmall circle",
+        "a red, small circle\non white, alone",
+        "a red circle\non white, alone",
+        "dots\nof 3,000 kinds",
+        "a poem,\n\nwith foo.png, in it",
+    ],
+)
+def test_texts_of_several_lines(tmp_path: Path, text: str) -> None:
+    """As they are; one that looks like rows too, where every field of the file is quoted."""
+    for quoting, own in ((csv.QUOTE_MINIMAL, text), (csv.QUOTE_ALL, "a red\nb.png,a blue")):
+        with (tmp_path / "a.csv").open("w", newline="") as stream:
+            writer = csv.writer(stream, quoting=quoting)
+            writer.writerows([["image", "caption"], ["a.png", own], ["b.png", "x"]])
+        assert pairs(tmp_path / "a.csv") == [("a.png", (own,)), ("b.png", ("x",))]
+
+
+def test_a_sentence_is_no_row_of_names_without_endings(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('image,caption\nab12,"A day\nOutside, a dog runs"\ncd34,x\n')
+    assert pairs(tmp_path / "a.csv")[0] == ("ab12", ("A day\nOutside, a dog runs",))
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_text_of_any_length(tmp_path: Path, ending: str) -> None:
+    """The csv module's own limit is 131,072 characters."""
+    file, separator = tmp_path / f"a.{ending}", "," if ending == "csv" else "\t"
+    file.write_text(f"image{separator}caption\na.png{separator}{'x' * 140_000}\n")
+    assert [len(texts[0]) for _, texts in pairs(file)] == [140_000]
 
 
 BAD = {
@@ -269,6 +327,13 @@ def test_coco_captions(tmp_path: Path) -> None:
     ]
 
 
+def test_coco_of_instances_has_images(tmp_path: Path) -> None:
+    """Which are enough where no captions are wanted."""
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1}]}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    assert pairs(tmp_path / "instances.json", Reading(texts=())) == [("a.jpg", ())]
+
+
 def test_karpathys_data_set(tmp_path: Path) -> None:
     """With COCO's folders, and without as Flickr30K has none."""
     images = [
@@ -307,6 +372,65 @@ def test_negatives_in_tables(tmp_path: Path) -> None:
     (tmp_path / "n.csv").write_text('image,caption,negative_captions\na,x,"[""y"", ""z""]"\n')
     (row,) = read(str(tmp_path / "n.csv"), wanted)
     assert row.negative_captions == ("y", "z")
+
+
+def test_empty_negatives_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    line = {"image": "a", "caption": "x", "negative_captions": ["", " ", "p", "\u200b"]}
+    (tmp_path / "n.jsonl").write_text(json.dumps(line))
+    (row,) = read(str(tmp_path / "n.jsonl"), Reading(negatives=True))
+    assert row.negative_captions == ("p",)
+    assert "n.jsonl: left out 3 negative captions that are empty" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_lists_of_texts_in_cells(tmp_path: Path, ending: str) -> None:
+    """As Python or JSON writes them; what is no list of texts is a text, whatever it begins with."""
+    cells = ["['x', 'y']", '["x", "y"]', "[1]", "[sic] x", "[{[]: 1}]", "[]"]
+    with (tmp_path / f"a.{ending}").open("w", newline="") as stream:
+        writer = csv.writer(stream, delimiter="," if ending == "csv" else "\t")
+        writer.writerows([["image", "caption"], *([str(n), cell] for n, cell in enumerate(cells))])
+    rows = list(read(str(tmp_path / f"a.{ending}"), OWN))
+    assert [row.texts for row in rows] == [("x", "y")] * 2 + [(cell,) for cell in cells[2:5]] + [()]
+    assert rows[-1].failure == "the row has no text"
+
+
+def test_texts_that_show_nothing(tmp_path: Path) -> None:
+    texts = ["\u200b", "\x00", "\ufeff", "\u00a0\u200d", "a\u200bb", "\U0001f600"]
+    lines = [json.dumps({"image": f"{n}", "caption": text}) for n, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert [own for _, own in pairs(tmp_path / "a.jsonl")] == [(texts[4],), (texts[5],)]
+    assert {told.split(": ")[1] for told in failures(tmp_path / "a.jsonl")} == {
+        "the row has no text"
+    }
+
+
+def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
+    """One that is not read may be there twice."""
+    cells = [pa.array([text]) for text in ("a.png", "x", "1", "2")]
+    names = ["image", "caption", "n", "n"]
+    parquet.write_table(pa.Table.from_arrays(cells, names=names), tmp_path / "a.parquet")
+    assert pairs(tmp_path / "a.parquet") == [("a.png", ("x",))]
+    names[2] = "caption"
+    parquet.write_table(pa.Table.from_arrays(cells, names=names), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="two columns are named 'caption'"):
+        list(read(str(tmp_path / "a.parquet"), OWN))
+
+
+def test_images_by_path_in_the_hubs_struct(tmp_path: Path) -> None:
+    """As datasets writes an image that it was given by path; one of neither is a failure."""
+    images = [{"bytes": None, "path": "a.png"}, {"bytes": b"x", "path": "b.png"}, None]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array(images, kind), "caption": ["x", "y", "z"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert pairs(tmp_path / "a.parquet") == [("a.png", ("x",)), ("a.parquet#row=1", ("y",))]
+    assert failures(tmp_path / "a.parquet") == ["a.parquet, row 2: the row names no image"]
+
+
+def test_absolute_paths_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = ["/x/a.png", "https://x/a.png", "~/a.png", "a.png", "~a.png"]
+    (tmp_path / "a.csv").write_text("image,caption\n" + "".join(f"{name},x\n" for name in images))
+    assert len(pairs(tmp_path / "a.csv")) == 5
+    assert "3 of its image paths are absolute, such as /x/a.png" in caplog.text
 
 
 def test_images_alone(tmp_path: Path) -> None:
