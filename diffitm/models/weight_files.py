@@ -76,14 +76,21 @@ def tensors_of(found: Any, file: Path) -> dict[str, Tensor]:
     """The tensors by name of what read_weights gives. Raises WeightsError where there is none."""
     if isinstance(found, dict):
         state = found.get("state_dict", found)
+        if not isinstance(state, dict):
+            raise WeightsError(
+                f"{file} holds under 'state_dict' no tensors by name, but {type(state).__name__}"
+            )
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        if unnamed := [k for k in tensors if not isinstance(k, str)]:
+            raise WeightsError(f"{file} has {unnamed[0]!r} where the name of a tensor should be")
         if tensors:
             return tensors
         deeper = [k for k, v in found.items() if isinstance(v, dict) and _has_tensors(v)]
         if deeper:
             text = f"{file} holds its tensors under {deeper[0]!r}, not by their names or under"
             raise WeightsError(f"{text} 'state_dict': save that part as a file of its own")
-    raise WeightsError(f"{file} holds no tensors by name, but {type(found).__name__}")
+    keys = f" of {few([str(key) for key in found])}" if isinstance(found, dict) and found else ""
+    raise WeightsError(f"{file} holds no tensors by name, but {type(found).__name__}{keys}")
 
 
 def check_whole(file: Path) -> None:

@@ -111,7 +111,7 @@ def strange_merges(folder: Path) -> None:
 WORDS, BETAS = "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"
 # Taken as something else before, without a word, or a traceback of the check.
 SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no blocks": ("vae/config.json", {"down_block_types": None}, "1 down_block_types, .* is down_block_types missing"),
+    "no blocks": ("vae/config.json", {"down_block_types": None}, "is down_block_types missing"),
     "no scale": ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor 'x', not a number above 0"),
     "shift": ("vae/config.json", {"shift_factor": 0.1}, r"shift_factor 0\.1, which is not supported"),
     "means": ("vae/config.json", {"latents_mean": [0.1] * 4}, "latents_mean .* is not supported"),
