@@ -65,8 +65,9 @@ def refuse_others(tensors: Mapping[str, Any]) -> None:
     for name, pattern in OTHERS.items():
         keys = [key for key in tensors if re.search(pattern, key)]
         if keys:
+            article = "an" if name[0] in "AIO" else "a"
             raise InputError(
-                f"is a {name} file ({len(keys):,} of {len(tensors):,} keys: {few(keys, 1)}), which is "
+                f"is {article} {name} file ({len(keys):,} of {len(tensors):,} keys: {few(keys, 1)}), which is "
                 f"not merged here; {READ}"
             )
 

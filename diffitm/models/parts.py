@@ -73,8 +73,8 @@ def read_tokenizer(
         _check_length(folder / TOKENIZER_CONFIG)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(location, subfolder=part, revision=revision)
-    except (TypeError, AttributeError) as error:  # of settings that are of another kind
-        raise OSError(f"its {part} cannot be read: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:  # of settings that are of another kind
+        raise OSError(f"its {part} cannot be read: {type(error).__name__}: {error}") from error
     words, rows = len(tokenizer), int(encoder["vocab_size"])
     if not words <= rows < words + PADDING:
         raise OSError(
