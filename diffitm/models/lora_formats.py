@@ -67,8 +67,8 @@ def refuse_others(tensors: Mapping[str, Any]) -> None:
         if keys:
             article = "an" if name[0] in "AIO" else "a"
             raise InputError(
-                f"is {article} {name} file ({len(keys):,} of {len(tensors):,} keys: {few(keys, 1)}), which is "
-                f"not merged here; {READ}"
+                f"is {article} {name} file ({len(keys):,} of {len(tensors):,} keys: {few(keys, 1)}), which "
+                f"is not merged here; {READ}"
             )
 
 
