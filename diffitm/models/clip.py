@@ -157,7 +157,12 @@ def _no_model(name: str, model: str) -> str:
     """What to say of a name that open_clip does not have."""
     file = _local_file(name)
     if file is None:
-        return f"unknown model{suggest(model, open_clip.list_models())}"
+        known = open_clip.list_models()
+        plain = model.lower().replace("/", "-")
+        same = next((other for other in known if other.lower() == plain), None)
+        if same is not None:  # the nearest by letters would be another
+            return f"unknown model; did you mean {same!r}?"
+        return f"unknown model{suggest(model, known)}"
     text = "is a weights file without the name of its architecture: give NAME:FILE"
     try:
         fitting = architectures_of(read_shapes(file))
@@ -311,6 +316,12 @@ def load_clip(source: ClipSource, device: torch.device | str = "cpu") -> LoadedC
                 force_quick_gelu=source.quick_gelu,
                 **preprocessing(source),
             )
+        for key, parameter in loaded.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise InputError(
+                    f"{source.name!r}: {key} holds NaN or infinite values: a training that diverged?",
+                    "clip",
+                )
         return LoadedClip(loaded.eval(), preprocess, open_clip.get_tokenizer(model))
     except _UNREADABLE as error:
         text = " ".join(str(error).split())

@@ -14,9 +14,12 @@ from diffitm.models.weight_files import Shapes, WeightsError, few, read_weights,
 
 NUMPY = (".npz", ".npy")  # big_vision's, for towers of timm
 POSITIONS = "positional_embedding"
+TRANSFORMERS = ("text_model.", "vision_model.")
 SCALARS = ("logit_scale", "logit_bias")  # of no dimension or one
-# What open_clip makes itself where a file lacks it, or leaves out.
+# What open_clip makes itself where a file lacks it, and the one that it leaves out.
 OPTIONAL = ("logit_bias", "position_ids", "attn_mask")
+LEFT_OUT = "text.transformer.embeddings.position_ids"
+READ_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_weights(model: str, file: Path, text: str) -> None:
@@ -24,17 +27,26 @@ def check_weights(model: str, file: Path, text: str) -> None:
 
     Raises WeightsError that says how they differ; open_clip stretches positions and says nothing.
     """
-    if file.suffix in NUMPY:
-        return
     empty = architecture(model)
-    state: dict[str, Any] = dict(tensors_of(read_weights(file, "meta"), file))
+    if file.suffix in NUMPY:
+        if empty is not None and not hasattr(empty.visual, "trunk"):
+            raise WeightsError(
+                f"{file} is an archive of numpy's, as big_vision has for towers of timm (SigLIP); {text} "
+                "has none: give its weights as .pt or .safetensors"
+            )
+        return
+    held = read_weights(file, "meta")
+    state: dict[str, Any] = dict(tensors_of(held, file))
+    beside = [str(name) for name in held.get("state_dict", held) if name not in state]
     if empty is None:
         return
-    found = {name: tuple(tensor.shape) for name, tensor in _converted(empty, state).items()}
+    state = _converted(empty, state)
+    _check_dtypes(empty, state, file)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     _check_positions(found, expected, file, text)
     missing = [n for n in expected if n not in found and not n.endswith(OPTIONAL)]
-    strange = [n for n in found if n not in expected and not n.endswith(OPTIONAL)]
+    strange = [n for n in found if n not in expected and n != LEFT_OUT] + beside
     other = [
         f"{n} {list(found[n])} instead of {list(expected[n])}"
         for n in expected
@@ -50,11 +62,31 @@ def check_weights(model: str, file: Path, text: str) -> None:
             )
             if names
         ]
-        hint = " or ".join(architectures_of(found))
+        fitting = architectures_of(found)
+        hint = "" if model in fitting else " or ".join(fitting)
         near = f". Its shapes are those of {hint}" if hint else ""
+        if any(name.startswith(TRANSFORMERS) for name in strange):
+            near = ". Its names are those of transformers, not open_clip's"
+        if "logit_bias" in strange:
+            near += (
+                ". A logit_bias is of a training with --siglip and changes no cosine: save the weights "
+                "without it"
+            )
         raise WeightsError(
             f"{file} does not fit {text}: of {len(expected)} tensors {'; '.join(parts)}{near}"
         )
+
+
+def _check_dtypes(empty: Any, state: dict[str, Any], file: Path) -> None:
+    """Raises WeightsError for quantised weights, which open_clip would take as numbers."""
+    for name, parameter in empty.named_parameters():
+        tensor = state.get(name, parameter)
+        if tensor.dtype not in READ_DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise WeightsError(
+                f"{file}: {name} is of {kind}: quantised weights are not read, give them in float32, float16 "
+                "or bfloat16"
+            )
 
 
 def architecture(model: str) -> Any:

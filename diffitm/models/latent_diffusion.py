@@ -112,6 +112,29 @@ def check_network(config: Any, latent_channels: int) -> None:
         )
 
 
+def check_vae(config: Any) -> None:
+    """Raises OSError for settings of a VAE (config.json) that its latents cannot be had with."""
+    sides = len(config.block_out_channels)
+    for key in ("down_block_types", "up_block_types"):
+        if len(config[key]) != sides:
+            raise OSError(
+                f"vae/config.json gives {len(config[key])} {key}, its block_out_channels are {sides}: is "
+                f"{key} missing?"
+            )
+    scale = config.scaling_factor
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+        raise OSError(
+            f"vae/config.json gives scaling_factor {scale!r}, not a number above 0 (Stable Diffusion's "
+            "is 0.18215)"
+        )
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key):
+            raise OSError(
+                f"vae/config.json gives {key} {str(config[key])[:60]}, which is not supported: latents are "
+                "only multiplied with scaling_factor"
+            )
+
+
 class LatentDiffusion(Denoiser):
     """A network (`network`) on the latents of a VAE; the prediction is what the scheduler's config
     says."""
@@ -120,6 +143,7 @@ class LatentDiffusion(Denoiser):
         self.device, self.dtype = folder.device, folder.dtype
         self.network, self.vae = network, vae
         self.scheduler = read_schedule(folder.location, folder.revision)
+        check_vae(vae.config)
         check_network(network.config, vae.config.latent_channels)
         self.schedule = NoiseSchedule.from_alphas_cumprod(
             self.scheduler.alphas_cumprod, self.scheduler.config.prediction_type

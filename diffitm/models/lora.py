@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +18,14 @@ from torch import Tensor, nn
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
-from diffitm.models.lora_formats import PARTS, find_module, from_kohya, place_of, refuse_others
+from diffitm.models.lora_formats import (
+    PARTS,
+    Place,
+    find_module,
+    from_kohya,
+    place_of,
+    refuse_others,
+)
 from diffitm.models.weight_cache import on_disk
 from diffitm.models.weight_files import WeightsError, few, read_weights, tensors_of
 
@@ -29,6 +38,10 @@ _FILES = (
     "adapter_model.bin",
 )
 _CONFIG = "adapter_config.json"
+_IS_DOWN = re.compile(
+    r"(.+?)\.(?:lora_A|lora_down|lora\.down|lora_linear_layer\.down|down)(?:\.[\w-]+)?\.weight"
+)
+CLOSE = 1e-3  # of two scales that are the same, as half precision has them
 _PIN = "#sha256="  # of a URI: which content is meant
 
 
@@ -103,7 +116,39 @@ def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
         refuse_others(tensors)
     except InputError as error:
         raise InputError(f": {file} {error.message}", "lora") from error
-    return tensors, _stated_scale(settings, file)
+    scale = _stated_scale(settings, file)
+    _check_stated(tensors, settings, scale, file)
+    return tensors, scale
+
+
+def _check_stated(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, object], scale: float | None, file: Path
+) -> None:
+    """Raises InputError where what is stated of a file is not what it holds: it is another's, then."""
+    if scale is None:
+        return
+    found_downs = ((_IS_DOWN.fullmatch(key), tensor) for key, tensor in tensors.items())
+    downs = {match[1]: tensor for match, tensor in found_downs if match and tensor.ndim}
+    ranks = {len(tensor) for tensor in downs.values()}
+    stated = {int(_number(v, k, file)) for k, v in settings.items() if k.rpartition(".")[2] == "r"}
+    if not ranks <= stated:
+        found, given = (", ".join(map(str, sorted(values))) for values in (ranks, stated))
+        raise InputError(
+            f": {file}: its tensors have rank {found}, its {_CONFIG} or metadata gives r {given}: they "
+            "are of two LoRAs",
+            "lora",
+        )
+    for stem, down in downs.items():
+        alpha = tensors.get(f"{stem}.alpha")
+        if alpha is None or alpha.numel() != 1:
+            continue
+        own = float(alpha) / max(len(down), 1)
+        if abs(own - scale) > CLOSE * abs(scale):
+            raise InputError(
+                f": {file}: its {stem}.alpha is {float(alpha):g}, a scale of {own:g}; its {_CONFIG} or "
+                f"metadata gives {scale:g}: take away what is not this LoRA's",
+                "lora",
+            )
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -118,7 +163,12 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         with safe_open(file, framework="pt") as opened:
             metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         settings = settings or metadata
-    return tensors_of(found, file) if found else {}, settings
+    if not isinstance(settings, dict):
+        raise WeightsError(
+            f"its {_CONFIG} or lora_adapter_metadata is no JSON object but {type(settings).__name__}"
+        )
+    is_empty = isinstance(found, dict | list) and not found
+    return {} if is_empty else tensors_of(found, file), settings
 
 
 def _stated_scale(settings: dict[str, object], file: Path) -> float | None:
@@ -130,14 +180,25 @@ def _stated_scale(settings: dict[str, object], file: Path) -> float | None:
             if own.get(key):
                 raise InputError(f"{file}: {key} = {own[key]!r} is not supported, only plain LoRA")
         if "lora_alpha" in own and "r" in own:
-            rank = float(str(own["r"]))
-            scales.add(
-                float(str(own["lora_alpha"])) / (rank**0.5 if own.get("use_rslora") else rank)
-            )
+            rank = _number(own["r"], f"{start}r", file)
+            if rank <= 0:
+                raise InputError(f": {file}: {start}r = {own['r']!r} is not above 0", "lora")
+            alpha = _number(own["lora_alpha"], f"{start}lora_alpha", file)
+            scales.add(alpha / (rank**0.5 if own.get("use_rslora") else rank))
     if len(scales) > 1:
         text = " and ".join(f"{scale:g}" for scale in sorted(scales))
         raise InputError(f"{file}: its metadata states other scales for other parts, {text}")
     return scales.pop() if scales else None
+
+
+def _number(value: object, key: str, file: Path) -> float:
+    """A setting. Raises InputError where it is no number."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(found := float(str(value))):
+            return found
+    raise InputError(
+        f": {file}: {key} = {value!r} in its {_CONFIG} or metadata is no number", "lora"
+    )
 
 
 def lora_unet(denoiser: Denoiser) -> nn.Module:
@@ -216,11 +277,20 @@ def match_lora(
     pairs: dict[Key, dict[str, Tensor]] = {}
     alphas: dict[Key, float] = {}
     strange = []
+    keys: dict[Place, str] = {}
     for key, tensor in tensors.items():
         place = place_of(key)
         if place is None:
             strange.append(key)
-        elif place.side == "alpha":
+            continue
+        _check_values(key, tensor, place.side)
+        if place in keys:
+            raise InputError(
+                f"holds {_key((place.part, place.module))} twice, as {keys[place]} and {key}: give a file of "
+                "one LoRA"
+            )
+        keys[place] = key
+        if place.side == "alpha":
             alphas[place.part, place.module] = float(tensor)
         else:
             pairs.setdefault((place.part, place.module), {})[place.side] = tensor
@@ -233,6 +303,19 @@ def match_lora(
             f"{len(tensors)} keys, such as {shown}"
         )
     return pairs, alphas
+
+
+def _check_values(key: str, tensor: Tensor, side: str) -> None:
+    """Raises InputError where they are no weights, or no alpha."""
+    if side == "alpha" and tensor.numel() != 1:
+        raise InputError(f"{key} is of shape {list(tensor.shape)}, not one number")
+    if side != "alpha" and not tensor.is_floating_point():
+        raise InputError(
+            f"{key} is of {str(tensor.dtype).removeprefix('torch.')}: quantised weights are not read, give "
+            "the LoRA in float32, float16 or bfloat16"
+        )
+    if not bool(tensor.float().isfinite().all()):
+        raise InputError(f"{key} holds NaN or infinite values: a training that diverged?")
 
 
 def _key(key: Key) -> str:
@@ -248,6 +331,8 @@ def _weight(parts: Mapping[str, nn.Module], part: str, name: str) -> Tensor:
 def _fits(parts: Mapping[str, nn.Module], part: str, name: str, pair: Mapping[str, Tensor]) -> bool:
     module = find_module(parts[part], name) if part in parts else None
     if not isinstance(module, nn.Linear | nn.Conv2d) or set(pair) != {"down", "up"}:
+        return False
+    if min(pair["down"].ndim, pair["up"].ndim) < 2 or not len(pair["down"]):
         return False
     down, up = pair["down"].flatten(1), pair["up"].flatten(1)
     flat = module.weight.flatten(1)

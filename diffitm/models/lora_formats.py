@@ -39,10 +39,16 @@ OTHERS = {
     "OFT": r"\.oft_|\.boft_",
     "full-difference (LyCORIS)": r"\.diff(_b)?$|\.[wb]_norm$",
     "cloneofsimo": r"^(unet|text_encoder):\d+:(up|down)$",
-    "transformer (SD3, Flux, ..)": r"^(lora_)?transformer[._]",
+    "transformer (SD3, Flux, ..)": r"^(lora_)?transformer[._]|^lora_unet_(double|single|joint)_blocks_",
+    "VeRA": r"vera_lambda|\.vera_[AB]\b",
+    "AdaLoRA": r"\.lora_E\b|\.ranknum\b",
+    "IP-Adapter": r"^(image_proj|ip_adapter)\.|_ip\.weight$",
+    "ControlLoRA": r"^lora_controlnet$",
+    "LyCORIS (its names begin with lycoris_)": r"^lycoris_",
     "whole model": r"^model\.diffusion_model\.|^(down|up)_blocks\.[\w.]+\.(to_q|conv1)\.weight$",
     "textual inversion": r"^<.*>$|^emb_params$|^string_to_param$|^clip_[lg]$",
 }
+_KOHYA = re.compile(r"lora_(unet|te\d?)_\w+\.(lora_(down|up)\.weight|alpha)")
 READ = "plain LoRA and LoCon are, in diffusers', PEFT's or kohya's names"
 
 
@@ -59,10 +65,29 @@ def refuse_others(tensors: Mapping[str, Any]) -> None:
     for name, pattern in OTHERS.items():
         keys = [key for key in tensors if re.search(pattern, key)]
         if keys:
+            article = "an" if name[0] in "AIO" else "a"
             raise InputError(
-                f"is a {name} file ({len(keys):,} of {len(tensors):,} keys: {few(keys, 1)}), which is "
-                f"not merged here; {READ}"
+                f"is {article} {name} file ({len(keys):,} of {len(tensors):,} keys: {few(keys, 1)}), which "
+                f"is not merged here; {READ}"
             )
+
+
+def _refuse_mixed(tensors: Mapping[str, Any]) -> None:
+    """Raises InputError that names the keys which are not kohya's, in a file that has some of those."""
+    kohyas = [key for key in tensors if _KOHYA.fullmatch(key)]
+    foreign = [key for key in tensors if not key.startswith("lora_")]
+    if kohyas and foreign:
+        fewer = min(foreign, kohyas, key=len)
+        raise InputError(
+            f"holds {len(kohyas):,} keys in kohya's names (lora_unet_.., lora_te_..) and {len(foreign):,} "
+            f"in others; the fewer are {few(fewer)}: save the LoRA without them, or in names of one kind"
+        )
+    between = [key for key in tensors if re.search(r"\.lora_(down|up)\.weight$", key)]
+    if between and not kohyas:
+        raise InputError(
+            f"has {len(between):,} of {len(tensors):,} keys such as {between[0]}: lora_down and lora_up are "
+            "kohya's, the rest of the name is not (lora_unet_.., lora_te_..)"
+        )
 
 
 def from_kohya(unet: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -71,6 +96,7 @@ def from_kohya(unet: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, T
 
     Raises InputError for names that diffusers does not know.
     """
+    _refuse_mixed(tensors)
     if not all(key.startswith("lora_") for key in tensors):
         return tensors
     from diffusers.loaders import StableDiffusionLoraLoaderMixin

@@ -4,6 +4,7 @@ memory: before anything is scored, and on the driver."""
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from diffitm.core.errors import InputError
 from diffitm.models.hub_weights import check_variant, needed
-from diffitm.models.latent_diffusion import check_network, check_width
+from diffitm.models.latent_diffusion import check_network, check_vae, check_width
 from diffitm.models.loading import FAMILIES, ModelSource, files_of, on_machine
 from diffitm.models.lora import match_lora, naming, read_lora
 from diffitm.models.parts import (
@@ -24,6 +25,7 @@ from diffitm.models.parts import (
     read_schedule,
     read_tokenizer,
     schedule_defaults,
+    strange_scheduler,
     tokenizer_defaults,
 )
 from diffitm.models.weight_files import Shapes, check_whole, few, read_shapes
@@ -41,6 +43,14 @@ UNSEEN = {
     "text_encoder_2": _OF_TEXT,
 }
 ALWAYS_UPCAST = "StableDiffusionXLPipeline"  # its stores need not say so
+# What files hold beyond their configs that changes nothing: buffers of older versions, and what a whole CLIP
+# has beside its text model.
+LITTER = (
+    r"(^|\.)position_ids$",
+    r"^pos_embed\.pos_embed$",
+    r"^(vision_model|visual_projection)\.",
+    r"^(logit_scale|text_projection\.weight)$",
+)
 # Attention of older VAEs, which diffusers renames.
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -109,6 +119,8 @@ def _check_parts(folder: Path, names: tuple[str, ...], variant: str | None) -> d
         weights = [folder / n for n in needed(files, (name,), variant) if n.endswith(ENDINGS)]
         if (part := _empty(folder, name)) is not None:
             parts[name] = part
+            if name == "vae":
+                check_vae(cast("Any", part).config)
             _check_shapes(part, name, weights)
         else:
             for file in weights:
@@ -154,9 +166,12 @@ def _check_shapes(part: nn.Module, name: str, files: Sequence[Path]) -> None:
         for key in expected
         if key in found and not _same(found[key], expected[key])
     ]
-    if missing or other:
+    litter = re.compile("|".join(LITTER))
+    strange = [key for key in found if key not in expected and not litter.search(key)]
+    if missing or other or strange:  # libraries load the rest and say nothing of strange ones
         found_wrong = (f"{len(other)} have another shape: {few(other)}" if other else "",
-                       f"{len(missing)} are missing: {few(missing)}" if missing else "")  # fmt: skip
+                       f"{len(missing)} are missing: {few(missing)}" if missing else "",
+                       f"{len(strange)} more are in the file: {few(strange)}" if strange else "")  # fmt: skip
         raise OSError(
             f"the weights of its {name} ({few([str(file) for file in files])}) are not those of its "
             f"config.json: of {len(expected)} tensors {'; '.join(filter(None, found_wrong))}"
@@ -212,6 +227,9 @@ def _tell_defaults(source: ModelSource, folder: Path, parts: Mapping[str, nn.Mod
             text = "%s: %s/config.json does not say all, so there is taken: %s"
             log.warning(text, source.name, name, values)
     if "scheduler" in names:
+        if (kind := strange_scheduler(read_json(folder / SCHEDULE))) is not None:
+            text = "%s: its scheduler %s is not known here; DDPM's schedule of its betas is taken"
+            log.warning(text, source.name, kind)
         taken = schedule_defaults(read_json(folder / SCHEDULE))
         if source.prediction is not None:
             taken.pop("prediction_type", None)
@@ -222,6 +240,5 @@ def _tell_defaults(source: ModelSource, folder: Path, parts: Mapping[str, nn.Mod
             log.warning(text, source.name, values, option)
     for name in names:
         if name.startswith("tokenizer"):
-            line = tokenizer_defaults(folder, name, _encoder_settings(folder, name))
-            if line is not None:
+            for line in tokenizer_defaults(folder, name, _encoder_settings(folder, name)):
                 log.warning("%s: %s", source.name, line)

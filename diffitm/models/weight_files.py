@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import zipfile
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from numpy._core import multiarray
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
@@ -44,6 +46,10 @@ def read_weights(file: Path, device: str = "cpu") -> Any:
     try:
         if file.suffix == ".safetensors":
             return _read_safetensors(file, device)
+        if _is_safetensors(file):
+            raise WeightsError(
+                f"{file} is a safetensors file by its content: give it a name that ends in .safetensors"
+            )
         if is_torchscript(file):  # which torch.load would tell, with a warning of its own
             raise WeightsError(_how_to_read_program(file))
         with readable():
@@ -76,14 +82,21 @@ def tensors_of(found: Any, file: Path) -> dict[str, Tensor]:
     """The tensors by name of what read_weights gives. Raises WeightsError where there is none."""
     if isinstance(found, dict):
         state = found.get("state_dict", found)
+        if not isinstance(state, dict):
+            raise WeightsError(
+                f"{file} holds under 'state_dict' no tensors by name, but {type(state).__name__}"
+            )
         tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        if unnamed := [k for k in tensors if not isinstance(k, str)]:
+            raise WeightsError(f"{file} has {unnamed[0]!r} where the name of a tensor should be")
         if tensors:
             return tensors
         deeper = [k for k, v in found.items() if isinstance(v, dict) and _has_tensors(v)]
         if deeper:
             text = f"{file} holds its tensors under {deeper[0]!r}, not by their names or under"
             raise WeightsError(f"{text} 'state_dict': save that part as a file of its own")
-    raise WeightsError(f"{file} holds no tensors by name, but {type(found).__name__}")
+    keys = f" of {few([str(key) for key in found])}" if isinstance(found, dict) and found else ""
+    raise WeightsError(f"{file} holds no tensors by name, but {type(found).__name__}{keys}")
 
 
 def check_whole(file: Path) -> None:
@@ -125,8 +138,17 @@ def _read_safetensors(file: Path, device: str) -> dict[str, Tensor]:
         names = list(opened.keys())
         if device != "meta":
             return {name: opened.get_tensor(name) for name in names}
-        shapes = {name: opened.get_slice(name).get_shape() for name in names}
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        slices = {name: opened.get_slice(name) for name in names}
+        return {
+            name: torch.empty(
+                found.get_shape(),
+                dtype=_TYPES.get(
+                    found.get_dtype(), torch.uint8
+                ),  # one that torch lacks is no weight's
+                device="meta",
+            )
+            for name, found in slices.items()
+        }
 
 
 def _has_tensors(values: dict[Any, Any]) -> bool:
@@ -140,18 +162,28 @@ def _how_to_read_program(file: Path) -> str:
 
 def _why(file: Path, error: Exception) -> str:
     """What is wrong with a file that torch.load refuses."""
-    if isinstance(error, UnpicklingError):
-        strange = _strange(file)
-        if strange:
-            read = f"torch.load({file.name!r}, weights_only=False)['state_dict']"
-            text = (
-                f"{file} holds more than tensors and numbers ({few(strange)}), which are not read"
-            )
-            return f"{text}: {LEFT_OVER}: torch.save({read}, 'weights.pt')"
+    strange = _strange(file) or _named_by(error) if isinstance(error, UnpicklingError) else []
+    if strange:
+        read = f"torch.load({file.name!r}, weights_only=False)['state_dict']"
+        text = f"{file} holds more than tensors and numbers ({few(strange)}), which are not read"
+        return f"{text}: {LEFT_OVER}: torch.save({read}, 'weights.pt')"
     text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
     if "weights_only" in text:  # advice of torch that reads whatever is in the file
         return f"{file} is no file of weights that torch.save wrote, or not a whole one"
     return f"{file} is no whole file of weights: {text[:200]}"
+
+
+def _named_by(error: Exception) -> list[str]:
+    """What torch's refusal names, of files whose list cannot be had."""
+    found = re.findall(r"GLOBAL ([\w.]+)|numpy[\w.]*ObjectDType", str(error))
+    return [name or "a numpy array of objects" for name in found[:1]]
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Whether it begins as one: the length of its header, and that."""
+    with file.open("rb") as opened:
+        head = opened.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
 
 
 def _strange(file: Path) -> list[str]:

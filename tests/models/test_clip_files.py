@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 import logging
@@ -187,6 +188,72 @@ def test_weights_of_something_else(
     assert len(str(raised.value).splitlines()) == 1 and len(str(raised.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda s: {k: v.to(torch.int8) for k, v in s.items()}, "is of int8: quantised weights are not read"),
+        (lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()}, "is of float8_e4m3fn: quantised"),
+        (lambda s: s | {"logit_bias": torch.ones(())}, "1 are unknown: logit_bias. A logit_bias is of a"),
+        (lambda s: s | {"epoch": 3, "note": "x"}, "2 are unknown: epoch, note"),
+        (lambda s: s | {"attn_mask": torch.ones(8, 8)}, "1 are unknown: attn_mask"),
+        (lambda s: s | {"text.position_ids": torch.ones(8)}, r"1 are unknown: text\.position_ids"),
+        (lambda s: {"state_dict": None}, "holds under 'state_dict' no tensors by name, but NoneType"),
+        (lambda s: {1: torch.ones(2)}, "has 1 where the name of a tensor should be"),
+        (lambda s: {"lr": 1}, "holds no tensors by name, but dict of lr"),
+        (lambda s: s | {"text_model.x": torch.ones(2)}, "Its names are those of transformers"),
+    ],
+)  # fmt: skip
+def test_what_open_clip_would_take_or_refuse_late(
+    change: Any, text: str, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Is refused by the check, with the name of what is wrong."""
+    torch.save(change(state), tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=text) as raised:
+        check_clip(resolve_clip(f"small:{tmp_path / 'weights.pt'}"))
+    assert str(tmp_path / "weights.pt") in str(raised.value)
+
+
+def test_quantised_safetensors(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file({k: v.to(torch.bfloat16) for k, v in state.items()}, file)
+    load_clip(resolve_clip(f"small:{file}"))
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in state.items()}, file)
+    with pytest.raises(InputError, match="is of float8_e4m3fn: quantised weights are not read"):
+        check_clip(resolve_clip(f"small:{file}"))
+
+
+def test_weights_of_a_training_that_diverged(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    torch.save(state | {"visual.proj": state["visual.proj"] * torch.nan}, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=r"visual\.proj holds NaN or infinite values"):
+        load_clip(resolve_clip(f"small:{tmp_path / 'weights.pt'}"))
+
+
+def test_a_shape_of_ones_own_architecture(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """The architecture that is refused is not what is suggested."""
+    torch.save(state | {"ln_final.weight": torch.zeros(3)}, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=r"ln_final\.weight \[3\] instead of \[8\]") as raised:
+        check_clip(resolve_clip(f"small:{tmp_path / 'weights.pt'}"))
+    assert "Its shapes are those of" not in str(raised.value)
+
+
+def test_files_that_are_named_or_written_otherwise(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    save_file(state, tmp_path / "a.pt")
+    np.savez(tmp_path / "b.npz", **{key: value.numpy() for key, value in state.items()})
+    today = {"when": datetime.date(2026, 1, 1), "state_dict": state}
+    torch.save(today, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
+    for name, text in (
+        ("a.pt", r"a\.pt is a safetensors file by its content"),
+        ("b.npz", r"b\.npz is an archive of numpy's, .*; small has none"),
+        ("c.pt", r"c\.pt holds more than tensors and numbers \(datetime\.date\)"),
+    ):
+        with pytest.raises(InputError, match=text):
+            check_clip(resolve_clip(f"small:{tmp_path / name}"))
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize(
     ("content", "text"),
@@ -246,3 +313,6 @@ def test_a_file_without_name(tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         resolve_clip("ViT-L14:openai")
     assert "did you mean 'ViT-L-14'" in str(raised.value) and len(str(raised.value)) < 300
+    for name in ("vit-b-32", "ViT-B/32"):
+        with pytest.raises(InputError, match="unknown model; did you mean 'ViT-B-32'"):
+            resolve_clip(f"{name}:openai")

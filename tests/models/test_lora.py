@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -279,6 +279,12 @@ OTHERS = {
     "transformer": {"transformer.blocks.0.attn.to_q.lora_A.weight": 2},
     "whole model": {"model.diffusion_model.input_blocks.0.0.weight": 4},
     "textual inversion": {"<cat>": 2},
+    "transformer (SD3, Flux": {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": 2},
+    "IP-Adapter": {"image_proj.proj.weight": 2, "ip_adapter.1.to_k_ip.weight": 2},
+    "ControlLoRA": {"lora_controlnet": 1, "input_blocks.1.1.proj_in.up": 2},
+    "VeRA": {"base_model.vera_A": 2},
+    "AdaLoRA": {"unet.conv_in.lora_E.weight": 2},
+    "LyCORIS (its names": {"lycoris_conv_in.lora_down.weight": 4},
 }
 
 
@@ -292,7 +298,7 @@ def test_other_formats_by_name(kind: str, tmp_path: Path, sd_folder: Path) -> No
     for call in (lambda: check_loadable(source, [str(file)]),
                  lambda: load_denoiser(source, lora=str(file))):  # fmt: skip
         with pytest.raises(
-            InputError, match=rf"own\.safetensors is a .*{re.escape(kind)}"
+            InputError, match=rf"own\.safetensors is an? .*{re.escape(kind)}"
         ) as raised:
             call()
         assert "do not fit" not in str(raised.value)
@@ -319,6 +325,102 @@ def test_a_lora_of_another_model(tmp_path: Path, sd_folder: Path) -> None:
     for call in (lambda: check_loadable(source, [file]), lambda: load_denoiser(source, lora=file)):
         with pytest.raises(InputError, match=r"other\.safetensors: .* do not fit this U-Net"):
             call()
+
+
+FIRST = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture
+def plain() -> Tensors:
+    return named("unet.", "lora_A", "lora_B")
+
+
+def raises_in_both(file: Path, folder: Path, text: str) -> None:
+    """In the check and in what loads, with the file's name."""
+    source = resolve(str(folder))
+    for call in (
+        lambda: check_loadable(source, [str(file)]),
+        lambda: load_denoiser(source, lora=str(file)),
+    ):
+        with pytest.raises(InputError, match=text) as raised:
+            call()
+        assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, r"lora_\w.weight is of int8: quantised"),
+        (lambda t: t | {f"{FIRST}.lora_A.weight": t[f"{FIRST}.lora_A.weight"] * torch.nan},
+         r"to_q.lora_A.weight holds NaN or infinite values"),
+        (lambda t: t | {f"{FIRST}.alpha": torch.tensor(torch.inf)}, "to_q.alpha holds NaN or infinite"),
+        (lambda t: t | {f"{FIRST}.alpha": torch.ones(2)}, r"to_q.alpha is of shape \[2\], not one number"),
+        (lambda t: {k.replace(".weight", f".{name}.weight"): v for k, v in t.items() for name in "xy"},
+         r"to_. twice, as .*lora_A.x.weight and .*lora_A.y.weight: give a file of one"),
+        (lambda t: t | {k.replace("lora_A", "lora.down").removeprefix("unet."): v for k, v in t.items()},
+         "to_. twice, as .*lora.down.weight and unet.*lora_A.weight"),
+        (lambda t: {k: v[:0] if "lora_A" in k else v[:, :0] for k, v in t.items()}, "do not fit this U-Net"),
+        (lambda t: {k: v[0] for k, v in t.items()}, "do not fit this U-Net"),
+        (lambda t: {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v for k, v in t.items()},
+         "lora_down and lora_up are kohya's, the rest of the name is not"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_no_weights(
+    change: Callable[[Tensors], Tensors], text: str, plain: Tensors, tmp_path: Path, sd_folder: Path
+) -> None:
+    """Were merged as they are before, or the last of two."""
+    save_file({k: v.clone() for k, v in change(plain).items()}, tmp_path / "own.safetensors")
+    raises_in_both(tmp_path / "own.safetensors", sd_folder, text)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"r": 0, "lora_alpha": 4}, "r = 0 is not above 0"),
+        ({"r": "two", "lora_alpha": 4}, "r = 'two' in its adapter_config.json or metadata is no number"),
+        ({"r": 2, "lora_alpha": None}, "lora_alpha = None in its"),
+        ({"r": 16, "lora_alpha": 16}, "its tensors have rank 2, its .* gives r 16: they are of two LoRAs"),
+        ({"r": 2, "lora_alpha": 4}, r"to_q.alpha is 1, a scale of 0\.5; its .* gives 2: take away what"),
+        ([1], "is no JSON object but list"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_lora(
+    config: object, text: str, plain: Tensors, tmp_path: Path, sd_folder: Path
+) -> None:
+    """An adapter_config.json is of every LoRA in its folder; where it cannot be, it is said."""
+    file = tmp_path / "own.safetensors"
+    save_file(plain | {f"{FIRST}.alpha": torch.tensor(1.0)}, file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    raises_in_both(file, sd_folder, text)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 1}))
+    assert read_lora(str(file))[1] == 0.5
+    (tmp_path / "adapter_config.json").unlink()
+    save_file(plain, file, metadata={"lora_adapter_metadata": "[1]"})
+    with pytest.raises(InputError, match="lora_adapter_metadata is no JSON object but list"):
+        read_lora(str(file))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bundle_emb.cat.string_to_param.*",
+        "sd_model_hash",
+        "text_encoder.a.lora_linear_layer.up.weight",
+    ],
+)
+def test_a_strange_key_among_kohyas(key: str, tmp_path: Path, sd_folder: Path) -> None:
+    """It is named, and the others are not called unfit."""
+    tensors = kohya(fresh(), "lora_unet", PROJECTIONS, 1)
+    save_file(tensors | {key: torch.ones(1)}, tmp_path / "own.safetensors")
+    text = rf"holds {len(tensors)} keys in kohya's names .* and 1 in others; the fewer are {re.escape(key)}"
+    raises_in_both(tmp_path / "own.safetensors", sd_folder, text)
+
+
+@pytest.mark.parametrize("found", [torch.ones(2), {"state_dict": None}, {1: torch.ones(2)}])
+def test_a_pickle_of_something_else(found: object, tmp_path: Path) -> None:
+    torch.save(found, tmp_path / "own.pt")
+    with pytest.raises(InputError, match=r"own\.pt (holds .*no tensors by name, but|has 1 where)"):
+        read_lora(str(tmp_path / "own.pt"))
 
 
 def test_alpha_inside_the_file(expected: Tensors) -> None:

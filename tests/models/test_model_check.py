@@ -17,6 +17,7 @@ import diffitm
 from diffitm.core.errors import InputError
 from diffitm.models.loading import SHAPES, load_denoiser, resolve
 from diffitm.models.model_check import check_loadable, settled
+from diffitm.models.parts import _check_merges
 from diffitm.scoring.specs import DiffusionSpec
 from tests import tiny
 
@@ -63,6 +64,8 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
                                "text_encoder .*another shape: .*token_embedding|635 words"),
     "longer texts": (lambda f: change(f / "tokenizer" / "tokenizer_config.json", model_max_length=99),
                      "its tokenizer gives texts 99 tokens, its text encoder takes 16"),
+    "words of nothing": (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"),
+                         "its tokenizer cannot be read: KeyError: 'added_tokens'"),
     "pointer": (lambda f: (f / UNET).write_text(POINTER), "safetensors is a pointer of Git LFS"),
     "pointer of settings": (lambda f: (f / "unet" / "config.json").write_text(POINTER), "Git LFS"),
     "empty": (lambda f: (f / UNET).write_bytes(b""), "safetensors is empty"),
@@ -95,6 +98,125 @@ def test_broken_folders(what: str, folder: Path) -> None:
         load_denoiser(resolve(str(folder)))
 
 
+def fewer_merges(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    merges = folder / "tokenizer" / "merges.txt"
+    merges.write_text("\n".join(merges.read_text().splitlines()[:20]))
+
+
+def strange_merges(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    merges = folder / "tokenizer" / "merges.txt"
+    merges.write_bytes(merges.read_bytes() + b"\xe9 \xe9\n")
+
+
+WORDS, BETAS = "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"
+# Taken as something else before, without a word, or a traceback of the check.
+SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no blocks": ("vae/config.json", {"down_block_types": None}, "is down_block_types missing"),
+    "no scale": ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor 'x', not a number above 0"),
+    "shift": ("vae/config.json", {"shift_factor": 0.1}, r"shift_factor 0\.1, which is not supported"),
+    "means": ("vae/config.json", {"latents_mean": [0.1] * 4}, "latents_mean .* is not supported"),
+    "length 0": (WORDS, {"model_max_length": 0}, "gives model_max_length 0, not the number of tokens"),
+    "length in words": (WORDS, {"model_max_length": "77"}, "gives model_max_length '77', not the number"),
+    "negative length": (WORDS, {"model_max_length": -1}, "gives model_max_length -1, not the number"),
+    "CogVideoX": (BETAS, {"_class_name": "CogVideoXDDIMScheduler"}, "CogVideoXDDIMScheduler gives no betas"),
+    "shifted": (BETAS, {"snr_shift_scale": 3.0}, r"gives snr_shift_scale 3\.0"),
+    "ScoreSde": (BETAS, {"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler gives no betas"),
+    "beta above 1": (BETAS, {"beta_start": 1.5}, r"gives beta_start 1\.5, not a number between 0 and 1"),
+    "few betas": (BETAS, {"trained_betas": [0.1, 0.2]}, "gives 2 betas for num_train_timesteps 1000"),
+    "wild betas": (BETAS, {"trained_betas": [2.0] * 1000}, "betas are not all between 0 and 1"),
+    "steps in words": (BETAS, {"num_train_timesteps": "1000"}, "num_train_timesteps '1000', not a number"),
+    "x0": (BETAS, {"prediction_type": "x0"}, "prediction_type 'x0', which is not one of epsilon"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_settings_that_mean_something_else(what: str, folder: Path) -> None:
+    file, settings, text = SETTINGS[what]
+    change(folder / file, **settings)
+    with pytest.raises(InputError, match=text):
+        check_loadable(resolve(str(folder)))
+    with pytest.raises(InputError):
+        load_denoiser(resolve(str(folder)))
+
+
+def test_settings_that_are_null(folder: Path) -> None:
+    """Are as if they were not there: the log says what is taken, and that is loaded."""
+    expected: Any = load_denoiser(resolve(str(folder))).schedule  # type: ignore[attr-defined]
+    file = folder / BETAS
+    values = json.loads(file.read_text()) | {"prediction_type": None, "beta_start": None}
+    file.write_text(json.dumps(values))
+    source = settled(resolve(str(folder)))
+    check_loadable(source)
+    found: Any = load_denoiser(source).schedule  # type: ignore[attr-defined]
+    assert found.prediction == "epsilon" and not torch.equal(found.sigma, expected.sigma)
+    vae = folder / "vae" / "config.json"
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": None}))
+    with pytest.raises(InputError, match="scaling_factor None, not a number above 0"):
+        check_loadable(source)
+
+
+def test_a_scheduler_that_is_not_known(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change(folder / BETAS, _class_name="MyScheduler")
+    check_loadable(resolve(str(folder)))
+    assert "its scheduler MyScheduler is not known here; DDPM's schedule" in caplog.text
+    caplog.clear()
+    change(folder / BETAS, _class_name="LCMScheduler")
+    check_loadable(resolve(str(folder)))
+    assert not caplog.text
+
+
+def test_more_tensors_than_the_config_asks_for(folder: Path) -> None:
+    """Are refused: a config of another model would go unseen. What is known to change nothing is not."""
+    words = folder / "text_encoder" / "model.safetensors"
+    litter = {"text_model.embeddings.position_ids": torch.zeros(1), "logit_scale": torch.zeros(1)}
+    rewrite(words, lambda t: t | litter)
+    check_loadable(resolve(str(folder)))
+    settings = folder / "text_encoder" / "config.json"
+    layers = json.loads(settings.read_text())["num_hidden_layers"]
+    change(settings, num_hidden_layers=layers - 1)
+    with pytest.raises(
+        InputError, match=rf"text_encoder .* more are in the file: encoder\.layers\.{layers - 1}"
+    ):
+        check_loadable(resolve(str(folder)))
+    change(settings, num_hidden_layers=layers)
+    change(folder / "vae" / "config.json", use_quant_conv=False)
+    with pytest.raises(InputError, match=r"its vae .* 2 more are in the file: quant_conv\."):
+        check_loadable(resolve(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("harm", "text"),
+    [
+        (fewer_merges, r"merges\.txt makes .* in vocab\.json"),
+        (strange_merges, r"merges\.txt is not in UTF-8"),
+    ],
+)
+def test_merges_that_make_no_words(
+    harm: Callable[[Path], None], text: str, folder: Path, tmp_path: Path
+) -> None:
+    """Gave other tokens before; whole ones are taken without a tokenizer.json."""
+    whole = Path(shutil.copytree(folder, tmp_path / "whole"))
+    (whole / "tokenizer" / "tokenizer.json").unlink()
+    check_loadable(resolve(str(whole)))
+    harm(folder)
+    for call in (check_loadable, load_denoiser):
+        with pytest.raises(InputError, match=text):
+            call(resolve(str(folder)))
+
+
+def test_the_published_merges_make_the_published_words(tmp_path: Path) -> None:
+    """Those of OpenAI's CLIP, as open_clip has them."""
+    import open_clip
+
+    tokenizer = open_clip.tokenizer.SimpleTokenizer()
+    (tmp_path / "vocab.json").write_text(json.dumps(tokenizer.encoder))
+    merges = "\n".join(" ".join(pair) for pair in tokenizer.bpe_ranks)
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    _check_merges(tmp_path)
+
+
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
 def test_a_tokenizer_without_words(part: str, sdxl: Path) -> None:
     """Scored with a vocabulary of three before; both of an SDXL count."""
@@ -114,6 +236,21 @@ def test_a_tokenizer_without_settings(folder: Path, caplog: pytest.LogCaptureFix
     assert "has no tokenizer_config.json: texts have 16 tokens" in caplog.text
     found = load_denoiser(source).encode_texts(["a red circle", "", "a " * 100])
     assert found["hidden"].shape[1] == plain["hidden"].shape[1]
+
+
+def test_what_a_tokenizer_does_not_say(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Is said as where there is no file of settings, and so is a length below the encoder's."""
+    change(folder / WORDS, pad_token=None)
+    check_loadable(resolve(str(folder)))
+    assert "tokenizer_config.json does not say all, so there is taken: pad_token" in caplog.text
+    (folder / WORDS).write_text("{}")
+    check_loadable(resolve(str(folder)))
+    assert "model_max_length 16" in caplog.text
+    caplog.clear()
+    change(folder / WORDS, model_max_length=8, pad_token="!")
+    check_loadable(resolve(str(folder)))
+    assert "model_max_length 8 tokens, its text encoder takes 16: texts are cut" in caplog.text
+    assert "does not say all" not in caplog.text
 
 
 def test_a_model_of_two(folder: Path, sdxl: Path) -> None:
