@@ -14,7 +14,7 @@ from diffitm.models.loading import resolve
 
 def bake(arguments: argparse.Namespace) -> None:
     for name in arguments.models:
-        resolve(name).fetched(arguments.variant or None)
+        resolve(name, variant=arguments.variant or None).fetched()
     for name in arguments.clips:
         load_clip(resolve_clip(name).fetched())  # which fetches tokenizers, too
 
