@@ -52,9 +52,11 @@ def _locked(root: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"--data {root}: another prepare.py works on this folder") from None
+            raise InputError(
+                f"--data {root}: another run of prepare works on this folder"
+            ) from None
         except OSError:
-            log.warning("%s cannot be locked: start no second prepare.py on it", root)
+            log.warning("%s cannot be locked: start no second run of prepare on it", root)
         marker = state / f"marker-{uuid.uuid4().hex}"
         marker.touch()
         try:

@@ -45,7 +45,7 @@ def check(sweep: Sweep, out: str) -> Sweep:
     _graded(fixed.get("tasks", ["all"]))
     store = sweep.config.store
     if store and not storage.exists(storage.join(storage.absolute(store), "scores")):
-        raise InputError(f"store: {store} holds no scores; give the OUT of a gdbench.py run")
+        raise InputError(f"store: {store} holds no scores; give the OUT of a run of gdbench")
     fixed = {name: value for name, value in fixed.items() if name not in swept}
     numbers = [*values_of(sweep, fixed, "number")]
     if len(fixed["timesteps"]) != 1:

@@ -65,6 +65,6 @@ def write_examples(
             log.info("%s: %s examples", task.name, f"{count:,}")
             examples[name] = Examples(uri, f"{task.version}-{storage.without_query(uri)}")
     if problems:
-        hint = "--check tells what DATA has, --tasks chooses, prepare.py fetches"
+        hint = "--check tells what DATA has, --tasks chooses, diffitm prepare fetches"
         raise InputError("\n".join([*problems, hint]))
     return examples

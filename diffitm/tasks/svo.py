@@ -23,7 +23,7 @@ class Svo(RetrievalTask):
     """
 
     folder = "svo"
-    source = "the SVO-Probes authors' list of image addresses (prepare.py fetches them)"
+    source = "the SVO-Probes authors' list of image addresses (diffitm prepare fetches them)"
     kind: ClassVar[str]
 
     def examples(self, root: str) -> Iterator[Example]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,8 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import save_file
 
+from diffitm.captions.read import read
+from diffitm.captions.row import Reading
 from diffitm.core import images, outside, storage
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError, Unavailable
@@ -29,12 +33,15 @@ from diffitm.models.lora import add_lora, locate, lora_file, lora_weights, save_
 from diffitm.models.weight_cache import cache_folder, content_digest, on_disk
 from diffitm.scoring.scorer import load_images
 from diffitm.scoring.specs import ClipSpec
+from diffitm.store.roots import known_root
+from diffitm.store.score_store import open_store
 from diffitm.store.work_table import mend
 from diffitm.training.image_pool import read_images
 from diffitm.training.lora.options import FinetuneConfig
 from tests.loopback import picture
 from tests.objects import Objects, reachable, serve
 from tests.pipeline import ROOT, environment
+from tests.tiny import score_row, write_scores
 
 WRITER = """
 import sys, time
@@ -444,3 +451,49 @@ def test_clip(bucket: Objects, tmp_path: Path) -> None:
         resolve_clip(f"RN50:{bucket.uri('none.pt')}")
     with pytest.raises(InputError, match=r"the folder has no open_clip_config\.json"):
         resolve_clip(bucket.uri("nowhere"))
+
+
+def test_own_images_and_texts_in_every_layout(bucket: Objects, tmp_path: Path) -> None:
+    """A bucket's tables, folders and shards are read as a disk's are, a bad row with its reason too."""
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(picture())
+    (tmp_path / "a.txt").write_text("a circle")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name in ("a.jpg", "a.txt", "b.jpg", "b.txt"):
+            tar.add(tmp_path / name, name)
+    (tmp_path / "t.csv").write_text("image,caption\na.jpg,a circle\nb.jpg,\n")
+    coco = {
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "a circle"}, {"image_id": 2, "caption": 3}],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in ("a.jpg", "a.txt", "b.jpg", "b.txt"):
+        shutil.copy(tmp_path / name, folder)
+    there = bucket.upload(tmp_path, "own")
+    for name in ("t.csv", "coco.json", "shard.tar", "files"):
+        here = list(read(str(tmp_path / name), Reading()))
+        far = list(read(storage.join(there, name), Reading()))
+        assert far == here, name
+        assert [row.failure is None for row in far] == [True, False], name
+        root = storage.join(there, "files") if name == "files" else there
+        assert images.load(root, far[0].image)[0].size
+
+
+def test_a_copy_of_the_data_in_another_bucket_keeps_its_scores(
+    bucket: Objects, tmp_path: Path
+) -> None:
+    for place in ("data", "copy", "changed"):
+        storage.write_bytes(bucket.uri(f"{place}/a.jpg"), picture())
+    out = bucket.uri("out")
+    store = open_store(
+        out, "CLIP x", {"kind": "clip", "root": bucket.uri("data").partition("?")[0]}
+    )
+    write_scores(
+        store, [score_row("a.jpg", "t", digest=images.load(bucket.uri("data"), "a.jpg")[1])]
+    )
+    storage.write_bytes(bucket.uri("changed/a.jpg"), picture("blue"))
+    assert known_root(bucket.uri("copy"), out) == store.config["root"]
+    assert known_root(bucket.uri("changed"), out) == storage.without_query(bucket.uri("changed"))

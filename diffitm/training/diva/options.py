@@ -60,7 +60,7 @@ class DivaConfig(Shared):
         "dfn-378": _preset("ViT-H-14-378-quickgelu:dfn5b", "random:0.5:replaced"),
     }
     clip: str = option(
-        "", "CLIP to tune: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs, as in gdbench.py"
+        "", "CLIP to tune: shapes, NAME:TAG, NAME:FILE or a folder, or their URIs, as gdbench takes"
     )
     teacher: str = option(
         "", "frozen diffusion model: shapes, a diffusers folder (or URI of one) or a Hub id"
