@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from diffitm import __version__
 from diffitm.core.config import parse
 from diffitm.core.errors import Incomplete, InputError, Unavailable, suggest
-from diffitm.core.outside import causes
 from diffitm.core.provenance import redact
 from diffitm.core.registry import load
 
@@ -185,21 +184,24 @@ def _fail(code: int, message: str) -> int:
     return code
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a disk refuses, as the system puts it; of a task of Ray the text alone comes back.
-_REFUSALS = {
-    os.strerror(n): n for n in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-}
+_REFUSALS = {os.strerror(n): n for n in (*FULL, errno.EACCES, errno.EPERM, errno.EROFS)}
 
 
 def _of_the_disk(error: BaseException) -> str | None:
     """What a disk refused, where that is what went wrong: no space, or no right to write or read."""
-    for cause in causes(error):
+    cause: BaseException | None = error
+    while cause is not None:  # what it was raised from, not what was being handled meanwhile
         text = str(cause)
         for refusal, number in _REFUSALS.items():
-            if isinstance(cause, OSError) and cause.errno == number and cause.filename:
-                return f"{cause.filename}: {refusal.lower()}"
             own = isinstance(cause, OSError) and cause.errno == number
-            if own or f"[errno {number}] {refusal}".lower() in text.lower():
+            if own and cause.filename:  # type: ignore[attr-defined]
+                return f"{cause.filename}: {refusal.lower()}"  # type: ignore[attr-defined]
+            # Libraries tell of a full disk without its number.
+            words = refusal if number in FULL else f"[errno {number}] {refusal}"
+            if own or words.lower() in text.lower():
                 lines = [line.strip() for line in text.splitlines() if refusal in line]
                 return f"{refusal.lower()} ({lines[-1] if lines else text})"
+        cause = cause.__cause__
     return None

@@ -72,6 +72,16 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
             "error: read-only file system ([Errno 30] Read-only file system: OUT)",
         ),
         ("raise FileNotFoundError(2, 'gone', 'x')", 1, "Traceback (most recent call last)"),
+        (
+            "raise RuntimeError('I/O error: No space left on device (os error 28)')",
+            2,
+            "error: no space left on device (I/O error: No space left",
+        ),
+        (
+            'exec(\'try:\\n  open("/proc/1/mem", "x")\\nexcept OSError:\\n  {}[1]\')',
+            1,
+            "Traceback (most recent call last)",
+        ),
         ("raise Incomplete('2 images')", 3, "incomplete: 2 images\n"),
         (
             "raise Unavailable('s3 is away')",

@@ -7,6 +7,7 @@ import logging
 import posixpath
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import pyarrow as pa
 
@@ -14,8 +15,9 @@ from diffitm.captions.row import CaptionRow, Reading, make_row
 from diffitm.captions.sample import TEXTS, sample_row
 from diffitm.captions.table import read_table
 from diffitm.core import storage
-from diffitm.core.errors import InputError
+from diffitm.core.errors import InputError, Unavailable
 from diffitm.core.images import ENDINGS, is_image, list_files
+from diffitm.core.outside import is_outside, patiently
 from diffitm.core.schema import encodable
 
 log = logging.getLogger("diffitm")
@@ -147,8 +149,11 @@ def _beside(
         beside = f"{stem}.{ending}"
         try:
             uri = storage.join(root, beside)
-            contents.append(storage.read_bytes(uri) if beside in there else None)
+            known = beside in there
+            contents.append(patiently(partial(storage.read_bytes, uri)) if known else None)
         except OSError as error:
+            if is_outside(error):  # another time it would be there
+                raise Unavailable(f"{uri} cannot be read: {error}") from error
             return CaptionRow(name, name, failure=f"{beside} cannot be read: {error}")
     row = sample_row(reading, name, name, *contents)
     if is_described and contents == [None, None]:

@@ -12,6 +12,7 @@ from diffitm.captions.shards import is_webdataset, read_shards, shards
 from diffitm.captions.table import ENDINGS, is_table, read_table
 from diffitm.core import storage
 from diffitm.core.errors import InputError, flag
+from diffitm.core.schema import encodable
 
 log = logging.getLogger("diffitm")
 ABSOLUTE = re.compile(r"~?/|[A-Za-z]:[/\\]|\w+://")
@@ -27,6 +28,10 @@ def read(uri: str, reading: Reading) -> Iterator[CaptionRow]:
     empty, absolute, such = 0, 0, ""
     for row in _read(uri, reading):
         total += 1
+        # A reason may quote what the file holds.
+        row = row._replace(
+            place=encodable(row.place), failure=row.failure and encodable(row.failure)
+        )
         first = first or row
         any_good = any_good or any(own.failure is None for own in row.each_text())
         empty += row.empty_negatives

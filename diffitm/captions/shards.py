@@ -61,8 +61,8 @@ def shards(uri: str, field: str = "data") -> list[str]:
         ]
     elif set(storage.without_query(uri)) & set("*?["):
         folder, pattern = storage.parent(uri), storage.without_query(uri).rpartition("/")[2]
-        known = (path.rpartition("/")[2] for path in storage.files(folder, ".tar"))
-        kept = (name for name in known if not is_litter(name))
+        known = (path.rpartition("/")[2] for path in storage.files(folder))
+        kept = (name for name in known if is_webdataset(name) and not is_litter(name))
         names = [storage.join(folder, name) for name in fnmatch.filter(kept, pattern)]
     else:
         names = [uri]

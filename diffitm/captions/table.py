@@ -6,7 +6,8 @@ import codecs
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ IMAGE_NAMES = ("image", "image_path", "file_name", "filepath", "filename", "path
 TEXT_NAMES = ("caption", "captions", "text", "texts", "prompt", "title")
 NEGATIVE_CAPTIONS = ("negative_captions", "neg_caption")
 NEGATIVE_IMAGES, NEGATIVE_LINES = "negative_images", "neg_image"
+BY_NUMBER = "\0row "  # before a number of NEGATIVE_LINES, until the file's rows are known
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 ENDINGS = (".parquet", *DELIMITERS, *JSON_LINES, ".json")
@@ -44,15 +46,16 @@ def read_table(uri: str, reading: Reading) -> Iterator[CaptionRow]:
     column that is not there.
     """
     name = storage.without_query(uri).lower()
+    if name.endswith(".parquet"):
+        rows = _parquet(uri, reading)
+    elif name.endswith(tuple(DELIMITERS)):
+        rows = _delimited(uri, DELIMITERS[name[-4:]], reading)
+    elif name.endswith(JSON_LINES):
+        rows = _json_lines(uri, reading)
+    else:
+        rows = _json_file(uri, reading)
     try:
-        if name.endswith(".parquet"):
-            yield from _parquet(uri, reading)
-        elif name.endswith(tuple(DELIMITERS)):
-            yield from _delimited(uri, DELIMITERS[name[-4:]], reading)
-        elif name.endswith(JSON_LINES):
-            yield from _json_lines(uri, reading)
-        else:
-            yield from _json_file(uri, reading)
+        yield from _with_images(uri, rows) if reading.negatives else rows
     except FileNotFoundError:
         raise InputError(f": there is no file {uri}", reading.field) from None
     except (OSError, pa.ArrowInvalid) as error:
@@ -87,21 +90,24 @@ def _encoding(start: bytes) -> str | None:
 def _delimited(uri: str, delimiter: str, reading: Reading) -> Iterator[CaptionRow]:
     header, lines = read_delimited(lambda: open_text(uri), uri, delimiter)
     columns = _columns(uri, header, reading)
-    rows = (
-        _row(reading, f"line {number}", line, columns, uri, as_lists=True) for number, line in lines
-    )
-    if reading.negatives and NEGATIVE_LINES in header:
-        yield from _with_images(uri, list(rows))
-    else:
-        yield from rows
+    for number, line in lines:
+        yield _row(reading, f"line {number}", line, columns, uri, as_lists=True)
 
 
-def _with_images(uri: str, rows: list[CaptionRow]) -> Iterator[CaptionRow]:
-    """Rows whose negative images are numbers of the file's rows, with the images of these."""
+def _with_images(uri: str, rows: Iterable[CaptionRow]) -> Iterator[CaptionRow]:
+    """Rows with the images of those rows of the file that negative images give by number."""
+    held = list(rows)
+    if not any(name.startswith(BY_NUMBER) for row in held for name in row.negative_images):
+        yield from held
+        return
     outside = 0
-    for row in rows:
-        numbers = [int(number) for number in row.negative_images]
-        images = tuple(rows[n].image for n in numbers if 0 <= n < len(rows))
+    for row in held:
+        given = [name.removeprefix(BY_NUMBER) for name in row.negative_images]
+        if given == list(row.negative_images):
+            yield row
+            continue
+        numbers = [int(number) for number in given]
+        images = tuple(held[n].image for n in numbers if 0 <= n < len(held) and held[n].image)
         outside += len(numbers) - len(images)
         yield row._replace(negative_images=images)
     if outside:
@@ -137,7 +143,7 @@ def _parquet(uri: str, reading: Reading) -> Iterator[CaptionRow]:
         file = parquet.ParquetFile(stream)
         names = file.schema_arrow.names
         columns = _columns(uri, names, reading)
-        more = [*NEGATIVE_CAPTIONS, NEGATIVE_IMAGES] if reading.negatives else []
+        more = [*NEGATIVE_CAPTIONS, NEGATIVE_IMAGES, NEGATIVE_LINES] if reading.negatives else []
         kept = list(dict.fromkeys(n for n in (*columns, *more) if n is not None and n in names))
         twice = [name for name in kept if names.count(name) > 1]
         if twice:
@@ -215,9 +221,11 @@ def _row(
         images = line.get(NEGATIVE_IMAGES, line.get(NEGATIVE_LINES))
         if as_lists:
             captions, images = parse_list(captions), parse_list(images)
-        if NEGATIVE_LINES in line and isinstance(images, list):
-            images = [str(n) if type(n) is int else n for n in images]
-            if not all(isinstance(n, str) and n.lstrip("-").isdigit() for n in images):
+        if NEGATIVE_IMAGES not in line and isinstance(images, list):
+            digits = [str(n) for n in images]
+            if all(re.fullmatch(r"-?[0-9]+", n) for n in digits):
+                images = [f"{BY_NUMBER}{n}" for n in digits]
+            else:
                 images = shown(images)
         negatives = captions, images
     return make_row(reading, place, image, text, source, negatives)

@@ -12,7 +12,13 @@ import numpy as np
 
 from diffitm.commands.entrance import entered
 from diffitm.commands.extras import Extras
-from diffitm.commands.models import find_sources, make_specs, paths_read, score_missing
+from diffitm.commands.models import (
+    find_sources,
+    make_specs,
+    open_stores,
+    paths_read,
+    score_missing,
+)
 from diffitm.commands.run_record import (
     RunRecord,
     read_curves,
@@ -37,7 +43,7 @@ from diffitm.report.table import latex, make_table, markdown
 from diffitm.report.terminal import print_results, print_state, print_summary
 from diffitm.scoring.specs import Spec
 from diffitm.store.run_summary import write_summary
-from diffitm.store.score_store import Store, open_store
+from diffitm.store.score_store import Store
 from diffitm.tasks.check import check
 from diffitm.tasks.registry import find_task
 
@@ -160,7 +166,7 @@ def prepare(config: GdbenchConfig) -> Prepared:
     root = data_root(config.data, config.scenes, out)
     examples = write_examples(task_names(config), root, out, config.limit)
     specs, pool = make_specs(config, sources, timesteps, root, out)
-    stores = [open_store(out, spec.label, spec.store_config()) for spec in specs]
+    stores = open_stores(specs, root, out)
     return Prepared(out, root, examples, specs, stores, pool)
 
 

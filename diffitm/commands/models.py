@@ -15,9 +15,9 @@ from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 from diffitm.store.pair_table import distinct_texts
-from diffitm.store.roots import known_root
+from diffitm.store.roots import take_over
 from diffitm.store.run_summary import Done
-from diffitm.store.score_store import Store
+from diffitm.store.score_store import Store, open_store, stores_of
 from diffitm.store.work_table import finish, open_work
 
 if TYPE_CHECKING:
@@ -75,16 +75,15 @@ def make_specs(
         check_loadable(source, loras, config.variant)
     _check_clips(clips)
     dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
-    scores_root = known_root(root, out)
     specs: list[Spec] = [
-        _diffusion(config, source, lora, root, steps, dtype, scores_root)
+        _diffusion(config, source, lora, root, steps, dtype)
         for source in models
         for lora in lora_names(config)
         for steps in timesteps
     ]
-    specs += [ClipSpec(source, root, config.batch_size, scores_root) for source in clips]
+    specs += [ClipSpec(source, root, config.batch_size) for source in clips]
     scorers = dict.fromkeys(config.scorer)
-    specs += [CustomSpec(find_scorer(name), root, scores_root) for name in scorers]
+    specs += [CustomSpec(find_scorer(name), root) for name in scorers]
     return specs, pool
 
 
@@ -112,7 +111,6 @@ def _diffusion(
     root: str,
     timesteps: tuple[int, ...],
     dtype: str,
-    scores_root: str,
 ) -> DiffusionSpec:
     resize = config.resize
     if resize == "auto":
@@ -130,8 +128,18 @@ def _diffusion(
         lora=locate(lora) if lora else None,
         lora_name=storage.without_query(lora) if lora else None,
         batch_size=config.batch_size,
-        scores_root=scores_root,
     )
+
+
+def open_stores(specs: list[Spec], root: str, out: str) -> list[Store]:
+    """The store of each spec below `out`; a new one has what others know of the images below `root`.
+
+    Raises InputError and Unavailable as score_store.open_store and roots.take_over do.
+    """
+    known = list(stores_of(out))
+    stores = [open_store(out, spec.label, spec.store_config(), known) for spec in specs]
+    take_over(stores, known, root)
+    return stores
 
 
 def score_missing(

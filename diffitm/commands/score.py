@@ -13,7 +13,13 @@ import numpy as np
 from diffitm.captions.read import image_root, read
 from diffitm.captions.row import CaptionRow, Columns, Reading
 from diffitm.commands.entrance import entered
-from diffitm.commands.models import find_sources, make_specs, paths_read, score_missing
+from diffitm.commands.models import (
+    find_sources,
+    make_specs,
+    open_stores,
+    paths_read,
+    score_missing,
+)
 from diffitm.core import storage
 from diffitm.core.config import option
 from diffitm.core.errors import Incomplete, InputError
@@ -26,7 +32,6 @@ from diffitm.report.terminal import print_summary
 from diffitm.store.pair_scores import summarise, write_pairs, write_top
 from diffitm.store.pair_table import write_own
 from diffitm.store.run_summary import write_summary
-from diffitm.store.score_store import open_store
 
 log = logging.getLogger("diffitm")
 
@@ -83,12 +88,10 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
     """See run; OUT is held."""
     sources = find_sources(config)
     uri, total, unusable = write_own(own_rows(config), storage.join(out, "examples"))
-    if unusable == total:
-        raise InputError(f": {config.data}: none of its {total:,} rows can be scored", "data")
     log.info("%s: %s rows, %s of them unusable", config.data, f"{total:,}", f"{unusable:,}")
     specs, pool = make_specs(config, sources, timesteps, root, out)
     (spec,) = specs
-    store = open_store(out, spec.label, spec.store_config())
+    (store,) = open_stores(specs, root, out)
     done = score_missing(spec, store, [Examples(uri, storage.without_query(uri))], out, pool)
     print_summary(write_summary([spec.label], [done], out))
     weights = np.array(config.timestep_weights) if config.timestep_weights else None

@@ -209,7 +209,7 @@ def _help(config: type, name: str, kind: Any) -> str:
     words = [str(word) for word in _words(kind) if str(word) not in text]
     if words:
         text += f" [{', '.join(map(str, _words(kind)))}]"
-    if default not in (None, "", False) and "(default:" not in text:
+    if default not in (None, "") and default is not False and "(default:" not in text:
         text += f" (default: {default})"
     return text.replace("%", "%%")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -281,6 +282,19 @@ def tree(uri: str) -> tuple[list[str], list[str]]:
     return sorted(found), sorted(others)
 
 
+def folders(uri: str) -> list[str]:
+    """Sorted names of the folders in a folder; none if there is no such folder.
+
+    Raises InputError if the place cannot be looked at.
+    """
+    found, path = filesystem(uri)
+    try:
+        infos = found.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    except OSError as error:
+        raise InputError(f"{uri} cannot be looked at: {error}") from error
+    return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
+
 def sizes(uri: str, recursive: bool = False) -> dict[str, tuple[int, int]]:
     """The files below a folder by their path from there: size and time of each, from one listing.
 
@@ -334,8 +348,9 @@ def _walked(top: str, others: list[str] | None = None, deep: bool = True) -> lis
                 if kind == fs.FileType.Directory:
                     look(entry.path, above | {place})
                 elif kind == fs.FileType.File:
-                    about = entry.stat()
-                    found.append(_Listed(entry.path, about.st_size, about.st_mtime_ns))
+                    with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+                        about = entry.stat()
+                        found.append(_Listed(entry.path, about.st_size, about.st_mtime_ns))
                 elif others is not None:
                     others.append(entry.path)
 

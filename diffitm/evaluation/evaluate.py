@@ -203,12 +203,15 @@ class Part:
             if self.timesteps:
                 self.counts.add(item)
 
-    def _drop_what_is_nowhere_finite(self) -> None:
-        """A model without one score that is finite has no accuracy of 0: nothing could be scored."""
+    def _drop_what_is_nowhere_finite(self) -> bool:
+        """A model without one score that is finite has no accuracy of 0: nothing could be scored. Whether it
+        has none."""
         found = [d.credits for decisions in self.decisions.values() for d in decisions if d.credits]
         if found and not any(credit.finite for credits in found for credit in credits.values()):
             for kind, decisions in self.decisions.items():
                 self.decisions[kind] = [replace(d, credits=None) for d in decisions]
+            return True
+        return False
 
     @property
     def shown(self) -> list[str]:
@@ -218,13 +221,14 @@ class Part:
     def put_into(self, evaluation: Evaluation) -> None:
         """Add the rows, curves, counts, cases and failures."""
         task = self.task.name
-        self._drop_what_is_nowhere_finite()
+        is_empty = self._drop_what_is_nowhere_finite()
         for kind in self.shown or self.kinds[:1]:
             if self.decisions[kind]:
                 evaluation.rows += self._rows(kind)
         evaluation.failures += self.failures
         evaluation.curves += self.curves.read(self.title, task, self.timesteps)
-        evaluation.counts += self.counts.read(self.title)
+        if not is_empty:
+            evaluation.counts += self.counts.read(self.title)
         evaluation.cases += self.cases.read(self.title, task)
 
     def _rows(self, kind: str) -> list[ResultRow]:

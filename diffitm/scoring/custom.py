@@ -115,7 +115,6 @@ class CustomSpec:
 
     source: CustomSource
     root: str
-    scores_root: str | None = None
     cost = 1
 
     @property
@@ -131,7 +130,7 @@ class CustomSpec:
             "score": self.source.score,
             "scorer": self.source.place.rpartition("/")[2],
             "depends": self.source.digest,
-            "root": without_query(self.scores_root or self.root),
+            "root": without_query(self.root),
         }
 
     def build(self, device: str) -> RowScorer:

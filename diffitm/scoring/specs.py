@@ -52,7 +52,6 @@ class DiffusionSpec:
     lora: str | None = None
     lora_name: str | None = None  # as the user typed it, for tables
     batch_size: int = 64
-    scores_root: str | None = None  # the root that its scores are kept under, if not `root`
 
     @property
     def label(self) -> str:
@@ -78,7 +77,7 @@ class DiffusionSpec:
             "dtype": self.dtype,
             "resize": self.resize,
             "latent_seed": self.latent_seed,
-            "root": without_query(self.scores_root or self.root),
+            "root": without_query(self.root),
         }
         if self.source.prediction is not None:
             config["prediction_type"] = self.source.prediction
@@ -108,7 +107,6 @@ class ClipSpec:
     source: ClipSource
     root: str
     batch_size: int = 64
-    scores_root: str | None = None
     cost = 1
 
     @property
@@ -125,7 +123,7 @@ class ClipSpec:
             "kind": "clip",
             "version": SCORE_VERSION,
             "weights": self.source.digest,
-            "root": without_query(self.scores_root or self.root),
+            "root": without_query(self.root),
         }
         if own:
             config["preprocessing"] = own

@@ -1,88 +1,99 @@
-"""Which data root a run's scores are of: the same images keep their scores wherever they lie now."""
+"""Scores of images that lie below another root now: taken over, image by image, where the content is the same."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet
 
 from diffitm.core import storage
+from diffitm.core.errors import Unavailable
 from diffitm.core.images import encoded, split_crop
-from diffitm.core.outside import patiently
+from diffitm.core.outside import is_outside, patiently
+from diffitm.core.provenance import fingerprint
+from diffitm.core.schema import SCORES
 from diffitm.store.pair_table import connect
-from diffitm.store.score_store import Store, stores_of
+from diffitm.store.score_store import Store
 
 log = logging.getLogger("diffitm")
 READERS = 16
-AT_ONCE = 256  # images between two looks at whether one differs
+SAMPLE = 64  # images that are looked at first, spread over all
+AT_ONCE = 1024  # images whose content is compared between two looks at the result
 
 
-def known_root(root: str, out: str) -> str:
-    """The root under whose name the scores of the images below `root` are kept: one that OUT has scores
-    of, if it is the same place under another spelling, or if what was scored there and is here has
-    the same content; else `root`.
+def take_over(stores: Iterable[Store], known: Sequence[Store], root: str) -> None:
+    """Give each store without scores those that a known one of the same settings but another root has of
+    images which are below `root` with the content that was scored.
 
-    One image with another content is enough for scores of their own: an image is known by its path
-    below the root, and a changed version of the data must not take over scores.
+    A score depends on the image and not on where it lies, so data that was moved, copied or is given
+    under another spelling costs a look at its images, once; a changed image is scored anew.
+    Raises Unavailable where images cannot be read for now.
     """
-    stores = [store for store in stores_of(out) if "root" in store.config]
-    names = list(dict.fromkeys(str(store.config["root"]) for store in stores))
-    for name in names:
-        if _canonical(name) == _canonical(root):
-            return name
-    for name in names:
-        scored = _scored(store for store in stores if store.config["root"] == name)
-        equal, other = _compare(root, scored)
-        if other is not None:
-            log.info("%s: %s is another image than the one scored in %s", root, other, name)
-        elif equal:
-            text = "%s: %s images are those scored in %s, whose scores hold here"
-            log.info(text, root, f"{equal:,}", name)
-            return name
-    return storage.without_query(root)
-
-
-def _canonical(root: str) -> str:
-    """A place without links, doubled or trailing slashes, and what else is spelling alone."""
-    if "://" not in root:
-        return os.path.realpath(root)
-    scheme, _, rest = storage.without_query(root).partition("://")
-    return f"{scheme.lower()}://{'/'.join(part for part in rest.split('/') if part)}"
-
-
-def _scored(stores: Iterable[Store]) -> dict[str, str]:
-    """Image -> sha256 of the file that was scored."""
-    found: dict[str, str] = {}
+    same: dict[tuple[str, str], bool] = {}
     for store in stores:
-        with connect(scores=store.dataset()) as connection:
-            rows = connection.execute(
-                "SELECT DISTINCT image, digest FROM scores WHERE digest IS NOT NULL ORDER BY hash(image)"
-            ).fetchall()
-        found |= {split_crop(image)[0]: digest for image, digest in rows}
-    return found
+        if storage.files(store.uri, ".parquet"):
+            continue
+        for other in known:
+            if other.uri != store.uri and _without_root(other) == _without_root(store):
+                _take(other, store, root, same)
 
 
-def _compare(root: str, scored: dict[str, str]) -> tuple[int, str | None]:
-    """How many of the images are below the root with the content that was scored, and the first that is
-    there with another."""
+def _without_root(store: Store) -> dict[str, Any]:
+    return {key: value for key, value in store.config.items() if key != "root"}
 
-    def same(image: str) -> bool | None:
+
+def _take(other: Store, store: Store, root: str, same: dict[tuple[str, str], bool]) -> None:
+    """Copy the rows of images that are the same; `same` holds what was compared already."""
+    with connect(scores=other.dataset()) as connection:
+        scored = connection.execute(
+            "SELECT DISTINCT image, digest FROM scores "
+            "WHERE digest IS NOT NULL AND failure IS NULL ORDER BY image"
+        ).fetchall()
+    files = sorted({(split_crop(image)[0], digest) for image, digest in scored})
+    sample = files[:: max(1, len(files) // SAMPLE)]
+    _compare(sample, root, same)
+    if any(same[file] for file in sample):
+        _compare(files, root, same)
+    kept = [i for i, digest in scored if same.get((split_crop(i)[0], digest))]
+    where = other.config["root"]
+    if not kept:
+        log.info("%s: none of the images scored in %s is here as it was", root, where)
+        return
+    path = storage.join(store.uri, f"taken-{fingerprint(other.config)[:12]}.parquet")
+    wanted = pc.is_in(pc.field("image"), pa.array(kept)) & pc.field("failure").is_null()
+    with storage.replacing(path) as sink, parquet.ParquetWriter(sink, SCORES) as writer:
+        for batch in other.dataset().to_batches(filter=wanted):
+            writer.write_batch(batch)
+    count = sum(same.get(file, False) for file in files)
+    text = "%s: %s: the scores of %s of %s images scored in %s hold"
+    log.info(text, store.model, root, f"{count:,}", f"{len(files):,}", where)
+
+
+def _compare(
+    files: Sequence[tuple[str, str]], root: str, same: dict[tuple[str, str], bool]
+) -> None:
+    """Put into `same` whether each image below the root has the digest."""
+
+    def is_same(file: tuple[str, str]) -> bool:
+        image, digest = file
         try:
             data = patiently(lambda: encoded(root, image))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if is_outside(error):
+                raise Unavailable(f"{root}: {image} cannot be compared: {error}") from error
             return False
-        return hashlib.sha256(data).hexdigest() == scored[image]
+        return hashlib.sha256(data).hexdigest() == digest
 
-    names, equal = list(scored), 0
+    new = [file for file in files if file not in same]
     with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(names), AT_ONCE):
-            part = names[start : start + AT_ONCE]
-            for name, found in zip(part, pool.map(same, part), strict=True):
-                if found is False:
-                    return equal, name
-                equal += found is True
-    return equal, None
+        for start in range(0, len(new), AT_ONCE):
+            part = new[start : start + AT_ONCE]
+            same.update(zip(part, pool.map(is_same, part), strict=True))
+            if start:
+                log.info("%s: %s of %s images compared", root, f"{start:,}", f"{len(new):,}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,9 @@ class Store:
         return ds.dataset(whole, schema=SCORES, filesystem=found, format="parquet")
 
 
-def open_store(out: str, model: str, config: dict[str, Any]) -> Store:
-    """The store of this configuration below `out`, created if need be.
+def open_store(out: str, model: str, config: dict[str, Any], known: Sequence[Store] = ()) -> Store:
+    """The store of this configuration below `out`, created if need be; the log says what keeps `known`
+    ones from serving.
 
     Raises InputError if the folder holds scores of another configuration.
     """
@@ -63,7 +64,7 @@ def open_store(out: str, model: str, config: dict[str, Any]) -> Store:
             raise InputError(
                 f"{uri} holds scores but no _config.json: move it away or restore the file"
             )
-        _say_why(out, model, config)
+        _say_why(known, model, config)
         storage.write_text(note, json.dumps({"model": model, **config}, indent=2))
         return Store(uri, model, config)
     store = read_store(uri)
@@ -78,25 +79,27 @@ def open_store(out: str, model: str, config: dict[str, Any]) -> Store:
 
 
 def stores_of(out: str) -> Iterator[Store]:
-    """The score stores of an OUT. Raises InputError for a folder whose _config.json is none."""
+    """The score stores of an OUT, by name. Raises InputError for a folder whose _config.json is none."""
     base = storage.join(out, "scores")
-    for path in storage.sizes(base, recursive=True):
-        folder, _, name = path.rpartition("/")
-        if name == "_config.json" and "/" not in folder:
-            yield read_store(storage.join(base, folder))
+    for name in storage.folders(base):
+        uri = storage.join(base, name)
+        if storage.exists(storage.join(uri, "_config.json")):
+            yield read_store(uri)
 
 
-def _say_why(out: str, model: str, config: dict[str, Any]) -> None:
-    """Tell what keeps a new store from taking the scores of the most alike one of the same model."""
+def _say_why(known: Sequence[Store], model: str, config: dict[str, Any]) -> None:
+    """Tell what keeps a new store from taking the scores of the most alike one of the same model; where it
+    is the root alone, roots.take_over tells."""
     alike = []
-    for store in stores_of(out):
+    for store in known:
         if store.model == model and store.config["kind"] == config["kind"]:
             other = [key for key in config if store.config.get(key) != config[key]]
             alike.append((len(other), store.name, other, store.config))
     if alike:
-        _, name, other, known = min(alike, key=lambda found: found[:2])
-        told = ", ".join(f"{key} {_short(known.get(key))}" for key in other)
-        log.info("%s: scores anew; those in %s are of %s", model, name, told)
+        _, name, other, there = min(alike, key=lambda found: found[:2])
+        told = ", ".join(f"{key} {_short(there.get(key))}" for key in other)
+        if other != ["root"]:
+            log.info("%s: scores anew; those in %s are of %s", model, name, told)
 
 
 def _short(value: Any) -> str:

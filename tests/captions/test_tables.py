@@ -16,6 +16,7 @@ from diffitm.captions.read import divide, image_root, read
 from diffitm.captions.row import CaptionRow, Columns, Reading
 from diffitm.captions.table import is_table
 from diffitm.core.errors import InputError
+from diffitm.store.pair_table import write_own
 
 OWN = Reading()
 ROWS = [("a.jpg", "a red circle"), ("sub/b.png", 'say "no", null'), ("a.jpg", "1")]
@@ -466,3 +467,39 @@ def test_a_row_without_texts_stays_one() -> None:
     """There is nothing to divide, and nothing vanishes."""
     row = CaptionRow("line 1", failure="it is not JSON")
     assert divide([row]) == ([], [row])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
+def test_negative_images_by_number_in_every_kind(kind: str, tmp_path: Path) -> None:
+    """NegCLIP's numbers are the images of these rows, whatever the table; of one without an image, none."""
+    lines = [
+        {"image": "a", "caption": "x", "neg_image": [1, 2, 9]},
+        {"image": "b", "caption": "y", "neg_image": []},
+        {"image": "", "caption": "z", "neg_image": [0]},
+        {"image": "d", "caption": "w", "neg_image": ["--1"]},
+    ]
+    file = tmp_path / f"n.{kind}"
+    if kind == "csv":
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    elif kind == "parquet":
+        for line in lines:
+            line["neg_image"] = [str(n) for n in line["neg_image"]]
+        parquet.write_table(pa.Table.from_pylist(lines), file)
+    else:
+        ending = "\n".join(map(json.dumps, lines))
+        file.write_text(ending if kind == "jsonl" else json.dumps(lines))
+    rows = list(read(str(file), Reading(negatives=True)))
+    assert [row.negative_images for row in rows[:2]] == [("b",), ()]
+    assert "no image" in str(rows[2].failure)
+    assert "negative images are no list" in str(rows[3].failure)
+
+
+def test_a_reason_that_quotes_half_a_character(tmp_path: Path) -> None:
+    """Costs its row, and can be written down."""
+    (tmp_path / "n.jsonl").write_text('{"\\ud800": 1}\n{"image": "a", "caption": "x"}')
+    rows = list(read(str(tmp_path / "n.jsonl"), Reading()))
+    assert [row.failure is None for row in rows] == [False, True]
+    assert write_own(rows, str(tmp_path / "out"))[1:] == (2, 1)

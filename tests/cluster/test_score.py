@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,14 @@ def test_a_table(table: Path, tmp_path: Path) -> None:
         [r["score"] for r in rows if not r["failure"]],
     )
     assert len(found) == 51 and found[50]["text"] == "a text that is new"
+    moved = tmp_path / "moved"
+    shutil.copytree(table.parent, moved)
+    moved_table = ("--data", moved / longer.name)
+    third = pipeline.run(*MODEL, *moved_table, *options, script="score", code=3)
+    assert "the scores of 9 of 9 images" in third.stderr
+    assert "6 pairs of 1 images need" in third.stderr  # of the broken one alone
+    kept = pq.read_table(out / "pairs.parquet").to_pylist()
+    assert [row["score"] for row in kept] == [row["score"] for row in found]
 
 
 def test_texts_for_all_and_the_best(table: Path, tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ from diffitm.models.lora import add_lora, locate, lora_file, lora_weights, save_
 from diffitm.models.weight_cache import cache_folder, content_digest, on_disk
 from diffitm.scoring.scorer import load_images
 from diffitm.scoring.specs import ClipSpec
-from diffitm.store.roots import known_root
-from diffitm.store.score_store import open_store
+from diffitm.store.roots import take_over
+from diffitm.store.score_store import open_store, stores_of
 from diffitm.store.work_table import mend
 from diffitm.training.image_pool import read_images
 from diffitm.training.lora.options import FinetuneConfig
@@ -487,13 +487,14 @@ def test_a_copy_of_the_data_in_another_bucket_keeps_its_scores(
 ) -> None:
     for place in ("data", "copy", "changed"):
         storage.write_bytes(bucket.uri(f"{place}/a.jpg"), picture())
-    out = bucket.uri("out")
-    store = open_store(
-        out, "CLIP x", {"kind": "clip", "root": bucket.uri("data").partition("?")[0]}
-    )
-    write_scores(
-        store, [score_row("a.jpg", "t", digest=images.load(bucket.uri("data"), "a.jpg")[1])]
-    )
+    out, config = bucket.uri("out"), {"kind": "clip"}
+    first = open_store(out, "CLIP x", {**config, "root": bucket.uri("data").partition("?")[0]})
+    digest = images.load(bucket.uri("data"), "a.jpg")[1]
+    write_scores(first, [score_row("a.jpg", "t", digest=digest)])
     storage.write_bytes(bucket.uri("changed/a.jpg"), picture("blue"))
-    assert known_root(bucket.uri("copy"), out) == store.config["root"]
-    assert known_root(bucket.uri("changed"), out) == storage.without_query(bucket.uri("changed"))
+    known = list(stores_of(out))
+    assert [store.config for store in known] == [first.config]
+    for place, rows in (("copy", 1), ("changed", 0)):
+        store = open_store(out, "CLIP x", {**config, "root": bucket.uri(place).partition("?")[0]})
+        take_over([store], known, bucket.uri(place))
+        assert store.dataset().count_rows() == rows

@@ -228,7 +228,7 @@ def test_gated_repository(
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     with (
         prepare._locked(tmp_path),
-        pytest.raises(InputError, match=r"another prepare\.py works"),
+        pytest.raises(InputError, match=r"another run of prepare works"),
         prepare._locked(tmp_path),
     ):
         pass

@@ -259,6 +259,7 @@ def test_no_score_is_finite(tmp_path: Path, dtype: str, hint: str) -> None:
     found = evaluate.evaluate(examples, [store])
     assert {row.value for row in found.rows} == {None} and {row.n for row in found.rows} == {0}
     assert [line["failure"] for line in found.failures] == [f"a score is not finite{hint}"] * 2
+    assert found.counts == []
     lines[3:] = [score_row("i1", text, [1.0, 2.0]) for text in ("x", "y", "")]
     found = evaluate.evaluate(examples, [stored(tmp_path / "one", lines, dtype=dtype)])
     assert {row.n for row in found.rows} == {2} and None not in {row.value for row in found.rows}
