@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -142,6 +143,13 @@ def open_stores(specs: list[Spec], root: str, out: str) -> list[Store]:
     return stores
 
 
+@functools.cache  # one look for all LoRAs and timesteps of a model
+def _tell_long_texts(source: ModelSource | ClipSource, examples: tuple[str, ...]) -> None:
+    from diffitm.models.text_limits import tell_long_texts
+
+    tell_long_texts(source, distinct_texts(list(examples)))
+
+
 def score_missing(
     spec: Spec, store: Store, examples: list[Examples], out: str, pool: ActorPool
 ) -> Done:
@@ -153,9 +161,7 @@ def score_missing(
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
         return Done()
     if isinstance(spec, DiffusionSpec | ClipSpec):
-        from diffitm.models.text_limits import tell_long_texts
-
-        tell_long_texts(spec.source, distinct_texts([e.uri for e in examples]))
+        _tell_long_texts(spec.source, tuple(e.uri for e in examples))
     if work.resumed:
         finished = f"{work.table.pairs - work.pairs_left:,} of {work.table.pairs:,}"
         log.info("%s: going on where it stopped, %s pairs done", store.model, finished)

@@ -37,6 +37,13 @@ from diffitm.models.weight_files import (
 log = logging.getLogger("diffitm")
 # What open_clip lets through for a name, a config or a file that it cannot use.
 WEIGHTS = (".safetensors", ".bin", ".pth")
+# In the order in which open_clip takes them of a folder.
+OWN_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)
 LOCAL, HUB = "local-dir:", "hf-hub:"
 OPENAI_NOTES = (
     "input_resolution",
@@ -94,7 +101,7 @@ class ClipSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.model.startswith(HUB):
             repo, _, commit = self.digest.removeprefix(HUB).rpartition("@")
-            weights = fetch(repo, commit, lambda names: needed(names, ("",)), "clip")
+            weights = fetch(repo, commit, _files_read, "clip")
             return replace(self, weights=weights)
         if not self.is_tagged:
             return self
@@ -218,6 +225,15 @@ def _openai_tag(file: Path) -> str | None:
         if digest in config.get("url", ""):
             return model
     return None
+
+
+def _files_read(names: list[str]) -> list[str]:
+    """What open_clip reads of a repository: its settings, and its own weights before transformers'."""
+    chosen = needed(names, ("",))
+    own = next((name for name in OWN_WEIGHTS if name in names), None)
+    if own is None:
+        return chosen
+    return [own, *(n for n in chosen if not any(ending in n for ending in WEIGHTS))]
 
 
 def _is_uri(name: str) -> bool:

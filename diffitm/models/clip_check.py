@@ -17,7 +17,7 @@ POSITIONS = "positional_embedding"
 TRANSFORMERS = ("text_model.", "vision_model.")
 SCALARS = ("logit_scale", "logit_bias")  # of no dimension or one
 # What open_clip makes itself where a file lacks it, and the one that it leaves out.
-OPTIONAL = ("logit_bias", "position_ids", "attn_mask")
+OPTIONAL = ("logit_bias", "position_ids", "attn_mask", "num_batches_tracked")
 LEFT_OUT = "text.transformer.embeddings.position_ids"
 READ_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

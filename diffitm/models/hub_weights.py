@@ -149,9 +149,10 @@ def _is_read(name: str) -> bool:
 
 
 def _weights(names: Sequence[str], variant: str | None, part: str) -> list[str]:
-    for ending in WEIGHTS:
-        for kind in dict.fromkeys((variant or "", "")):
-            found = [n for n in names if ending in n and variant_of(n) == kind]
+    known = [n for n in names if not part or _stem(n).partition(".")[0] in STEMS]
+    for kind in dict.fromkeys((variant or "", "")):
+        for ending in WEIGHTS:
+            found = [n for n in known if ending in n and variant_of(n) == kind]
             if found:
                 return [f"{part}/{n}".lstrip("/") for n in found]
     return []
@@ -159,16 +160,21 @@ def _weights(names: Sequence[str], variant: str | None, part: str) -> list[str]:
 
 def variant_of(name: str) -> str:
     """'fp16' of model.fp16.safetensors, of its shards and of their index; '' of files without one."""
+    return _stem(name).partition(".")[2]
+
+
+def _stem(name: str) -> str:
+    """'model.fp16' of model.fp16-00001-of-00002.safetensors and the like."""
     stem = name.replace(".index", "").removesuffix(".json")
     for ending in WEIGHTS:
         stem = stem.replace(ending, "")
-    return re.sub(r"-\d+-of-\d+", "", stem).partition(".")[2]
+    return re.sub(r"-\d+-of-\d+", "", stem)
 
 
 def variants(names: Iterable[str], part: str) -> set[str]:
     """The variants that a part has weights of, '' for those without one."""
     inside = (n.rpartition("/")[2] for n in names if n.rpartition("/")[0] == part)
-    known = [n for n in inside if n.startswith(STEMS) and not n.endswith(FOREIGN)]
+    known = [n for n in inside if _stem(n).partition(".")[0] in STEMS and not n.endswith(FOREIGN)]
     return {variant_of(n) for n in known if any(ending in n for ending in WEIGHTS)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from diffitm.core.errors import InputError
 from diffitm.models.weight_files import few
+
+log = logging.getLogger("diffitm")
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 # diffusers ('unet.<module>.lora_A.weight', '.lora.down.weight', for texts '.lora_linear_layer.down.weight')
@@ -90,12 +93,24 @@ def _refuse_mixed(tensors: Mapping[str, Any]) -> None:
         )
 
 
+def _without_embeddings(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without the embeddings of trigger words that Civitai's tools put beside a LoRA: they change no text
+    without these words. That is logged."""
+    kept = {key: value for key, value in tensors.items() if not key.startswith("bundle_emb.")}
+    if len(kept) < len(tensors):
+        words = sorted({key.split(".")[1] for key in tensors if key not in kept})
+        text = "a LoRA's embeddings of its trigger words are left out: %s"
+        log.warning(text, few(words))
+    return kept
+
+
 def from_kohya(unet: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Kohya's names (lora_unet_down_blocks_0_.., lora_unet_input_blocks_4_.., lora_te_..) as diffusers has
     them; other names as they are.
 
     Raises InputError for names that diffusers does not know.
     """
+    tensors = _without_embeddings(tensors)
     _refuse_mixed(tensors)
     if not all(key.startswith("lora_") for key in tensors):
         return tensors

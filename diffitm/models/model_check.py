@@ -81,6 +81,10 @@ def check_loadable(
             tensors = read_lora(lora)[0]
             with naming(lora):
                 match_lora(parts["unet"], tensors, encoders)
+    elif loras:
+        raise InputError(
+            f"{source.name!r} takes no LoRA, only Stable Diffusion's U-Net does", "lora"
+        )
 
 
 def settled(source: ModelSource, prediction: str | None = None) -> ModelSource:
@@ -135,7 +139,7 @@ def _makers() -> dict[str, Callable[[Any], nn.Module]]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     def text(kind: Any) -> Callable[[Any], nn.Module]:
-        return lambda settings: kind(CLIPTextConfig.from_dict(settings))
+        return lambda settings: kind(CLIPTextConfig.from_dict(of_text(settings)))
 
     return {
         "unet": UNet2DConditionModel.from_config,
@@ -164,7 +168,7 @@ def _check_shapes(part: nn.Module, name: str, files: Sequence[Path]) -> None:
     other = [
         f"{key} {list(found[key])} instead of {list(expected[key])}"
         for key in expected
-        if key in found and not _same(found[key], expected[key])
+        if key in found and found[key] != expected[key]
     ]
     litter = re.compile("|".join(LITTER))
     strange = [key for key in found if key not in expected and not litter.search(key)]
@@ -176,11 +180,6 @@ def _check_shapes(part: nn.Module, name: str, files: Sequence[Path]) -> None:
             f"the weights of its {name} ({few([str(file) for file in files])}) are not those of its "
             f"config.json: of {len(expected)} tensors {'; '.join(filter(None, found_wrong))}"
         )
-
-
-def _same(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Older VAEs have attention as convolutions of one pixel."""
-    return found in (expected, (*expected, 1, 1))
 
 
 def _plain(key: str) -> str:
@@ -209,11 +208,17 @@ def _check_together(folder: Path, names: tuple[str, ...], parts: Mapping[str, nn
         read_schedule(str(folder), None)
 
 
+def of_text(settings: dict[str, Any]) -> dict[str, Any]:
+    """A text encoder's settings, also where the config is that of a whole CLIP."""
+    return dict(settings.get("text_config") or settings)
+
+
 def _encoder_settings(folder: Path, tokenizer: str) -> dict[str, Any]:
     from transformers import CLIPTextConfig
 
     name = tokenizer.replace("tokenizer", "text_encoder")
-    return dict(CLIPTextConfig.from_dict(read_json(folder / name / "config.json")).to_dict())
+    settings = of_text(read_json(folder / name / "config.json"))
+    return dict(CLIPTextConfig.from_dict(settings).to_dict())
 
 
 def _tell_defaults(source: ModelSource, folder: Path, parts: Mapping[str, nn.Module]) -> None:

@@ -49,11 +49,11 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_settings(folder: Path, parts: tuple[str, ...]) -> None:
     """Whether the small files of the parts are whole. Raises OSError that names one which is not."""
     for part in parts:
-        for file in sorted((folder / part).glob("*.json")):
+        for file in sorted((folder / part).glob("[!.]*.json")):
             read_json(file)
             if file.read_bytes().startswith(b"\xef\xbb\xbf"):  # which diffusers does not take
                 raise OSError(f"{file} begins with a byte order mark: save it as UTF-8 without one")
-        for file in sorted((folder / part).glob("*.txt")):
+        for file in sorted((folder / part).glob("[!.]*.txt")):
             try:
                 check_whole(file)
             except WeightsError as error:

@@ -109,7 +109,7 @@ def check_whole(file: Path) -> None:
     if head.startswith(POINTER):
         text = f"{file} is a pointer of Git LFS, not the weights themselves"
         raise WeightsError(f"{text}: run `git lfs pull` in its folder, or fetch the file again")
-    if head.lstrip().startswith((b"<", b'{"error')):
+    if head.lstrip().startswith((b"<", b'{"error"')):
         raise WeightsError(f"{file} is a page of a web site, not weights: fetch the file again")
 
 
@@ -156,7 +156,9 @@ def _has_tensors(values: dict[Any, Any]) -> bool:
 
 
 def _how_to_read_program(file: Path) -> str:
-    read = f"torch.save(torch.jit.load({file.name!r}).state_dict(), 'weights.pt')"
+    tensors = f"torch.jit.load({file.name!r}).state_dict()"
+    notes = "{'input_resolution', 'context_length', 'vocab_size'}"  # OpenAI's, which are no weights
+    read = f"torch.save({{k: v for k, v in {tensors}.items() if k not in {notes}}}, 'weights.pt')"
     return f"{file} is a TorchScript archive, which is a program: {LEFT_OVER}: {read}"
 
 

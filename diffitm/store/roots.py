@@ -1,4 +1,4 @@
-"""Scores of images that lie below another root now: taken over, image by image, where the content is the same."""
+"""Scores of images that lie below another root now: taken over where their content is the same."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffitm.commands import weights
 from diffitm.core import outside, storage
@@ -270,3 +271,18 @@ def test_a_variant_that_only_some_have(served: Hub, sd_folder: Path, tmp_path: P
         source.fetched()
     assert not [line for line in served.asked if line.startswith("GET") and "safetensors" in line]
     load_denoiser(resolve(REPO, variant="fp16").fetched(), variant="fp16")
+
+
+def test_a_clip_with_transformers_weights_beside_its_own(served: Hub) -> None:
+    """open_clip's own are fetched, though those of transformers are safetensors; the others are not."""
+    shutil.copytree(SHAPES / "clip", served.folder, dirs_exist_ok=True)
+    own = served.folder / "open_clip_model.safetensors"
+    torch.save(load_file(own), served.folder / "open_clip_pytorch_model.bin")
+    own.rename(served.folder / "model.safetensors")
+    (served.folder / "model.safetensors").write_bytes(b"transformers'")
+    source = clip.resolve_clip(f"hf-hub:{REPO}").fetched()
+    assert source.weights is not None
+    assert "open_clip_pytorch_model.bin" in source.weights.files
+    assert "model.safetensors" not in source.weights.files
+    clip.check_clip(source)
+    clip.load_clip(source)

@@ -402,11 +402,7 @@ def test_settings_of_another_lora(
 
 @pytest.mark.parametrize(
     "key",
-    [
-        "bundle_emb.cat.string_to_param.*",
-        "sd_model_hash",
-        "text_encoder.a.lora_linear_layer.up.weight",
-    ],
+    ["sd_model_hash", "text_encoder.a.lora_linear_layer.up.weight"],
 )
 def test_a_strange_key_among_kohyas(key: str, tmp_path: Path, sd_folder: Path) -> None:
     """It is named, and the others are not called unfit."""
@@ -414,6 +410,23 @@ def test_a_strange_key_among_kohyas(key: str, tmp_path: Path, sd_folder: Path) -
     save_file(tensors | {key: torch.ones(1)}, tmp_path / "own.safetensors")
     text = rf"holds {len(tensors)} keys in kohya's names .* and 1 in others; the fewer are {re.escape(key)}"
     raises_in_both(tmp_path / "own.safetensors", sd_folder, text)
+
+
+def test_embeddings_beside_a_lora(
+    tmp_path: Path, sd_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trigger words that Civitai's tools put into the file are left out with a word; the LoRA is merged."""
+    tensors = kohya(fresh(), "lora_unet", PROJECTIONS, 1)
+    plain, bundled = tmp_path / "plain.safetensors", tmp_path / "bundled.safetensors"
+    save_file(tensors, plain)
+    save_file(tensors | {"bundle_emb.cat.string_to_param.*": torch.ones(1)}, bundled)
+    source = resolve(str(sd_folder))
+    check_loadable(source, [str(bundled)])
+    one, two = (
+        load_denoiser(source, lora=str(file)).unet.state_dict() for file in (plain, bundled)
+    )
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert "trigger words are left out: cat" in caplog.text
 
 
 @pytest.mark.parametrize("found", [torch.ones(2), {"state_dict": None}, {1: torch.ones(2)}])

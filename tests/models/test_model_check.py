@@ -500,3 +500,48 @@ def test_images_of_a_model_in_half_precision(folder: Path) -> None:
     """The pipeline's VAE is in float32, its U-Net is not."""
     model = load_denoiser(resolve(str(folder)), "bf16")
     assert model.generate("a cat", [0], 2, 5.0)[0].size == (32, 32)
+
+
+def test_files_beside_the_weights_that_nothing_loads(folder: Path) -> None:
+    """As the Hub's VAEs have their older form beside them, or a Mac its notes."""
+    digest = resolve(str(folder)).digest
+    (folder / "vae" / "sdxl_vae.safetensors").write_bytes(b"other names")
+    (folder / "text_encoder" / "openvino_model.bin").write_bytes(b"no pickle")
+    (folder / "unet" / "diffusion_pytorch_model (1).safetensors").write_bytes(b"a copy")
+    (folder / "unet" / "._config.json").write_bytes(b"\0\5\x16\7")
+    source = resolve(str(folder))
+    check_loadable(source)
+    load_denoiser(source)
+    assert source.digest == digest
+
+
+def test_a_variant_in_the_older_format_is_what_is_checked_and_named(folder: Path) -> None:
+    """diffusers takes fp16.bin before a plain .safetensors, so its content is what scores depend on."""
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = unet.with_name("diffusion_pytorch_model.fp16.bin")
+    tensors = {key: value.half() for key, value in load_file(unet).items()}
+    torch.save(tensors, half)
+    first = resolve(str(folder), variant="fp16")
+    check_loadable(first, variant="fp16")
+    torch.save({key: value * 0 for key, value in tensors.items()}, half)
+    second = resolve(str(folder), variant="fp16")
+    assert first.digest != second.digest
+    assert not load_denoiser(second, variant="fp16").unet.conv_in.weight.any()
+    half.write_bytes(b"garbage")
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.fp16\.bin"):
+        check_loadable(resolve(str(folder), variant="fp16"), variant="fp16")
+
+
+def test_settings_that_begin_with_errors(folder: Path) -> None:
+    """Are no page of a web site that says there was one."""
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({"errors": "replace", **settings}))
+    check_loadable(resolve(str(folder)))
+
+
+def test_the_config_of_a_whole_clip(folder: Path) -> None:
+    file = folder / "text_encoder" / "config.json"
+    inner = json.loads(file.read_text())
+    file.write_text(json.dumps({"model_type": "clip", "text_config": inner}))
+    check_loadable(resolve(str(folder)))

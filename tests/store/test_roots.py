@@ -95,7 +95,7 @@ def test_a_store_that_has_scores_takes_no_others(scored: tuple[Path, str]) -> No
 def test_other_data_costs_a_look_at_a_few(
     scored: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, out = scored
+    _, out = scored
     asked = []
 
     def encoded(place: str, image: str) -> bytes:
