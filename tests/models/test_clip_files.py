@@ -181,11 +181,18 @@ def test_weights_of_something_else(
     change: Any, text: str, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """In one line, however many tensors do not fit, before the model is made."""
-    torch.save(change(state), tmp_path / "weights.pt")
+    told = refusal(change(state), text, tmp_path)
+    assert len(told.splitlines()) == 1 and len(told) < 1000
+
+
+def refusal(found: Any, text: str, folder: Path) -> str:
+    """What the check says of a file that holds `found`, with its name."""
+    file = folder / "weights.pt"
+    torch.save(found, file)
     with pytest.raises(InputError, match=text) as raised:
-        check_clip(resolve_clip(f"small:{tmp_path / 'weights.pt'}"))
-    assert str(tmp_path / "weights.pt") in str(raised.value)
-    assert len(str(raised.value).splitlines()) == 1 and len(str(raised.value)) < 1000
+        check_clip(resolve_clip(f"small:{file}"))
+    assert str(file) in str(raised.value)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +214,7 @@ def test_what_open_clip_would_take_or_refuse_late(
     change: Any, text: str, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """Is refused by the check, with the name of what is wrong."""
-    torch.save(change(state), tmp_path / "weights.pt")
-    with pytest.raises(InputError, match=text) as raised:
-        check_clip(resolve_clip(f"small:{tmp_path / 'weights.pt'}"))
-    assert str(tmp_path / "weights.pt") in str(raised.value)
+    refusal(change(state), text, tmp_path)
 
 
 def test_quantised_safetensors(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
