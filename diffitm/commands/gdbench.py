@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -30,17 +30,21 @@ from diffitm.commands.stages.probe import add_probes
 from diffitm.core import storage
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
-from diffitm.evaluation.evaluate import evaluate, speeds, titles, write_results
+from diffitm.evaluation.evaluate import error_of, evaluate, speeds, titles, write_results
 from diffitm.evaluation.examples import Examples, data_root, write_examples
 from diffitm.evaluation.options import (
     GdbenchConfig,
     check_options,
+    race_options,
+    race_rules,
     task_names,
     task_problems,
 )
+from diffitm.evaluation.races import RaceOptions
 from diffitm.report.html import write_report
 from diffitm.report.table import latex, make_table, markdown
 from diffitm.report.terminal import print_results, print_state, print_summary
+from diffitm.scoring.racing import RacePlan
 from diffitm.scoring.specs import Spec
 from diffitm.store.run_summary import write_summary
 from diffitm.store.score_store import Store
@@ -57,6 +61,7 @@ WORLD = "world.json"  # what marks a data root of drawn scenes
 class Prepared(NamedTuple):
     """What a run scores with and on: the data root, a task's examples, models and their stores."""
 
+    config: GdbenchConfig
     out: str
     root: str
     examples: dict[str, Examples]
@@ -112,12 +117,28 @@ def report_again(config: GdbenchConfig, out: str) -> None:
     tasks = list(last.examples) if config.tasks == ["all"] else task_names(config)
     if lacking := sorted(set(tasks) - set(last.examples)):
         raise InputError(f"--report-only: {out} holds no examples of {', '.join(lacking)}")
-    if not config.timestep_weights:
-        weights = last.provenance["config"].get("timestep_weights", [])
-        config = replace(config, timestep_weights=weights)
+    config = _like_last(config, last.provenance["config"])
     provenance = last.provenance | {"report": record(asdict(config))}
     examples = {name: last.examples[name] for name in tasks}
     report(config, replace(last, examples=examples, provenance=provenance))
+
+
+def _like_last(config: GdbenchConfig, last: dict[str, Any]) -> GdbenchConfig:
+    """The options of a report with those of the last run that its scores were made for.
+
+    Raises InputError for another kind of error than was raced by.
+    """
+    names = ("racing", "n_samples", "to_keep", "racing_audit")
+    used = {name: last[name] for name in names if name in last}
+    raced = race_rules(replace(config, **used)) is not None
+    if raced and config.error not in ("auto", last["error"]):
+        text = f": {config.error}: the races were decided by {last['error']}, and scored no further"
+        raise InputError(text, "error")
+    if raced:
+        used["error"] = last["error"]
+    if raced or not config.timestep_weights:
+        used["timestep_weights"] = last.get("timestep_weights", [])
+    return replace(config, **used)
 
 
 def report(config: GdbenchConfig, record: RunRecord) -> None:
@@ -127,7 +148,8 @@ def report(config: GdbenchConfig, record: RunRecord) -> None:
     """
     out, artifacts = record.out, record.artifacts
     weights = np.array(config.timestep_weights) if config.timestep_weights else None
-    evaluation = evaluate(record.examples, record.stores, config.error, weights)
+    racing = race_options(config)
+    evaluation = evaluate(record.examples, record.stores, config.error, weights, racing)
     add_probes(evaluation, out, artifacts.probes)
     evaluation.speeds = speeds(out, record.stores)
     table = make_table(evaluation, not record.drawn, config.published_bias)
@@ -167,14 +189,24 @@ def prepare(config: GdbenchConfig) -> Prepared:
     examples = write_examples(task_names(config), root, out, config.limit)
     specs, pool = make_specs(config, sources, timesteps, root, out)
     stores = open_stores(specs, root, out)
-    return Prepared(out, root, examples, specs, stores, pool)
+    return Prepared(config, out, root, examples, specs, stores, pool)
+
+
+def races_of(config: GdbenchConfig, store: Store) -> tuple[RaceOptions, RacePlan] | None:
+    """How a store's pairs are raced, None for not at all."""
+    options = race_options(config)
+    weights = np.array(config.timestep_weights) if config.timestep_weights else None
+    plan = options and options.plan(store, error_of(store, config.error), weights)
+    return (options, plan) if options and plan else None
 
 
 def score_all(prepared: Sequence[Prepared], out: str) -> int:
     """Score the pairs that the stores lack and tell what that took, also in OUT/summary.json; how many
     forwards."""
     done = [
-        score_missing(spec, store, list(ready.examples.values()), ready.out, ready.pool)
+        score_missing(
+            spec, store, ready.examples, ready.out, ready.pool, races_of(ready.config, store)
+        )
         for ready in prepared
         for spec, store in zip(ready.specs, ready.stores, strict=True)
     ]

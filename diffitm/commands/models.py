@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffitm.core import storage
 from diffitm.evaluation.evaluate import other_dtype
 from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.options import ModelOptions, lora_names
+from diffitm.evaluation.race_table import full_part, write_races
+from diffitm.evaluation.races import RaceOptions, describe
 from diffitm.models.loading import ModelSource, resolve
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
+from diffitm.scoring.racing import RacePlan
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
-from diffitm.store.pair_table import distinct_texts
+from diffitm.store.pair_table import WorkTable, distinct_texts, write_work
 from diffitm.store.roots import take_over
 from diffitm.store.run_summary import Done
 from diffitm.store.score_store import Store, open_store, stores_of
-from diffitm.store.work_table import finish, open_work
+from diffitm.store.work_table import OpenWork, finish, open_work
 
 if TYPE_CHECKING:
     from diffitm.distributed.session import ActorPool
@@ -151,24 +156,81 @@ def _tell_long_texts(source: ModelSource | ClipSource, examples: tuple[str, ...]
 
 
 def score_missing(
+    spec: Spec,
+    store: Store,
+    examples: Mapping[str, Examples],
+    out: str,
+    pool: ActorPool,
+    racing: tuple[RaceOptions, RacePlan] | None = None,
+) -> Done:
+    """Score what the examples of each task need and the store lacks; an interrupted run of the same goes on.
+
+    With `racing` the contests of examples are raced, which takes two tables: of what is scored in full, and
+    of the races.
+    """
+    if racing is None:
+        return _score_in_full(spec, store, list(examples.values()), out, pool)
+    options, plan = racing
+    done = Done()
+    if full := full_part(examples, options, out):
+        done = _score_in_full(spec, store, full, out, pool)
+
+    def write(uri: str) -> WorkTable:
+        return write_races(examples, store, plan, pool.min_actors, uri)
+
+    identity = [part.identity for part in examples.values()]
+    work = open_work(out, store, write, [*identity, json.dumps(plan.identity)])
+    if work.left.rows == 0:
+        log.info("%s: every contest is decided already, 0 forwards needed", store.model)
+        return done
+    _tell_long(spec, examples.values())
+    _tell_resumed(work, store)
+    most = work.left.pairs * spec.cost - work.left.stored
+    text = "%s: %s pairs race (%s), %s U-Net forwards (%s timesteps) at most"
+    pairs = f"{work.left.pairs:,}"
+    log.info(text, store.model, pairs, describe(plan.rules), f"{most:,}", spec.cost)
+    return done + _score(spec, work, store, pool, plan)
+
+
+def _score_in_full(
     spec: Spec, store: Store, examples: list[Examples], out: str, pool: ActorPool
 ) -> Done:
-    """Score the pairs that the store lacks; an interrupted run of the same examples goes on."""
-    from diffitm.commands.stages.score import score
+    """Score the pairs that the store lacks."""
 
-    work = open_work(out, store, [e.uri for e in examples], [e.identity for e in examples])
-    if work.rows_left == 0:
+    def write(uri: str) -> WorkTable:
+        return write_work([part.uri for part in examples], store, uri)
+
+    work = open_work(out, store, write, [part.identity for part in examples])
+    if work.left.rows == 0:
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
         return Done()
-    if isinstance(spec, DiffusionSpec | ClipSpec):
-        _tell_long_texts(spec.source, tuple(e.uri for e in examples))
-    if work.resumed:
-        finished = f"{work.table.pairs - work.pairs_left:,} of {work.table.pairs:,}"
-        log.info("%s: going on where it stopped, %s pairs done", store.model, finished)
+    _tell_long(spec, examples)
+    _tell_resumed(work, store)
     unit = "scores" if store.similarity else f"U-Net forwards ({spec.cost} timesteps)"
-    needed = f"{work.pairs_left:,} pairs of {work.rows_left:,} images need"
-    log.info("%s: %s %s %s", store.model, needed, f"{work.pairs_left * spec.cost:,}", unit)
-    done = score(spec, work, store, pool)
+    needed = f"{work.left.pairs:,} pairs of {work.left.rows:,} images need"
+    count = work.left.pairs * spec.cost - work.left.stored
+    log.info("%s: %s %s %s", store.model, needed, f"{count:,}", unit)
+    return _score(spec, work, store, pool)
+
+
+def _tell_long(spec: Spec, examples: Iterable[Examples]) -> None:
+    if isinstance(spec, DiffusionSpec | ClipSpec):
+        _tell_long_texts(spec.source, tuple(part.uri for part in examples))
+
+
+def _tell_resumed(work: OpenWork, store: Store) -> None:
+    if work.resumed:
+        finished = f"{work.table.pairs - work.left.pairs:,} of {work.table.pairs:,}"
+        log.info("%s: going on where it stopped, %s pairs done", store.model, finished)
+
+
+def _score(
+    spec: Spec, work: OpenWork, store: Store, pool: ActorPool, plan: RacePlan | None = None
+) -> Done:
+    """Score a work table, close it and tell what was done."""
+    from diffitm.commands.stages.score import score
+
+    done = score(spec, work, store, pool, plan)
     finish(work, done)
     made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
     log.info("%s: %s", store.model, made)

@@ -92,7 +92,8 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
     specs, pool = make_specs(config, sources, timesteps, root, out)
     (spec,) = specs
     (store,) = open_stores(specs, root, out)
-    done = score_missing(spec, store, [Examples(uri, storage.without_query(uri))], out, pool)
+    examples = {"own": Examples(uri, storage.without_query(uri))}
+    done = score_missing(spec, store, examples, out, pool)
     print_summary(write_summary([spec.label], [done], out))
     weights = np.array(config.timestep_weights) if config.timestep_weights else None
     pairs = write_pairs(out, uri, store, error_of(store, config.error), weights, config.errors)

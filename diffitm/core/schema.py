@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -57,11 +58,47 @@ def fault(example: Example) -> str | None:
 
 
 class PairRow(NamedTuple):
-    """One row of the pair table: an image and the texts that need a score against it."""
+    """One row of the pair table: an image and the texts that need a score against it.
+
+    `stored` are, text by text, the places in the plan whose errors are in the store already; none where
+    no text has any.
+    """
 
     row: int
     image: str
     texts: list[str]
+    stored: list[list[int]] | None = None
+
+
+class Contest(NamedTuple):
+    """What a race decides: the `kept` of the candidates whose error is the lowest.
+
+    `candidates` are numbers of pairs, `bases` those of each one's image with the empty text, whose error
+    is taken off; none where the texts of one image are compared. `about` is the place of the candidate of
+    which alone is asked whether it is among them; None asks it of all.
+    """
+
+    candidates: Sequence[int]
+    kept: int
+    bases: Sequence[int] = ()
+    about: int | None = None
+
+
+class RaceBlock(NamedTuple):
+    """One row of the table of races: contests that share images, with all their pairs.
+
+    Pair p is of images[image_of[p]] and texts[text_of[p]]; `stored` are the places in the plan whose
+    errors are in the store, and `errors` these.
+    """
+
+    row: int
+    images: list[str]
+    texts: list[str]
+    image_of: list[int]
+    text_of: list[int]
+    stored: list[list[int]]
+    errors: list[list[float]]
+    contests: list[Contest]
 
 
 EXAMPLES = pa.schema(
@@ -80,18 +117,55 @@ EXAMPLES = pa.schema(
     ]
 )
 
+PLACES = pa.list_(pa.int16())  # in a plan of timesteps
+
 # One row an image: the texts that still need a score. The empty text is the unconditional one.
-WORK = pa.schema([("row", pa.int64()), ("image", pa.string()), ("texts", pa.list_(pa.string()))])
+WORK = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("image", pa.string()),
+        ("texts", pa.list_(pa.string())),
+        ("stored", pa.list_(PLACES)),
+    ]
+)
+
+# One row a block of contests; see RaceBlock.
+RACES = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("images", pa.list_(pa.string())),
+        ("texts", pa.list_(pa.string())),
+        ("image_of", pa.list_(pa.int32())),
+        ("text_of", pa.list_(pa.int32())),
+        ("stored", pa.list_(PLACES)),
+        ("errors", pa.list_(pa.list_(pa.float32()))),
+        (
+            "contests",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("candidates", pa.list_(pa.int32())),
+                        ("kept", pa.int32()),
+                        ("bases", pa.list_(pa.int32())),
+                        ("about", pa.int32()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
 
 # One row a pair. Errors are per timestep; `l2` is the norm over the latent's elements, `l1` and
 # `huber` are means over them, and the mean squared error is l2 ** 2 / elements. CLIP fills
-# `similarity` alone. `failure` tells why a pair has no score.
+# `similarity` alone. `failure` tells why a pair has no score. A line of a race holds a part of the plan,
+# whose places are `positions`; without them it is the whole. A pair can have several such lines.
 SCORES = pa.schema(
     [
         ("row", pa.int64()),
         ("image", pa.string()),
         ("text", pa.string()),
         ("timesteps", pa.list_(pa.int32())),
+        ("positions", PLACES),
         ("l2", pa.list_(pa.float32())),
         ("l1", pa.list_(pa.float32())),
         ("huber", pa.list_(pa.float32())),

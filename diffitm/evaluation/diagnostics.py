@@ -270,3 +270,26 @@ def _pairs(item: ScoredExample, scores: np.ndarray) -> list[CasePair]:
     return [
         CasePair(images[i], texts[j], float(scores[i, j]), bool(right[i, j])) for i, j in places
     ]
+
+
+class Diagnostics:
+    """All of these for one task and model; without decisions that are right or wrong, nothing.
+
+    `incomplete`: examples were left out whose errors are not all known.
+    """
+
+    def __init__(self, task: Task, timesteps: Sequence[int]) -> None:
+        self.task, self.timesteps = task, timesteps
+        self.denoising, self.curves, self.cases = DenoisingStats(), ErrorCurves(), Cases()
+        self.counts = Counts(task, len(timesteps))
+        self.incomplete = False
+
+    def add(self, item: ScoredExample) -> None:
+        """One example."""
+        if not self.task.graded or self.incomplete:
+            return
+        self.denoising.add(item)
+        self.curves.add(item)
+        self.cases.add(item)
+        if self.timesteps:
+            self.counts.add(item)

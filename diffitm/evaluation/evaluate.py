@@ -13,19 +13,21 @@ import numpy as np
 
 from diffitm.core import storage
 from diffitm.core.images import split_crop
+from diffitm.core.schema import Contest, Example
 from diffitm.evaluation.diagnostics import (
     Case,
-    Cases,
     Count,
-    Counts,
     Curve,
     Denoising,
     DenoisingStats,
-    ErrorCurves,
+    Diagnostics,
 )
+from diffitm.evaluation.races import RaceFigure, RaceOptions, RaceStats, pair_values
+from diffitm.metrics.credit import LOST, Credit
 from diffitm.metrics.figures import Decision, Figure
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
-from diffitm.store.join import ScoredExample, read_scored
+from diffitm.scoring.racing import hold
+from diffitm.store.join import UNSCORED, ScoredExample, read_scored
 from diffitm.store.pair_table import examples_dataset
 from diffitm.store.score_store import Store
 from diffitm.store.work_table import finished
@@ -94,6 +96,7 @@ class Evaluation:
     speeds: list[Speed] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
+    races: list[RaceFigure] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,14 @@ def evaluate(
     stores: list[Store],
     error: str = "auto",
     weights: np.ndarray | None = None,
+    racing: RaceOptions | None = None,
 ) -> Evaluation:
     """Results of every task (name -> examples file) for every store, from the stores alone.
 
     `error` is the kind of error that is averaged: l2, mse, l1 or huber; 'auto' is the protocol's
     own, the l2 norm for diffusionitm and the mean squared error for the others. `weights` [N] are
-    those of the timesteps, where a store has N of them.
+    those of the timesteps, where a store has N of them. With `racing` the contests of examples are raced
+    over the stored errors: what comes out does not depend on what else is stored.
     """
     evaluation = Evaluation()
     names = titles(stores)
@@ -125,15 +130,17 @@ def evaluate(
         columns: list[Column] = []
         first: dict[str, DenoisingStats] = {}  # by how errors were measured
         for store, title in zip(stores, names, strict=True):
-            part = Part(task, store, title, weights)
-            for item in read_scored(uri, store, error_of(store, error)):
+            kind = error_of(store, error)
+            part = Part(task, store, title, weights, (racing, kind) if racing else None)
+            for item in read_scored(uri, store, kind, partial=part.races is not None):
                 part.add(item)
             part.put_into(evaluation)
             columns += part.columns()
-            measured = str([store.config.get(key) for key in MEASURED])
-            if (line := part.denoising.read(title, name, first.get(measured))) is not None:
+            denoising, whole = part.diagnostics.denoising, part.diagnostics is part.every
+            measured = str([whole, *(store.config.get(key) for key in MEASURED)])
+            if (line := denoising.read(title, name, first.get(measured))) is not None:
                 evaluation.denoising.append(line)
-                first.setdefault(measured, part.denoising)
+                first.setdefault(measured, denoising)
         if task.graded:
             evaluation.comparisons += _comparisons(task, columns)
     return evaluation
@@ -169,9 +176,19 @@ def titles(stores: Sequence[Store]) -> list[str]:
 
 
 class Part:
-    """The part of an evaluation that is of one task and one store, added up example by example."""
+    """The part of an evaluation that is of one task and one store, added up example by example.
 
-    def __init__(self, task: Task, store: Store, title: str, weights: np.ndarray | None) -> None:
+    `racing` are the rules of races and the kind of error that decides them.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        store: Store,
+        title: str,
+        weights: np.ndarray | None,
+        racing: tuple[RaceOptions, str] | None = None,
+    ) -> None:
         self.task, self.store, self.title = task, store, title
         self.timesteps: list[int] = store.config.get("timesteps", [])
         fits = weights is not None and len(weights) == len(self.timesteps)
@@ -179,29 +196,75 @@ class Part:
         self.kinds = [store.similarity] if store.similarity else ["conditional", "normalised"]
         self.decisions: dict[str, list[Decision]] = {kind: [] for kind in self.kinds}
         self.failures: list[dict[str, str]] = []
-        self.denoising, self.curves, self.cases = DenoisingStats(), ErrorCurves(), Cases()
-        self.counts = Counts(task, len(self.timesteps))
+        self.every = Diagnostics(task, self.timesteps)
+        self.races: RaceStats | None = None
+        if racing and (plan := racing[0].plan(store, racing[1], self.weights)):
+            self.races = RaceStats(plan, racing[0], Diagnostics(task, self.timesteps))
 
     def add(self, item: ScoredExample) -> None:
-        """Count an example under every kind of score that the store has."""
-        example, scores = item.example, item.scores(self.weights)
-        reason = item.failure
+        """Count an example under every kind of score that it has."""
+        contests = self.task.contests(item.example) if self.races else []
+        if self.races and contests and item.example.failure is None:
+            self._add_raced(self.races, item, contests)
+            return
+        if self.races and item.failure is None and not item.is_complete:
+            item = replace(item, failure=UNSCORED)
+        scores, reason = item.scores(self.weights), item.failure
         if not all(np.isfinite(values).all() for values in scores.values()):
-            reason = f"a score is not finite{other_dtype(self.store.config.get('dtype'))}"
+            reason = self._not_finite
+        example = item.example
+        credits = {kind: self.task.credits(example, scores[kind]) for kind in scores}
+        self._count(example, reason, credits)
+        self.every.add(item)
+        if self.races:
+            self.races.sample.add(item)
+
+    def _add_raced(self, races: RaceStats, item: ScoredExample, contests: list[Contest]) -> None:
+        """An example by the outcome of its races, whatever else is known of it."""
+        example, reason, errors = item.example, item.failure, pair_values(item)
+        runs = hold(contests, errors, races.plan)
+        if reason is None and not all(run.decided for run in runs):
+            reason = UNSCORED
+        audited = races.options.is_audited(self.task.name, example)
+        credits = None
+        if reason is None:
+            credits = dict.fromkeys(self.task.chance(example), LOST)
+            if all(run.finite for run in runs):
+                standings = [run.race.standing() for run in runs]
+                credits = self.task.raced_credits(example, standings)
+                races.add(item, runs, errors, audited and item.is_complete)
+            else:
+                reason = self._not_finite
+        kind = "normalised" if example.needs_unconditional else "conditional"
+        self._count(example, reason, {} if credits is None else {kind: credits})
+        if reason is None and not item.is_complete:
+            self.every.incomplete, reason = True, UNSCORED
+        item = replace(item, failure=reason)
+        self.every.add(item)
+        if audited:
+            races.sample.add(item)
+
+    @property
+    def _not_finite(self) -> str:
+        return f"a score is not finite{other_dtype(self.store.config.get('dtype'))}"
+
+    def _count(
+        self, example: Example, reason: str | None, credits: dict[str, dict[str, Credit]]
+    ) -> None:
         if reason is not None:
             line = {"model": self.title, "task": self.task.name, "example": example.id}
             self.failures.append({**line, "failure": reason})
         chance, failed = self.task.chance(example), reason is not None
         for kind in self.kinds:
-            credits = self.task.credits(example, scores[kind]) if kind in scores else None
-            decision = Decision(example.cluster, example.groups, chance, credits, failed)
+            found = credits.get(kind)
+            decision = Decision(example.cluster, example.groups, chance, found, failed)
             self.decisions[kind].append(decision)
-        if self.task.graded:
-            self.denoising.add(item)
-            self.curves.add(item)
-            self.cases.add(item)
-            if self.timesteps:
-                self.counts.add(item)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """Of every example or, where races left errors out, of the audited ones: the others that are
+        complete are the closest."""
+        return self.races.sample if self.races and self.every.incomplete else self.every
 
     def _drop_what_is_nowhere_finite(self) -> bool:
         """A model without one score that is finite has no accuracy of 0: nothing could be scored. Whether it
@@ -226,10 +289,13 @@ class Part:
             if self.decisions[kind]:
                 evaluation.rows += self._rows(kind)
         evaluation.failures += self.failures
-        evaluation.curves += self.curves.read(self.title, task, self.timesteps)
+        shown = self.diagnostics
+        evaluation.curves += shown.curves.read(self.title, task, self.timesteps)
         if not is_empty:
-            evaluation.counts += self.counts.read(self.title)
-        evaluation.cases += self.cases.read(self.title, task)
+            evaluation.counts += shown.counts.read(self.title)
+        evaluation.cases += shown.cases.read(self.title, task)
+        if self.races and (figure := self.races.read(self.title, task)):
+            evaluation.races.append(figure)
 
     def _rows(self, kind: str) -> list[ResultRow]:
         return [
@@ -330,7 +396,7 @@ def speeds(out: str, stores: Sequence[Store]) -> list[Speed]:
 
 def write_results(evaluation: Evaluation, provenance: dict[str, Any], out: str) -> str:
     """results.json, provenance.json and failures.json below `out`; the path of the first."""
-    kinds = ("rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases")
+    kinds = ("rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases", "races")
     found = {kind: [asdict(line) for line in getattr(evaluation, kind)] for kind in kinds}
     path = storage.join(out, "results.json")
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))

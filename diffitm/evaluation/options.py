@@ -9,9 +9,11 @@ from typing import Literal
 
 from diffitm.core.config import OnActors, find_outside, option
 from diffitm.core.errors import InputError
+from diffitm.evaluation.races import RaceOptions
 from diffitm.models.lora import lora_file
 from diffitm.scoring.custom import find_scorer
 from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.racing import Racing, Rounds
 from diffitm.tasks.registry import TASKS, find_task
 
 TRAINED = 1000  # timesteps that diffusion models are trained with, and slices of the noise table
@@ -71,6 +73,23 @@ class ModelOptions(OnActors):
         "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",
     )
     batch_size: int = option(64, "forwards of the model in one batch", at_least=1)
+    racing: float | None = option(
+        None,
+        "score candidates only as far as their decision needs: the probability, such as 0.01, that one comes "
+        "out otherwise than in full",
+        at_least=0,
+    )
+    n_samples: list[int] = option(
+        [],
+        "race by Diffusion Classifier's rounds instead: timesteps by the end of each, such as 16 64",
+    )
+    to_keep: list[int] = option([], "candidates kept after each of these rounds, such as 5 1")
+    racing_audit: float = option(
+        0.0,
+        "share of examples, such as 0.05, that is scored in full as well, to measure how many come out alike",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -150,15 +169,53 @@ def check_models(config: ModelOptions) -> tuple[list[str], list[tuple[int, ...]]
             _ = lora and lora_file(lora)
         except InputError as error:
             problems.append(error.on_command_line())
-    problems += _list_problems(config)
+    problems += _list_problems(config) + _race_problems(config)
     timesteps = {}
-    for count in config.timesteps:
+    for count in asked_timesteps(config):
         try:
             timesteps[tuple(plan_timesteps(config.protocol, count, config.seed))] = count
         except InputError as error:
             problems.append(error.on_command_line())
     listed = [tuple(config.timestep_list)] if config.timestep_list else list(timesteps)
     return problems, listed
+
+
+def asked_timesteps(config: ModelOptions) -> list[int]:
+    """How many timesteps the protocol is asked for; of rounds those of the last one."""
+    return config.n_samples[-1:] or config.timesteps
+
+
+def race_rules(config: ModelOptions) -> Racing | Rounds | None:
+    """By what examples are raced, None for not at all. Raises InputError."""
+    if config.n_samples or config.to_keep:
+        return Rounds(tuple(config.n_samples), tuple(config.to_keep))
+    return None if config.racing is None else Racing(config.racing)
+
+
+def race_options(config: ModelOptions) -> RaceOptions | None:
+    """How examples are raced, None for not at all. Raises InputError."""
+    rules = race_rules(config)
+    return RaceOptions(rules, config.racing_audit) if rules else None
+
+
+def _race_problems(config: ModelOptions) -> list[str]:
+    """What is wrong with --racing, --n-samples and --to-keep."""
+    try:
+        rules = race_rules(config)
+    except InputError as error:
+        return [error.on_command_line()]
+    if rules is None and config.racing_audit:
+        return ["--racing-audit measures races: give --racing or --n-samples"]
+    if not isinstance(rules, Rounds):
+        return []
+    found = []
+    if config.racing is not None:
+        found.append("--racing and --n-samples are two ways to race; give one")
+    if config.protocol != "diffusion-classifier":
+        found.append(f"--protocol {config.protocol}: --n-samples is of diffusion-classifier")
+    if config.timestep_list:
+        found.append("--timestep-list: --n-samples says the timesteps")
+    return found
 
 
 def _list_problems(config: ModelOptions) -> list[str]:

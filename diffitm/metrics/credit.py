@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,20 @@ def winoground(scores: np.ndarray) -> dict[str, Credit]:
         wins.append((text, image, text and image))
     values = np.mean(wins, axis=0)
     return {n: Credit(float(v), tied=bool(0 < v < 1)) for n, v in zip(names, values, strict=True)}
+
+
+def raced_winoground(
+    texts: Sequence[np.ndarray], images: Sequence[np.ndarray]
+) -> dict[str, Credit]:
+    """The same from comparisons of two that were raced, in each of which the higher score wins: of both
+    texts for image i, of both images for text j. Each tie is a fair coin of its own."""
+    shares = {
+        "text": [recall(scores, gold, 1).value for gold, scores in enumerate(texts)],
+        "image": [recall(scores, gold, 1).value for gold, scores in enumerate(images)],
+    }
+    found = {name: float(np.prod(values)) for name, values in shares.items()}
+    found["group"] = found["text"] * found["image"]
+    return {name: Credit(value, tied=0 < value < 1) for name, value in found.items()}
 
 
 def _ranks(scores: np.ndarray, order: tuple[int, ...]) -> np.ndarray:

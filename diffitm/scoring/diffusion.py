@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,26 @@ from torch import Tensor
 
 from diffitm.core import images
 from diffitm.core.schema import PairRow
-from diffitm.models.denoiser import Denoiser, select
+from diffitm.models.denoiser import Condition, Denoiser, select
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.noise_plan import NoisePlan
-from diffitm.scoring.pair_errors import pair_errors
+from diffitm.scoring.pair_errors import errors_at
 from diffitm.scoring.scorer import Loaded, RowScorer, blank
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 
 PIXEL_SCALE = 127.5
+
+
+@dataclass
+class MeasuredPair:
+    """A pair to be measured: its line of the store as yet without errors, its rows among latents and
+    texts, the places of the plan, and its errors there (l2, l1, huber), [3, places]."""
+
+    line: dict[str, Any]
+    image: int
+    text: int
+    places: list[int]
+    errors: np.ndarray = field(default_factory=lambda: np.zeros((3, 0), np.float32))
 
 
 class DiffusionScorer(RowScorer):
@@ -47,6 +60,7 @@ class DiffusionScorer(RowScorer):
         self.batches = [Batch(batch_size), images, self.texts.batch]
         self.cost = len(plan)
         self.timesteps = plan.timesteps.tolist()
+        self.elements = int(np.prod(denoiser.latent_shape))
 
     def cut(self, texts: Sequence[str]) -> list[int]:
         return [number for number, text in enumerate(texts) if self.denoiser.cuts(text)]
@@ -73,27 +87,44 @@ class DiffusionScorer(RowScorer):
 
     def _scored(self, good: Sequence[tuple[PairRow, Loaded]]) -> list[dict[str, Any]]:
         """The lines of rows whose image is readable and whose texts are conditions."""
-        latents = self._latents([item.value for _, item in good])
+        latents = self.latents([item.value for _, item in good])
         texts = list(dict.fromkeys(text for row, _ in good for text in row.texts))
-        place = {text: t for t, text in enumerate(texts)}
-        pairs = [(g, place[text]) for g, (row, _) in enumerate(good) for text in row.texts]
-        errors = pair_errors(
-            self.denoiser,
-            latents,
-            self.texts(texts),
-            self.plan,
-            torch.tensor(pairs),
-            self.batches[0],
-        )
-        values = {name: getattr(errors, name).numpy() for name in ("l2", "l1", "huber")}
-        scored = []
-        for p, (g, t) in enumerate(pairs):
-            row, item = good[g]
-            line = blank(row, texts[t], item.digest)
-            line.update({name: value[p] for name, value in values.items()})
-            line.update(timesteps=self.timesteps, elements=errors.elements)
-            scored.append(line)
-        return scored
+        number = {text: t for t, text in enumerate(texts)}
+        asked = []
+        for i, (row, item) in enumerate(good):
+            stored = row.stored or [[] for _ in row.texts]
+            for text, there in zip(row.texts, stored, strict=True):
+                line = blank(row, text, item.digest)
+                asked.append(MeasuredPair(line, i, number[text], self.lacking(there)))
+        self.measure(asked, latents, self.texts(texts))
+        return [self.line(pair) for pair in asked]
+
+    def lacking(self, stored: Sequence[int]) -> list[int]:
+        """Places of the plan that are not stored."""
+        return sorted(set(range(len(self.plan))) - set(stored))
+
+    def measure(self, pairs: Sequence[MeasuredPair], latents: Tensor, condition: Condition) -> None:
+        """Fill in the errors of pairs of (rows of) latents and texts of a condition."""
+        items = [(p.image, p.text, place) for p in pairs for place in p.places]
+        places = torch.tensor(items).view(-1, 3)
+        errors = errors_at(self.denoiser, latents, condition, self.plan, places, self.batches[0])
+        start = 0
+        for pair in pairs:
+            pair.errors = errors[:, start : start + len(pair.places)].numpy()
+            start += len(pair.places)
+
+    def line(self, pair: MeasuredPair) -> dict[str, Any]:
+        """The line of the store for a pair that was measured."""
+        is_whole = pair.places == list(range(len(self.plan)))
+        l2, l1, huber = pair.errors
+        return pair.line | {
+            "timesteps": [self.timesteps[place] for place in pair.places],
+            "positions": None if is_whole else pair.places,
+            "l2": l2,
+            "l1": l1,
+            "huber": huber,
+            "elements": self.elements,
+        }
 
     @torch.inference_mode()
     def measure_rate(self) -> float:
@@ -111,7 +142,7 @@ class DiffusionScorer(RowScorer):
             list(self.batches[0].run(total, forward))
         return total / (time.perf_counter() - start)
 
-    def _latents(self, pixels: list[Tensor]) -> Tensor:
+    def latents(self, pixels: list[Tensor]) -> Tensor:
         def encode(start: int, end: int) -> Tensor:
             return self.denoiser.encode_images(torch.stack(pixels[start:end]), self.latent_seed)
 

@@ -41,14 +41,37 @@ def pair_errors(
     pairs: Tensor,
     batch: Batch | None = None,
 ) -> PairErrors:
-    """e(x, w, t) = || target(eps, z0, t) - model(z_t, t, w) || (DiffusionITM, eq. 3).
+    """e(x, w, t) = || target(eps, z0, t) - model(z_t, t, w) || (DiffusionITM, eq. 3), at the whole plan.
 
     latents [I, C, h, w], a condition of T texts, pairs int64 [P, 2] of (image, text) rows. A `batch`,
     of 64 by default, is filled over pairs and timesteps alike; each pair costs len(plan) forwards of
     the model, whose time the batch adds up. No pairs give no errors, [0, N].
 
+    Raises as errors_at.
+    """
+    count = len(plan)
+    _check_rows(pairs, len(latents), len(next(iter(condition.values()))))
+    pairs = pairs.view(-1, 2)
+    places = torch.arange(count).repeat(len(pairs))[:, None]
+    items = torch.cat([pairs.repeat_interleave(count, 0), places], 1)
+    found = errors_at(denoiser, latents, condition, plan, items, batch)
+    l2, l1, huber = found.view(3, len(pairs), count)
+    return PairErrors(l2, l1, huber, latents.shape[1:].numel())
+
+
+@torch.inference_mode()
+def errors_at(
+    denoiser: Denoiser,
+    latents: Tensor,
+    condition: Condition,
+    plan: NoisePlan,
+    items: Tensor,
+    batch: Batch | None = None,
+) -> Tensor:
+    """l2, l1 and huber errors, float32 [3, M], of items int64 [M, 3]: (image, text, place in the plan).
+
     Raises ValueError if the plan's noise has another shape than a latent, one of its timesteps is not a
-    training timestep of the model, or a pair names a row that is not there, such as a negative one;
+    training timestep of the model, or an item names a row that is not there, such as a negative one;
     InputError if not one forward fits a GPU's memory.
     """
     if plan.noise.shape[1:] != latents.shape[1:]:
@@ -57,29 +80,24 @@ def pair_errors(
     if int(plan.timesteps.max()) >= denoiser.schedule.timesteps:
         last = denoiser.schedule.timesteps - 1
         raise ValueError(f"timestep {int(plan.timesteps.max())} is beyond the model's last, {last}")
-    _check_rows(pairs, len(latents), len(next(iter(condition.values()))))
-    device, count, used = denoiser.device, len(plan), batch or Batch(64)
-    elements = latents.shape[1:].numel()
-    if len(pairs) == 0:
-        nothing = torch.zeros(0, count)
-        return PairErrors(nothing, nothing, nothing, elements)
+    if len(items) == 0:
+        return torch.zeros(3, 0)
+    _check_rows(items[:, :2], len(latents), len(next(iter(condition.values()))))
+    device, used = denoiser.device, batch or Batch(64)
     latents, noise = latents.to(device), plan.noise.to(device)
-    steps, pairs = plan.timesteps.to(device), pairs.to(device)
+    steps, items = plan.timesteps.to(device), items.to(device)
 
     def forward(start: int, end: int) -> Tensor:
-        item = torch.arange(start, end, device=device)
-        image, text = pairs[item // count].T
+        image, text, place = items[start:end].T
         # Noise by place in the plan alone: every pair meets the same.
-        at, eps, z0 = steps[item % count], noise[item % count], latents[image]
+        at, eps, z0 = steps[place], noise[place], latents[image]
         noised, chosen = denoiser.schedule.add_noise(z0, eps, at), select(condition, text)
         with used.timed(device):
             predicted = denoiser.predict(noised, at, chosen)
         target = denoiser.schedule.target(z0, eps, at)
         return torch.stack(_kinds(predicted, target)).cpu()
 
-    found = torch.cat(list(used.run(len(pairs) * count, forward)), 1)
-    l2, l1, huber = found.view(3, len(pairs), count)
-    return PairErrors(l2, l1, huber, elements)
+    return torch.cat(list(used.run(len(items), forward)), 1)
 
 
 def _check_rows(pairs: Tensor, images: int, texts: int) -> None:

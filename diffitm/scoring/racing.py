@@ -9,45 +9,189 @@ Sampling Techniques, 1977, section 2.6): over the full plan no doubt is left.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from scipy import special
 
 from diffitm.core.errors import InputError
+from diffitm.core.schema import Contest
 from diffitm.scoring.noise_plan import plan_timesteps
 
 BORROWED = 4.0  # how many timesteps the other candidates' spread weighs as much as
 
 
+class Dropped(NamedTuple):
+    """Numbers of open candidates that are decided, in the order they were dropped."""
+
+    winners: list[int]
+    losers: list[int]
+
+
+class Rules(Protocol):
+    """What of a plan a race scores first, and who drops out."""
+
+    def order(self, timesteps: Sequence[int]) -> list[int]:
+        """The places of the plan in the order in which they are scored."""
+
+    def lengths(self, total: int) -> list[int]:
+        """How many places each look has, the last of them `total`."""
+
+    def drop(self, errors: np.ndarray, places: int, total: int) -> Dropped:
+        """Who is decided by the errors [C, n] of the open candidates, of whom `places` are to win."""
+
+
 @dataclass(frozen=True)
 class Racing:
-    """The rules of a race.
+    """Candidates drop out that are worse, or win, beyond doubt.
 
-    `doubt` is the most that a decision's race may err by: the probability that one of its candidates
+    `doubt` is the most that a contest may err by: the probability that one of its candidates
     is on another side of the border than it would be at the full plan. `first` is the length of
-    the first prefix, each further one is `growth` times as long, `kept` how many candidates win.
+    the first prefix, each further one is `growth` times as long.
     """
 
     doubt: float = 0.01
     first: int = 5
     growth: float = 1.4
-    kept: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.doubt < 1:
-            raise InputError(f"doubt {self.doubt}: must be at least 0 and below 1", "racing")
-        if self.first < 2 or self.growth <= 1 or self.kept < 1:
-            raise ValueError(f"{self}: first is at least 2, growth above 1, kept at least 1")
+            raise InputError(f" {self.doubt}: must be at least 0 and below 1", "racing")
+        if self.first < 2 or self.growth <= 1:
+            raise ValueError(f"{self}: first is at least 2, growth above 1")
 
-    def prefixes(self, total: int) -> list[int]:
-        """Lengths of the prefixes, the last of them `total`."""
+    def order(self, timesteps: Sequence[int]) -> list[int]:
+        """Van der Corput's order over the sorted timesteps: every prefix is spread over the range."""
+        by_size = sorted(range(len(timesteps)), key=lambda place: timesteps[place])
+        return [by_size[number] for number in spread_order(len(timesteps))]
+
+    def lengths(self, total: int) -> list[int]:
+        """Prefixes that grow to `total`."""
         lengths = [min(self.first, total)]
         while lengths[-1] < total:
             lengths.append(min(total, max(lengths[-1] + 1, round(lengths[-1] * self.growth))))
         return lengths
+
+    def drop(self, errors: np.ndarray, places: int, total: int) -> Dropped:
+        """Those whose doubts together stay below what this look may err by, the surest first."""
+        order = np.argsort(errors.mean(1), kind="stable")
+        best, worst = order[:places], order[places:]
+        wrong = np.ones(len(errors))
+        shrunk = _shrinkage(errors, total)
+        wrong[worst] = doubts(errors[worst], errors[best[-1]], total, shrunk)
+        wrong[best] = doubts(errors[best], errors[worst[0]], total, shrunk)
+        # Every look but the one at the full plan may err by the same share.
+        left = self.doubt / max(1, len(self.lengths(total)) - 1)
+        first, dropped = set(best.tolist()), Dropped([], [])
+        for number in np.argsort(wrong, kind="stable").tolist():
+            # A winner leaves only where several win: the last one is what the others are compared with.
+            if places == 1 and number in first:
+                continue
+            if wrong[number] > left:
+                break
+            left -= float(wrong[number])
+            (dropped.winners if number in first else dropped.losers).append(number)
+        return dropped
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Diffusion Classifier's rounds (Li et al. 2023, algorithm 2): after round i with samples[i]
+    timesteps the kept[i] candidates of lowest mean error stay, over all that was scored of them so far.
+
+    Raises InputError for numbers that are no rounds.
+    """
+
+    samples: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.samples) != len(self.kept):
+            text = f" {list(self.kept)}: give one for each of {list(self.samples)}"
+            raise InputError(text, "to_keep")
+        if list(self.samples) != sorted(set(self.samples)) or not self.samples:
+            raise InputError(f" {list(self.samples)}: each must be more than before", "n_samples")
+        if min(self.kept) < 1 or list(self.kept) != sorted(self.kept, reverse=True):
+            text = f" {list(self.kept)}: must be 1 or more, none more than before"
+            raise InputError(text, "to_keep")
+        rounds(self.samples)
+
+    @property
+    def places(self) -> list[list[int]]:
+        """The places that each round adds, in the grid of the largest one."""
+        grid = rounds(self.samples)[-1]
+        found: dict[int, int] = {}
+        for number, chosen in enumerate(rounds(self.samples)):
+            for step in chosen:
+                found.setdefault(grid.index(step), number)
+        return [[p for p, at in found.items() if at == i] for i in range(len(self.samples))]
+
+    def order(self, timesteps: Sequence[int]) -> list[int]:
+        """Round after round. Raises InputError for a plan that is not the grid of the largest round."""
+        if list(timesteps) != rounds(self.samples)[-1]:
+            text = f" {self.samples[-1]}: rounds take the timesteps of the diffusion-classifier protocol"
+            raise InputError(text, "n_samples")
+        return [place for places in self.places for place in places]
+
+    def lengths(self, total: int) -> list[int]:
+        """Timesteps that are scored by the end of each round."""
+        return np.cumsum([len(places) for places in self.places]).tolist()
+
+    def drop(self, errors: np.ndarray, places: int, total: int) -> Dropped:
+        """All that are not kept; at the end everyone."""
+        looks = self.lengths(total)
+        kept = self.kept[looks.index(errors.shape[1])]
+        stay = survivors(errors, max(kept, places))
+        if errors.shape[1] == total:
+            return Dropped(stay[:places], stay[places:] + _others(stay, len(errors)))
+        return Dropped([], _others(stay, len(errors)))
+
+
+def _others(numbers: Sequence[int], count: int) -> list[int]:
+    return [number for number in range(count) if number not in set(numbers)]
+
+
+@dataclass(frozen=True)
+class RacePlan:
+    """Rules over a plan of timesteps: what races, an actor's and the evaluation's, are held by.
+
+    `error` is the kind that decides; `weights` are those of the timesteps in a score, of which one
+    without weight is not scored.
+    """
+
+    rules: Racing | Rounds
+    timesteps: tuple[int, ...]
+    error: str = "l2"
+    weights: tuple[float, ...] | None = None
+
+    @functools.cached_property
+    def order(self) -> list[int]:
+        """Places in the plan, the first to be scored first."""
+        order = self.rules.order(self.timesteps)
+        return [p for p in order if self.weights is None or self.weights[p] > 0]
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """How many of them each look has."""
+        return self.rules.lengths(len(self.order))
+
+    @functools.cached_property
+    def scale(self) -> np.ndarray:
+        """What errors [.., N] are multiplied by, so that their mean over the order is the score's."""
+        if self.weights is None:
+            return np.ones(len(self.timesteps))
+        weights = np.array(self.weights)
+        return weights * (len(self.order) / weights.sum())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the outcome of a race depends on beside its errors."""
+        rules = {"rules": type(self.rules).__name__.lower(), **asdict(self.rules)}
+        return {**rules, "error": self.error, "weights": self.weights}
 
 
 def spread_order(total: int) -> list[int]:
@@ -59,23 +203,28 @@ def spread_order(total: int) -> list[int]:
 
 
 class Race:
-    """One decision's race, told its errors prefix by prefix; lower is better.
+    """A contest's race, told its errors look by look; lower is better.
 
-    `candidates` and `total` are the sizes C of the decision and N of the full plan. After each call
-    of `take`, `open` holds the candidates whose side is still in doubt, `winners` and `losers` the others.
+    `candidates` and `total` are the sizes C of the contest and N of the full plan, `kept` how many
+    win. After each call of `take`, `open` holds the candidates whose side is still in doubt, `winners`
+    and `losers` the others; `spent` [C] is how many timesteps were asked of each. With `about` the race
+    is over once that candidate's side is known; others may have none then.
     """
 
-    def __init__(self, candidates: int, total: int, rules: Racing) -> None:
-        self.rules, self.total = rules, total
+    def __init__(
+        self, candidates: int, total: int, rules: Rules, kept: int = 1, about: int | None = None
+    ) -> None:
+        self.rules, self.total, self.kept, self.about = rules, total, kept, about
         self.open = list(range(candidates))
         self.winners: list[int] = []
         self.losers: list[int] = []
-        # Every look but the one at the full plan may err by the same share.
-        self.allowed = rules.doubt / max(1, len(rules.prefixes(total)) - 1)
+        self.spent = np.zeros(candidates, int)
+        self._means = np.zeros(candidates)
+        self._tiers = np.zeros(candidates)  # 1 for an early winner, -1 for an early loser
         self._settle()
 
     def take(self, errors: np.ndarray) -> None:
-        """Errors [len(open), n] of the open candidates over a prefix of n timesteps, in their order.
+        """Errors [len(open), n] of the open candidates over the first n timesteps, in their order.
 
         Raises ValueError for another shape or errors that are not finite.
         """
@@ -83,38 +232,104 @@ class Race:
             raise ValueError(f"errors {errors.shape} of {len(self.open)} candidates")
         if not np.isfinite(errors).all():
             raise ValueError("errors are not finite")
-        places = self.rules.kept - len(self.winners)
-        order = np.argsort(errors.mean(1), kind="stable")
-        best, worst = order[:places], order[places:]
-        wrong = np.ones(len(errors))
-        shrunk = _shrinkage(errors, self.total)
-        wrong[worst] = doubts(errors[worst], errors[best[-1]], self.total, shrunk)
-        wrong[best] = doubts(errors[best], errors[worst[0]], self.total, shrunk)
-        drop, left = [], self.allowed
-        # A winner leaves only where several win: the last one is what the others are compared with.
-        for number in sorted(range(len(errors)), key=lambda number: wrong[number]):
-            if places == 1 and number == best[0]:
-                continue
-            if wrong[number] > left:
-                break
-            left -= float(wrong[number])
-            drop.append(number)
-        first = set(best.tolist())
-        self.winners += [self.open[number] for number in drop if number in first]
-        self.losers += [self.open[number] for number in drop if number not in first]
-        self.open = [self.open[number] for number in range(len(errors)) if number not in drop]
+        now = list(self.open)
+        self.spent[now], self._means[now] = errors.shape[1], errors.mean(1)
+        dropped = self.rules.drop(errors, self.kept - len(self.winners), self.total)
+        winners, losers = ([now[number] for number in numbers] for numbers in dropped)
+        self.winners += winners
+        self.losers += losers
+        if errors.shape[1] < self.total:
+            self._tiers[winners], self._tiers[losers] = 1, -1
+        gone = {*winners, *losers}
+        self.open = [candidate for candidate in now if candidate not in gone]
         self._settle()
 
     def _settle(self) -> None:
         """Whether the open ones all win, or all lose."""
-        places = self.rules.kept - len(self.winners)
+        places = self.kept - len(self.winners)
         if len(self.open) <= places:
             self.winners += self.open
         elif places == 0:
             self.losers += self.open
-        else:
+        elif self.about is None or self.about in self.open:
             return
         self.open = []
+
+    def standing(self) -> np.ndarray:
+        """Scores [C] that rank the candidates as the race did, higher is better: those that dropped out
+        early stand behind (or, winners, before) the others, and who is equal at the full plan is equal.
+        """
+        width = np.ptp(self._means) + 1
+        return self._tiers * 2 * width - self._means
+
+
+class Run:
+    """A contest under way over errors of pairs that become known bit by bit."""
+
+    def __init__(self, contest: Contest, plan: RacePlan) -> None:
+        self.contest, self.plan = contest, plan
+        total = len(plan.order)
+        self.race = Race(len(contest.candidates), total, plan.rules, contest.kept, contest.about)
+        self.finite = True
+        self._looks = 0
+
+    @property
+    def decided(self) -> bool:
+        """Whether there is an outcome, be it that errors are not finite."""
+        return not self.finite or not self.race.open
+
+    @property
+    def spent(self) -> dict[int, int]:
+        """Pair -> how many timesteps were asked of it."""
+        found: dict[int, int] = {}
+        for pairs in (self.contest.candidates, self.contest.bases):
+            for pair, spent in zip(pairs, self.race.spent.tolist(), strict=False):
+                found[pair] = max(found.get(pair, 0), spent)
+        return found
+
+    def advance(self, errors: np.ndarray) -> dict[int, int]:
+        """Go on as far as errors [P, N] of pairs reach, NaN where they are not known; then pair -> how many
+        of the order's first timesteps are asked of it, nothing once all is decided."""
+        while not self.decided:
+            length = self.plan.lengths[self._looks]
+            places = self.plan.order[:length]
+            numbers = self.race.open
+            pairs = [self.contest.candidates[number] for number in numbers]
+            bases = [self.contest.bases[number] for number in numbers if self.contest.bases]
+            used = [*pairs, *bases]
+            values = errors[np.ix_(used, places)]
+            if missing := np.flatnonzero(np.isnan(values).any(1)).tolist():
+                return {used[number]: length for number in missing}
+            self.finite = bool(np.isfinite(values).all())
+            if self.finite:
+                conditional = values[: len(pairs)]
+                found = conditional - values[len(pairs) :] if bases else conditional
+                self.race.take(found * self.plan.scale[places])
+                self._looks += 1
+        return {}
+
+
+def hold(
+    contests: Sequence[Contest],
+    errors: np.ndarray,
+    plan: RacePlan,
+    measure: Callable[[Mapping[int, int]], None] | None = None,
+) -> list[Run]:
+    """Race all contests over errors [P, N] of their pairs, NaN where they are not known.
+
+    `measure` is given pair -> n and puts the errors at the first n places of the plan's order into
+    `errors`, infinite ones where there are none to be had. Without it contests stay undecided where
+    errors lack.
+    """
+    runs = [Run(contest, plan) for contest in contests]
+    while True:
+        asked: dict[int, int] = {}
+        for run in runs:
+            for pair, length in run.advance(errors).items():
+                asked[pair] = max(asked.get(pair, 0), length)
+        if not asked or measure is None:
+            return runs
+        measure(asked)
 
 
 def _shrinkage(errors: np.ndarray, total: int) -> float:
@@ -160,22 +375,19 @@ def doubts(errors: np.ndarray, border: np.ndarray, total: int, shrunk: float = 1
     return special.stdtr(freedom, -distance * math.sqrt(shrunk))
 
 
-def race(errors: np.ndarray, rules: Racing) -> tuple[list[int], np.ndarray]:
-    """A race over errors [C, N] that are known, in the plan's order: the winners, and how many
-    timesteps each candidate was asked for, int [C].
-
-    Winners stand in their order over what was measured of them.
-    """
+def race(errors: np.ndarray, rules: Racing | Rounds, kept: int = 1) -> tuple[list[int], np.ndarray]:
+    """A race over errors [C, N] that are known, in the plan's order: the winners, the best first, and how
+    many timesteps each candidate was asked for, int [C]."""
     candidates, total = errors.shape
-    run, order = Race(candidates, total, rules), spread_order(total)
-    spent = np.zeros(candidates, int)
-    for n in rules.prefixes(total):
-        if not run.open:
-            break
-        spent[run.open] = n
-        run.take(errors[np.ix_(run.open, order[:n])])
-    means = [errors[c, order[: max(1, spent[c])]].mean() for c in range(candidates)]
-    return sorted(run.winners, key=lambda c: (means[c], c)), spent
+    plan = RacePlan(rules, _steps(rules, total))
+    (run,) = hold([Contest(list(range(candidates)), kept)], errors, plan)
+    standing = run.race.standing()
+    return sorted(run.race.winners, key=lambda c: (-standing[c], c)), run.race.spent
+
+
+def _steps(rules: Racing | Rounds, total: int) -> tuple[int, ...]:
+    """Timesteps of which there are `total`."""
+    return tuple(rounds(rules.samples)[-1] if isinstance(rules, Rounds) else range(total))
 
 
 def rounds(samples: Sequence[int], total: int = 1000) -> list[list[int]]:

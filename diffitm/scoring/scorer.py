@@ -131,6 +131,7 @@ def blank(row: PairRow, text: str, digest: str | None) -> dict[str, Any]:
         "image": row.image,
         "text": text,
         "timesteps": None,
+        "positions": None,
         "l2": None,
         "l1": None,
         "huber": None,

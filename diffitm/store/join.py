@@ -9,19 +9,21 @@ import numpy as np
 import pyarrow as pa
 
 from diffitm.core.schema import Example
-from diffitm.metrics.score import averaged, conditional_score, normalised_score
+from diffitm.metrics.score import averaged, conditional_score, error_values, normalised_score
+from diffitm.store.dense_errors import dense
 from diffitm.store.pair_table import examples_dataset, scored_pairs
 from diffitm.store.score_store import Store
 
 # Values of the errors that are held at once, whatever the number of timesteps.
 HELD = 4_000_000
 NOTHING = np.zeros((0, 0, 0))
+UNSCORED = "not scored yet"
 
 
 @dataclass(frozen=True)
 class ScoredExample:
     """An example with conditional and unconditional errors [images, texts, timesteps] or with
-    similarities [images, texts] of a `kind`; `failure` tells why it has none."""
+    similarities [images, texts] of a `kind`; `failure` tells why it has no score."""
 
     example: Example
     failure: str | None = None
@@ -29,6 +31,15 @@ class ScoredExample:
     unconditional: np.ndarray = field(default_factory=lambda: NOTHING)
     similarity: np.ndarray | None = None
     kind: str = "cosine"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything that its scores are made of is known."""
+        used = [
+            self.conditional,
+            *([self.unconditional] if self.example.needs_unconditional else []),
+        ]
+        return self.similarity is not None or not any(np.isnan(errors).any() for errors in used)
 
     def scores(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Kind of score -> scores [images, texts]; the timesteps weigh the same unless told."""
@@ -44,12 +55,14 @@ class ScoredExample:
         return found
 
 
-def read_scored(uri: str, store: Store, error: str) -> Iterator[ScoredExample]:
-    """Every example of a file in order. `error` is l2, mse, l1 or huber."""
-    steps = max(1, len(store.config.get("timesteps", [])))
-    pairs = _PairReader(
-        scored_pairs(uri, store, error, max(1000, min(100_000, HELD // steps))), error, steps
-    )
+def read_scored(
+    uri: str, store: Store, error: str, partial: bool = False
+) -> Iterator[ScoredExample]:
+    """Every example of a file in order. `error` is l2, mse, l1 or huber. With `partial` an example is no
+    failure for errors that are not scored yet. Errors that are not there are NaN."""
+    rows = max(1000, min(100_000, HELD // store.steps))
+    batches = scored_pairs(uri, store, error, rows, partial=partial)
+    pairs = _PairReader(batches, error, store.steps)
     for position, example in enumerate(read_examples(uri)):
         if example.failure is not None:
             yield ScoredExample(example, example.failure)
@@ -58,7 +71,8 @@ def read_scored(uri: str, store: Store, error: str) -> Iterator[ScoredExample]:
         conditional, unconditional, similarity, failures = pairs.take(position, shape)
         if failures:
             place, reason = next(iter(failures.items()))
-            yield ScoredExample(example, f"{example.images[place // shape[1]]}: {reason}")
+            why = f"{example.images[place // shape[1]]}: {reason}"
+            yield ScoredExample(example, why, conditional, unconditional)
         elif store.similarity:
             yield ScoredExample(example, similarity=similarity, kind=store.similarity)
         else:
@@ -125,24 +139,17 @@ class _PairReader:
     def _arrays(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
         elements = batch["elements"].to_numpy(zero_copy_only=False).astype(float)
         return (
-            self._errors(batch["errors"], elements),
-            self._errors(batch["unconditional"], elements),
+            self._errors(batch["errors"], batch["places"], elements),
+            self._errors(batch["unconditional"], batch["unconditional_places"], elements),
             batch["similarity"].to_numpy(zero_copy_only=False).astype(float),
             np.array(batch["failure"].to_pylist(), dtype=object),
         )
 
-    def _errors(self, lists: pa.ListArray, elements: np.ndarray) -> np.ndarray:
+    def _errors(
+        self, lists: pa.ListArray, places: pa.ListArray, elements: np.ndarray
+    ) -> np.ndarray:
         """Errors [pairs, timesteps], NaN where there are none."""
-        out = np.full((len(lists), self.steps), np.nan, np.float32)
-        present = np.flatnonzero(lists.is_valid().to_numpy(zero_copy_only=False))
-        if len(present) == 0:
-            return out
-        flat = lists.drop_null().flatten().to_numpy(zero_copy_only=False)
-        errors = flat.reshape(len(present), -1)
-        if self.error == "mse":
-            errors = errors.astype(float) ** 2 / elements[present, None]
-        out[present] = errors
-        return out
+        return error_values(dense(lists, places, self.steps), self.error, elements[:, None])
 
 
 def _keys(batch: pa.RecordBatch) -> np.ndarray:

@@ -12,7 +12,8 @@ import pyarrow.dataset as ds
 from pyarrow import parquet
 
 from diffitm.core import storage
-from diffitm.metrics.score import averaged, normalised_score
+from diffitm.metrics.score import averaged, error_values, normalised_score
+from diffitm.store.dense_errors import dense
 from diffitm.store.pair_table import connect, examples_dataset, scored_pairs
 from diffitm.store.score_store import Store
 
@@ -99,9 +100,13 @@ def _columns(
     else:
         elements = batch["elements"].to_numpy(zero_copy_only=False).astype(float)
         kinds = {}
-        for name, column in (("conditional", "errors"), ("unconditional", "unconditional")):
-            errors = _errors(batch[column], len(store.config["timesteps"]))
-            errors = errors**2 / elements[:, None] if error == "mse" else errors
+        columns_of = {
+            "conditional": ("errors", "places"),
+            "unconditional": ("unconditional", "unconditional_places"),
+        }
+        for name, (column, places) in columns_of.items():
+            errors = dense(batch[column], batch[places], store.steps)
+            errors = error_values(errors, error, elements[:, None])
             kinds[name] = averaged(errors, weights)
             columns[f"{name}_error"] = pa.array(kinds[name].astype(np.float32), mask=failed)
             lists = pa.array(list(errors.astype(np.float32)), pa.list_(pa.float32()))
@@ -112,16 +117,6 @@ def _columns(
     odd = pa.array(lost & ~failed)
     columns["failure"] = pc.if_else(odd, "the score is not finite", batch["failure"])
     return columns
-
-
-def _errors(lists: pa.ListArray, steps: int) -> np.ndarray:
-    """[pairs, timesteps], NaN where there are none."""
-    out = np.full((len(lists), steps), np.nan)
-    present = np.flatnonzero(np.array(lists.is_valid()))
-    if len(present):
-        flat = lists.drop_null().flatten().to_numpy(zero_copy_only=False)
-        out[present] = flat.reshape(len(present), -1)
-    return out
 
 
 def _lost(examples: str) -> Any:

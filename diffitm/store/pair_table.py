@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -23,6 +23,7 @@ from pyarrow import parquet
 from diffitm.captions.row import CaptionRow
 from diffitm.core import storage
 from diffitm.core.schema import EXAMPLES, WORK, Example, encodable, fault
+from diffitm.metrics.score import column
 from diffitm.store.score_store import Store
 
 T = TypeVar("T")
@@ -44,6 +45,15 @@ class WorkTable:
     uri: str
     rows: int
     pairs: int
+    stored: int = 0  # errors that these pairs have already
+
+
+class Left(NamedTuple):
+    """What of a work table is still to do: rows, their pairs, and errors that these have already."""
+
+    rows: int
+    pairs: int
+    stored: int
 
 
 def write_examples(
@@ -178,81 +188,153 @@ def distinct_texts(uris: list[str]) -> Iterator[str]:
 def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:
     """Write the pairs that the examples need and the store lacks, one row an image, by image path.
 
-    A pair that failed before is tried again. Where a pair has a single score, no unconditional pair is
-    needed.
+    A pair that failed before is tried again; of one that was raced the rest is scored. Where a pair has a
+    single score, no unconditional pair is needed.
     """
     connection = connect(examples=examples_dataset(examples), scores=store.dataset())
     unconditional = (
         "" if store.similarity else "UNION ALL SELECT image, '' FROM p WHERE unconditional"
     )
+    raced = ""
+    places = "NULL::SMALLINT[] AS places"
+    if store.has_parts:
+        places = "places"
+        raced = """LEFT JOIN (
+            SELECT image, text, list_distinct(flatten(list(positions))) AS places FROM scores
+            WHERE failure IS NULL AND positions IS NOT NULL GROUP BY image, text) USING (image, text)"""
     query = f"""
         WITH p AS ({_PAIRS}),
-        needed AS (SELECT image, text FROM p {unconditional}),
-        stored AS (SELECT image, text FROM scores WHERE failure IS NULL)
-        SELECT DISTINCT image, text FROM needed ANTI JOIN stored USING (image, text)
+        needed AS (SELECT DISTINCT image, text FROM (SELECT image, text FROM p {unconditional})),
+        stored AS (SELECT image, text FROM scores WHERE failure IS NULL AND positions IS NULL)
+        SELECT image, text, {places}
+        FROM needed ANTI JOIN stored USING (image, text) {raced}
+        WHERE places IS NULL OR len(places) < {store.steps}
         ORDER BY image, text
     """
+    lines = (
+        {
+            "row": row,
+            "image": image,
+            "texts": [text for text, _ in texts],
+            "stored": [p or [] for _, p in texts] if any(p for _, p in texts) else None,
+        }
+        for row, (image, texts) in enumerate(_rows(connection, query))
+    )
+    return write_rows(lines, WORK, uri)
+
+
+def write_rows(lines: Iterable[dict[str, Any]], schema: pa.Schema, uri: str) -> WorkTable:
+    """Write the rows of a work table, of images (WORK) or of races (RACES)."""
     found, path = storage.filesystem(uri)
     storage.make_folder(storage.parent(uri))
-    rows = pairs = 0
-    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, WORK) as writer:
-        for batch in _batched(_rows(connection, query), BATCH):
-            lines = [{"row": rows + i, "image": im, "texts": t} for i, (im, t) in enumerate(batch)]
-            writer.write_table(pa.Table.from_pylist(lines, WORK))
-            rows += len(lines)
-            pairs += sum(len(texts) for _, texts in batch)
-    return WorkTable(uri, rows, pairs)
+    rows = pairs = stored = 0
+    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, schema) as writer:
+        for batch in map(list, _batched(lines, BATCH)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+            rows += len(batch)
+            for line in batch:
+                pairs += len(line["texts"] if schema is WORK else line["image_of"])
+                stored += sum(map(len, line["stored"] or ()))
+    return WorkTable(uri, rows, pairs, stored)
 
 
-def remaining(work: str, checkpoint: str) -> tuple[int, int]:
-    """Rows and pairs of a work table that its checkpoint does not hold."""
+def remaining(work: str, checkpoint: str) -> Left:
+    """What of a work table its checkpoint does not hold."""
     found, path = storage.filesystem(work)
-    table = ds.dataset(path, schema=WORK, filesystem=found, format="parquet")
+    table = ds.dataset(path, filesystem=found, format="parquet")
     ids = pa.schema([("row", pa.int64())])
     whole, _ = storage.readable_parquet(checkpoint)
     committed = [p for p in whole if not p.endswith(".pending.parquet")]
     where = storage.filesystem(checkpoint)[0]
     done = ds.dataset(committed, schema=ids, filesystem=where, format="parquet")
-    query = "SELECT count(*), coalesce(sum(len(texts)), 0) FROM work ANTI JOIN done USING (row)"
-    rows, pairs = connect(work=table, done=done).execute(query).fetchone() or (0, 0)
-    return int(rows), int(pairs)
+    pairs = "image_of" if "image_of" in table.schema.names else "texts"
+    query = f"""
+        SELECT count(*), coalesce(sum(len({pairs})), 0), coalesce(sum(len(flatten(stored))), 0)
+        FROM work ANTI JOIN done USING (row)"""
+    left = connect(work=table, done=done).execute(query).fetchone() or (0, 0, 0)
+    return Left(*map(int, left))
 
 
-def _rows(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[tuple[str, list[str]]]:
+def _rows(
+    connection: duckdb.DuckDBPyConnection, query: str
+) -> Iterator[tuple[str, list[tuple[str, list[int] | None]]]]:
+    """Image by image, texts with the places of their errors that are stored."""
     for image, group in itertools.groupby(_lines(connection, query), key=lambda line: line[0]):
-        for texts in _batched((text for _, text in group), MAX_TEXTS):
+        for texts in _batched((line[1:] for line in group), MAX_TEXTS):
             yield image, list(texts)
 
 
-def _lines(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[tuple[str, str]]:
+def _lines(
+    connection: duckdb.DuckDBPyConnection, query: str
+) -> Iterator[tuple[str, str, list[int] | None]]:
     for batch in connection.sql(query).to_arrow_reader(BATCH):
-        yield from zip(batch["image"].to_pylist(), batch["text"].to_pylist(), strict=True)
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def scored_pairs(
-    examples: str, store: Store, error: str, rows: int = 100 * BATCH, names: bool = False
+    examples: str,
+    store: Store,
+    error: str,
+    rows: int = 100 * BATCH,
+    names: bool = False,
+    partial: bool = False,
 ) -> Iterator[pa.RecordBatch]:
     """The pairs of one task's examples in order, with what the store holds of each.
 
-    Columns: position, i (image), j (text), errors and unconditional (lists over timesteps),
-    elements, similarity, failure; with `names` also image, text and groups. A pair scored twice is taken
-    once. A batch holds up to `rows`.
+    Columns: position, i (image), j (text), errors and unconditional (lists over timesteps), places and
+    unconditional_places (in the plan; null: the whole), elements, similarity, failure; with `names`
+    also image, text and groups. A pair scored twice is taken once. Unless `partial`, one without all
+    its errors is a failure. A batch holds up to `rows`.
     """
     named = "p.image, p.text, p.groups," if names else ""
     connection = connect(examples=examples_dataset([examples]), scores=store.dataset())
-    column = "l2" if error == "mse" else error
-    lacks_unconditional = "FALSE" if store.similarity else "p.unconditional AND u.image IS NULL"
+    lacking = f"(s.image IS NULL OR len(s.places) < {store.steps})"
+    if not store.similarity:
+        none = lacking.replace("s.", "u.")
+        lacking = f"({lacking} OR (p.unconditional AND {none}))"
+    untold = "FALSE" if partial else lacking
     query = f"""
         WITH p AS ({_PAIRS}),
-        s AS (SELECT DISTINCT ON (image, text) image, text, {column} AS errors, elements,
-                     similarity, failure
-              FROM scores ORDER BY image, text, failure IS NOT NULL)
-        SELECT p.position, p.i, p.j, {named} s.errors, u.errors AS unconditional, s.elements, s.similarity,
-               CASE WHEN s.image IS NULL OR ({lacks_unconditional}) THEN 'not scored yet'
-                    ELSE coalesce(s.failure, CASE WHEN p.unconditional THEN u.failure END) END
-               AS failure
+        s AS ({_scored(store, column(error))})
+        SELECT p.position, p.i, p.j, {named} s.errors, u.errors AS unconditional, s.places,
+               u.places AS unconditional_places,
+               coalesce(s.elements, u.elements) AS elements, s.similarity,
+               coalesce(s.failure, CASE WHEN p.unconditional THEN u.failure END,
+                        CASE WHEN {untold} THEN 'not scored yet' END) AS failure
         FROM p LEFT JOIN s USING (image, text)
         LEFT JOIN (SELECT * FROM s WHERE text = '') u ON u.image = p.image AND p.unconditional
         ORDER BY p.position, p.i, p.j
     """
     yield from connection.sql(query).to_arrow_reader(rows)
+
+
+def _scored(store: Store, name: str) -> str:
+    """Query for the one line of each stored pair: its whole plan, else what races stored of it, else why it
+    failed."""
+    whole = f"""
+        SELECT DISTINCT ON (image, text) image, text, {name} AS errors, NULL::SMALLINT[] AS places,
+               elements, similarity, failure
+        FROM scores WHERE positions IS NULL ORDER BY image, text, failure IS NOT NULL
+    """
+    if not store.has_parts:
+        return whole
+    # Races of two blocks may have scored the same places of a pair, with the same errors.
+    parts = f"""
+        SELECT image, text, list(place ORDER BY place) AS places, list(error ORDER BY place) AS errors,
+               any_value(elements) AS elements
+        FROM (SELECT image, text, place, any_value(error) AS error, any_value(elements) AS elements
+              FROM (SELECT image, text, elements, unnest(positions) AS place, unnest({name}) AS error
+                    FROM scores WHERE failure IS NULL AND positions IS NOT NULL)
+              GROUP BY image, text, place)
+        GROUP BY image, text
+    """
+    whole_wins = "w.image IS NOT NULL AND (w.failure IS NULL OR q.image IS NULL)"
+    columns = ", ".join(
+        f"CASE WHEN {whole_wins} THEN w.{name} ELSE q.{name} END AS {name}"
+        for name in ("errors", "places", "elements")
+    )
+    return f"""
+        SELECT coalesce(w.image, q.image) AS image, coalesce(w.text, q.text) AS text, {columns},
+               w.similarity, CASE WHEN {whole_wins} THEN w.failure END AS failure
+        FROM ({whole}) w FULL JOIN ({parts}) q ON w.image = q.image AND w.text = q.text
+    """

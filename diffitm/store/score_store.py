@@ -43,6 +43,17 @@ class Store:
             return None
         return str(self.config.get("score", "cosine"))
 
+    @property
+    def steps(self) -> int:
+        """How many errors a pair has, 1 where it has a single score."""
+        return max(1, len(self.config.get("timesteps", [])))
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether races left pairs with a part of their errors."""
+        raced = ds.field("positions").is_valid()
+        return not self.similarity and self.dataset().head(1, ["row"], filter=raced).num_rows > 0
+
     def dataset(self) -> ds.Dataset:
         """All rows written so far; files that a kill cut off are left out."""
         found, _ = storage.filesystem(self.uri)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffitm.store import pair_table
 from diffitm.store.score_store import Store
 
 PENDING = ".pending.parquet"
+FORMAT = "2"  # of work tables: an unfinished one of another format is closed
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,7 @@ class OpenWork:
 
     folder: str
     table: pair_table.WorkTable
-    rows_left: int
-    pairs_left: int
+    left: pair_table.Left
 
     @property
     def checkpoint(self) -> str:
@@ -29,36 +30,39 @@ class OpenWork:
 
     @property
     def resumed(self) -> bool:
-        return self.rows_left < self.table.rows
+        return self.left.rows < self.table.rows
 
 
-def open_work(out: str, store: Store, examples: list[str], identity: list[str]) -> OpenWork:
-    """The unfinished work table of these examples, else a new one with the pairs that the store lacks.
+def open_work(
+    out: str, store: Store, write: Callable[[str], pair_table.WorkTable], identity: list[str]
+) -> OpenWork:
+    """The unfinished work table of this identity, else a new one that `write` puts at a path.
 
-    `examples` are files, `identity` tells their content. Only one table of a store is ever open: one
-    of other examples is closed first, so that no pair stands in two of them.
+    `identity` tells what is asked for. Only one table of a store is ever open: one
+    of another identity is closed first, so that no pair stands in two of them.
     """
     base = storage.join(out, "work", store.name)
-    wanted = fingerprint(sorted(identity))[:12]
+    wanted = fingerprint([FORMAT, *sorted(identity)])[:12]
     number = 0
     while storage.exists(folder := storage.join(base, f"{number:04d}")):
         note = storage.join(folder, "table.json")
         if storage.exists(note) and not storage.exists(storage.join(folder, "done")):
             state = json.loads(storage.read_text(note))
             mend(storage.join(folder, "checkpoint"))
-            table = pair_table.WorkTable(
-                storage.join(folder, "work.parquet"), state["rows"], state["pairs"]
-            )
-            left = pair_table.remaining(table.uri, storage.join(folder, "checkpoint"))
-            if state["examples"] == wanted and left[0]:
-                return OpenWork(folder, table, *left)
+            if state["examples"] == wanted:
+                counts = (state[name] for name in ("rows", "pairs", "stored"))
+                table = pair_table.WorkTable(storage.join(folder, "work.parquet"), *counts)
+                left = pair_table.remaining(table.uri, storage.join(folder, "checkpoint"))
+                if left.rows:
+                    return OpenWork(folder, table, left)
             _close(folder, store)
         number += 1
-    table = pair_table.write_work(examples, store, storage.join(folder, "work.parquet"))
+    table = write(storage.join(folder, "work.parquet"))
+    left = pair_table.Left(table.rows, table.pairs, table.stored)
     if table.rows:
-        state = {"examples": wanted, "rows": table.rows, "pairs": table.pairs}
+        state = {"examples": wanted, **left._asdict()}
         storage.write_text(storage.join(folder, "table.json"), json.dumps(state))
-    return OpenWork(folder, table, table.rows, table.pairs)
+    return OpenWork(folder, table, left)
 
 
 def mend(checkpoint: str) -> None:

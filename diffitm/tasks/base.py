@@ -12,7 +12,7 @@ import numpy as np
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Example
+from diffitm.core.schema import Contest, Example
 from diffitm.metrics.credit import Credit, recall, recall_chance
 from diffitm.metrics.figures import Decision, Figure, means
 from diffitm.tasks.csv_files import csv_rows, csv_table
@@ -42,6 +42,19 @@ class Task(ABC):
     @abstractmethod
     def chance(self, example: Example) -> dict[str, float]:
         """Metric name -> expected credit of a constant or random scorer."""
+
+    def contests(self, example: Example) -> list[Contest]:
+        """What a race must find out for the credits of an example; where it is nothing, all is scored.
+
+        Pairs are numbered image by image, i * texts + j, and after them each image with the empty text,
+        images * texts + i.
+        """
+        return []
+
+    def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:
+        """The credits from the outcome of each contest: scores of its candidates that rank them as the race
+        did."""
+        raise NotImplementedError(f"task {self.name} has contests, but no raced_credits")
 
     def figures(self, decisions: Sequence[Decision]) -> list[Figure]:
         """What the task reports: mean credits, of everything and by group, unless it says otherwise."""
@@ -95,8 +108,21 @@ class RetrievalTask(Task):
 
     def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
         """Recall at each k over the candidates."""
-        flat = scores.ravel()
-        return {name: recall(flat, example.gold, k) for name, k in self.recalls.items()}
+        return self.raced_credits(example, [scores.ravel()] * len(self.recalls))
+
+    def contests(self, example: Example) -> list[Contest]:
+        """Whether the right one is among the first k, for each k; a task with credits of its own has none."""
+        if not self.graded or type(self).credits is not RetrievalTask.credits:
+            return []
+        pairs = list(range(len(example.images) * len(example.texts)))
+        bases = [len(pairs) + pair // len(example.texts) for pair in pairs]
+        used = bases if example.needs_unconditional else []
+        return [Contest(pairs, k, used, example.gold) for k in self.recalls.values()]
+
+    def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:
+        """Recall at each k."""
+        ranked = zip(self.recalls.items(), standings, strict=True)
+        return {name: recall(scores, example.gold, k) for (name, k), scores in ranked}
 
     def chance(self, example: Example) -> dict[str, float]:
         """k of n candidates."""

@@ -71,9 +71,9 @@ class Candidates(RetrievalTask):
             raise InputError(f"{path} belongs to another list than {self.file}: move it away")
         return dict(found)
 
-    def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
+    def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:
         """Recalls; as retrieved, a query whose right answer was put in is lost."""
-        found, how = super().credits(example, scores), example.groups.get("gold")
+        found, how = super().raced_credits(example, standings), example.groups.get("gold")
         if how == ONLY_RETRIEVED:
             return {name + WHERE_RETRIEVED: credit for name, credit in found.items()}
         lost = {n + AS_RETRIEVED: Credit(0.0, finite=c.finite) for n, c in found.items()}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from diffitm.core import storage
-from diffitm.core.schema import Example
-from diffitm.metrics.credit import Credit, winoground
+from diffitm.core.schema import Contest, Example
+from diffitm.metrics.credit import Credit, raced_winoground, winoground
 from diffitm.tasks.base import Task
+from diffitm.tasks.winoground import image_contests
 
 FILE = "Questions.csv"
 FOLDERS = ("MLLM_VLM_Images", "MLLM_VLM Images")
@@ -67,6 +68,14 @@ class MmvpVlm(Task):
     def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
         """A pair counts when both statements pick their image."""
         return {"pair": winoground(scores)["image"]}
+
+    def contests(self, example: Example) -> list[Contest]:
+        """Both images of either statement."""
+        return image_contests()
+
+    def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:
+        """A pair counts when both statements pick their image."""
+        return {"pair": raced_winoground([], standings)["image"]}
 
     def chance(self, example: Example) -> dict[str, float]:
         """Of continuous random scores."""

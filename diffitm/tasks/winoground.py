@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from pyarrow import parquet
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Example
-from diffitm.metrics.credit import Credit, winoground, winoground_chance
+from diffitm.core.schema import Contest, Example
+from diffitm.metrics.credit import Credit, raced_winoground, winoground, winoground_chance
 from diffitm.tasks.base import Task, entry
 
 FIELDS = ["id", "caption_0", "caption_1", "collapsed_tag", "num_main_preds"]
@@ -83,6 +83,19 @@ class Winoground(Task):
         """Text, image and group credit."""
         return winoground(scores)
 
+    def contests(self, example: Example) -> list[Contest]:
+        """Both texts of either image, and both images of either text."""
+        return [*(Contest([2 * i, 2 * i + 1], 1) for i in (0, 1)), *image_contests()]
+
+    def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:
+        """Text, image and group credit."""
+        return raced_winoground(standings[:2], standings[2:])
+
     def chance(self, example: Example) -> dict[str, float]:
         """Of continuous random scores."""
         return winoground_chance()
+
+
+def image_contests() -> list[Contest]:
+    """Of two images and two texts: both images of either text, by what the text explains."""
+    return [Contest([j, 2 + j], 1, [4, 5]) for j in (0, 1)]

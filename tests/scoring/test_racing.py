@@ -75,9 +75,9 @@ def test_every_prefix_is_spread(total: int) -> None:
 
 
 def test_prefixes_grow_to_the_full_plan() -> None:
-    assert Racing(first=5, growth=1.4).prefixes(49) == [5, 7, 10, 14, 20, 28, 39, 49]
-    assert Racing(first=5, growth=1.1).prefixes(8) == [5, 6, 7, 8]
-    assert Racing(first=5).prefixes(3) == [3]
+    assert Racing(first=5, growth=1.4).lengths(49) == [5, 7, 10, 14, 20, 28, 39, 49]
+    assert Racing(first=5, growth=1.1).lengths(8) == [5, 6, 7, 8]
+    assert Racing(first=5).lengths(3) == [3]
 
 
 def test_doubt_of_two_is_the_paired_t_test_with_the_correction() -> None:
@@ -117,10 +117,10 @@ def test_a_clear_decision_ends_at_the_first_prefix() -> None:
 def test_several_winners_and_their_order() -> None:
     numbers = np.random.default_rng(2)
     errors = numbers.normal(size=(6, 245)) + np.array([5, 1, 9, 0, 8, 2])[:, None]
-    winners, spent = race(errors, Racing(kept=3))
+    winners, spent = race(errors, Racing(), 3)
     assert winners == [3, 1, 5] and spent.max() < 100
-    assert race(errors[:2], Racing(kept=3))[0] == [1, 0]  # fewer than are kept: nothing to race for
-    assert race(errors[:2], Racing(kept=2))[1].tolist() == [0, 0]
+    assert race(errors[:2], Racing(), 3)[0] == [0, 1]  # fewer than are kept: nothing to race for
+    assert race(errors[:2], Racing(), 2)[1].tolist() == [0, 0]
 
 
 def test_no_doubt_allowed_scores_everything() -> None:
@@ -136,7 +136,7 @@ def test_a_race_refuses_what_would_win_by_nan() -> None:
         run.take(np.array([[1.0, np.nan], [1.0, 1.0]]))
     with pytest.raises(ValueError, match="of 2 candidates"):
         run.take(np.ones((3, 5)))
-    with pytest.raises(InputError, match=r"doubt 1\.5"):
+    with pytest.raises(InputError, match=r"1\.5"):
         Racing(doubt=1.5)
 
 
@@ -168,6 +168,6 @@ def test_the_stated_doubt_holds(
         slope = 0.3 * numbers.normal(size=(candidates, 1)) * np.linspace(-1, 1, total)
         means = apart * numbers.normal(size=(candidates, 1))
         errors = 5 * numbers.normal(size=total) + (means + noise) * scale + slope
-        wrong += set(race(errors, Racing(doubt, kept=kept))[0]) != set(survivors(errors, kept))
+        wrong += set(race(errors, Racing(doubt), kept)[0]) != set(survivors(errors, kept))
     assert wrong > 0 or apart > 0.1
     assert wrong <= stats.binom.isf(0.001, races, doubt)

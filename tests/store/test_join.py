@@ -60,8 +60,8 @@ def test_pairs_of_an_example_may_lie_in_several_batches(
     """Batches that end within examples, and that hold several of them."""
     real = pair_table.scored_pairs
 
-    def small(*arguments: Any) -> Iterator[pa.RecordBatch]:
-        for batch in real(*arguments):
+    def small(*arguments: Any, **more: bool) -> Iterator[pa.RecordBatch]:
+        for batch in real(*arguments, **more):
             yield from (batch.slice(s, size) for s in range(0, batch.num_rows, size))
 
     monkeypatch.setattr(join, "scored_pairs", small)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray
 
 from diffitm.core import storage
-from diffitm.core.schema import SCORES, PairRow
+from diffitm.core.schema import RACES, SCORES, WORK, Contest, PairRow, RaceBlock
 from diffitm.distributed.actors import WorkerSpec
 from diffitm.distributed.progress import REPORT_EVERY, Watch, clock
 from diffitm.distributed.prometheus import Metrics, gpu_memory
@@ -23,6 +23,8 @@ from diffitm.store.run_summary import Done
 
 if TYPE_CHECKING:  # an actor imports this module, and its spec what else it needs
     from diffitm.scoring.batching import Batch
+    from diffitm.scoring.diffusion import DiffusionScorer
+    from diffitm.scoring.racing import RacePlan
     from diffitm.scoring.specs import Spec
     from diffitm.store.score_store import Store
     from diffitm.store.work_table import OpenWork
@@ -49,10 +51,13 @@ class ScoringCounter:
 
 
 class ScoringActor:
-    """Loads the model once and scores blocks of work rows; `name` is the model's in metrics."""
+    """Loads the model once and scores blocks of work rows, or holds the races of a block; `name` is the
+    model's in metrics."""
 
-    def __init__(self, spec: Spec, name: str, device: str, counter: Any) -> None:
-        self.device, self.counter = device, counter
+    def __init__(
+        self, spec: Spec, name: str, plan: RacePlan | None, device: str, counter: Any
+    ) -> None:
+        self.device, self.counter, self.plan = device, counter, plan
         self.scorer = spec.build(device)
         self.batches: list[Batch] = getattr(self.scorer, "batches", [])
         for batch in self.batches:
@@ -65,10 +70,21 @@ class ScoringActor:
     def __call__(self, table: pa.Table) -> pa.Table:
         start = time.perf_counter()
         self.counter.add.remote(Done(begun=1))
-        rows = [PairRow(**line) for line in table.select(["row", "image", "texts"]).to_pylist()]
-        lines = self.scorer.score(rows)
+        lines = self._score(table)
         self._tell(lines, start)
         return pa.Table.from_pylist(lines, SCORES)
+
+    def _score(self, table: pa.Table) -> list[dict[str, Any]]:
+        if self.plan is None:
+            rows = [PairRow(**line) for line in table.select(WORK.names).to_pylist()]
+            return self.scorer.score(rows)
+        from diffitm.scoring.race_block import race_block  # as the model, of this process alone
+
+        scorer, lines = cast("DiffusionScorer", self.scorer), []
+        for line in table.select(RACES.names).to_pylist():
+            contests = [Contest(**contest) for contest in line.pop("contests")]
+            lines += race_block(scorer, RaceBlock(**line, contests=contests), self.plan)
+        return lines
 
     def _tell(self, lines: list[dict[str, Any]], start: float) -> None:
         """Count a block that was begun at `start`."""
@@ -76,7 +92,7 @@ class ScoringActor:
         end = time.perf_counter()
         done = Done(
             pairs=len(lines),
-            forwards=(len(lines) - failed) * self.scorer.cost,
+            forwards=sum(forwards(line, self.scorer.cost) for line in lines),
             failures=failed,
             not_finite=sum(not is_finite(line) for line in lines),
             busy=end - start,
@@ -91,21 +107,31 @@ class ScoringActor:
         self.metrics.add(done)
 
 
+def forwards(line: dict[str, Any], cost: int) -> int:
+    """Forwards of the model that a line took, where a whole pair takes `cost`."""
+    if line["failure"] is not None:
+        return 0
+    return cost if line.get("positions") is None else len(line["positions"])
+
+
 def is_finite(line: dict[str, Any]) -> bool:
     """Whether a line's errors or similarity are numbers; one that failed has none."""
     values = line["similarity"] if line["l2"] is None else line["l2"]
     return values is None or bool(np.isfinite(values).all())
 
 
-def score(spec: Spec, work: OpenWork, store: Store, pool: ActorPool) -> Done:
-    """Score the rows of the work table that the checkpoint does not hold yet.
+def score(
+    spec: Spec, work: OpenWork, store: Store, pool: ActorPool, plan: RacePlan | None = None
+) -> Done:
+    """Score the rows of the work table that the checkpoint does not hold yet; with a plan of races it is a
+    table of them.
 
     Raises whatever ended the run; every block written before stays and is not done again.
     """
     start, counter = time.monotonic(), start_here(ScoringCounter)
-    build = Build(ScoringActor, (spec, store.model), counter)
-    rows = _block_rows(work, spec.cost, pool)
-    lines = _Lines(store.model, work.pairs_left, spec.cost, pool.min_actors)
+    build = Build(ScoringActor, (spec, store.model, plan), counter)
+    rows = 1 if plan else _block_rows(work, spec.cost, pool)
+    lines = _Lines(store.model, work.left.pairs, spec.cost, pool.min_actors)
 
     def execute(attempts: Any) -> None:
         found, path = storage.filesystem(work.table.uri)
@@ -119,7 +145,7 @@ def score(spec: Spec, work: OpenWork, store: Store, pool: ActorPool) -> Done:
             scored.write_parquet(folder, filesystem=out, try_create_dir=False)
 
     def left() -> int:
-        return remaining(work.table.uri, work.checkpoint)[0]
+        return remaining(work.table.uri, work.checkpoint).rows
 
     in_rounds(store.model, execute, left, pool.min_actors)
     done = ray.get(counter.read.remote())
@@ -129,8 +155,8 @@ def score(spec: Spec, work: OpenWork, store: Store, pool: ActorPool) -> Done:
 
 def _block_rows(work: OpenWork, cost: int, pool: ActorPool) -> int:
     """Rows of a block: enough blocks for every actor, none of them too long."""
-    per_actor = -(-work.rows_left // (BLOCKS_PER_ACTOR * pool.min_actors))
-    affordable = FORWARDS_PER_BLOCK * work.rows_left // (work.pairs_left * cost)
+    per_actor = -(-work.left.rows // (BLOCKS_PER_ACTOR * pool.min_actors))
+    affordable = FORWARDS_PER_BLOCK * work.left.rows // (work.left.pairs * cost)
     return max(1, min(ROWS_PER_BLOCK, per_actor, affordable))
 
 

@@ -1,0 +1,99 @@
+"""A block of contests on a loaded model: each pair is scored as far as its races ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffitm.core.schema import PairRow, RaceBlock
+from diffitm.metrics.score import column, error_values
+from diffitm.scoring.diffusion import DiffusionScorer, MeasuredPair
+from diffitm.scoring.racing import RacePlan, hold
+from diffitm.scoring.scorer import Loaded, blank, load_images
+
+COLUMNS = ("l2", "l1", "huber")
+IMAGES_AT_ONCE = 64  # whose pixels are held
+
+
+def race_block(scorer: DiffusionScorer, block: RaceBlock, plan: RacePlan) -> list[dict[str, Any]]:
+    """Lines of the store for what the block's races needed beyond what was stored: of each pair the errors
+    at places that were asked for, or why its image or text cannot be scored."""
+    races = _Races(scorer, block, plan)
+    hold(block.contests, races.errors, plan, races.measure)
+    return races.lines()
+
+
+class _Races:
+    """The errors of a block's pairs [P, N] under way, NaN where they are not known."""
+
+    def __init__(self, scorer: DiffusionScorer, block: RaceBlock, plan: RacePlan) -> None:
+        self.scorer, self.block, self.plan = scorer, block, plan
+        loaded, self.latents = _encoded(scorer, block)
+        refused = [scorer.denoiser.refuses(text) for text in block.texts]
+        kept = [text for text, reason in zip(block.texts, refused, strict=True) if reason is None]
+        self.condition = scorer.texts(kept) if kept else {}
+        images = np.cumsum([item.failure is None for item in loaded]) - 1
+        texts = np.cumsum([reason is None for reason in refused]) - 1
+        self.pairs, self.failures = list[MeasuredPair](), list[str | None]()
+        for i, t in zip(block.image_of, block.text_of, strict=True):
+            row = PairRow(block.row, block.images[i], [])
+            line = blank(row, block.texts[t], loaded[i].digest)
+            self.pairs.append(MeasuredPair(line, int(images[i]), int(texts[t]), []))
+            self.failures.append(loaded[i].failure or refused[t])
+        self.kind = COLUMNS.index(column(plan.error))
+        self.found = np.full((3, len(self.pairs), len(scorer.timesteps)), np.nan, np.float32)
+        self.errors = np.full(self.found.shape[1:], np.nan)
+        for p, (places, errors) in enumerate(zip(block.stored, block.errors, strict=True)):
+            self.errors[p, places] = np.array(errors, np.float32)
+
+    def measure(self, asked: Mapping[int, int]) -> None:
+        """Score what is asked of each pair and not known."""
+        scored = []
+        for number, length in asked.items():
+            if self.failures[number] is not None:
+                self.errors[number] = np.inf
+                continue
+            pair, places = self.pairs[number], self.plan.order[:length]
+            pair.places = [place for place in places if np.isnan(self.errors[number, place])]
+            scored.append(number)
+        self.scorer.measure([self.pairs[n] for n in scored], self.latents, self.condition)
+        for number in scored:
+            pair = self.pairs[number]
+            self.found[:, number, pair.places] = pair.errors
+            # As the evaluation reads them from the store, so that it races alike.
+            values = error_values(pair.errors[self.kind], self.plan.error, self.scorer.elements)
+            self.errors[number, pair.places] = np.where(np.isnan(values), np.inf, values)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """See race_block."""
+        lines = []
+        for number, (pair, failure) in enumerate(zip(self.pairs, self.failures, strict=True)):
+            if failure is not None:
+                lines.append(pair.line | {"failure": failure})
+            elif places := self._measured(number):
+                pair.places, pair.errors = places, self.found[:, number, places]
+                lines.append(self.scorer.line(pair))
+        return lines
+
+    def _measured(self, number: int) -> list[int]:
+        """Places that this block scored of a pair; one that came out as NaN was scored, too."""
+        stored = set(self.block.stored[number])
+        known = np.flatnonzero(~np.isnan(self.errors[number])).tolist()
+        return [place for place in known if place not in stored]
+
+
+def _encoded(scorer: DiffusionScorer, block: RaceBlock) -> tuple[list[Loaded], Tensor]:
+    """How each image's reading went, and the latents of those that are readable."""
+    loaded, latents = list[Loaded](), list[Tensor]()
+    for start in range(0, len(block.images), IMAGES_AT_ONCE):
+        names = block.images[start : start + IMAGES_AT_ONCE]
+        rows = [PairRow(block.row, name, []) for name in names]
+        some = load_images(rows, scorer.root, scorer.prepare)
+        if pixels := [item.value for item in some if item.failure is None]:
+            latents.append(scorer.latents(pixels))
+        loaded += [item._replace(value=None) for item in some]
+    return loaded, torch.cat(latents) if latents else torch.zeros(0, *scorer.denoiser.latent_shape)
