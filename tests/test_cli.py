@@ -13,7 +13,7 @@ import pytest
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.evaluation import evaluate
 from diffitm.report.terminal import print_summary
-from diffitm.store.pair_table import WorkTable
+from diffitm.store.pair_table import Left, WorkTable
 from diffitm.store.run_summary import Done, write_summary
 from diffitm.store.score_store import open_store
 from diffitm.store.work_table import OpenWork, finish
@@ -192,7 +192,8 @@ def test_speeds_read_old_and_new_notes(tmp_path: Path) -> None:
     (folders[0] / "done").write_text(json.dumps(old))
     table = WorkTable(str(folders[1] / "work.parquet"), 3, 30)
     finish(
-        OpenWork(str(folders[1]), table, 3, 30), Done(30, 120, busy=4.0, smaller=("x",), begun=2)
+        OpenWork(str(folders[1]), table, Left(3, 30, 0)),
+        Done(30, 120, busy=4.0, smaller=("x",), begun=2),
     )
     (speed,) = evaluate.speeds(str(tmp_path), [store])
     assert (speed.pairs, speed.forwards, speed.seconds) == (40, 160, 6.0)

@@ -28,7 +28,7 @@ from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import write_world
 from diffitm.store.pair_table import write_examples
 from diffitm.store.score_store import open_store
-from diffitm.store.work_table import finish, open_work
+from diffitm.store.work_table import finish, open_pairs
 from diffitm.tasks.clevr import Clevr
 from tests.faults import sleeping
 from tests.faults.sleeping import SleepSpec
@@ -130,7 +130,7 @@ def main() -> None:
     store = open_store(given.out, "shapes", spec.store_config())
     session.connect(given.ray)
     pool = session.choose_pool(given.actors, given.max_actors, given.cpus, 0.0)
-    work = open_work(given.out, store, [examples], ["clevr"])
+    work = open_pairs(given.out, store, [examples], ["clevr"])
     block = Path(given.out, "block")
     if not block.exists():
         block.write_text(str(_block_rows(work, spec.cost, pool)))

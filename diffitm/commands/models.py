@@ -20,11 +20,11 @@ from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
 from diffitm.scoring.racing import RacePlan
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
-from diffitm.store.pair_table import WorkTable, distinct_texts, write_work
+from diffitm.store.pair_table import WorkTable, distinct_texts
 from diffitm.store.roots import take_over
 from diffitm.store.run_summary import Done
 from diffitm.store.score_store import Store, open_store, stores_of
-from diffitm.store.work_table import OpenWork, finish, open_work
+from diffitm.store.work_table import OpenWork, finish, open_pairs, open_work
 
 if TYPE_CHECKING:
     from diffitm.distributed.session import ActorPool
@@ -196,11 +196,7 @@ def _score_in_full(
     spec: Spec, store: Store, examples: list[Examples], out: str, pool: ActorPool
 ) -> Done:
     """Score the pairs that the store lacks."""
-
-    def write(uri: str) -> WorkTable:
-        return write_work([part.uri for part in examples], store, uri)
-
-    work = open_work(out, store, write, [part.identity for part in examples])
+    work = open_pairs(out, store, [e.uri for e in examples], [e.identity for e in examples])
     if work.left.rows == 0:
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
         return Done()

@@ -22,7 +22,7 @@ from diffitm.evaluation.diagnostics import (
     DenoisingStats,
     Diagnostics,
 )
-from diffitm.evaluation.races import RaceFigure, RaceOptions, RaceStats, pair_values
+from diffitm.evaluation.races import RaceFigure, RaceOptions, RaceStats, describe, pair_values
 from diffitm.metrics.credit import LOST, Credit
 from diffitm.metrics.figures import Decision, Figure
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
@@ -46,13 +46,14 @@ class ResultRow(Figure):
     """One line of results.json: a figure of a model on a task. `score` is conditional, normalised or
     the kind of a single score (CLIP's is cosine), or 'probe' of what is no image-text pair. `failures`
     have no score and do not count, or one that is not finite and count as lost; where nothing could be
-    scored, `value`, `low` and `high` are null."""
+    scored, `value`, `low` and `high` are null. `racing` are the rules of the races that decided it."""
 
     model: str = ""
     task: str = ""
     score: str = ""
     protocol: str = ""
     timesteps: int = 0
+    racing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,7 @@ class Part:
             evaluation.races.append(figure)
 
     def _rows(self, kind: str) -> list[ResultRow]:
+        raced = describe(self.races.plan.rules) if self.races and self.races.contests else None
         return [
             ResultRow(
                 **vars(figure),
@@ -306,6 +308,7 @@ class Part:
                 score=kind,
                 protocol=self.store.config.get("protocol") or str(self.store.similarity),
                 timesteps=len(self.timesteps),
+                racing=raced,
             )
             for figure in self.task.figures(self.decisions[kind])
         ]

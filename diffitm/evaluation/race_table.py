@@ -27,7 +27,7 @@ from diffitm.tasks.registry import find_task
 
 # A block is what a kill costs an actor; contests in one share their images' latents and empty text.
 FORWARDS_PER_BLOCK = 20_000
-BLOCKS_PER_ACTOR = 8
+BLOCKS_PER_ACTOR = 4
 SHARE = 0.4  # of a block's forwards that a race is guessed to need
 SORTED = pa.schema([("task", pa.int32()), ("position", pa.int64()), *RACES])
 
@@ -51,7 +51,8 @@ def full_part(examples: Mapping[str, Examples], options: RaceOptions, out: str) 
 def write_races(
     examples: Mapping[str, Examples], store: Store, plan: RacePlan, actors: int, uri: str
 ) -> WorkTable:
-    """Write the contests that the stored errors do not decide, in blocks that share images."""
+    """Write the contests that the stored errors do not decide, in blocks that share images: enough of them
+    for so many actors."""
     with tempfile.TemporaryDirectory(prefix="diffitm-") as folder:
         path = Path(folder, "contests.parquet")
         pairs = 0

@@ -18,7 +18,7 @@ from diffitm.report import charts, wide_charts
 from diffitm.report.gallery import QUALITIES, Gallery, Thumbnails
 from diffitm.report.looks import NAIVE_SCORE, PALETTE, Looks
 from diffitm.report.published_figures import LABEL
-from diffitm.report.table import NOTE, Table, TableLine, columns
+from diffitm.report.table import NOTE, RACES, Table, TableLine, columns, race_texts
 from diffitm.report.terminal import comparison_texts
 
 log = logging.getLogger("diffitm")
@@ -26,7 +26,7 @@ MOST_BYTES = 2_000_000  # of a page
 SHOWN_FAILURES, SHOWN_TESTS = 200, 500
 LONG_TITLE = 44  # characters of a column's title
 MOST_BARS = 30  # groups in one chart; a table holds all
-TABLES = ("tests", "speed", "denoising", "reconstruction")
+TABLES = ("races", "tests", "speed", "denoising", "reconstruction")
 Cells = dict[str, Any]
 Samples = dict[str, dict[str, list[bytes]]]  # model -> prompt -> PNGs, one a seed
 
@@ -57,7 +57,8 @@ def write_report(
         "chart": chart if overview else None,
         "patterns": looks.patterns,
         "main": _sortable(table, [line for line in table.lines if _is_main(line)]),
-        "note": NOTE,
+        "note": " ".join(filter(None, (NOTE, table.raced))),
+        "races": _races(evaluation),
         "published": f"{LABEL}: Krojer et al. 2023, table 2." if table.published else "",
         "tests": _tests(evaluation.comparisons[:SHOWN_TESTS]),
         "number_of_tests": len(evaluation.comparisons),
@@ -154,6 +155,7 @@ def _fitted(page: Template, parts: dict[str, Any], pictures: Pictures) -> str:
 def _sections(parts: dict[str, Any]) -> list[tuple[str, str]]:
     """Links to the sections that have something to show."""
     known = {
+        "races": ("races", "Races"),
         "tests": ("tests", "Paired tests"),
         "groups": ("groups", "By group"),
         "bias": ("bias", "Social bias"),
@@ -371,6 +373,14 @@ def _speed(evaluation: Evaluation) -> Cells:
         rows.append({"key": "", "cells": _cells(texts, values)})
     head = ["model", "pairs", "forwards of the model", "seconds of actors", "seconds a pair"]
     return {"head": head, "texts": 1, "rows": rows}
+
+
+def _races(evaluation: Evaluation) -> Cells:
+    rows = []
+    for race in evaluation.races:
+        values = [None, None, None, race.contests, race.forwards, race.share, race.agreement]
+        rows.append({"key": "", "cells": _cells(race_texts(race), values)})
+    return {"head": list(RACES), "texts": 3, "rows": rows}
 
 
 def _cases(evaluation: Evaluation, gallery: Gallery) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffitm.evaluation.evaluate import Evaluation, ResultRow
+from diffitm.evaluation.races import RaceFigure
 from diffitm.metrics.figures import Unit
 from diffitm.report.published_figures import LABEL, TIMESTEPS, published
 from diffitm.tasks.mmbias import PUBLISHED_EFFECT
@@ -12,6 +14,7 @@ from diffitm.tasks.mmbias import PUBLISHED_EFFECT
 NAIVE, NORMALISED = "diffusion naive", "diffusion normalised"
 OF_CLIP = ("cosine", "probe")
 OF_ERRORS = ("conditional", "normalised")
+RACES = ("model", "task", "rules", "decisions", "forwards", "share", "as in full, % of audited")
 SINGLE = "single"  # what stands for the score of a model that has one
 NOTE = (
     "= : one image against several texts, where normalising changes no decision. "
@@ -42,11 +45,13 @@ class TableLine:
 
 @dataclass(frozen=True)
 class Table:
-    """Column titles and lines; `published` adds the column of published figures."""
+    """Column titles and lines; `published` adds the column of published figures, `raced` says what of the
+    figures was raced."""
 
     columns: list[str]
     lines: list[TableLine]
     published: bool
+    raced: str = ""
 
     def head(self) -> list[str]:
         """Titles of all columns."""
@@ -99,7 +104,39 @@ def make_table(
     protocols = {row.protocol for row in diffusion}
     comparable = steps == {TIMESTEPS} and protocols == {"diffusionitm"}
     shown = real_data and comparable and any(published(x.task, x.metric, x.group) for x in lines)
-    return Table([title for title, _, _ in titles], lines, shown)
+    return Table([title for title, _, _ in titles], lines, shown, raced_note(evaluation.races))
+
+
+def raced_note(races: Sequence[RaceFigure]) -> str:
+    """What below a table says of figures that were raced; nothing where none was."""
+    if not races:
+        return ""
+    rules = " and ".join(dict.fromkeys(race.rules for race in races))
+    tasks = ", ".join(dict.fromkeys(race.task for race in races))
+    share = sum(race.forwards for race in races) / sum(race.full for race in races)
+    agreed, audited = (sum(getattr(race, name) for race in races) for name in ("agreed", "audited"))
+    text = f"Raced ({rules}) with {share:.0%} of the forwards of a full run: {tasks}."
+    if audited:
+        return f"{text} Of {audited:,} audited decisions {agreed:,} came out as in full."
+    return f"{text} No decision was audited."
+
+
+def race_texts(race: RaceFigure) -> list[str]:
+    """The cells of RACES for a task."""
+    alike = "-"
+    if race.agreement is not None and race.low is not None and race.high is not None:
+        interval = f"[{percent(race.low)}, {percent(race.high)}]"
+        alike = f"{percent(race.agreement)} {interval} of {race.audited:,}"
+    forwards = f"{race.forwards:,} of {race.full:,}"
+    return [
+        race.model,
+        race.task,
+        race.rules,
+        f"{race.contests:,}",
+        forwards,
+        f"{race.share:.0%}",
+        alike,
+    ]
 
 
 def columns(evaluation: Evaluation) -> list[tuple[str, str, str]]:
@@ -163,10 +200,10 @@ def markdown(table: Table) -> str:
     """The table as Markdown."""
     rows = [table.head(), ["---"] * 2 + ["---:"] * (len(table.head()) - 2)]
     rows += [table.texts(line) for line in table.lines]
-    return (
-        "\n".join("| " + " | ".join(t.translate(MARKDOWN) for t in row) + " |" for row in rows)
-        + "\n"
-    )
+    lines = ["| " + " | ".join(t.translate(MARKDOWN) for t in row) + " |" for row in rows]
+    if table.raced:
+        lines += ["", table.raced.translate(MARKDOWN)]
+    return "\n".join(lines) + "\n"
 
 
 def latex(table: Table) -> str:
@@ -177,4 +214,5 @@ def latex(table: Table) -> str:
     ]
     form = "ll" + "r" * (len(table.head()) - 2)
     parts = [rf"\begin{{tabular}}{{{form}}}", r"\toprule", head, r"\midrule", *rows]
-    return "\n".join([*parts, r"\bottomrule", r"\end{tabular}", ""])
+    note = ["", r"\smallskip", table.raced.translate(LATEX)] if table.raced else []
+    return "\n".join([*parts, r"\bottomrule", r"\end{tabular}", *note, ""])

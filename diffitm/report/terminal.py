@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from diffitm.evaluation.evaluate import Comparison, Evaluation
-from diffitm.report.table import NOTE, OF_ERRORS, Table, group_label, p_text
+from diffitm.evaluation.races import RaceFigure
+from diffitm.report.table import NOTE, OF_ERRORS, RACES, Table, group_label, p_text, race_texts
 from diffitm.store.run_summary import Summary
 from diffitm.tasks.check import TaskState
 
@@ -44,6 +45,7 @@ def print_results(evaluation: Evaluation, table: Table) -> None:
         shown.add_row(f"  {group_label(line.group)}" if below else label, *cells)
     console.print(shown)
     console.print(NOTE)
+    _print_races(console, evaluation.races)
     _print_tests(console, evaluation.comparisons)
     for speed in evaluation.speeds:
         each = f"{1000 * speed.seconds_per_pair:.3g} ms of one actor a pair"
@@ -52,6 +54,17 @@ def print_results(evaluation: Evaluation, table: Table) -> None:
     console.print(
         f"ties {ties} (each counts its expected value), failures {len(evaluation.failures)}"
     )
+
+
+def _print_races(console: Console, races: Sequence[RaceFigure]) -> None:
+    if not races:
+        return
+    shown = RichTable(title="Races", box=box.SIMPLE_HEAD, title_justify="left")
+    for i, name in enumerate(RACES):
+        shown.add_column(name, justify="left" if i < 3 else "right")
+    for race in races:
+        shown.add_row(*race_texts(race))
+    console.print(shown)
 
 
 def _print_tests(console: Console, comparisons: list[Comparison]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,27 +12,23 @@ from torch import Tensor
 from diffitm.core.schema import PairRow, RaceBlock
 from diffitm.metrics.score import column, error_values
 from diffitm.scoring.diffusion import DiffusionScorer, MeasuredPair
-from diffitm.scoring.racing import RacePlan, hold
+from diffitm.scoring.racing import RacePlan, Run, hold
 from diffitm.scoring.scorer import Loaded, blank, load_images
 
 COLUMNS = ("l2", "l1", "huber")
 IMAGES_AT_ONCE = 64  # whose pixels are held
+Load = Callable[[Sequence[str]], list[Loaded]]
 
 
-def race_block(scorer: DiffusionScorer, block: RaceBlock, plan: RacePlan) -> list[dict[str, Any]]:
-    """Lines of the store for what the block's races needed beyond what was stored: of each pair the errors
-    at places that were asked for, or why its image or text cannot be scored."""
-    races = _Races(scorer, block, plan)
-    hold(block.contests, races.errors, plan, races.measure)
-    return races.lines()
+class BlockRaces:
+    """The contests of a block on a loaded model. `load` reads images by their names, those of the block; by
+    default files below the scorer's root."""
 
-
-class _Races:
-    """The errors of a block's pairs [P, N] under way, NaN where they are not known."""
-
-    def __init__(self, scorer: DiffusionScorer, block: RaceBlock, plan: RacePlan) -> None:
+    def __init__(
+        self, scorer: DiffusionScorer, block: RaceBlock, plan: RacePlan, load: Load | None = None
+    ) -> None:
         self.scorer, self.block, self.plan = scorer, block, plan
-        loaded, self.latents = _encoded(scorer, block)
+        loaded, self.latents = _encoded(scorer, block, load or _loader(scorer, block))
         refused = [scorer.denoiser.refuses(text) for text in block.texts]
         kept = [text for text, reason in zip(block.texts, refused, strict=True) if reason is None]
         self.condition = scorer.texts(kept) if kept else {}
@@ -50,7 +46,11 @@ class _Races:
         for p, (places, errors) in enumerate(zip(block.stored, block.errors, strict=True)):
             self.errors[p, places] = np.array(errors, np.float32)
 
-    def measure(self, asked: Mapping[int, int]) -> None:
+    def run(self) -> list[Run]:
+        """Hold all races to their end."""
+        return hold(self.block.contests, self.errors, self.plan, self._measure)
+
+    def _measure(self, asked: Mapping[int, int]) -> None:
         """Score what is asked of each pair and not known."""
         scored = []
         for number, length in asked.items():
@@ -69,7 +69,8 @@ class _Races:
             self.errors[number, pair.places] = np.where(np.isnan(values), np.inf, values)
 
     def lines(self) -> list[dict[str, Any]]:
-        """See race_block."""
+        """Lines of the store for what the races needed beyond what was stored: of each pair the errors at
+        places that were asked for, or why its image or text cannot be scored."""
         lines = []
         for number, (pair, failure) in enumerate(zip(self.pairs, self.failures, strict=True)):
             if failure is not None:
@@ -86,14 +87,21 @@ class _Races:
         return [place for place in known if place not in stored]
 
 
-def _encoded(scorer: DiffusionScorer, block: RaceBlock) -> tuple[list[Loaded], Tensor]:
+def _loader(scorer: DiffusionScorer, block: RaceBlock) -> Load:
+    def load(names: Sequence[str]) -> list[Loaded]:
+        rows = [PairRow(block.row, name, []) for name in names]
+        return load_images(rows, scorer.root, scorer.prepare)
+
+    return load
+
+
+def _encoded(scorer: DiffusionScorer, block: RaceBlock, load: Load) -> tuple[list[Loaded], Tensor]:
     """How each image's reading went, and the latents of those that are readable."""
     loaded, latents = list[Loaded](), list[Tensor]()
     for start in range(0, len(block.images), IMAGES_AT_ONCE):
-        names = block.images[start : start + IMAGES_AT_ONCE]
-        rows = [PairRow(block.row, name, []) for name in names]
-        some = load_images(rows, scorer.root, scorer.prepare)
+        some = load(block.images[start : start + IMAGES_AT_ONCE])
         if pixels := [item.value for item in some if item.failure is None]:
             latents.append(scorer.latents(pixels))
         loaded += [item._replace(value=None) for item in some]
-    return loaded, torch.cat(latents) if latents else torch.zeros(0, *scorer.denoiser.latent_shape)
+    nothing = torch.zeros(0, *scorer.denoiser.latent_shape)
+    return loaded, torch.cat(latents) if latents else nothing

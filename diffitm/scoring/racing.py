@@ -4,7 +4,9 @@ worse beyond doubt drop out.
 Every candidate meets the same timesteps and noises, so what decides is the paired difference to the
 candidate at the border, timestep by timestep. Its mean over a prefix of n of N timesteps stands for
 the mean over all N with the variance s^2 / n (1 - n / N), the finite-population correction (Cochran,
-Sampling Techniques, 1977, section 2.6): over the full plan no doubt is left.
+Sampling Techniques, 1977, section 2.6): over the full plan no doubt is left. As every prefix is
+spread over the range, what changes slowly with the timestep is in its mean already, and s^2 is that of
+neighbours (von Neumann 1941; for systematic samples Wolter, Introduction to Variance Estimation, 1985).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from diffitm.core.errors import InputError
 from diffitm.core.schema import Contest
 from diffitm.scoring.noise_plan import plan_timesteps
 
+VERSION = 1  # grows when the same errors and rules would race otherwise
 BORROWED = 4.0  # how many timesteps the other candidates' spread weighs as much as
 
 
@@ -81,6 +84,8 @@ class Racing:
         order = np.argsort(errors.mean(1), kind="stable")
         best, worst = order[:places], order[places:]
         wrong = np.ones(len(errors))
+        # The columns in the order of their timesteps.
+        errors = errors[:, np.argsort(spread_order(total)[: errors.shape[1]])]
         shrunk = _shrinkage(errors, total)
         wrong[worst] = doubts(errors[worst], errors[best[-1]], total, shrunk)
         wrong[best] = doubts(errors[best], errors[worst[0]], total, shrunk)
@@ -171,8 +176,10 @@ class RacePlan:
     @functools.cached_property
     def order(self) -> list[int]:
         """Places in the plan, the first to be scored first."""
-        order = self.rules.order(self.timesteps)
-        return [p for p in order if self.weights is None or self.weights[p] > 0]
+        used = [
+            p for p in range(len(self.timesteps)) if self.weights is None or self.weights[p] > 0
+        ]
+        return [used[p] for p in self.rules.order([self.timesteps[p] for p in used])]
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -191,7 +198,7 @@ class RacePlan:
     def identity(self) -> dict[str, Any]:
         """What the outcome of a race depends on beside its errors."""
         rules = {"rules": type(self.rules).__name__.lower(), **asdict(self.rules)}
-        return {**rules, "error": self.error, "weights": self.weights}
+        return {"version": VERSION, **rules, "error": self.error, "weights": self.weights}
 
 
 def spread_order(total: int) -> list[int]:
@@ -268,8 +275,10 @@ class Run:
 
     def __init__(self, contest: Contest, plan: RacePlan) -> None:
         self.contest, self.plan = contest, plan
-        total = len(plan.order)
-        self.race = Race(len(contest.candidates), total, plan.rules, contest.kept, contest.about)
+        # The published rounds go on to their end.
+        about = contest.about if isinstance(plan.rules, Racing) else None
+        size, total = len(contest.candidates), len(plan.order)
+        self.race = Race(size, total, plan.rules, contest.kept, about)
         self.finite = True
         self._looks = 0
 
@@ -352,17 +361,19 @@ def _shrinkage(errors: np.ndarray, total: int) -> float:
 def doubts(errors: np.ndarray, border: np.ndarray, total: int, shrunk: float = 1.0) -> np.ndarray:
     """The probability that a candidate is on the other side of the border at the full plan.
 
-    `errors` [C, n], `border` [n] the errors of the candidate at the border, `total` the N timesteps of
-    the full plan. One-sided, of Student's t over paired differences; each spread borrows from the
-    others' mean spread as if that were known from BORROWED more timesteps. `shrunk` is the share of the
-    differences that is no noise.
+    `errors` [C, n] in the order of their timesteps, `border` [n] the errors of the candidate at the
+    border, `total` the N timesteps of the full plan. One-sided, of Student's t over paired differences,
+    whose spread is that of neighbouring timesteps; each borrows from the others' mean spread as if that
+    were known from BORROWED more degrees of freedom. `shrunk` is the share of the differences that is
+    no noise.
     """
     differences = np.asarray(errors, float) - np.asarray(border, float)
     count, n = differences.shape
     if n >= total:
         return np.zeros(count)
-    means, variances = differences.mean(1), differences.var(1, ddof=1)
-    freedom = float(n - 1)
+    means, steps = differences.mean(1), np.diff(differences, axis=1)
+    variances = (steps**2).sum(1) / (2 * (n - 1))
+    freedom = 2 * (n - 1) ** 2 / (3 * n - 4)  # what this estimate's own variance amounts to
     if count > 1:
         others = (variances.sum() - variances) / (count - 1)
         variances = (freedom * variances + BORROWED * others) / (freedom + BORROWED)

@@ -65,6 +65,18 @@ def open_work(
     return OpenWork(folder, table, left)
 
 
+def open_pairs(out: str, store: Store, examples: list[str], identity: list[str]) -> OpenWork:
+    """The unfinished work table of these examples, else a new one with the pairs that the store lacks.
+
+    `examples` are files, `identity` tells their content.
+    """
+
+    def write(uri: str) -> pair_table.WorkTable:
+        return pair_table.write_work(examples, store, uri)
+
+    return open_work(out, store, write, identity)
+
+
 def mend(checkpoint: str) -> None:
     """Take back what a kill left of a commit in an object store, where a move is a copy and a deletion.
 

@@ -16,6 +16,7 @@ from diffitm.commands.stages.score import ScoringActor, ScoringCounter, _block_r
 from diffitm.core.schema import SCORES
 from diffitm.distributed.session import ActorPool
 from diffitm.scoring.batching import Batch
+from diffitm.store.pair_table import Left
 from diffitm.store.run_summary import Done
 from tests.ranks import Handle
 
@@ -79,7 +80,13 @@ def test_what_an_actor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counter.read() == Done(actors=1, rate=50.0)
     monkeypatch.setattr(batch, "spent", lambda: 2.5)
     rows = pa.table(
-        {"row": [4, 5], "image": ["a", "b"], "texts": [["x", "bad"], ["y"]], "more": [1, 2]}
+        {
+            "row": [4, 5],
+            "image": ["a", "b"],
+            "texts": [["x", "bad"], ["y"]],
+            "stored": pa.nulls(2),
+            "more": [1, 2],
+        }
     )
     clock[0] = 14.0
     found = actor(rows)
@@ -99,7 +106,7 @@ def test_what_an_actor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_without_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     actor, counter, _ = an_actor(monkeypatch, [])
-    actor(pa.table({"row": [4], "image": ["a"], "texts": [["x"]]}))
+    actor(pa.table({"row": [4], "image": ["a"], "texts": [["x"]], "stored": pa.nulls(1)}))
     assert (counter.read().inside, counter.read().batch_size) == (0, 0)
 
 
@@ -114,7 +121,7 @@ def test_a_model_without_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_rows_of_a_block(rows: int, pairs: int, cost: int, actors: int, expected: int) -> None:
-    work: Any = SimpleNamespace(rows_left=rows, pairs_left=pairs)
+    work: Any = SimpleNamespace(left=Left(rows, pairs, 0))
     assert _block_rows(work, cost, ActorPool(actors, 99, 1.0, 0.0)) == expected
 
 

@@ -22,6 +22,7 @@ from diffitm.distributed.actors import StageActor, WorkerSpec
 from diffitm.distributed.attempts import RETRIES, Trouble
 from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import Build, ItemCounter, Stage, in_rounds, run_stage
+from diffitm.store.pair_table import Left
 from diffitm.store.run_summary import Done
 from tests.ranks import Handle
 
@@ -310,9 +311,9 @@ def test_what_scoring_asks_for(
         score, "start_here", lambda kind: Handle(SimpleNamespace(read=lambda: done))
     )
     asked: list[tuple[str, str]] = []
-    counts = [(1, 3), (0, 0)]
+    counts = [Left(1, 3, 0), Left(0, 0, 0)]
 
-    def remaining(table: str, checkpoint: str) -> tuple[int, int]:
+    def remaining(table: str, checkpoint: str) -> Left:
         asked.append((table, checkpoint))
         return counts[min(len(asked) - 1, 1)]
 
@@ -326,9 +327,7 @@ def test_what_scoring_asks_for(
 
     monkeypatch.setattr(blocks, "write_parquet", write_parquet)
     where = SimpleNamespace(uri=str(tmp_path / "work.parquet"))
-    work: Any = SimpleNamespace(
-        table=where, checkpoint=f"{tmp_path}/c", rows_left=80, pairs_left=240
-    )
+    work: Any = SimpleNamespace(table=where, checkpoint=f"{tmp_path}/c", left=Left(80, 240, 0))
     spec: Any = SimpleNamespace(cost=7)
     store: Any = SimpleNamespace(model="m", uri=str(tmp_path / "scores"))
     pool = ActorPool(2, 5, 0.5, 0.25)

@@ -25,7 +25,7 @@ from diffitm.commands.stages.score import score
 from diffitm.distributed import session
 from diffitm.store import pair_table
 from diffitm.store.score_store import Store, open_store
-from diffitm.store.work_table import finish, open_work
+from diffitm.store.work_table import finish, open_pairs
 from tests.faults.sleeping import Actor, SleepSpec, examples, read_trace, similarity
 
 CPUS = 0.1  # of an actor; asleep, it needs next to none
@@ -108,7 +108,7 @@ def measure(out: str, spec: SleepSpec, given: argparse.Namespace, address: str) 
     store = open_store(out, "sleeping", spec.store_config())
     drawn = examples(given.pairs, given.texts)
     uri, _ = pair_table.write_examples("sleeping", drawn, f"{out}/examples", None)
-    work = open_work(out, store, [uri], [uri])
+    work = open_pairs(out, store, [uri], [uri])
     session.connect(address)
     pool = session.choose_pool(given.actors, None, CPUS, given.gpus)
     memory = Memory(trace)

@@ -80,13 +80,23 @@ def test_prefixes_grow_to_the_full_plan() -> None:
     assert Racing(first=5).lengths(3) == [3]
 
 
-def test_doubt_of_two_is_the_paired_t_test_with_the_correction() -> None:
+def test_doubt_of_two_is_the_paired_t_test_of_neighbours_with_the_correction() -> None:
     numbers = np.random.default_rng(0)
     a, b = numbers.normal(size=(2, 6))
-    deviation = np.std(a - b, ddof=1) / math.sqrt(6) * math.sqrt(1 - 6 / 30)
-    expected = stats.t.sf(abs(np.mean(a - b)) / deviation, 5)
+    steps = np.diff(a - b)
+    deviation = math.sqrt((steps @ steps) / (2 * 5) / 6 * (1 - 6 / 30))
+    expected = stats.t.sf(abs(np.mean(a - b)) / deviation, 2 * 5**2 / (3 * 6 - 4))
     assert doubts(a[None], b, 30) == pytest.approx([expected])
     assert doubts(a[None], b, 6) == [0]
+
+
+def test_the_spread_of_neighbours_is_that_of_noise_whatever_changes_slowly() -> None:
+    """A slope over the timesteps makes no doubt; without one the estimate is the usual variance."""
+    numbers = np.random.default_rng(5)
+    noise, slope = numbers.normal(size=(2000, 12)), 3 * np.linspace(-1, 1, 12)
+    flat, steep = (doubts(1 + noise + trend, np.zeros(12), 10_000).mean() for trend in (0, slope))
+    assert steep == pytest.approx(flat, abs=0.005)
+    assert (np.diff(noise) ** 2).sum(1).mean() / 22 == pytest.approx(1, abs=0.02)
 
 
 def test_doubt_borrows_the_others_spread() -> None:

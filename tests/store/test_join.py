@@ -168,7 +168,9 @@ def test_many_timesteps_make_small_batches(
 ) -> None:
     """About four million numbers at once, within bounds."""
     asked = list[int]()
-    monkeypatch.setattr(join, "scored_pairs", lambda *given: iter(asked.append(given[-1]) or ()))
+    monkeypatch.setattr(
+        join, "scored_pairs", lambda *given, **more: iter(asked.append(given[-1]) or ())
+    )
     store = Store("nowhere", "m", {"kind": "diffusion", "timesteps": [0] * steps})
     assert list(read_scored(written(tmp_path), store, "l2")) == []
     assert asked == [rows]

@@ -331,15 +331,15 @@ def test_remaining_counts_what_the_checkpoint_lacks(tmp_path: Path, two_tasks: l
     store = open_store(str(tmp_path), "m", DIFFUSION)
     work = pair_table.write_work(two_tasks, store, str(tmp_path / "work.parquet"))
     folder = tmp_path / "checkpoint"
-    assert pair_table.remaining(work.uri, str(folder)) == (3, 9)
+    assert pair_table.remaining(work.uri, str(folder)) == (3, 9, 0)
     folder.mkdir()
     parquet.write_table(pa.table({"row": [1]}), folder / "a.parquet")
-    assert pair_table.remaining(work.uri, str(folder)) == (2, 6)
+    assert pair_table.remaining(work.uri, str(folder)) == (2, 6, 0)
     parquet.write_table(pa.table({"row": [0]}), folder / "b.pending.parquet")
     (folder / "c.parquet").write_bytes((folder / "a.parquet").read_bytes()[:-9])
-    assert pair_table.remaining(work.uri, str(folder)) == (2, 6)
+    assert pair_table.remaining(work.uri, str(folder)) == (2, 6, 0)
     parquet.write_table(pa.table({"row": [0, 1, 2]}), folder / "d.parquet")
-    assert pair_table.remaining(work.uri, str(folder)) == (0, 0)
+    assert pair_table.remaining(work.uri, str(folder)) == (0, 0, 0)
 
 
 def read_pairs(uri: str, store: Store, error: str = "l2") -> list[dict[str, Any]]:
@@ -636,7 +636,7 @@ def test_written_results(tmp_path: Path) -> None:
     written_rows = json.loads(Path(path).read_text())
     assert Path(path).name == "results.json"
     assert set(written_rows) == {
-        "rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases",
+        "rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases", "races",
     }  # fmt: skip
     for row in written_rows["rows"]:
         assert set(row) == {

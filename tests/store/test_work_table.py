@@ -13,7 +13,7 @@ from diffitm.core.schema import Example
 from diffitm.store import pair_table, work_table
 from diffitm.store.run_summary import Done, summarise, write_summary
 from diffitm.store.score_store import Store, open_store
-from diffitm.store.work_table import OpenWork, finish, finished, open_work
+from diffitm.store.work_table import OpenWork, finish, finished, open_pairs
 from tests.tiny import score_row, write_scores
 
 CONFIG = {"kind": "diffusion", "protocol": "diffusionitm", "timesteps": [10]}
@@ -47,14 +47,14 @@ def test_an_unfinished_table_is_gone_on_with(
     tmp_path: Path, store: Store, examples: list[str]
 ) -> None:
     """The same examples in any order; what its checkpoint holds is not done again."""
-    first = open_work(str(tmp_path), store, examples, ["one", "two"])
+    first = open_pairs(str(tmp_path), store, examples, ["one", "two"])
     assert first.folder == str(tmp_path / "work" / store.name / "0000")
     assert (first.table.rows, first.table.pairs) == (3, 6)
-    assert (first.rows_left, first.pairs_left, first.resumed) == (3, 6, False)
+    assert (first.left.rows, first.left.pairs, first.resumed) == (3, 6, False)
     commit(first, "a.parquet", 1)
-    again = open_work(str(tmp_path), store, examples, ["two", "one"])
+    again = open_pairs(str(tmp_path), store, examples, ["two", "one"])
     assert (again.folder, again.table) == (first.folder, first.table)
-    assert (again.rows_left, again.pairs_left, again.resumed) == (2, 4, True)
+    assert (again.left.rows, again.left.pairs, again.resumed) == (2, 4, True)
     assert not (Path(first.folder) / "done").exists()
 
 
@@ -62,11 +62,11 @@ def test_a_commit_that_a_kill_cut_is_taken_back(
     tmp_path: Path, store: Store, examples: list[str]
 ) -> None:
     """Rows both pending and committed are committed; rows only pending stay so."""
-    work = open_work(str(tmp_path), store, examples, ["one"])
+    work = open_pairs(str(tmp_path), store, examples, ["one"])
     committed = commit(work, "a.parquet", 0)
     both, pending = commit(work, "a.pending.parquet", 0), commit(work, "b.pending.parquet", 1)
-    again = open_work(str(tmp_path), store, examples, ["one"])
-    assert (again.folder, again.rows_left) == (work.folder, 2)
+    again = open_pairs(str(tmp_path), store, examples, ["one"])
+    assert (again.folder, again.left.rows) == (work.folder, 2)
     assert (committed.exists(), both.exists(), pending.exists()) == (True, False, True)
 
 
@@ -74,28 +74,28 @@ def test_a_table_of_other_examples_is_closed(
     tmp_path: Path, store: Store, examples: list[str]
 ) -> None:
     """Scores whose commit is pending go, the others stay and are not asked for again."""
-    old = open_work(str(tmp_path), store, examples, ["one"])
+    old = open_pairs(str(tmp_path), store, examples, ["one"])
     commit(old, "b1.parquet", 0)
     commit(old, "b2.pending.parquet", 1)
     write_scores(store, [score_row("a", text, [1.0]) for text in "xy"], "b1-0")
     write_scores(store, [score_row("b", text, [1.0]) for text in "xy"], "b2-0")
     write_scores(store, [score_row("c", "x", [1.0])], "earlier-b2")
-    new = open_work(str(tmp_path), store, examples, ["other"])
+    new = open_pairs(str(tmp_path), store, examples, ["other"])
     assert json.loads((Path(old.folder) / "done").read_text()) == {"closed": True}
     assert score_files(store) == ["b1-0.parquet", "earlier-b2.parquet"]
     assert Path(new.folder).name == "0001"
     lines = parquet.read_table(new.table.uri).to_pylist()
     assert [(line["image"], line["texts"]) for line in lines] == [("b", ["x", "y"]), ("c", ["y"])]
-    back = open_work(str(tmp_path), store, examples, ["one"])
+    back = open_pairs(str(tmp_path), store, examples, ["one"])
     assert Path(back.folder).name == "0002"
 
 
 def test_closing_without_pending_commits_deletes_nothing(
     tmp_path: Path, store: Store, examples: list[str]
 ) -> None:
-    open_work(str(tmp_path), store, examples, ["one"])
+    open_pairs(str(tmp_path), store, examples, ["one"])
     write_scores(store, [score_row("a", "x", [1.0])])
-    open_work(str(tmp_path), store, examples, ["other"])
+    open_pairs(str(tmp_path), store, examples, ["other"])
     assert score_files(store) == ["part-0.parquet"]
 
 
@@ -103,13 +103,13 @@ def test_tables_that_are_done_or_were_never_begun_are_passed_over(
     tmp_path: Path, store: Store, examples: list[str]
 ) -> None:
     """One with a note that it is done, one that is all committed, one without its note."""
-    first = open_work(str(tmp_path), store, examples, ["one"])
+    first = open_pairs(str(tmp_path), store, examples, ["one"])
     finish(first, Done(pairs=1))
-    second = open_work(str(tmp_path), store, examples, ["one"])
+    second = open_pairs(str(tmp_path), store, examples, ["one"])
     commit(second, "a.parquet", 0, 1, 2)
-    third = open_work(str(tmp_path), store, examples, ["one"])
+    third = open_pairs(str(tmp_path), store, examples, ["one"])
     (Path(third.folder) / "table.json").unlink()
-    fourth = open_work(str(tmp_path), store, examples, ["one"])
+    fourth = open_pairs(str(tmp_path), store, examples, ["one"])
     folders = [Path(work.folder).name for work in (first, second, third, fourth)]
     assert folders == ["0000", "0001", "0002", "0003"]
     assert json.loads((Path(second.folder) / "done").read_text()) == {"closed": True}
@@ -121,8 +121,8 @@ def test_nothing_to_do_leaves_no_table_to_go_on_with(
     tmp_path: Path, store: Store, examples: list[str]
 ) -> None:
     write_scores(store, [score_row(image, text, [1.0]) for image in "abc" for text in "xy"])
-    work = open_work(str(tmp_path), store, examples, ["one"])
-    assert (work.rows_left, work.pairs_left, work.resumed) == (0, 0, False)
+    work = open_pairs(str(tmp_path), store, examples, ["one"])
+    assert (work.left.rows, work.left.pairs, work.resumed) == (0, 0, False)
     assert not (Path(work.folder) / "table.json").exists()
 
 

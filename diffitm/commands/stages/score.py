@@ -51,13 +51,10 @@ class ScoringCounter:
 
 
 class ScoringActor:
-    """Loads the model once and scores blocks of work rows, or holds the races of a block; `name` is the
-    model's in metrics."""
+    """Loads the model once and scores blocks of work rows; `name` is the model's in metrics."""
 
-    def __init__(
-        self, spec: Spec, name: str, plan: RacePlan | None, device: str, counter: Any
-    ) -> None:
-        self.device, self.counter, self.plan = device, counter, plan
+    def __init__(self, spec: Spec, name: str, device: str, counter: Any) -> None:
+        self.device, self.counter = device, counter
         self.scorer = spec.build(device)
         self.batches: list[Batch] = getattr(self.scorer, "batches", [])
         for batch in self.batches:
@@ -75,16 +72,8 @@ class ScoringActor:
         return pa.Table.from_pylist(lines, SCORES)
 
     def _score(self, table: pa.Table) -> list[dict[str, Any]]:
-        if self.plan is None:
-            rows = [PairRow(**line) for line in table.select(WORK.names).to_pylist()]
-            return self.scorer.score(rows)
-        from diffitm.scoring.race_block import race_block  # as the model, of this process alone
-
-        scorer, lines = cast("DiffusionScorer", self.scorer), []
-        for line in table.select(RACES.names).to_pylist():
-            contests = [Contest(**contest) for contest in line.pop("contests")]
-            lines += race_block(scorer, RaceBlock(**line, contests=contests), self.plan)
-        return lines
+        rows = [PairRow(**line) for line in table.select(WORK.names).to_pylist()]
+        return self.scorer.score(rows)
 
     def _tell(self, lines: list[dict[str, Any]], start: float) -> None:
         """Count a block that was begun at `start`."""
@@ -105,6 +94,25 @@ class ScoringActor:
         self.free = end
         self.counter.add.remote(done)
         self.metrics.add(done)
+
+
+class RacingActor(ScoringActor):
+    """Holds the races of blocks of contests."""
+
+    def __init__(self, spec: Spec, name: str, plan: RacePlan, device: str, counter: Any) -> None:
+        self.plan = plan
+        super().__init__(spec, name, device, counter)
+
+    def _score(self, table: pa.Table) -> list[dict[str, Any]]:
+        from diffitm.scoring.race_block import BlockRaces  # as the model, of this process alone
+
+        scorer, lines = cast("DiffusionScorer", self.scorer), []
+        for line in table.select(RACES.names).to_pylist():
+            contests = [Contest(**contest) for contest in line.pop("contests")]
+            races = BlockRaces(scorer, RaceBlock(**line, contests=contests), self.plan)
+            races.run()
+            lines += races.lines()
+        return lines
 
 
 def forwards(line: dict[str, Any], cost: int) -> int:
@@ -129,7 +137,9 @@ def score(
     Raises whatever ended the run; every block written before stays and is not done again.
     """
     start, counter = time.monotonic(), start_here(ScoringCounter)
-    build = Build(ScoringActor, (spec, store.model, plan), counter)
+    build = Build(ScoringActor, (spec, store.model), counter)
+    if plan:
+        build = Build(RacingActor, (spec, store.model, plan), counter)
     rows = 1 if plan else _block_rows(work, spec.cost, pool)
     lines = _Lines(store.model, work.left.pairs, spec.cost, pool.min_actors)
 
