@@ -6,9 +6,9 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +18,22 @@ from pyarrow import parquet
 from diffitm.core import images as image_files
 from diffitm.core import storage
 from diffitm.core.errors import InputError
-from diffitm.core.schema import SCORES, PairRow
+from diffitm.core.schema import SCORES, PairRow, read_block
 from diffitm.metrics.score import averaged, conditional_score, normalised_score
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
 from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.racing import RacePlan, Racing
 from diffitm.scoring.scorer import Loaded, RowScorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from diffitm.evaluation.examples import Examples
+    from diffitm.evaluation.race_table import Races
+    from diffitm.evaluation.races import RaceOptions
+    from diffitm.scoring.diffusion import DiffusionScorer
+    from diffitm.store.score_store import Store
 
 log = logging.getLogger("diffitm")
 T = TypeVar("T")
@@ -101,8 +108,63 @@ class ImageTextScorer:
             raise InputError(f"{self.name} has no errors by timestep, only a score", "scorer")
         return self._table(_listed(images), _listed(texts), error)
 
-    def _table(self, images: list[Picture], texts: list[str], kind: str) -> np.ndarray:
-        """Values of the score store's column, float32 [images, texts, timesteps or 1]."""
+    def best(
+        self,
+        images: Picture | Sequence[Picture],
+        texts: str | Sequence[str],
+        k: int = 1,
+        *,
+        of: Literal["image", "text"] = "image",
+        racing: float = 0.01,
+    ) -> np.ndarray:
+        """The best texts of each image, or images of each text, by the normalised score of a diffusion model,
+        found by a race: those that are worse beyond doubt are scored no further.
+
+        Args:
+            images: as a call's.
+            texts: as a call's, each once.
+            k: how many are the best.
+            of: 'image' for the texts of each image, 'text' for the images of each text.
+            racing: the probability that the k best of one are others than in full.
+
+        Returns:
+            int [images, k], numbers of texts, or [texts, k], numbers of images; the best first as far
+            as the race has told them apart. Of fewer than k candidates all, in the order given.
+
+        Raises:
+            InputError: as a call; a model without errors by timestep.
+        """
+        if not self.timesteps:
+            raise InputError(f"{self.name} has no errors by timestep to race by", "scorer")
+        images, texts = _listed(images), _listed(texts)
+        self._check(texts)
+        if k < 1:
+            raise InputError(f"{k}: must be at least 1", "k")
+        if len(set(texts)) < len(texts) or "" in texts:
+            raise InputError(": each text once, and none of them empty", "texts")
+        from diffitm.scoring.race_block import BlockRaces, all_with_all
+
+        block = all_with_all(len(images), texts, k, of)
+        error = "l2" if self.spec.protocol == "diffusionitm" else "mse"  # type: ignore[attr-defined]
+        races = BlockRaces(
+            cast("DiffusionScorer", self.rows),
+            block,
+            RacePlan(Racing(racing), self.timesteps, error),
+            lambda names: [self._load(images[int(name)], int(name)) for name in names],
+        )
+        for number, reason in enumerate(races.refused):
+            if reason is not None:
+                raise InputError(f"[{number}] {texts[number]!r:.60}: {reason}", "texts")
+        found = []
+        for run in races.run():
+            if not run.finite:
+                raise InputError(f"{self.name} gives errors that are not finite", "scorer")
+            standing = run.race.standing()
+            found.append(sorted(run.race.winners, key=lambda n: (-standing[n], n)))
+        return np.array(found, int).reshape(len(found), len(found[0]) if found else k)
+
+    def _check(self, texts: list[str]) -> None:
+        """Raises InputError for what is no text; logs what is cut."""
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"[{number}]: {text!r:.60} is no text", "texts")
@@ -110,6 +172,10 @@ class ImageTextScorer:
             log.warning(
                 "texts[%d] %r: is longer than the model reads, and cut", number, texts[number]
             )
+
+    def _table(self, images: list[Picture], texts: list[str], kind: str) -> np.ndarray:
+        """Values of the score store's column, float32 [images, texts, timesteps or 1]."""
+        self._check(texts)
         out = np.zeros((len(images), len(texts), len(self.timesteps) or 1), np.float32)
         unique = list(dict.fromkeys(texts))
         if not images or not unique:
@@ -257,6 +323,8 @@ def evaluate(
     out: str | None = None,
     limit: int | None = None,
     scenes: int = 100,
+    racing: float | None = None,
+    racing_audit: float = 0.0,
 ) -> pd.DataFrame:
     """The figures of a model on tasks, as pipelines/gdbench.py computes them.
 
@@ -268,60 +336,128 @@ def evaluate(
             one, nothing is kept.
         limit: examples of each task, evenly spread.
         scenes: that 'shapes' draws.
+        racing: a diffusion model scores candidates only as far as their decision needs: the
+            probability, such as 0.01, that one comes out otherwise than in full.
+        racing_audit: share of the examples that is scored in full as well; what that found is logged.
 
     Returns:
         A row a figure: model, task, group, metric, score, value, low, high, n, failures and more.
 
     Raises:
-        InputError: a task whose data is not there, or as load_scorer.
+        InputError: a task whose data is not there, an option out of range, or as load_scorer.
     """
     if isinstance(scorer, str):
         scorer = load_scorer(scorer)
+    options = None
+    if racing is not None:
+        from diffitm.evaluation.races import RaceOptions
+
+        options = RaceOptions(Racing(racing), racing_audit)
     if out is None:
         with tempfile.TemporaryDirectory(prefix="diffitm-") as folder:
-            return _evaluate(scorer, _listed(tasks), data, folder, limit, scenes)
-    return _evaluate(scorer, _listed(tasks), data, storage.absolute(out), limit, scenes)
+            return _evaluate(scorer, _listed(tasks), data, folder, limit, scenes, options)
+    return _evaluate(scorer, _listed(tasks), data, storage.absolute(out), limit, scenes, options)
 
 
 def _evaluate(
-    scorer: ImageTextScorer, tasks: list[str], data: str, out: str, limit: int | None, scenes: int
+    scorer: ImageTextScorer,
+    tasks: list[str],
+    data: str,
+    out: str,
+    limit: int | None,
+    scenes: int,
+    options: RaceOptions | None,
 ) -> pd.DataFrame:
     import pandas as pd
 
+    from diffitm.evaluation.evaluate import error_of
     from diffitm.evaluation.evaluate import evaluate as figures
     from diffitm.evaluation.examples import data_root, write_examples
+    from diffitm.report.table import raced_note
     from diffitm.store.score_store import open_store
+    from diffitm.tasks.registry import find_task
 
     root = data_root(data, scenes, out)
-    examples = {n: e.uri for n, e in write_examples(tasks, root, out, limit).items()}
+    examples = write_examples(tasks, root, out, limit)
     spec: Any = scorer.spec
     spec = dataclasses.replace(spec, root=root)
     store = open_store(out, spec.label, spec.store_config())
     scorer.rows.root = root
-    _score_missing(scorer, list(examples.values()), store, out)
-    evaluation = figures(examples, [store])
+    plan = options.plan(store, error_of(store, "auto"), None) if options else None
+    if options is None or plan is None:
+        _score_missing(scorer, list(examples.values()), store, out)
+    else:
+        from diffitm.evaluation.race_table import Races
+
+        races = Races(options, plan, {name: find_task(name)() for name in examples})
+        _race_missing(scorer, examples, store, out, races)
+    files = {name: part.uri for name, part in examples.items()}
+    evaluation = figures(files, [store], racing=options)
+    if evaluation.races:
+        log.info("%s", raced_note(evaluation.races))
     for line in evaluation.failures:
         log.warning("%s: example %s: %s", line["task"], line["example"], line["failure"])
     return pd.DataFrame([dataclasses.asdict(row) for row in evaluation.rows])
 
 
-def _score_missing(scorer: ImageTextScorer, examples: list[str], store: Any, out: str) -> None:
-    """Score what the store lacks; each block is a file of its own, whole or not there."""
+def _score_missing(
+    scorer: ImageTextScorer, examples: Sequence[Examples], store: Store, out: str
+) -> None:
+    """Score the pairs that the store lacks."""
     from diffitm.store.pair_table import write_work
 
-    stamp = f"{time.time_ns():x}"
-    work = write_work(examples, store, storage.join(out, "work", f"api-{stamp}.parquet"))
+    def score(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return scorer.rows.score([PairRow(**line) for line in lines])
+
+    work = f"api-{time.time_ns():x}.parquet"
+    table = write_work([e.uri for e in examples], store, storage.join(out, "work", work))
+    _through(scorer, table.uri, AT_ONCE, score, store)
+
+
+def _race_missing(
+    scorer: ImageTextScorer,
+    examples: Mapping[str, Examples],
+    store: Store,
+    out: str,
+    races: Races,
+) -> None:
+    """Score what the examples' races need and the store lacks."""
+    from diffitm.evaluation.race_table import full_part, write_races
+    from diffitm.scoring.race_block import BlockRaces
+
+    def race(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        (line,) = lines
+        block = BlockRaces(cast("DiffusionScorer", scorer.rows), read_block(line), races.plan)
+        block.run()
+        return block.lines()
+
+    if full := full_part(examples, races, out):
+        _score_missing(scorer, full, store, out)
+    work = f"api-{time.time_ns():x}.parquet"
+    table = write_races(examples, store, races, 1, storage.join(out, "work", work))
+    _through(scorer, table.uri, 1, race, store)
+
+
+def _through(
+    scorer: ImageTextScorer,
+    work: str,
+    size: int,
+    score: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    store: Store,
+) -> None:
+    """Score a work table, so many rows at once; each block is a file of its own, whole or not there."""
+    name = storage.name(work).removesuffix(".parquet")
     try:
-        found, path = storage.filesystem(work.uri)
-        rows = [PairRow(**line) for line in parquet.read_table(path, filesystem=found).to_pylist()]
-        blocks = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
+        found, path = storage.filesystem(work)
+        rows = parquet.read_table(path, filesystem=found).to_pylist()
+        blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
         for number, block in enumerate(progress(blocks, scorer.name, len(rows))):
             sink = pa.BufferOutputStream()
-            parquet.write_table(pa.Table.from_pylist(scorer.rows.score(block), SCORES), sink)
-            file = storage.join(store.uri, f"api-{stamp}-{number:06d}.parquet")
+            parquet.write_table(pa.Table.from_pylist(score(block), SCORES), sink)
+            file = storage.join(store.uri, f"{name}-{number:06d}.parquet")
             storage.write_bytes(file, sink.getvalue().to_pybytes())
     finally:
-        storage.delete(work.uri)
+        storage.delete(work)
 
 
 def progress(blocks: Sequence[T], name: str, total: int) -> Iterator[T]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 import diffitm
 from diffitm.core import images
+from diffitm.core.errors import InputError
 from diffitm.models.loading import SHAPES
 from diffitm.shapes.layouts import write_world
 from diffitm.store.join import read_scored
@@ -264,3 +265,83 @@ def test_upright(clip: diffitm.ImageTextScorer, tmp_path: Path) -> None:
     found = clip([tmp_path / "a.png", Image.open(tmp_path / "a.png"), turned], ["a red circle"])
     assert found[0] == found[1] == found[2]
     assert found[0] != clip(left, ["a red circle"])[0]
+
+
+# --- races
+
+
+@pytest.fixture(scope="module")
+def long() -> diffitm.ImageTextScorer:
+    return diffitm.load_scorer("shapes", timesteps=20)
+
+
+def count_forwards(model: diffitm.ImageTextScorer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One number for each batch that the model is asked for from now on."""
+    asked, denoiser = list[int](), model.rows.denoiser  # type: ignore[attr-defined]
+    predict = denoiser.predict
+
+    def counted(noised: Any, *more: Any) -> Any:
+        asked.append(len(noised))
+        return predict(noised, *more)
+
+    monkeypatch.setattr(denoiser, "predict", counted)
+    return asked
+
+
+@pytest.mark.parametrize("of", ["image", "text"])
+def test_the_best_by_a_race(
+    of: Any, long: diffitm.ImageTextScorer, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the full scores, at fewer forwards."""
+    texts = ["a red circle", "a large blue square", "a green star", "a yellow triangle", "a dog"]
+    scores = long(files, texts) if of == "image" else long(files, texts).T
+    asked = count_forwards(long, monkeypatch)
+    found = long.best(files, texts, 2, of=of, racing=0.05)
+    assert sum(asked) < len(files) * (len(texts) + 1) * 20
+    assert found.shape == (len(scores), 2) and found.dtype == int
+    exact = long.best(files, texts, 2, of=of, racing=0.0)
+    for row, wanted in zip(exact, np.argsort(-scores, axis=1)[:, :2], strict=True):
+        assert set(row) == set(wanted)
+    assert (np.sort(found) == np.sort(exact)).mean() > 0.7
+    assert long.best(files, texts, 9, of=of).shape == scores.shape
+    assert long.best([], texts, of="image").shape[0] == 0
+
+
+def test_what_best_refuses(
+    long: diffitm.ImageTextScorer, clip: diffitm.ImageTextScorer, files: list[str]
+) -> None:
+    for texts, k, racing, told in (
+        (["a", "a"], 1, 0.1, "each text once"), (["a", ""], 1, 0.1, "each text once"),
+        (["a", "b"], 0, 0.1, "k 0: must be at least 1"), (["a", "b"], 1, 1.0, "racing 1.0: must be"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=told):
+            long.best(files, texts, k, racing=racing)
+    with pytest.raises(InputError, match="no errors by timestep"):
+        clip.best(files, ["a", "b"])
+    with pytest.raises(InputError, match=r"images \[1\].*no such file"):
+        long.best([files[0], "nowhere.png"], ["a", "b"])
+
+
+def test_an_evaluation_by_races(
+    long: diffitm.ImageTextScorer, world: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Fewer forwards; a full evaluation afterwards makes the others; a CLIP is not raced."""
+    asked = count_forwards(long, monkeypatch)
+    with caplog.at_level(logging.INFO):
+        raced = diffitm.evaluate(
+            long, "winoground", str(world), out=str(tmp_path), racing=0.1, racing_audit=0.6
+        )
+    assert "Raced (doubt 0.1) with" in caplog.text and "audited decisions" in caplog.text
+    assert set(raced["racing"]) == {"doubt 0.1"} and set(raced["score"]) == {"normalised"}
+    spent = sum(asked)
+    whole = diffitm.evaluate(long, "winoground", str(world), out=str(tmp_path))
+    assert sum(asked) == 10 * 6 * 20 and spent < sum(asked)
+    assert set(whole["racing"]) == {None}
+    again = diffitm.evaluate(
+        long, "winoground", str(world), out=str(tmp_path), racing=0.1, racing_audit=0.6
+    )
+    assert sum(asked) == 10 * 6 * 20
+    assert again.equals(raced)
+    plain = diffitm.evaluate("clip:shapes", "winoground", str(world), racing=0.1)
+    assert set(plain["racing"]) == {None}

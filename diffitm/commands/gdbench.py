@@ -40,11 +40,10 @@ from diffitm.evaluation.options import (
     task_names,
     task_problems,
 )
-from diffitm.evaluation.races import RaceOptions
+from diffitm.evaluation.race_table import Races
 from diffitm.report.html import write_report
 from diffitm.report.table import latex, make_table, markdown
 from diffitm.report.terminal import print_results, print_state, print_summary
-from diffitm.scoring.racing import RacePlan
 from diffitm.scoring.specs import Spec
 from diffitm.store.run_summary import write_summary
 from diffitm.store.score_store import Store
@@ -192,21 +191,21 @@ def prepare(config: GdbenchConfig) -> Prepared:
     return Prepared(config, out, root, examples, specs, stores, pool)
 
 
-def races_of(config: GdbenchConfig, store: Store) -> tuple[RaceOptions, RacePlan] | None:
+def races_of(ready: Prepared, store: Store) -> Races | None:
     """How a store's pairs are raced, None for not at all."""
-    options = race_options(config)
+    config, options = ready.config, race_options(ready.config)
     weights = np.array(config.timestep_weights) if config.timestep_weights else None
-    plan = options and options.plan(store, error_of(store, config.error), weights)
-    return (options, plan) if options and plan else None
+    plan = options.plan(store, error_of(store, config.error), weights) if options else None
+    if options is None or plan is None:
+        return None
+    return Races(options, plan, {name: find_task(name)() for name in ready.examples})
 
 
 def score_all(prepared: Sequence[Prepared], out: str) -> int:
     """Score the pairs that the stores lack and tell what that took, also in OUT/summary.json; how many
     forwards."""
     done = [
-        score_missing(
-            spec, store, ready.examples, ready.out, ready.pool, races_of(ready.config, store)
-        )
+        score_missing(spec, store, ready.examples, ready.out, ready.pool, races_of(ready, store))
         for ready in prepared
         for spec, store in zip(ready.specs, ready.stores, strict=True)
     ]

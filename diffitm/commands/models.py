@@ -12,8 +12,8 @@ from diffitm.core import storage
 from diffitm.evaluation.evaluate import other_dtype
 from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.options import ModelOptions, lora_names
-from diffitm.evaluation.race_table import full_part, write_races
-from diffitm.evaluation.races import RaceOptions, describe
+from diffitm.evaluation.race_table import Races, full_part, write_races
+from diffitm.evaluation.races import describe
 from diffitm.models.loading import ModelSource, resolve
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
@@ -161,22 +161,21 @@ def score_missing(
     examples: Mapping[str, Examples],
     out: str,
     pool: ActorPool,
-    racing: tuple[RaceOptions, RacePlan] | None = None,
+    races: Races | None = None,
 ) -> Done:
     """Score what the examples of each task need and the store lacks; an interrupted run of the same goes on.
 
-    With `racing` the contests of examples are raced, which takes two tables: of what is scored in full, and
+    With `races` the contests of examples are raced, which takes two tables: of what is scored in full, and
     of the races.
     """
-    if racing is None:
+    if races is None:
         return _score_in_full(spec, store, list(examples.values()), out, pool)
-    options, plan = racing
-    done = Done()
-    if full := full_part(examples, options, out):
+    done, plan = Done(), races.plan
+    if full := full_part(examples, races, out):
         done = _score_in_full(spec, store, full, out, pool)
 
     def write(uri: str) -> WorkTable:
-        return write_races(examples, store, plan, pool.min_actors, uri)
+        return write_races(examples, store, races, pool.min_actors, uri)
 
     identity = [part.identity for part in examples.values()]
     work = open_work(out, store, write, [*identity, json.dumps(plan.identity)])

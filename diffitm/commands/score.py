@@ -26,10 +26,13 @@ from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
 from diffitm.evaluation.evaluate import error_of
 from diffitm.evaluation.examples import Examples
-from diffitm.evaluation.options import ModelOptions, check_models, lora_names
+from diffitm.evaluation.options import ModelOptions, check_models, lora_names, race_options
+from diffitm.evaluation.race_table import Races
+from diffitm.evaluation.top import Top, TopRaces, write_groups
 from diffitm.report.pairs import write_report
+from diffitm.report.table import raced_note
 from diffitm.report.terminal import print_summary
-from diffitm.store.pair_scores import summarise, write_pairs, write_top
+from diffitm.store.pair_scores import summarise, write_pairs, write_raced_top, write_top
 from diffitm.store.pair_table import write_own
 from diffitm.store.run_summary import write_summary
 
@@ -70,6 +73,8 @@ def run(config: ScoreConfig) -> None:
     Raises InputError for bad input before anything is scored, Incomplete at the end if rows have no score.
     """
     problems, timesteps = check_models(config)
+    if not problems and race_options(config):
+        problems += _race_problems(config)
     if not config.data:
         problems.append("give --data, such as --data captions.csv")
     diffusion = len(config.model) * len(lora_names(config)) * len(timesteps)
@@ -92,20 +97,31 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
     specs, pool = make_specs(config, sources, timesteps, root, out)
     (spec,) = specs
     (store,) = open_stores(specs, root, out)
-    examples = {"own": Examples(uri, storage.without_query(uri))}
-    done = score_missing(spec, store, examples, out, pool)
-    print_summary(write_summary([spec.label], [done], out))
     weights = np.array(config.timestep_weights) if config.timestep_weights else None
-    pairs = write_pairs(out, uri, store, error_of(store, config.error), weights, config.errors)
+    error = error_of(store, config.error)
+    examples, races = Examples(uri, storage.without_query(uri)), None
+    if (options := race_options(config)) and config.top_k is not None:
+        examples = write_groups(uri, config.top_of, storage.join(out, "examples"))
+        plan = options.plan(store, error, weights)
+        races = Races(options, plan, {Top.name: Top(config.top_k)}) if plan else None
+    done = score_missing(spec, store, {Top.name: examples}, out, pool, races)
+    print_summary(write_summary([spec.label], [done], out))
+    pairs = write_pairs(out, uri, store, error, weights, config.errors, races is not None)
     print(f"scores   {pairs}")
-    if config.top_k is not None:
+    note = ""
+    if races:
+        raced = TopRaces(examples, store, races)
+        print(f"top      {write_raced_top(pairs, out, config.top_of, raced)}")
+        note = raced_note([raced.figure] if raced.figure else [])
+        print(note)
+    elif config.top_k is not None:
         print(f"top      {write_top(pairs, out, config.top_k, config.top_of)}")
     summary = summarise(pairs, config.shown)
     provenance = record(asdict(config)) | {"stores": {store.name: store.config}}
     storage.write_text(storage.join(out, "scores.json"), json.dumps(asdict(summary), indent=2))
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
     kind = store.similarity or "normalised"
-    print(f"report   {write_report(summary, spec.label, kind, provenance, root, out)}")
+    print(f"report   {write_report(summary, spec.label, kind, provenance, root, out, note)}")
     if summary.quantiles:
         shares = ", ".join(f"{share} {value:.4g}" for share, value in summary.quantiles.items())
         print(f"quantiles of the score: {shares}")
@@ -114,6 +130,16 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
         if summary.failed:
             text += f", such as {summary.failed[0]['image']}: {summary.failed[0]['failure']}"
         raise Incomplete(f"{text}; pairs.parquet says why (column failure)")
+
+
+def _race_problems(config: ScoreConfig) -> list[str]:
+    """What else a race needs."""
+    found = []
+    if config.top_k is None:
+        found.append("--racing finds the best and scores the others no further: give --top-k")
+    if not config.model:
+        found.append("--racing is of diffusion models: give a --model")
+    return found
 
 
 def own_rows(config: ScoreConfig) -> Iterator[CaptionRow]:

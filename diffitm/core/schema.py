@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -75,13 +75,15 @@ class Contest(NamedTuple):
 
     `candidates` are numbers of pairs, `bases` those of each one's image with the empty text, whose error
     is taken off; none where the texts of one image are compared. `about` is the place of the candidate of
-    which alone is asked whether it is among them; None asks it of all.
+    which alone is asked whether it is among them; None asks it of all. With `drops_lost` a candidate
+    without finite errors loses, instead of spoiling the contest.
     """
 
     candidates: Sequence[int]
     kept: int
     bases: Sequence[int] = ()
     about: int | None = None
+    drops_lost: bool = False
 
 
 class RaceBlock(NamedTuple):
@@ -117,6 +119,13 @@ EXAMPLES = pa.schema(
     ]
 )
 
+
+def read_block(line: dict[str, Any]) -> RaceBlock:
+    """A row of RACES."""
+    contests = [Contest(**contest) for contest in line["contests"]]
+    return RaceBlock(**{**line, "contests": contests})
+
+
 PLACES = pa.list_(pa.int16())  # in a plan of timesteps
 
 # One row an image: the texts that still need a score. The empty text is the unconditional one.
@@ -148,6 +157,7 @@ RACES = pa.schema(
                         ("kept", pa.int32()),
                         ("bases", pa.list_(pa.int32())),
                         ("about", pa.int32()),
+                        ("drops_lost", pa.bool_()),
                     ]
                 )
             ),

@@ -217,7 +217,7 @@ class Part:
         credits = {kind: self.task.credits(example, scores[kind]) for kind in scores}
         self._count(example, reason, credits)
         self.every.add(item)
-        if self.races:
+        if self.races and self.races.sample:
             self.races.sample.add(item)
 
     def _add_raced(self, races: RaceStats, item: ScoredExample, contests: list[Contest]) -> None:
@@ -242,7 +242,7 @@ class Part:
             self.every.incomplete, reason = True, UNSCORED
         item = replace(item, failure=reason)
         self.every.add(item)
-        if audited:
+        if audited and races.sample:
             races.sample.add(item)
 
     @property
@@ -265,7 +265,8 @@ class Part:
     def diagnostics(self) -> Diagnostics:
         """Of every example or, where races left errors out, of the audited ones: the others that are
         complete are the closest."""
-        return self.races.sample if self.races and self.every.incomplete else self.every
+        sample = self.races and self.races.sample
+        return sample if sample and self.every.incomplete else self.every
 
     def _drop_what_is_nowhere_finite(self) -> bool:
         """A model without one score that is finite has no accuracy of 0: nothing could be scored. Whether it

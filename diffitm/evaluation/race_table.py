@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +19,8 @@ from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.races import RaceOptions, pair_values
 from diffitm.scoring.racing import RacePlan, hold
 from diffitm.store.join import read_examples, read_scored
-from diffitm.store.pair_table import WorkTable, connect, write_examples, write_rows
+from diffitm.store.pair_table import WorkTable, batched, connect, write_examples, write_rows
 from diffitm.store.score_store import Store
-from diffitm.tasks.base import Task
-from diffitm.tasks.registry import find_task
 
 # A block is what a kill costs an actor; contests in one share their images' latents and empty text.
 FORWARDS_PER_BLOCK = 20_000
@@ -32,15 +29,39 @@ SHARE = 0.4  # of a block's forwards that a race is guessed to need
 SORTED = pa.schema([("task", pa.int32()), ("position", pa.int64()), *RACES])
 
 
-def full_part(examples: Mapping[str, Examples], options: RaceOptions, out: str) -> list[Examples]:
+class Contested(Protocol):
+    """What says the contests of examples, such as a task."""
+
+    @property
+    def name(self) -> str:
+        """What its examples' files are named by."""
+
+    @property
+    def version(self) -> int:
+        """Grows when its examples change."""
+
+    def contests(self, example: Example) -> list[Contest]:
+        """See tasks.base.Task."""
+
+
+class Races(NamedTuple):
+    """How a store's pairs are raced: what is audited, the plan, and who says the contests, by the names of
+    examples."""
+
+    options: RaceOptions
+    plan: RacePlan
+    tasks: Mapping[str, Contested]
+
+
+def full_part(examples: Mapping[str, Examples], races: Races, out: str) -> list[Examples]:
     """What of each task is scored in full: the examples to audit, and those without contests."""
     found = []
     for name, part in examples.items():
-        task: Task = find_task(name)()
+        task = races.tasks[name]
         chosen = (
             example
             for example in read_examples(part.uri)
-            if options.is_audited(name, example) or not task.contests(example)
+            if races.options.is_audited(task.name, example) or not task.contests(example)
         )
         uri, count = write_examples(task.name, chosen, storage.join(out, "examples"), None)
         if count:
@@ -49,7 +70,7 @@ def full_part(examples: Mapping[str, Examples], options: RaceOptions, out: str) 
 
 
 def write_races(
-    examples: Mapping[str, Examples], store: Store, plan: RacePlan, actors: int, uri: str
+    examples: Mapping[str, Examples], store: Store, races: Races, actors: int, uri: str
 ) -> WorkTable:
     """Write the contests that the stored errors do not decide, in blocks that share images: enough of them
     for so many actors."""
@@ -57,10 +78,10 @@ def write_races(
         path = Path(folder, "contests.parquet")
         pairs = 0
         with parquet.ParquetWriter(path, SORTED) as writer:
-            for batch in _batched(_undecided(examples, store, plan), 100):
+            for batch in batched(_undecided(examples, store, races), 100):
                 writer.write_table(pa.Table.from_pylist(batch, SORTED))
                 pairs += sum(len(line["image_of"]) for line in batch)
-        guess = SHARE * len(plan.order)
+        guess = SHARE * len(races.plan.order)
         most = min(FORWARDS_PER_BLOCK, pairs * guess / (BLOCKS_PER_ACTOR * actors))
         connection = connect(contests=ds.dataset(path))
         query = "SELECT * FROM contests ORDER BY images[1], task, position"
@@ -69,18 +90,13 @@ def write_races(
         return write_rows(_blocks(lines, most / guess), RACES, uri)
 
 
-def _batched(lines: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(lines)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
 def _undecided(
-    examples: Mapping[str, Examples], store: Store, plan: RacePlan
+    examples: Mapping[str, Examples], store: Store, races: Races
 ) -> Iterator[dict[str, Any]]:
     """A line of RACES an example with contests that are not decided."""
+    plan = races.plan
     for number, (name, part) in enumerate(examples.items()):
-        task: Task = find_task(name)()
+        task = races.tasks[name]
         for position, item in enumerate(read_scored(part.uri, store, plan.error, partial=True)):
             contests = [] if item.example.failure else task.contests(item.example)
             errors = pair_values(item)

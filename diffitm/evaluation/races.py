@@ -75,7 +75,9 @@ class RaceFigure:
 class RaceStats:
     """Adds up the races of a task; `sample` is what the audited examples tell beyond that."""
 
-    def __init__(self, plan: RacePlan, options: RaceOptions, sample: Diagnostics) -> None:
+    def __init__(
+        self, plan: RacePlan, options: RaceOptions, sample: Diagnostics | None = None
+    ) -> None:
         self.plan, self.options, self.sample = plan, options, sample
         self.spent: dict[tuple[str, str], int] = {}
         self.contests = 0
@@ -103,8 +105,10 @@ class RaceStats:
         """Whether the full plan has no loser before a winner, or the one asked about on the same side."""
         values = errors[run.contest.candidates]
         if run.contest.bases:
-            values = values - errors[run.contest.bases]
+            with np.errstate(invalid="ignore"):
+                values = values - errors[run.contest.bases]
         means = (values * self.plan.scale)[:, self.plan.order].mean(1)
+        means = np.where(np.isnan(means), np.inf, means)  # of what cannot be scored
         if (about := run.contest.about) is None:
             worst = means[run.race.winners].max(initial=-np.inf)
             return bool(worst <= means[run.race.losers].min(initial=np.inf))

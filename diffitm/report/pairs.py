@@ -12,9 +12,16 @@ from diffitm.store.pair_scores import PairSummary
 
 
 def write_report(
-    summary: PairSummary, model: str, kind: str, provenance: dict[str, Any], root: str, out: str
+    summary: PairSummary,
+    model: str,
+    kind: str,
+    provenance: dict[str, Any],
+    root: str,
+    out: str,
+    note: str = "",
 ) -> str:
-    """Write OUT/report.html and return its path. `kind` is that of the score, `root` the images'."""
+    """Write OUT/report.html and return its path. `kind` is that of the score, `root` the images', `note`
+    what else is to be said of the scores."""
     scored = summary.pairs - summary.failures
     sections = [("distribution", "Distribution")] * bool(summary.edges)
     sections += [("ends", "Best and worst")] * bool(summary.best)
@@ -40,7 +47,7 @@ def write_report(
     parts = {
         "title": "Scores of pairs",
         "setting": f"{model}: {scored:,} of {summary.pairs:,} pairs scored; {kind} score, higher is a "
-        "better match",
+        f"better match. {note}",
         "sections": sections,
         "chart": chart,
         "quantiles": {name: f"{value:.4g}" for name, value in summary.quantiles.items()},

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffitm.core.schema import PairRow, RaceBlock
+from diffitm.core.schema import Contest, PairRow, RaceBlock
 from diffitm.metrics.score import column, error_values
 from diffitm.scoring.diffusion import DiffusionScorer, MeasuredPair
 from diffitm.scoring.racing import RacePlan, Run, hold
@@ -18,6 +18,27 @@ from diffitm.scoring.scorer import Loaded, blank, load_images
 COLUMNS = ("l2", "l1", "huber")
 IMAGES_AT_ONCE = 64  # whose pixels are held
 Load = Callable[[Sequence[str]], list[Loaded]]
+
+
+def all_with_all(
+    images: int, texts: Sequence[str], kept: int, of: Literal["image", "text"]
+) -> RaceBlock:
+    """Contests by the normalised score: the best texts of each image, or images of each text. Images are
+    named by their numbers."""
+    pairs = np.arange(images * len(texts)).reshape(images, len(texts))
+    bases = np.repeat(len(pairs.ravel()) + np.arange(images), len(texts)).reshape(pairs.shape)
+    groups = zip(pairs, bases, strict=True) if of == "image" else zip(pairs.T, bases.T, strict=True)
+    nothing: list[list[Any]] = [[] for _ in range(images * (len(texts) + 1))]
+    return RaceBlock(
+        row=0,
+        images=[str(number) for number in range(images)],
+        texts=[*texts, ""],
+        image_of=[*np.repeat(np.arange(images), len(texts)).tolist(), *range(images)],
+        text_of=[*np.tile(np.arange(len(texts)), images).tolist(), *[len(texts)] * images],
+        stored=nothing,
+        errors=nothing,
+        contests=[Contest(own.tolist(), kept, base.tolist()) for own, base in groups],
+    )
 
 
 class BlockRaces:
@@ -29,7 +50,7 @@ class BlockRaces:
     ) -> None:
         self.scorer, self.block, self.plan = scorer, block, plan
         loaded, self.latents = _encoded(scorer, block, load or _loader(scorer, block))
-        refused = [scorer.denoiser.refuses(text) for text in block.texts]
+        self.refused = refused = [scorer.denoiser.refuses(text) for text in block.texts]
         kept = [text for text, reason in zip(block.texts, refused, strict=True) if reason is None]
         self.condition = scorer.texts(kept) if kept else {}
         images = np.cumsum([item.failure is None for item in loaded]) - 1

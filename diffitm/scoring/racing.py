@@ -63,7 +63,7 @@ class Racing:
 
     def __post_init__(self) -> None:
         if not 0 <= self.doubt < 1:
-            raise InputError(f" {self.doubt}: must be at least 0 and below 1", "racing")
+            raise InputError(f"{self.doubt}: must be at least 0 and below 1", "racing")
         if self.first < 2 or self.growth <= 1:
             raise ValueError(f"{self}: first is at least 2, growth above 1")
 
@@ -116,12 +116,12 @@ class Rounds:
 
     def __post_init__(self) -> None:
         if len(self.samples) != len(self.kept):
-            text = f" {list(self.kept)}: give one for each of {list(self.samples)}"
+            text = f"{list(self.kept)}: give one for each of {list(self.samples)}"
             raise InputError(text, "to_keep")
         if list(self.samples) != sorted(set(self.samples)) or not self.samples:
-            raise InputError(f" {list(self.samples)}: each must be more than before", "n_samples")
+            raise InputError(f"{list(self.samples)}: each must be more than before", "n_samples")
         if min(self.kept) < 1 or list(self.kept) != sorted(self.kept, reverse=True):
-            text = f" {list(self.kept)}: must be 1 or more, none more than before"
+            text = f"{list(self.kept)}: must be 1 or more, none more than before"
             raise InputError(text, "to_keep")
         rounds(self.samples)
 
@@ -138,7 +138,7 @@ class Rounds:
     def order(self, timesteps: Sequence[int]) -> list[int]:
         """Round after round. Raises InputError for a plan that is not the grid of the largest round."""
         if list(timesteps) != rounds(self.samples)[-1]:
-            text = f" {self.samples[-1]}: rounds take the timesteps of the diffusion-classifier protocol"
+            text = f"{self.samples[-1]}: rounds take the timesteps of the diffusion-classifier protocol"
             raise InputError(text, "n_samples")
         return [place for places in self.places for place in places]
 
@@ -251,6 +251,13 @@ class Race:
         self.open = [candidate for candidate in now if candidate not in gone]
         self._settle()
 
+    def withdraw(self, candidates: Sequence[int]) -> None:
+        """Open candidates that lose for another reason than their errors."""
+        self.losers += candidates
+        self._tiers[list(candidates)] = -1
+        self.open = [candidate for candidate in self.open if candidate not in candidates]
+        self._settle()
+
     def _settle(self) -> None:
         """Whether the open ones all win, or all lose."""
         places = self.kept - len(self.winners)
@@ -309,12 +316,16 @@ class Run:
             values = errors[np.ix_(used, places)]
             if missing := np.flatnonzero(np.isnan(values).any(1)).tolist():
                 return {used[number]: length for number in missing}
-            self.finite = bool(np.isfinite(values).all())
-            if self.finite:
-                conditional = values[: len(pairs)]
-                found = conditional - values[len(pairs) :] if bases else conditional
+            rows = values.reshape(-1, len(pairs), length)  # of the pairs and, if any, their bases
+            lost = ~np.isfinite(rows).all((0, 2))
+            if not lost.any():
+                found = rows[0] - rows[1] if bases else rows[0]
                 self.race.take(found * self.plan.scale[places])
                 self._looks += 1
+            elif self.contest.drops_lost:
+                self.race.withdraw([numbers[number] for number in np.flatnonzero(lost)])
+            else:
+                self.finite = False
         return {}
 
 

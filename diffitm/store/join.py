@@ -56,10 +56,12 @@ class ScoredExample:
 
 
 def read_scored(
-    uri: str, store: Store, error: str, partial: bool = False
+    uri: str, store: Store, error: str, partial: bool = False, lost: float = np.nan
 ) -> Iterator[ScoredExample]:
     """Every example of a file in order. `error` is l2, mse, l1 or huber. With `partial` an example is no
-    failure for errors that are not scored yet. Errors that are not there are NaN."""
+    failure for errors that are not scored yet. Errors that are not there are NaN, those of a pair that
+    failed `lost`.
+    """
     rows = max(1000, min(100_000, HELD // store.steps))
     batches = scored_pairs(uri, store, error, rows, partial=partial)
     pairs = _PairReader(batches, error, store.steps)
@@ -71,6 +73,8 @@ def read_scored(
         conditional, unconditional, similarity, failures = pairs.take(position, shape)
         if failures:
             place, reason = next(iter(failures.items()))
+            _lose(conditional, list(failures), lost)
+            _lose(unconditional, list(failures), lost)
             why = f"{example.images[place // shape[1]]}: {reason}"
             yield ScoredExample(example, why, conditional, unconditional)
         elif store.similarity:
@@ -150,6 +154,12 @@ class _PairReader:
     ) -> np.ndarray:
         """Errors [pairs, timesteps], NaN where there are none."""
         return error_values(dense(lists, places, self.steps), self.error, elements[:, None])
+
+
+def _lose(errors: np.ndarray, pairs: list[int], lost: float) -> None:
+    """Put `lost` where errors [images, texts, timesteps] of some pairs are not known."""
+    flat = errors.reshape(errors.shape[0] * errors.shape[1], -1)
+    flat[pairs] = np.where(np.isnan(flat[pairs]), lost, flat[pairs])
 
 
 def _keys(batch: pa.RecordBatch) -> np.ndarray:

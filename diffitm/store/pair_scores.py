@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,7 +17,7 @@ from pyarrow import parquet
 from diffitm.core import storage
 from diffitm.metrics.score import averaged, error_values, normalised_score
 from diffitm.store.dense_errors import dense
-from diffitm.store.pair_table import connect, examples_dataset, scored_pairs
+from diffitm.store.pair_table import batched, connect, examples_dataset, scored_pairs
 from diffitm.store.score_store import Store
 
 HELD = 4_000_000  # values of errors that are held at once
@@ -27,6 +30,7 @@ PAIRS = [
     ("score", pa.float32()),  # higher is better: the normalised score, or the model's single one
 ]
 ERRORS = [("conditional_error", pa.float32()), ("unconditional_error", pa.float32())]
+MEASURED = [("measured", pa.int32())]
 BY_TIMESTEP = [("conditional_errors", pa.list_(pa.float32())),
                ("unconditional_errors", pa.list_(pa.float32()))]  # fmt: skip
 
@@ -53,13 +57,16 @@ def write_pairs(
     error: str,
     weights: np.ndarray | None = None,
     by_timestep: bool = False,
+    raced: bool = False,
 ) -> str:
     """OUT/pairs.parquet: every pair of the input in its order, with its score or why it has none, and behind
     them the rows that could not be asked for; its path.
 
-    `error` is averaged over the timesteps, by `weights` if there are any.
+    `error` is averaged over the timesteps, by `weights` if there are any. Of a pair that was `raced` it is
+    averaged over those that were scored; `measured` says how many they are.
     """
     fields = PAIRS + ([] if store.similarity else ERRORS + (BY_TIMESTEP if by_timestep else []))
+    fields = fields + (MEASURED if raced else [])
     schema = pa.schema([*fields, ("failure", pa.string())])
     steps = max(1, len(store.config.get("timesteps", [])))
     path = storage.join(out, "pairs.parquet")
@@ -69,7 +76,7 @@ def write_pairs(
         storage.replacing(path) as sink,
         parquet.ParquetWriter(sink, schema, compression="zstd") as writer,
     ):
-        for batch in scored_pairs(examples, store, error, rows, names=True):
+        for batch in scored_pairs(examples, store, error, rows, names=True, partial=raced):
             columns = _columns(batch, store, error, weights)
             writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
         for batch in _lost(examples):
@@ -99,17 +106,22 @@ def _columns(
         values = batch["similarity"].to_numpy(zero_copy_only=False)
     else:
         elements = batch["elements"].to_numpy(zero_copy_only=False).astype(float)
-        kinds = {}
+        found = {}
         columns_of = {
             "conditional": ("errors", "places"),
             "unconditional": ("unconditional", "unconditional_places"),
         }
         for name, (column, places) in columns_of.items():
             errors = dense(batch[column], batch[places], store.steps)
-            errors = error_values(errors, error, elements[:, None])
-            kinds[name] = averaged(errors, weights)
+            found[name] = error_values(errors, error, elements[:, None])
+        measured = ~np.isnan(found["conditional"]) & ~np.isnan(found["unconditional"])
+        columns["measured"] = measured.sum(1)
+        kinds = {name: _mean(errors, measured, weights) for name, errors in found.items()}
+        for name, errors in found.items():
             columns[f"{name}_error"] = pa.array(kinds[name].astype(np.float32), mask=failed)
-            lists = pa.array(list(errors.astype(np.float32)), pa.list_(pa.float32()))
+            flat = pa.array(errors.ravel().astype(np.float32), from_pandas=True)  # NaN is null
+            offsets = np.arange(len(errors) + 1, dtype=np.int32) * errors.shape[1]
+            lists = pa.ListArray.from_arrays(offsets, flat)
             columns[f"{name}_errors"] = pc.if_else(batch["failure"].is_null(), lists, None)
         values = normalised_score(kinds["conditional"], kinds["unconditional"])
     lost = failed | ~np.isfinite(values.astype(float))
@@ -117,6 +129,15 @@ def _columns(
     odd = pa.array(lost & ~failed)
     columns["failure"] = pc.if_else(odd, "the score is not finite", batch["failure"])
     return columns
+
+
+def _mean(errors: np.ndarray, measured: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Means [pairs] over what was measured of errors [pairs, N], NaN where that is nothing."""
+    if measured.all():
+        return averaged(errors, weights)
+    used = measured * (1.0 if weights is None else weights)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((np.where(measured, errors, 0) * used).sum(1) / used.sum(1))
 
 
 def _lost(examples: str) -> Any:
@@ -179,6 +200,35 @@ def summarise(path: str, shown: int) -> PairSummary:
     )
 
 
+class Ranked(NamedTuple):
+    """A pair that is among the best of its text or image, from 1 on."""
+
+    image: str
+    text: str
+    rank: int
+
+
+def write_raced_top(path: str, out: str, of: str, ranked: Iterable[Ranked]) -> str:
+    """OUT/top.parquet: the best as races found them."""
+    found, name = storage.filesystem(path)
+    schema = pa.schema([("image", pa.string()), ("text", pa.string()), ("rank", pa.int64())])
+    with tempfile.TemporaryDirectory(prefix="diffitm-") as folder:
+        file = f"{folder}/top.parquet"
+        with parquet.ParquetWriter(file, schema) as writer:
+            for batch in batched(ranked, 1000):
+                lines = [line._asdict() for line in batch]
+                writer.write_table(pa.Table.from_pylist(lines, schema))
+        pairs = ds.dataset(name, filesystem=found, format="parquet")
+        connection = connect(pairs=pairs, top=ds.dataset(file))
+        other = "image" if of == "text" else "text"
+        query = f"""
+            SELECT {of}, rank, {other}, first(score ORDER BY row) AS score, min(row) AS row,
+                   first(measured ORDER BY row) AS measured
+            FROM top JOIN pairs USING (image, text) GROUP BY {of}, rank, {other} ORDER BY {of}, rank
+        """
+        return _write_top(connection, query, out)
+
+
 def write_top(path: str, out: str, k: int, of: str) -> str:
     """OUT/top.parquet: the `k` best images of each text (`of` 'text') or texts of each image ('image'); of
     equal scores the earlier ones."""
@@ -190,6 +240,10 @@ def write_top(path: str, out: str, k: int, of: str) -> str:
             SELECT *, row_number() OVER {order} AS rank FROM pairs WHERE score IS NOT NULL)
         WHERE rank <= {k} ORDER BY {of}, rank
     """
+    return _write_top(connection, query, out)
+
+
+def _write_top(connection: duckdb.DuckDBPyConnection, query: str, out: str) -> str:
     top = storage.join(out, "top.parquet")
     reader = connection.sql(query).to_arrow_reader(50_000)
     with storage.replacing(top) as sink, parquet.ParquetWriter(sink, reader.schema) as writer:

@@ -90,7 +90,7 @@ def _write_lines(lines: Iterable[dict[str, Any]], folder: str, name: str) -> tup
             found.open_output_stream(path) as sink,
             parquet.ParquetWriter(sink, EXAMPLES) as writer,
         ):
-            for batch in map(list, _batched(lines, BATCH)):
+            for batch in map(list, batched(lines, BATCH)):
                 writer.write_table(pa.Table.from_pylist(batch, EXAMPLES))
                 digest.update(json.dumps(batch).encode())
                 total += len(batch)
@@ -129,7 +129,8 @@ def _own_line(position: int, row: CaptionRow) -> dict[str, Any]:
     }
 
 
-def _batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """The items, so many at a time."""
     iterator = iter(items)
     while batch := tuple(itertools.islice(iterator, size)):
         yield batch
@@ -229,7 +230,7 @@ def write_rows(lines: Iterable[dict[str, Any]], schema: pa.Schema, uri: str) -> 
     storage.make_folder(storage.parent(uri))
     rows = pairs = stored = 0
     with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, schema) as writer:
-        for batch in map(list, _batched(lines, BATCH)):
+        for batch in map(list, batched(lines, BATCH)):
             writer.write_table(pa.Table.from_pylist(batch, schema))
             rows += len(batch)
             for line in batch:
@@ -260,7 +261,7 @@ def _rows(
 ) -> Iterator[tuple[str, list[tuple[str, list[int] | None]]]]:
     """Image by image, texts with the places of their errors that are stored."""
     for image, group in itertools.groupby(_lines(connection, query), key=lambda line: line[0]):
-        for texts in _batched((line[1:] for line in group), MAX_TEXTS):
+        for texts in batched((line[1:] for line in group), MAX_TEXTS):
             yield image, list(texts)
 
 

@@ -16,10 +16,10 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from diffitm.core.schema import Contest, Example, PairRow, RaceBlock
+from diffitm.core.schema import Example, PairRow, read_block
 from diffitm.evaluation.evaluate import Evaluation, evaluate
 from diffitm.evaluation.examples import Examples
-from diffitm.evaluation.race_table import full_part, write_races
+from diffitm.evaluation.race_table import Races, full_part, write_races
 from diffitm.evaluation.races import RaceOptions, pair_values
 from diffitm.models.denoiser import Condition
 from diffitm.scoring.diffusion import DiffusionScorer
@@ -90,15 +90,15 @@ class World:
         """As a run does; how many forwards that took."""
         before, plan = self.forwards, options.plan(store, error, weights)
         assert plan is not None
-        if full := full_part(self.examples, options, self.out):
+        races = Races(options, plan, {name: find_task(name)() for name in self.examples})
+        if full := full_part(self.examples, races, self.out):
             self.score(store, full)
         uri = f"{self.out}/races.parquet"
-        work = write_races(self.examples, store, plan, actors, uri)  # type: ignore[arg-type]
+        work = write_races(self.examples, store, races, actors, uri)  # type: ignore[arg-type]
         for line in parquet.read_table(work.uri).to_pylist():
-            contests = [Contest(**contest) for contest in line.pop("contests")]
-            races = BlockRaces(self.scorer, RaceBlock(**line, contests=contests), plan)
-            races.run()
-            self.put(store, races.lines())
+            block = BlockRaces(self.scorer, read_block(line), plan)
+            block.run()
+            self.put(store, block.lines())
         return self.forwards - before
 
     def put(self, store: Store, lines: list[dict[str, Any]]) -> None:
@@ -302,6 +302,8 @@ def test_the_audit(world: World) -> None:
                     agreed.append((contest.about in best) == (contest.about in run.race.winners))
         assert (race.audited, race.agreed) == (len(agreed), sum(agreed))
         assert race.agreement == (pytest.approx(np.mean(agreed)) if agreed else None)
+        if not kept:
+            continue
         assert {line.n for line in found.denoising if line.task == race.task} == {kept}
         counts = {(c.task, c.timesteps): c.n for c in found.counts}
         assert counts[race.task, len(STEPS)] == kept

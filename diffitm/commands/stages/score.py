@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 
 from diffitm.core import storage
-from diffitm.core.schema import RACES, SCORES, WORK, Contest, PairRow, RaceBlock
+from diffitm.core.schema import RACES, SCORES, WORK, PairRow, read_block
 from diffitm.distributed.actors import WorkerSpec
 from diffitm.distributed.progress import REPORT_EVERY, Watch, clock
 from diffitm.distributed.prometheus import Metrics, gpu_memory
@@ -108,8 +108,7 @@ class RacingActor(ScoringActor):
 
         scorer, lines = cast("DiffusionScorer", self.scorer), []
         for line in table.select(RACES.names).to_pylist():
-            contests = [Contest(**contest) for contest in line.pop("contests")]
-            races = BlockRaces(scorer, RaceBlock(**line, contests=contests), self.plan)
+            races = BlockRaces(scorer, read_block(line), self.plan)
             races.run()
             lines += races.lines()
         return lines
