@@ -1,7 +1,8 @@
-"""How fast are scores made? Three ways in one run, on one table and one model, on the CPU.
+"""How fast are scores made? Four ways in one run, on one table and one model, on the CPU.
 
 plain   the published algorithm as tests/plain.py has it, at its default batch of 4 images
 ours    diffitm from the examples to the Parquet store, through Ray
+raced   the same, scoring candidates only as far as their decision needs
 bare    the model alone, doing only the work that the table needs, at its best batch size
 
 README.md says how to run it and what the figures mean.
@@ -27,21 +28,27 @@ import torch
 
 from diffitm.core import storage
 from diffitm.core.schema import Example
+from diffitm.evaluation.examples import Examples
+from diffitm.evaluation.race_table import Races, write_races
+from diffitm.evaluation.races import RaceOptions, pair_values
 from diffitm.models.loading import SHAPES, resolve
+from diffitm.scoring.racing import RacePlan, Racing, hold
 from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import CANDIDATES, World, write_flickr30k
-from diffitm.store.pair_table import write_examples
-from diffitm.store.score_store import open_store
-from diffitm.store.work_table import open_work
+from diffitm.store.join import read_scored
+from diffitm.store.pair_table import WorkTable, write_examples
+from diffitm.store.score_store import Store, open_store
+from diffitm.store.work_table import open_pairs, open_work
 from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText
 from tests.plain import BATCH, Pair, Plain, list_pairs, published_timesteps
 
-TIMESTEPS = tuple(published_timesteps(10))
 BATCH_SIZES = (16, 32, 64, 128)
 PROBE = 1024  # forwards that tell how good a batch size is
 PLAIN, WHOLE, OURS, BARE = "plain", "ours, whole", "ours, actors up", "bare"
-RATIOS = ((OURS, PLAIN), (OURS, BARE), (WHOLE, BARE))
+RACED_WHOLE, RACED = "raced, whole", "raced, actors up"
+RATIOS = ((OURS, PLAIN), (RACED, PLAIN), (RACED, OURS), (OURS, BARE), (WHOLE, BARE))
+TASK = Flickr30kText()  # whose contests are those of both directions
 model: Plain  # in each process of `plain` and `bare`, which begin together at the start line
 start_line: Any
 
@@ -54,16 +61,20 @@ class Table:
     root: str
     text: list[Example]
     image: list[Example]
+    timesteps: tuple[int, ...]
 
     @property
     def pair_steps(self) -> int:
         """How many (pair, timestep)s the decisions ask for."""
-        return sum(len(e.images) * len(e.texts) for e in self.text + self.image) * len(TIMESTEPS)
+        return sum(len(e.images) * len(e.texts) for e in self.text + self.image) * len(
+            self.timesteps
+        )
 
     @property
     def forwards(self) -> int:
         """How many forwards of the U-Net they need: also the empty text once an image."""
-        return self.pair_steps + len({i for e in self.image for i in e.images}) * len(TIMESTEPS)
+        images = len({i for e in self.image for i in e.images})
+        return self.pair_steps + images * len(self.timesteps)
 
     @property
     def texts(self) -> int:
@@ -76,11 +87,12 @@ class Table:
         return [list_pairs(f, e.texts) for f, e in zip(files, examples, strict=True)]
 
 
-def make_table(root: str, images: int) -> Table:
+def make_table(root: str, images: int, timesteps: int) -> Table:
     """Draw the shapes world's gallery; image retrieval asks with another wording than text's."""
     write_flickr30k(World(root, images))
     image = [replace(e, texts=(e.texts[0].capitalize(),)) for e in Flickr30kImage().examples(root)]
-    return Table(root, list(Flickr30kText().examples(root)), image)
+    steps = tuple(published_timesteps(timesteps))
+    return Table(root, list(Flickr30kText().examples(root)), image, steps)
 
 
 def batches(total: int, size: int) -> list[int]:
@@ -88,10 +100,10 @@ def batches(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def load(folder: str, barrier: Any) -> None:
+def load(folder: str, timesteps: Sequence[int], barrier: Any) -> None:
     global model, start_line
     torch.set_num_threads(1)
-    model, start_line = Plain(folder, TIMESTEPS), barrier
+    model, start_line = Plain(folder, timesteps), barrier
 
 
 def plain(text: list[list[Pair]], image: list[list[Pair]]) -> None:
@@ -123,9 +135,10 @@ def timed(job: Callable[..., None], *arguments: Any) -> tuple[float, float]:
 class Workers:
     """As many one-thread processes with the model as `ours` has actors."""
 
-    def __init__(self, folder: str, processes: int) -> None:
+    def __init__(self, folder: str, timesteps: Sequence[int], processes: int) -> None:
         spawn, self.processes = multiprocessing.get_context("spawn"), processes
-        self.pool = ProcessPoolExecutor(processes, spawn, load, (folder, spawn.Barrier(processes)))
+        given = (folder, timesteps, spawn.Barrier(processes))
+        self.pool = ProcessPoolExecutor(processes, spawn, load, given)
 
     def seconds(self, job: Callable[..., None], shards: Iterable[Sequence[Any]]) -> float:
         """From the start to the last end of `job` over the shards, one a process."""
@@ -162,32 +175,61 @@ class StampedSpec(DiffusionSpec):
 class Ours:
     """diffitm on this machine's Ray, an actor a core."""
 
-    def __init__(self, table: Table, model: str) -> None:
+    def __init__(self, table: Table, model: str, doubt: float) -> None:
         # Ray would give its workers a low priority, and the other two ways have the usual one.
         os.environ.update(RAY_worker_niceness="0")
         from diffitm.distributed import session
 
         session.connect("local")
         self.pool = session.choose_pool(None, None, 1.0, 0.0)
-        self.table, self.source = table, resolve(model)
+        self.table, self.source, self.options = table, resolve(model), RaceOptions(Racing(doubt))
+        self.sides: dict[bool, list[bool]] = {}  # of each contest's right answer, by `raced`
+        self.forwards: dict[bool, int] = {}
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self, raced: bool) -> dict[str, float]:
         """From the examples to the last stored score: all, and since the first actor was up."""
         from diffitm.commands.stages.score import score
 
         with tempfile.TemporaryDirectory() as out:
             start = time.time()
             place = {"root": self.table.root, "stamps": tempfile.mkdtemp(dir=out)}
-            spec = StampedSpec(self.source, protocol="diffusionitm", timesteps=TIMESTEPS, **place)
+            steps = self.table.timesteps
+            spec = StampedSpec(self.source, protocol="diffusionitm", timesteps=steps, **place)
             store = open_store(out, self.source.name, spec.store_config())
             wanted = self.table.text + self.table.image
             examples, _ = write_examples("mixed", wanted, f"{out}/examples", None)
-            done = score(spec, open_work(out, store, [examples], ["mixed"]), store, self.pool)
+            plan = self.options.plan(store, "l2", None)
+            assert plan is not None
+            races = Races(self.options, plan, {"mixed": TASK})
+
+            def write(uri: str) -> WorkTable:
+                found = {"mixed": Examples(examples, examples)}
+                return write_races(found, store, races, self.pool.min_actors, uri)
+
+            if raced:
+                done = score(spec, open_work(out, store, write, []), store, self.pool, plan)
+            else:
+                done = score(spec, open_pairs(out, store, [examples], []), store, self.pool)
             end = time.time()
-            if done.forwards != self.table.forwards:
+            if not raced and done.forwards != self.table.forwards:
                 raise RuntimeError(f"{done.forwards} forwards, needed {self.table.forwards}")
+            self.forwards[raced] = done.forwards
+            rules = plan if raced else replace(plan, rules=Racing(0.0))
+            self.sides[raced] = outcomes(examples, store, rules)
             up = min(float(name) for name in os.listdir(spec.stamps))
-            return {WHOLE: end - start, OURS: end - up}
+            names = (RACED_WHOLE, RACED) if raced else (WHOLE, OURS)
+            return dict(zip(names, (end - start, end - up), strict=True))
+
+
+def outcomes(examples: str, store: Store, plan: RacePlan) -> list[bool]:
+    """Whether each contest's right answer is among its winners."""
+    found = []
+    for item in read_scored(examples, store, plan.error, partial=True):
+        for run in hold(TASK.contests(item.example), pair_values(item), plan):
+            if not run.decided:
+                raise RuntimeError(f"{item.example.id} is not decided")
+            found.append(run.contest.about in run.race.winners)
+    return found
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -198,27 +240,30 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Times scoring in three ways; see README.md.")
+    parser = argparse.ArgumentParser(description="Times scoring in four ways; see README.md.")
     parser.add_argument("--model", default="shapes", help="shapes or a diffusers folder")
     parser.add_argument("--images", type=int, default=200, help="images of the table, 10 or more")
     parser.add_argument("--plain-images", type=int, default=BATCH, help="of plain, in a process")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--timesteps", type=int, default=50, help="asked of the protocol")
+    parser.add_argument("--doubt", type=float, default=0.05, help="of raced")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
     least = max(CANDIDATES, args.plain_images * (os.cpu_count() or 1))
     if args.images < least or args.plain_images < 1 or args.rounds < 1:
         parser.error(f"wanted: images >= {least}, plain-images >= 1, rounds >= 1")
     with tempfile.TemporaryDirectory() as root:
-        table = make_table(root, args.images)
-        ours = Ours(table, args.model)
+        table = make_table(root, args.images, args.timesteps)
+        ours = Ours(table, args.model, args.doubt)
         folder = str(SHAPES / "diffusion") if args.model == "shapes" else args.model
-        workers = Workers(folder, ours.pool.min_actors)
+        workers = Workers(folder, table.timesteps, ours.pool.min_actors)
         workers.bare(BATCH_SIZES[0], PROBE, PROBE, PROBE)  # warms up
         probes = {size: PROBE / workers.bare(size, PROBE, 0, 0) for size in BATCH_SIZES}
         batch = max(probes, key=lambda size: probes[size])
         jobs: list[Callable[[], dict[str, float]]] = [
             lambda: {PLAIN: workers.plain(table, args.plain_images)},
-            ours.seconds,
+            lambda: ours.seconds(False),
+            lambda: ours.seconds(True),
             lambda: {BARE: workers.bare(batch, table.forwards, len(table.text), table.texts)},
         ]
         rounds = []
@@ -233,15 +278,27 @@ def main() -> None:
     print(f"{args.images} images, {table.pair_steps} (pair, timestep)s, {table.forwards} forwards")
     print("bare U-Net forwards/s by batch size:", {size: round(r) for size, r in probes.items()})
     print(f"{'':34}{'(pair, timestep)/s':>24}{'forwards/s':>24}")
-    for name in (PLAIN, WHOLE, OURS, BARE):
+    for name in (PLAIN, WHOLE, OURS, RACED_WHOLE, RACED, BARE):
         # Half of plain's pairs are image retrieval's, whose unconditional error is one more.
         each = 1.5 if name == PLAIN else table.forwards / table.pair_steps
+        if name in (RACED_WHOLE, RACED):
+            each = ours.forwards[True] / table.pair_steps
         rates = [[scale * found[name] for found in rounds] for scale in (1, each)]
         print(f"{name:34}{spread(rates[0]):>24}{spread(rates[1]):>24}")
     for top, bottom in RATIOS:
         print(f"{top} / {bottom}: {spread([found[top] / found[bottom] for found in rounds], 2)}")
+    alike = [one == other for one, other in zip(ours.sides[True], ours.sides[False], strict=True)]
+    share = ours.forwards[True] / ours.forwards[False]
+    print(
+        f"raced at doubt {args.doubt}: {share:.1%} of the forwards, {sum(alike)} of {len(alike)} alike"
+    )
     if args.out:
         result = {"machine": machine, "options": vars(args), "forwards": table.forwards}
+        result |= {
+            "raced_forwards": ours.forwards[True],
+            "alike": sum(alike),
+            "contests": len(alike),
+        }
         result |= {"bare_batches": probes, "pair_steps_per_second": rounds}
         storage.write_text(args.out, json.dumps(result, indent=2))
 
