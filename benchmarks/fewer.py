@@ -1,9 +1,9 @@
 """Other ways than the plain grid to spend a few forwards of the U-Net on a pair, and races from other starts.
 
-    python -m benchmarks.fewer FOLDER [--store OUT] [--out FILE]
+    python -m benchmarks.fewer [FOLDER] [--store OUT] [--out FILE]
 
 Scores drawn scenes with the embedded model at 98 timesteps, at 30 of them with the opposite noise too,
-in one process; FOLDER keeps the errors, and a task that it holds is not scored again. `--store` reads
+in one process; FOLDER keeps the errors, and a pair that it holds is not scored again. `--store` reads
 the errors of a gdbench OUT instead, which has no opposite noises. Whatever is fitted or chosen is fitted
 on one half of the examples and measured on the other, both ways round, so every example measures.
 """
@@ -44,9 +44,9 @@ TASKS = {  # examples of each
     "clevr": 300,
     "mmvp_vlm": 80,
     "svo_obj": 80,
-    "flickr30k_text": 30,
-    "flickr30k": 25,
-    "pets": 15,
+    "flickr30k_text": 50,
+    "flickr30k": 50,
+    "pets": 30,
 }
 SCENES, SEED = 500, 1
 STEPS = list(range(10, 990, 10))
@@ -73,49 +73,62 @@ def plan(shape: tuple[int, int, int]) -> NoisePlan:
 
 
 def score(folder: Path, tasks: Sequence[str]) -> dict[str, list[ScoredExample]]:
-    """The scored examples of each task; what FOLDER lacks is scored first."""
+    """The scored examples of each task; pairs that FOLDER lacks are scored first."""
     root = data_root("shapes", SCENES, str(folder))
     scorer = None
     found = {}
     for task in tasks:
         uri = write_examples([task], root, str(folder), TASKS[task])[task].uri
-        examples = list(read_examples(uri))
-        path = folder / f"{task}.npz"
-        if not path.exists():
+        examples, errors = list(read_examples(uri)), _held(folder / f"{task}.npz")
+        if rows := _rows(examples, errors):
             if scorer is None:
                 denoiser = load_denoiser(resolve("shapes"), "fp32", "cpu")
                 scorer = DiffusionScorer(denoiser, plan(denoiser.latent_shape), root)
-            start = time.perf_counter()
-            lines = list(_lines(scorer, examples))
-            seconds = time.perf_counter() - start
-            rate = len(lines) * scorer.cost / seconds
-            print(f"{task}: {len(lines):,} pairs, {rate:.0f} forwards/s", flush=True)
-            names, errors = zip(*lines, strict=True)
-            np.savez(path, names=np.array(names), errors=np.stack(errors))
-        with np.load(path) as held:
-            errors = {tuple(name): e for name, e in zip(held["names"], held["errors"], strict=True)}
+            start, before = time.perf_counter(), len(errors)
+            errors |= _scored(scorer, rows)
+            count, seconds = len(errors) - before, time.perf_counter() - start
+            print(
+                f"{task}: {count:,} pairs, {count * scorer.cost / seconds:.0f} forwards/s",
+                flush=True,
+            )
+            names, values = np.array(list(errors)), np.stack(list(errors.values()))
+            np.savez(folder / f"{task}.npz", names=names, errors=values)
         found[task] = [_joined(example, errors) for example in examples]
     return found
 
 
-def _lines(
-    scorer: DiffusionScorer, examples: Sequence[Example]
-) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
-    """(image, text) and errors [N] of every pair that the examples need, once."""
+Errors = dict[tuple[str, str], np.ndarray]  # (image, text) -> errors [N]
+
+
+def _held(path: Path) -> Errors:
+    if not path.exists():
+        return {}
+    with np.load(path) as held:
+        return {tuple(name): e for name, e in zip(held["names"], held["errors"], strict=True)}
+
+
+def _rows(examples: Sequence[Example], errors: Errors) -> list[PairRow]:
+    """Every pair that the examples need and that is not held, once."""
     asked: dict[str, dict[str, None]] = {}
     for example in examples:
         for image in example.images:
             texts = [*example.texts, *([""] if example.needs_unconditional else [])]
-            asked.setdefault(image, {}).update(dict.fromkeys(texts))
-    rows = [PairRow(n, image, list(texts)) for n, (image, texts) in enumerate(asked.items())]
+            lacking = [text for text in texts if (image, text) not in errors]
+            asked.setdefault(image, {}).update(dict.fromkeys(lacking))
+    return [PairRow(n, image, [*texts]) for n, (image, texts) in enumerate(asked.items()) if texts]
+
+
+def _scored(scorer: DiffusionScorer, rows: Sequence[PairRow]) -> Errors:
+    found = {}
     for start in range(0, len(rows), AT_ONCE):
         for line in scorer.score(rows[start : start + AT_ONCE]):
             if line["failure"] is not None:
                 raise ValueError(f"{line['image']}: {line['failure']}")
-            yield (line["image"], line["text"]), line["l2"]
+            found[line["image"], line["text"]] = line["l2"]
+    return found
 
 
-def _joined(example: Example, errors: dict[tuple[str, str], np.ndarray]) -> ScoredExample:
+def _joined(example: Example, errors: Errors) -> ScoredExample:
     """An example with the errors of its pairs."""
     conditional = np.array([[errors[i, t] for t in example.texts] for i in example.images], float)
     empty = np.zeros((0, 0, 0))
@@ -537,31 +550,48 @@ def starts(table: Scored, half: bool, chosen: tuple[int, int]) -> dict[str, Star
 
 
 def races(tables: Tables) -> list[dict[str, Any]]:
-    """Forwards a candidate, agreement with the mean over all timesteps and accuracy, by start and doubt, as
-    means over tasks."""
+    """Forwards a candidate, the share that is saved beside a race over all timesteps with its 95% interval,
+    agreement with the mean over all timesteps, and accuracy, by start and doubt, as means over tasks."""
     chosen = {half: best_range(tables, half, 20) for half in (False, True)}
     found: dict[tuple[str, float], dict[str, list[float]]] = {}
     for name, table in tables.items():
         made = {half: starts(table, half, chosen[half]) for half in (False, True)}
         kept = spread(len(table.decisions), min(MOST, len(table.decisions)))
+        raced = [table.decisions[number] for number in kept]
+        clusters = table.clusters[[decision.example for decision in raced]]
         means = table.kinds["l2"][:, : len(table.steps)].mean(1)
-        for doubt, way in itertools.product(DOUBTS, made[True]):
-            lines = []
-            for number in kept:
-                decision = table.decisions[number]
-                start = made[not table.halves[decision.example]][way]
-                winners, spent = race(start.errors[decision.pairs], Racing(doubt, start.first))
-                same = winners[0] == means[decision.pairs].argmin()
-                right = winners[0] == decision.right
-                lines.append((spent.mean() * start.cost, same, right))
-            found.setdefault((way, doubt), {})[name] = np.mean(lines, 0).tolist()
+        for doubt in DOUBTS:
+            base = np.zeros(len(raced))
+            for way in made[True]:
+                lines = []
+                for decision in raced:
+                    start = made[not table.halves[decision.example]][way]
+                    winners, spent = race(start.errors[decision.pairs], Racing(doubt, start.first))
+                    same = winners[0] == means[decision.pairs].argmin()
+                    right = winners[0] == decision.right
+                    lines.append((spent.mean() * start.cost, same, right))
+                spent, same, right = np.array(lines, float).T
+                base = spent if way == "all" else base
+                saved = 1 - spent / base.mean()
+                low, high = mean_interval((base - spent) / base.mean(), clusters)
+                error = (high - low) / 2 / NORMAL
+                line = [float(values.mean()) for values in (spent, same, right, saved)]
+                found.setdefault((way, doubt), {})[name] = [*line, error]
     print(f"\nranges: {chosen[True]}, {chosen[False]}\n")
-    print("| race | doubt | forwards a candidate | agreement | accuracy |\n|---|---|---|---|---|")
+    print(
+        "| race | doubt | forwards a candidate | saved, % | agreement | accuracy |\n"
+        + "|---" * 6
+        + "|"
+    )
     rows = []
     for (way, doubt), by_task in sorted(found.items(), key=lambda item: item[0][1]):
-        spent, agreement, accuracy = np.mean(list(by_task.values()), 0).tolist()
-        print(f"| {way} | {doubt} | {spent:.1f} | {100 * agreement:.1f} | {100 * accuracy:.1f} |")
-        rows.append({"way": way, "doubt": doubt, "mean": [spent, agreement, accuracy], **by_task})
+        values = np.array(list(by_task.values()))
+        spent, same, right, saved = values[:, :4].mean(0).tolist()
+        half = NORMAL * float(np.sqrt((values[:, 4] ** 2).sum())) / len(values)
+        cells = f"{spent:.1f} | {100 * saved:+.0f} ± {100 * half:.0f}"
+        print(f"| {way} | {doubt} | {cells} | {100 * same:.1f} | {100 * right:.1f} |")
+        mean = {"forwards": spent, "saved": saved, "error": half, "agreement": same}
+        rows.append({"way": way, "doubt": doubt, **mean, "accuracy": right, "tasks": by_task})
     return rows
 
 
@@ -583,7 +613,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("out/fewer"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--store", help="OUT of a gdbench run with one diffusion model")
     parser.add_argument("--out", help="JSON file for the figures")
