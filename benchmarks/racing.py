@@ -184,8 +184,15 @@ def main() -> None:
                 line = measure(task, list(thinned(examples, parts)), doubt)
                 lines.append(asdict(line))
                 shown = f"{line.agreement:.1f} [{line.low:.1f}, {line.high:.1f}]"
-                print(f"| {line.task} | {line.timesteps} | {doubt:g} | {line.contests:,} | {line.saved:.2f} | "
-                      f"{shown} | {line.raced:.1f} | {line.full:.1f} |", flush=True)  # fmt: skip
+                cells = [
+                    name,
+                    line.timesteps,
+                    f"{doubt:g}",
+                    f"{line.contests:,}",
+                    f"{line.saved:.2f}",
+                ]
+                cells += [shown, f"{line.raced:.1f}", f"{line.full:.1f}"]
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if args.out:
         storage.write_text(args.out, json.dumps(lines, indent=2))
 

@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Contest
 from diffitm.scoring.noise_plan import plan_timesteps
 
 VERSION = 1  # grows when the same errors and rules would race otherwise
+GRID, GRID_END = 400, 8.0  # of the integral over standard normal values
 BORROWED = 4.0  # how many timesteps the other candidates' spread weighs as much as
 
 
@@ -89,8 +90,7 @@ class Racing:
         shrunk = _shrinkage(errors, total)
         wrong[worst] = doubts(errors[worst], errors[best[-1]], total, shrunk)
         wrong[best] = doubts(errors[best], errors[worst[0]], total, shrunk)
-        # Every look but the one at the full plan may err by the same share.
-        left = self.doubt / max(1, len(self.lengths(total)) - 1)
+        left = look_share(self.doubt, tuple(self.lengths(total)))
         first, dropped = set(best.tolist()), Dropped([], [])
         for number in np.argsort(wrong, kind="stable").tolist():
             # A winner leaves only where several win: the last one is what the others are compared with.
@@ -350,6 +350,39 @@ def hold(
         if not asked or measure is None:
             return runs
         measure(asked)
+
+
+@functools.lru_cache
+def look_share(doubt: float, lengths: tuple[int, ...]) -> float:
+    """What each look but that at the full plan may err by, so that all of them err by `doubt` together.
+
+    The worst case is a difference of 0 over the full plan. Its means over the prefixes, each divided by its
+    deviation, are a Gaussian Markov chain, a Brownian bridge at the looks: the share is that at which the
+    chain crosses its quantile at any look with the probability `doubt` (Armitage, McPherson and Rowe 1969).
+    """
+    early, total = np.array(lengths[:-1], float), lengths[-1]
+    if doubt == 0 or len(early) < 2:
+        return doubt
+    times = early / (total - early)  # of the Brownian motion that the bridge is at another clock
+    carried = np.sqrt(times[:-1] / times[1:])
+
+    def excess(share: float) -> float:
+        bound = special.ndtri(share)
+        grid = np.linspace(bound, GRID_END, GRID)
+        weights = np.full(GRID, grid[1] - grid[0])
+        weights[[0, -1]] /= 2
+        density = _normal(grid)
+        for rho in carried:
+            width = math.sqrt(1 - rho**2)
+            steps = _normal((grid[:, None] - rho * grid) / width) / width
+            density = steps @ (density * weights)
+        return 1 - float(density @ weights) - doubt
+
+    return float(optimize.brentq(excess, doubt / len(early), doubt, xtol=doubt * 1e-4))
+
+
+def _normal(values: np.ndarray) -> np.ndarray:
+    return np.exp(-(values**2) / 2) / math.sqrt(2 * math.pi)
 
 
 def _shrinkage(errors: np.ndarray, total: int) -> float:

@@ -30,7 +30,9 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def results(out: Path) -> dict[str, Any]:
     """What must not depend on how the work was done."""
-    found = json.loads((out / "results.json").read_text())
+    found = json.loads(
+        (out / "results.json").read_text(), parse_float=lambda text: round(float(text), 4)
+    )
     return {name: found[name] for name in ("rows", "races", "comparisons", "counts")}
 
 

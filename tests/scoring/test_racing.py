@@ -7,7 +7,16 @@ import pytest
 from scipy import stats
 
 from diffitm.core.errors import InputError
-from diffitm.scoring.racing import Race, Racing, doubts, race, rounds, spread_order, survivors
+from diffitm.scoring.racing import (
+    Race,
+    Racing,
+    doubts,
+    look_share,
+    race,
+    rounds,
+    spread_order,
+    survivors,
+)
 
 
 def published_rounds(samples: list[int], total: int) -> list[list[int]]:
@@ -106,6 +115,25 @@ def test_doubt_borrows_the_others_spread() -> None:
     variances = np.array([8 + 4 * 2, 2 + 4 * 8]) / 5
     expected = stats.t.sf(3 / np.sqrt(variances / 2 * (1 - 2 / 10)), 5)
     assert doubts(errors, border, 10) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("doubt", "total"), [(0.05, 49), (0.3, 20), (0.01, 245)])
+def test_all_looks_together_err_by_the_doubt(doubt: float, total: int) -> None:
+    """Means of 40,000 rows of noise whose whole means are 0, over every prefix, against their quantile."""
+    lengths = Racing(doubt).lengths(total)
+    share = look_share(doubt, tuple(lengths))
+    noise = np.random.default_rng(total).normal(size=(40_000, total))
+    sums = (noise - noise.mean(1, keepdims=True)).cumsum(1)
+    means = [sums[:, n - 1] / math.sqrt(n * (1 - n / total)) for n in lengths[:-1]]
+    crossed = (np.stack(means) < stats.norm.ppf(share)).any(0).mean()
+    assert crossed == pytest.approx(doubt, abs=4 * math.sqrt(doubt / 40_000) + 0.01 * doubt)
+
+
+def test_the_share_of_a_look() -> None:
+    """Between an equal division and the whole; of a single look the whole, of no doubt nothing."""
+    assert look_share(0.05, (5, 49)) == 0.05 and look_share(0.05, (49,)) == 0.05
+    assert look_share(0.0, (5, 7, 49)) == 0
+    assert 0.05 / 7 < look_share(0.05, (5, 7, 10, 14, 20, 28, 39, 49)) < 0.05
 
 
 def test_equal_candidates_are_never_without_doubt() -> None:
