@@ -151,7 +151,7 @@ class Rounds:
         return np.cumsum([len(places) for places in self.places]).tolist()
 
     def drop(self, errors: np.ndarray, places: int, total: int) -> Dropped:
-        """All that are worse than the last one kept, so that no tie is won by its place; at the end everyone."""
+        """All that are worse than the last one kept, as no tie is won by its place; at the end everyone."""
         looks = self.lengths(total)
         kept = self.kept[looks.index(errors.shape[1])]
         stay = survivors(errors, max(kept, places))
