@@ -349,6 +349,8 @@ def evaluate(
     if isinstance(scorer, str):
         scorer = load_scorer(scorer)
     options = None
+    if racing is None and racing_audit:
+        raise InputError("measures races: give racing", "racing_audit")
     if racing is not None:
         from diffitm.evaluation.races import RaceOptions
 

@@ -113,7 +113,8 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
         raced = TopRaces(examples, store, races)
         print(f"top      {write_raced_top(pairs, out, config.top_of, raced)}")
         note = raced_note([raced.figure] if raced.figure else [])
-        print(note)
+        if note:
+            print(note)
     elif config.top_k is not None:
         print(f"top      {write_top(pairs, out, config.top_k, config.top_of)}")
     summary = summarise(pairs, config.shown)

@@ -77,7 +77,6 @@ class ModelOptions(OnActors):
         None,
         "score candidates only as far as their decision needs: the probability, such as 0.01, that one comes "
         "out otherwise than in full",
-        at_least=0,
     )
     n_samples: list[int] = option(
         [],

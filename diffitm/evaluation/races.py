@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
 from diffitm.evaluation.diagnostics import Diagnostics
 from diffitm.metrics.intervals import interval
@@ -22,6 +23,10 @@ class RaceOptions:
 
     rules: Racing | Rounds
     audit: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.audit <= 1:
+            raise InputError(f"{self.audit}: must be 0 to 1", "racing_audit")
 
     def plan(self, store: Store, error: str, weights: np.ndarray | None) -> RacePlan | None:
         """The races over a store's errors; None where a pair has a single score."""

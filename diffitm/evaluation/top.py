@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,7 +15,7 @@ from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.race_table import Races
 from diffitm.evaluation.races import RaceFigure, RaceStats, pair_values
 from diffitm.scoring.racing import hold
-from diffitm.store.join import read_scored
+from diffitm.store.join import ScoredExample, read_scored
 from diffitm.store.pair_scores import Ranked
 from diffitm.store.pair_table import connect, examples_dataset, write_examples
 from diffitm.store.score_store import Store
@@ -32,8 +32,11 @@ class Top:
     version: ClassVar[int] = 1
 
     def contests(self, example: Example) -> list[Contest]:
-        """One over all pairs, by the normalised score; a candidate that cannot be scored loses."""
+        """One over all pairs, by the normalised score; a candidate that cannot be scored loses. Where all are
+        kept nothing is raced: they are scored in full, and ranked by that."""
         pairs = list(range(len(example.images) * len(example.texts)))
+        if len(pairs) <= self.kept:
+            return []
         bases = [len(pairs) + pair // len(example.texts) for pair in pairs]
         return [Contest(pairs, self.kept, bases, drops_lost=True)]
 
@@ -84,13 +87,28 @@ class TopRaces:
             if item.example.failure:
                 continue
             errors = pair_values(item)
-            (run,) = hold(top.contests(item.example), errors, plan)
+            if not (contests := top.contests(item.example)):
+                yield from self._ranked(item, self._scores(item))
+                continue
+            (run,) = hold(contests, errors, plan)
             if not run.decided:
                 continue
             audited = options.is_audited(Top.name, item.example) and item.is_complete
             self.stats.add(item, [run], errors, audited)
             standing = run.race.standing()
-            winners = sorted(run.race.winners, key=lambda number: (-standing[number], number))
-            for rank, number in enumerate(winners, 1):
-                i, j = divmod(number, len(item.example.texts))
-                yield Ranked(item.example.images[i], item.example.texts[j], rank)
+            yield from self._ranked(item, {n: standing[n] for n in run.race.winners})
+
+    def _scores(self, item: ScoredExample) -> dict[int, float]:
+        """The scores of the pairs of an example that was scored in full; those that have one."""
+        plan = self.races.plan
+        with np.errstate(invalid="ignore"):
+            explained = (item.unconditional - item.conditional).reshape(-1, len(plan.timesteps))
+            scores = (explained * plan.scale)[:, plan.order].mean(1)
+        return {n: scores[n] for n in np.flatnonzero(np.isfinite(scores)).tolist()}
+
+    @staticmethod
+    def _ranked(item: ScoredExample, scores: Mapping[int, float]) -> Iterator[Ranked]:
+        """Pairs of an example, the one of highest score first."""
+        for rank, number in enumerate(sorted(scores, key=lambda n: (-scores[n], n)), 1):
+            i, j = divmod(number, len(item.example.texts))
+            yield Ranked(item.example.images[i], item.example.texts[j], rank)

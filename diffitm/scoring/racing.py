@@ -4,9 +4,10 @@ worse beyond doubt drop out.
 Every candidate meets the same timesteps and noises, so what decides is the paired difference to the
 candidate at the border, timestep by timestep. Its mean over a prefix of n of N timesteps stands for
 the mean over all N with the variance s^2 / n (1 - n / N), the finite-population correction (Cochran,
-Sampling Techniques, 1977, section 2.6): over the full plan no doubt is left. As every prefix is
-spread over the range, what changes slowly with the timestep is in its mean already, and s^2 is that of
-neighbours (von Neumann 1941; for systematic samples Wolter, Introduction to Variance Estimation, 1985).
+Sampling Techniques, 1977, section 2.6): over the full plan no doubt is left. The mean is that of the line
+through a prefix's differences, which holds what changes slowly with the timestep wherever the prefix is
+denser, and s^2 is that of neighbours (von Neumann 1941; for systematic samples Wolter, Introduction to
+Variance Estimation, 1985).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from diffitm.scoring.noise_plan import plan_timesteps
 
 VERSION = 1  # grows when the same errors and rules would race otherwise
 GRID, GRID_END = 400, 8.0  # of the integral over standard normal values
+TRAINED = 1000  # timesteps that the published rounds are taken of
 BORROWED = 4.0  # how many timesteps the other candidates' spread weighs as much as
 
 
@@ -82,14 +84,14 @@ class Racing:
 
     def drop(self, errors: np.ndarray, places: int, total: int) -> Dropped:
         """Those whose doubts together stay below what this look may err by, the surest first."""
-        order = np.argsort(errors.mean(1), kind="stable")
+        columns, weights = _prefix(total, errors.shape[1])
+        errors = errors[:, columns]  # in the order of their timesteps
+        order = np.argsort(errors @ weights, kind="stable")
         best, worst = order[:places], order[places:]
         wrong = np.ones(len(errors))
-        # The columns in the order of their timesteps.
-        errors = errors[:, np.argsort(spread_order(total)[: errors.shape[1]])]
-        shrunk = _shrinkage(errors, total)
-        wrong[worst] = doubts(errors[worst], errors[best[-1]], total, shrunk)
-        wrong[best] = doubts(errors[best], errors[worst[0]], total, shrunk)
+        shrunk = _shrinkage(errors, total, weights)
+        wrong[worst] = doubts(errors[worst], errors[best[-1]], total, shrunk, weights)
+        wrong[best] = doubts(errors[best], errors[worst[0]], total, shrunk, weights)
         left = look_share(self.doubt, tuple(self.lengths(total)))
         first, dropped = set(best.tolist()), Dropped([], [])
         for number in np.argsort(wrong, kind="stable").tolist():
@@ -123,9 +125,11 @@ class Rounds:
         if min(self.kept) < 1 or list(self.kept) != sorted(self.kept, reverse=True):
             text = f"{list(self.kept)}: must be 1 or more, none more than before"
             raise InputError(text, "to_keep")
-        rounds(self.samples)
+        if self.samples[0] < 1 or self.samples[-1] > TRAINED:
+            text = f"{list(self.samples)}: each must be 1 to {TRAINED}"
+            raise InputError(text, "n_samples")
 
-    @property
+    @functools.cached_property
     def places(self) -> list[list[int]]:
         """The places that each round adds, in the grid of the largest one."""
         grid = rounds(self.samples)[-1]
@@ -147,13 +151,14 @@ class Rounds:
         return np.cumsum([len(places) for places in self.places]).tolist()
 
     def drop(self, errors: np.ndarray, places: int, total: int) -> Dropped:
-        """All that are not kept; at the end everyone."""
+        """All that are worse than the last one kept, as no tie is won by its place; at the end everyone."""
         looks = self.lengths(total)
         kept = self.kept[looks.index(errors.shape[1])]
         stay = survivors(errors, max(kept, places))
         if errors.shape[1] == total:
             return Dropped(stay[:places], stay[places:] + _others(stay, len(errors)))
-        return Dropped([], _others(stay, len(errors)))
+        means = errors.mean(1)
+        return Dropped([], np.flatnonzero(means > means[stay[-1]]).tolist())
 
 
 def _others(numbers: Sequence[int], count: int) -> list[int]:
@@ -201,12 +206,32 @@ class RacePlan:
         return {"version": VERSION, **rules, "error": self.error, "weights": self.weights}
 
 
-def spread_order(total: int) -> list[int]:
-    """The positions 0 to total - 1 in an order of which every prefix is spread over the range: van der
-    Corput's sequence in base 2."""
+@functools.cache
+def spread_order(total: int) -> tuple[int, ...]:
+    """The positions 0 to total - 1 in an order of which every prefix is spread over the range: both ends,
+    then van der Corput's sequence in base 2."""
     width = max(1, (total - 1).bit_length())
     turned = (int(f"{number:0{width}b}"[::-1], 2) for number in range(2**width))
-    return [position for position in turned if position < total]
+    return tuple(dict.fromkeys([0, total - 1, *(p for p in turned if p < total)]))
+
+
+@functools.cache
+def _prefix(total: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of a prefix in the order of their positions, and the weights [n] of their errors: those
+    with which the mean over all `total` is that of the line through them.
+
+    A prefix is denser here than there, so a plain mean of what changes along the range would be off.
+    """
+    positions = np.array(spread_order(total)[:length])
+    columns = np.argsort(positions)
+    known, every = positions[columns], np.arange(total)
+    return columns, np.array([np.interp(every, known, unit).mean() for unit in np.eye(length)])
+
+
+def _spread(weights: np.ndarray, total: int) -> float:
+    """The variance of a prefix's weighted mean around the mean over all, of noise of variance 1; with equal
+    weights 1 / n (1 - n / N)."""
+    return float(((weights - 1 / total) ** 2).sum() + (total - len(weights)) / total**2)
 
 
 class Race:
@@ -385,7 +410,7 @@ def _normal(values: np.ndarray) -> np.ndarray:
     return np.exp(-(values**2) / 2) / math.sqrt(2 * math.pi)
 
 
-def _shrinkage(errors: np.ndarray, total: int) -> float:
+def _shrinkage(errors: np.ndarray, total: int, weights: np.ndarray) -> float:
     """The share of the means' variance between candidates that is no noise (James and Stein, 1961).
 
     The best of many equal candidates looks better than it is; with this share the differences shrink to
@@ -395,34 +420,43 @@ def _shrinkage(errors: np.ndarray, total: int) -> float:
     if candidates < 4 or n >= total:
         return 1.0
     apart = errors - errors.mean(0)
-    noise = apart.var(1, ddof=1).sum() / (candidates - 1) / n * (1 - n / total)
-    between = float(apart.mean(1).var(ddof=1))
+    noise = apart.var(1, ddof=1).sum() / (candidates - 1) * _spread(weights, total)
+    between = float((apart @ weights).var(ddof=1))
     if between == 0:
         return 0.0
     return max(0.0, 1 - (candidates - 3) / (candidates - 1) * noise / between)
 
 
-def doubts(errors: np.ndarray, border: np.ndarray, total: int, shrunk: float = 1.0) -> np.ndarray:
+def doubts(
+    errors: np.ndarray,
+    border: np.ndarray,
+    total: int,
+    shrunk: float = 1.0,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
     """The probability that a candidate is on the other side of the border at the full plan.
 
     `errors` [C, n] in the order of their timesteps, `border` [n] the errors of the candidate at the
     border, `total` the N timesteps of the full plan. One-sided, of Student's t over paired differences,
     whose spread is that of neighbouring timesteps; each borrows from the others' mean spread as if that
     were known from BORROWED more degrees of freedom. `shrunk` is the share of the differences that is
-    no noise.
+    no noise. `weights` [n] are those of the columns in a mean, all the same unless told.
     """
     differences = np.asarray(errors, float) - np.asarray(border, float)
     count, n = differences.shape
     if n >= total:
         return np.zeros(count)
-    means, steps = differences.mean(1), np.diff(differences, axis=1)
+    if shrunk == 0:  # nothing tells them apart
+        return np.full(count, 0.5)
+    weights = np.full(n, 1 / n) if weights is None else weights
+    means, steps = differences @ weights, np.diff(differences, axis=1)
     variances = (steps**2).sum(1) / (2 * (n - 1))
     freedom = 2 * (n - 1) ** 2 / (3 * n - 4)  # what this estimate's own variance amounts to
     if count > 1:
         others = (variances.sum() - variances) / (count - 1)
         variances = (freedom * variances + BORROWED * others) / (freedom + BORROWED)
         freedom += BORROWED
-    deviation = np.sqrt(variances / n * (1 - n / total))
+    deviation = np.sqrt(variances * _spread(weights, total))
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = np.where(
             deviation > 0, np.abs(means) / deviation, np.where(means == 0, 0, np.inf)
@@ -445,7 +479,7 @@ def _steps(rules: Racing | Rounds, total: int) -> tuple[int, ...]:
     return tuple(rounds(rules.samples)[-1] if isinstance(rules, Rounds) else range(total))
 
 
-def rounds(samples: Sequence[int], total: int = 1000) -> list[list[int]]:
+def rounds(samples: Sequence[int], total: int = TRAINED) -> list[list[int]]:
     """The timesteps of each round of Diffusion Classifier (Li et al. 2023; n_samples of their code): an
     even part of the grid of the largest round, so that a later round finds what an earlier one scored.
 

@@ -319,11 +319,12 @@ def _scored(store: Store, name: str) -> str:
     """
     if not store.has_parts:
         return whole
-    # Races of two blocks may have scored the same places of a pair, with the same errors.
+    # Races of two blocks may have scored the same places of a pair, with errors that are equal up to
+    # rounding: the smaller one, so that it is always the same.
     parts = f"""
         SELECT image, text, list(place ORDER BY place) AS places, list(error ORDER BY place) AS errors,
                any_value(elements) AS elements
-        FROM (SELECT image, text, place, any_value(error) AS error, any_value(elements) AS elements
+        FROM (SELECT image, text, place, min(error) AS error, any_value(elements) AS elements
               FROM (SELECT image, text, elements, unnest(positions) AS place, unnest({name}) AS error
                     FROM scores WHERE failure IS NULL AND positions IS NOT NULL)
               GROUP BY image, text, place)

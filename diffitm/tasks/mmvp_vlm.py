@@ -70,7 +70,9 @@ class MmvpVlm(Task):
         return {"pair": winoground(scores)["image"]}
 
     def contests(self, example: Example) -> list[Contest]:
-        """Both images of either statement."""
+        """Both images of either statement; a task with credits of its own has none."""
+        if type(self).credits is not MmvpVlm.credits:
+            return []
         return image_contests()
 
     def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:

@@ -84,7 +84,10 @@ class Winoground(Task):
         return winoground(scores)
 
     def contests(self, example: Example) -> list[Contest]:
-        """Both texts of either image, and both images of either text."""
+        """Both texts of either image, and both images of either text; a task with credits of its own has
+        none."""
+        if type(self).credits is not Winoground.credits:
+            return []
         return [*(Contest([2 * i, 2 * i + 1], 1) for i in (0, 1)), *image_contests()]
 
     def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:

@@ -16,11 +16,15 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
+from diffitm.captions.row import CaptionRow
+from diffitm.core.errors import InputError
 from diffitm.core.schema import Example, PairRow, read_block
 from diffitm.evaluation.evaluate import Evaluation, evaluate
 from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.race_table import Races, full_part, write_races
 from diffitm.evaluation.races import RaceOptions, pair_values
+from diffitm.evaluation.top import Top, TopRaces, write_groups
+from diffitm.metrics.credit import Credit
 from diffitm.models.denoiser import Condition
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan, plan_timesteps
@@ -28,8 +32,12 @@ from diffitm.scoring.race_block import BlockRaces
 from diffitm.scoring.racing import Racing, Rounds, hold
 from diffitm.store import pair_table
 from diffitm.store.join import read_scored
+from diffitm.store.pair_scores import write_pairs
 from diffitm.store.score_store import Store, open_store
+from diffitm.tasks.base import Task
+from diffitm.tasks.mmvp_vlm import MmvpVlm
 from diffitm.tasks.registry import find_task
+from diffitm.tasks.winoground import Winoground
 from tests.tiny import Fixed, schedule, write_image, write_scores
 
 STEPS = plan_timesteps("diffusionitm", 30)
@@ -343,6 +351,46 @@ def test_other_errors_and_weights(world: World, error: str) -> None:
     }
     for row in world.results(whole, certain, **how).rows:
         assert row.value == full[row.task, row.group, row.metric, row.score]
+
+
+@pytest.mark.parametrize("own", [Winoground, MmvpVlm])
+def test_a_task_with_credits_of_its_own_is_scored_in_full(own: type[Task]) -> None:
+    example = Example("w", ("a", "b"), ("x", "y"), "both")
+    assert own().contests(example)
+
+    class Mine(own):  # type: ignore[misc, valid-type]
+        def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
+            return {"mine": Credit(1.0)}
+
+    assert Mine().contests(example) == []
+
+
+@pytest.mark.parametrize("audit", [-0.1, 1.1, float("nan")])
+def test_a_share_that_is_none(audit: float) -> None:
+    with pytest.raises(InputError, match=r"racing_audit .*must be 0 to 1"):
+        RaceOptions(Racing(), audit)
+
+
+def test_the_best_of_no_more_than_are_asked_for(world: World) -> None:
+    """They are scored in full and ranked by that, one that cannot be read is not among them."""
+    (world.root / "1.png").write_bytes(b"no image")
+    rows = [CaptionRow(str(n), f"{n}.png", (f"text {n % 2}",)) for n in range(4)]
+    own, _, _ = pair_table.write_own(rows, world.out)
+    groups, store = write_groups(own, "text", world.out), world.store("top")
+    plan = RULES.plan(store, "l2", None)
+    assert plan is not None
+    races = Races(RULES, plan, {Top.name: Top(2)})
+    (full,) = full_part({Top.name: groups}, races, world.out)
+    assert world.score(store, [full]) == 3 * 2 * len(STEPS)
+    assert write_races({Top.name: groups}, store, races, 1, f"{world.out}/r.parquet").rows == 0
+    found = [(line.text, line.rank, line.image) for line in TopRaces(groups, store, races)]
+    assert [line[:2] for line in found] == [("text 0", 1), ("text 0", 2), ("text 1", 1)]
+    assert found[2][2] == "3.png" and {line[2] for line in found[:2]} == {"0.png", "2.png"}
+    table = parquet.read_table(write_pairs(world.out, own, store, "l2", raced=True)).to_pylist()
+    by_image = {line["image"]: line for line in table}
+    assert by_image["1.png"]["failure"].startswith("unreadable")
+    assert by_image[found[0][2]]["score"] >= by_image[found[1][2]]["score"]
+    assert {by_image[f"{n}.png"]["measured"] for n in (0, 2, 3)} == {len(STEPS)}
 
 
 # --- the published rounds
