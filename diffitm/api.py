@@ -128,8 +128,8 @@ class ImageTextScorer:
             racing: the probability that the k best of one are others than in full.
 
         Returns:
-            int [images, k], numbers of texts, or [texts, k], numbers of images; the best first as far
-            as the race has told them apart. Of fewer than k candidates all, in the order given.
+            int [images, k], numbers of texts, or [texts, k], numbers of images, in the order of the scores
+            as far as they were scored. Of fewer than k candidates all, in the order given.
 
         Raises:
             InputError: as a call; a model without errors by timestep.
@@ -159,8 +159,7 @@ class ImageTextScorer:
         for run in races.run():
             if not run.finite:
                 raise InputError(f"{self.name} gives errors that are not finite", "scorer")
-            standing = run.race.standing()
-            found.append(sorted(run.race.winners, key=lambda n: (-standing[n], n)))
+            found.append(run.race.best())
         return np.array(found, int).reshape(len(found), len(found[0]) if found else k)
 
     def _check(self, texts: list[str]) -> None:

@@ -123,20 +123,16 @@ def report_again(config: GdbenchConfig, out: str) -> None:
 
 
 def _like_last(config: GdbenchConfig, last: dict[str, Any]) -> GdbenchConfig:
-    """The options of a report with those of the last run that its scores were made for.
-
-    Raises InputError for another kind of error than was raced by.
-    """
-    names = ("racing", "n_samples", "to_keep", "racing_audit")
-    used = {name: last[name] for name in names if name in last}
-    raced = race_rules(replace(config, **used)) is not None
-    if raced and config.error not in ("auto", last["error"]):
-        text = f": {config.error}: the races were decided by {last['error']}, and scored no further"
-        raise InputError(text, "error")
-    if raced:
+    """The options of a report with those of the last run that say how its scores become figures, where they
+    are not given."""
+    used: dict[str, Any] = {
+        "timestep_weights": config.timestep_weights or last.get("timestep_weights", [])
+    }
+    if race_rules(config) is None:
+        names = ("racing", "n_samples", "to_keep", "racing_audit")
+        used |= {name: last[name] for name in names if name in last}
+    if config.error == "auto":
         used["error"] = last["error"]
-    if raced or not config.timestep_weights:
-        used["timestep_weights"] = last.get("timestep_weights", [])
     return replace(config, **used)
 
 

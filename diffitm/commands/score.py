@@ -73,8 +73,8 @@ def run(config: ScoreConfig) -> None:
     Raises InputError for bad input before anything is scored, Incomplete at the end if rows have no score.
     """
     problems, timesteps = check_models(config)
-    if not problems and race_options(config):
-        problems += _race_problems(config)
+    if not problems and race_options(config) and config.top_k is None:
+        problems.append("--racing finds the best and scores the others no further: give --top-k")
     if not config.data:
         problems.append("give --data, such as --data captions.csv")
     diffusion = len(config.model) * len(lora_names(config)) * len(timesteps)
@@ -118,6 +118,8 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
     elif config.top_k is not None:
         print(f"top      {write_top(pairs, out, config.top_k, config.top_of)}")
     summary = summarise(pairs, config.shown)
+    if races:
+        note += f" Shown are the {summary.compared:,} pairs that were scored at all timesteps."
     provenance = record(asdict(config)) | {"stores": {store.name: store.config}}
     storage.write_text(storage.join(out, "scores.json"), json.dumps(asdict(summary), indent=2))
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
@@ -131,16 +133,6 @@ def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: 
         if summary.failed:
             text += f", such as {summary.failed[0]['image']}: {summary.failed[0]['failure']}"
         raise Incomplete(f"{text}; pairs.parquet says why (column failure)")
-
-
-def _race_problems(config: ScoreConfig) -> list[str]:
-    """What else a race needs."""
-    found = []
-    if config.top_k is None:
-        found.append("--racing finds the best and scores the others no further: give --top-k")
-    if not config.model:
-        found.append("--racing is of diffusion models: give a --model")
-    return found
 
 
 def own_rows(config: ScoreConfig) -> Iterator[CaptionRow]:

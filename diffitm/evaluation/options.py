@@ -205,6 +205,8 @@ def _race_problems(config: ModelOptions) -> list[str]:
         return [error.on_command_line()]
     if rules is None and config.racing_audit:
         return ["--racing-audit measures races: give --racing or --n-samples"]
+    if rules is not None and not config.model:
+        return ["--racing is of diffusion models: give a --model"]
     if not isinstance(rules, Rounds):
         return []
     found = []
@@ -214,6 +216,8 @@ def _race_problems(config: ModelOptions) -> list[str]:
         found.append(f"--protocol {config.protocol}: --n-samples is of diffusion-classifier")
     if config.timestep_list:
         found.append("--timestep-list: --n-samples says the timesteps")
+    if config.timesteps not in (ModelOptions().timesteps, config.n_samples[-1:]):
+        found.append(f"--timesteps {config.timesteps}: --n-samples says the timesteps")
     return found
 
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from diffitm.core import storage
+from diffitm.core.errors import InputError
 from diffitm.core.schema import Contest, Example
 from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.race_table import Races
 from diffitm.evaluation.races import RaceFigure, RaceStats, pair_values
 from diffitm.scoring.racing import hold
-from diffitm.store.join import ScoredExample, read_scored
-from diffitm.store.pair_scores import Ranked
+from diffitm.store.join import read_scored
 from diffitm.store.pair_table import connect, examples_dataset, write_examples
 from diffitm.store.score_store import Store
 
 Of = Literal["text", "image"]
+MOST_IMAGES = 10_000  # of a contest, whose latents one actor holds
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ def write_groups(examples: str, of: Of, folder: str) -> Examples:
         for one, others in itertools.chain.from_iterable(lines):
             pair = ((one,), tuple(dict.fromkeys(others)))
             images, texts = pair if of == "image" else pair[::-1]
+            if len(images) > MOST_IMAGES:
+                text = f": {len(images):,} images of one text are more than one actor races"
+                raise InputError(f"{text} ({MOST_IMAGES:,}); leave it out", "racing")
             # Scores are normalised whatever is compared.
             yield Example(one, images, texts, "both")
 
@@ -78,37 +82,23 @@ class TopRaces:
         """What the races took."""
         return self.stats.read(self.store.model, Top.name)
 
-    def __iter__(self) -> Iterator[Ranked]:
-        """The winners of each group, the best first."""
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """The (image, text) of each group's winners, in no order."""
         plan, options = self.races.plan, self.races.options
         top = self.races.tasks[Top.name]
         scored = read_scored(self.groups.uri, self.store, plan.error, partial=True, lost=np.inf)
         for item in scored:
             if item.example.failure:
                 continue
-            errors = pair_values(item)
-            if not (contests := top.contests(item.example)):
-                yield from self._ranked(item, self._scores(item))
-                continue
-            (run,) = hold(contests, errors, plan)
-            if not run.decided:
-                continue
-            audited = options.is_audited(Top.name, item.example) and item.is_complete
-            self.stats.add(item, [run], errors, audited)
-            standing = run.race.standing()
-            yield from self._ranked(item, {n: standing[n] for n in run.race.winners})
-
-    def _scores(self, item: ScoredExample) -> dict[int, float]:
-        """The scores of the pairs of an example that was scored in full; those that have one."""
-        plan = self.races.plan
-        with np.errstate(invalid="ignore"):
-            explained = (item.unconditional - item.conditional).reshape(-1, len(plan.timesteps))
-            scores = (explained * plan.scale)[:, plan.order].mean(1)
-        return {n: scores[n] for n in np.flatnonzero(np.isfinite(scores)).tolist()}
-
-    @staticmethod
-    def _ranked(item: ScoredExample, scores: Mapping[int, float]) -> Iterator[Ranked]:
-        """Pairs of an example, the one of highest score first."""
-        for rank, number in enumerate(sorted(scores, key=lambda n: (-scores[n], n)), 1):
-            i, j = divmod(number, len(item.example.texts))
-            yield Ranked(item.example.images[i], item.example.texts[j], rank)
+            images, texts = item.example.images, item.example.texts
+            winners = list(range(len(images) * len(texts)))
+            if contests := top.contests(item.example):
+                errors = pair_values(item)
+                (run,) = hold(contests, errors, plan)
+                if not run.decided:
+                    continue
+                audited = options.is_audited(Top.name, item.example) and item.is_complete
+                self.stats.add(item, [run], errors, audited)
+                winners = run.race.winners
+            for number in winners:
+                yield images[number // len(texts)], texts[number % len(texts)]

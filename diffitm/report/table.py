@@ -115,7 +115,7 @@ def raced_note(races: Sequence[RaceFigure]) -> str:
     tasks = ", ".join(dict.fromkeys(race.task for race in races))
     share = sum(race.forwards for race in races) / sum(race.full for race in races)
     agreed, audited = (sum(getattr(race, name) for race in races) for name in ("agreed", "audited"))
-    text = f"Raced ({rules}) with {share:.0%} of the forwards of a full run: {tasks}."
+    text = f"Raced ({rules}) with {share:.0%} of the forwards of a full run, audits aside: {tasks}."
     if audited:
         return f"{text} Of {audited:,} audited decisions {agreed:,} came out as in full."
     return f"{text} No decision was audited."

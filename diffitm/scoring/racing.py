@@ -239,7 +239,8 @@ class Race:
 
     `candidates` and `total` are the sizes C of the contest and N of the full plan, `kept` how many
     win. After each call of `take`, `open` holds the candidates whose side is still in doubt, `winners`
-    and `losers` the others; `spent` [C] is how many timesteps were asked of each. With `about` the race
+    and `losers` the others; `spent` [C] is how many timesteps were asked of each, `means` [C] the mean of its
+    errors there. With `about` the race
     is over once that candidate's side is known; others may have none then.
     """
 
@@ -251,7 +252,7 @@ class Race:
         self.winners: list[int] = []
         self.losers: list[int] = []
         self.spent = np.zeros(candidates, int)
-        self._means = np.zeros(candidates)
+        self.means = np.zeros(candidates)
         self._tiers = np.zeros(candidates)  # 1 for an early winner, -1 for an early loser
         self._settle()
 
@@ -265,7 +266,7 @@ class Race:
         if not np.isfinite(errors).all():
             raise ValueError("errors are not finite")
         now = list(self.open)
-        self.spent[now], self._means[now] = errors.shape[1], errors.mean(1)
+        self.spent[now], self.means[now] = errors.shape[1], errors.mean(1)
         dropped = self.rules.drop(errors, self.kept - len(self.winners), self.total)
         winners, losers = ([now[number] for number in numbers] for numbers in dropped)
         self.winners += winners
@@ -276,11 +277,14 @@ class Race:
         self.open = [candidate for candidate in now if candidate not in gone]
         self._settle()
 
-    def withdraw(self, candidates: Sequence[int]) -> None:
-        """Open candidates that lose for another reason than their errors."""
-        self.losers += candidates
-        self._tiers[list(candidates)] = -1
-        self.open = [candidate for candidate in self.open if candidate not in candidates]
+    def withdraw(self, errors: np.ndarray) -> None:
+        """Open candidates lose of whose errors [len(open), n] some are not finite; the others go on."""
+        stays = np.isfinite(errors).all(1)
+        now, lost = np.array(self.open)[stays], np.array(self.open)[~stays]
+        self.spent[now], self.means[now] = errors.shape[1], errors[stays].mean(1)
+        self._tiers[lost] = -1
+        self.losers += lost.tolist()
+        self.open = now.tolist()
         self._settle()
 
     def _settle(self) -> None:
@@ -294,12 +298,16 @@ class Race:
             return
         self.open = []
 
+    def best(self) -> list[int]:
+        """The winners, the lowest mean first."""
+        return sorted(self.winners, key=lambda candidate: (self.means[candidate], candidate))
+
     def standing(self) -> np.ndarray:
         """Scores [C] that rank the candidates as the race did, higher is better: those that dropped out
         early stand behind (or, winners, before) the others, and who is equal at the full plan is equal.
         """
-        width = np.ptp(self._means) + 1
-        return self._tiers * 2 * width - self._means
+        width = np.ptp(self.means) + 1
+        return self._tiers * 2 * width - self.means
 
 
 class Run:
@@ -342,13 +350,14 @@ class Run:
             if missing := np.flatnonzero(np.isnan(values).any(1)).tolist():
                 return {used[number]: length for number in missing}
             rows = values.reshape(-1, len(pairs), length)  # of the pairs and, if any, their bases
-            lost = ~np.isfinite(rows).all((0, 2))
-            if not lost.any():
+            with np.errstate(invalid="ignore"):
                 found = rows[0] - rows[1] if bases else rows[0]
-                self.race.take(found * self.plan.scale[places])
+                found = found * self.plan.scale[places]
+            if np.isfinite(found).all():
+                self.race.take(found)
                 self._looks += 1
             elif self.contest.drops_lost:
-                self.race.withdraw([numbers[number] for number in np.flatnonzero(lost)])
+                self.race.withdraw(found)
             else:
                 self.finite = False
         return {}
@@ -470,8 +479,7 @@ def race(errors: np.ndarray, rules: Racing | Rounds, kept: int = 1) -> tuple[lis
     candidates, total = errors.shape
     plan = RacePlan(rules, _steps(rules, total))
     (run,) = hold([Contest(list(range(candidates)), kept)], errors, plan)
-    standing = run.race.standing()
-    return sorted(run.race.winners, key=lambda c: (-standing[c], c)), run.race.spent
+    return run.race.best(), run.race.spent
 
 
 def _steps(rules: Racing | Rounds, total: int) -> tuple[int, ...]:

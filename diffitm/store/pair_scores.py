@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -41,6 +41,7 @@ class PairSummary:
 
     pairs: int
     failures: int
+    compared: int  # pairs that all below is of: with a score, of raced ones at all timesteps
     quantiles: dict[str, float]  # '1%' .. '99%'
     edges: list[float]  # of the histogram's bins, one more than there are counts
     counts: list[int]
@@ -160,27 +161,31 @@ def summarise(path: str, shown: int) -> PairSummary:
         lines: list[dict[str, Any]] = connection.sql(query).to_arrow_table().to_pylist()
         return lines
 
-    (whole,) = ask("""
-        SELECT count(*) AS pairs, count(failure) AS failures, min(score) AS low, max(score) AS high
-        FROM pairs""")
+    # Of pairs that were raced, those that were scored at all timesteps can be compared.
+    raced = "measured" in connection.table("pairs").columns
+    compared = "score IS NOT NULL"
+    if raced:
+        compared += " AND measured = (SELECT max(measured) FROM pairs)"
+    (whole,) = ask("SELECT count(*) AS pairs, count(failure) AS failures FROM pairs")
+    (span,) = ask(
+        f"SELECT count(*) AS pairs, min(score) AS low, max(score) AS high FROM pairs WHERE {compared}"
+    )
     shares = [0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
     quantiles: dict[str, float] = {}
     edges: list[float] = []
     counts = [0] * BINS
-    if whole["low"] is not None:
-        (values,) = ask(f"SELECT quantile_cont(score, {shares}) AS q FROM pairs")
+    if span["low"] is not None:
+        (values,) = ask(f"SELECT quantile_cont(score, {shares}) AS q FROM pairs WHERE {compared}")
         quantiles = {f"{share:.0%}": float(q) for share, q in zip(shares, values["q"], strict=True)}
-        low, high = whole["low"], whole["high"]
+        low, high = span["low"], span["high"]
         width = (high - low) / BINS or 1.0
         edges = [low + width * i for i in range(BINS + 1)]
         for line in ask(f"""
             SELECT least(CAST(floor((score - {low}) / {width}) AS INTEGER), {BINS - 1}) AS bin,
                    count(*) AS count
-            FROM pairs WHERE score IS NOT NULL GROUP BY bin"""):
+            FROM pairs WHERE {compared} GROUP BY bin"""):
             counts[line["bin"]] = line["count"]
-    some = (
-        "SELECT row, image, text, source, score FROM pairs WHERE score IS NOT NULL ORDER BY score"
-    )
+    some = f"SELECT row, image, text, source, score FROM pairs WHERE {compared} ORDER BY score"
     return PairSummary(
         pairs=whole["pairs"],
         failures=whole["failures"],
@@ -192,39 +197,36 @@ def summarise(path: str, shown: int) -> PairSummary:
         failed=ask(f"""
             SELECT row, image, text, failure FROM pairs WHERE failure IS NOT NULL
             ORDER BY row LIMIT {shown}"""),
-        sources=ask("""
-            SELECT source, count(*) AS pairs, count(failure) AS failures, avg(score) AS mean,
-                   quantile_cont(score, 0.25) AS low, median(score) AS median,
-                   quantile_cont(score, 0.75) AS high
+        compared=span["pairs"],
+        sources=ask(f"""
+            SELECT source, count(*) AS pairs, count(failure) AS failures,
+                   avg(score) FILTER ({compared}) AS mean,
+                   quantile_cont(score, 0.25) FILTER ({compared}) AS low,
+                   median(score) FILTER ({compared}) AS median,
+                   quantile_cont(score, 0.75) FILTER ({compared}) AS high
             FROM pairs WHERE source IS NOT NULL GROUP BY source ORDER BY mean DESC NULLS LAST"""),
     )
 
 
-class Ranked(NamedTuple):
-    """A pair that is among the best of its text or image, from 1 on."""
-
-    image: str
-    text: str
-    rank: int
-
-
-def write_raced_top(path: str, out: str, of: str, ranked: Iterable[Ranked]) -> str:
-    """OUT/top.parquet: the best as races found them."""
+def write_raced_top(path: str, out: str, of: str, winners: Iterable[tuple[str, str]]) -> str:
+    """OUT/top.parquet: the (image, text) that races found to be the best of each text or image, by score."""
     found, name = storage.filesystem(path)
-    schema = pa.schema([("image", pa.string()), ("text", pa.string()), ("rank", pa.int64())])
+    schema = pa.schema([("image", pa.string()), ("text", pa.string())])
     with tempfile.TemporaryDirectory(prefix="diffitm-") as folder:
         file = f"{folder}/top.parquet"
         with parquet.ParquetWriter(file, schema) as writer:
-            for batch in batched(ranked, 1000):
-                lines = [line._asdict() for line in batch]
-                writer.write_table(pa.Table.from_pylist(lines, schema))
+            for batch in batched(winners, 1000):
+                columns = dict(zip(schema.names, zip(*batch, strict=True), strict=True))
+                writer.write_table(pa.table(columns, schema))
         pairs = ds.dataset(name, filesystem=found, format="parquet")
         connection = connect(pairs=pairs, top=ds.dataset(file))
         other = "image" if of == "text" else "text"
         query = f"""
-            SELECT {of}, rank, {other}, first(score ORDER BY row) AS score, min(row) AS row,
-                   first(measured ORDER BY row) AS measured
-            FROM top JOIN pairs USING (image, text) GROUP BY {of}, rank, {other} ORDER BY {of}, rank
+            SELECT {of}, row_number() OVER (PARTITION BY {of} ORDER BY score DESC, row) AS rank,
+                   {other}, score, row, measured
+            FROM (SELECT DISTINCT ON (image, text) image, text, score, row, measured FROM pairs
+                  WHERE score IS NOT NULL ORDER BY image, text, row)
+            SEMI JOIN top USING (image, text) ORDER BY {of}, rank
         """
         return _write_top(connection, query, out)
 

@@ -100,8 +100,8 @@ def test_a_full_run_afterwards(raced: Path, tmp_path: Path) -> None:
     third = pipeline.run(*OPTIONS, *RACING, "--actors", 2, "--out", raced)
     assert "every contest is decided already, 0 forwards needed" in third.stderr
     assert results(raced)["rows"] == before["rows"]
-    refused = pipeline.run("--report-only", "--error", "l1", "--out", raced, code=2)
-    assert "--error: l1: the races were decided by auto" in refused.stderr
+    sharper = pipeline.run("--report-only", "--racing", 0.001, "--out", raced)
+    assert "doubt 0.001" in sharper.stdout  # all errors are there by now
 
 
 def test_the_published_rounds(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from diffitm.scoring.race_block import BlockRaces
 from diffitm.scoring.racing import Racing, Rounds, hold
 from diffitm.store import pair_table
 from diffitm.store.join import read_scored
-from diffitm.store.pair_scores import write_pairs
+from diffitm.store.pair_scores import summarise, write_pairs, write_raced_top, write_top
 from diffitm.store.score_store import Store, open_store
 from diffitm.tasks.base import Task
 from diffitm.tasks.mmvp_vlm import MmvpVlm
@@ -383,14 +383,51 @@ def test_the_best_of_no_more_than_are_asked_for(world: World) -> None:
     (full,) = full_part({Top.name: groups}, races, world.out)
     assert world.score(store, [full]) == 3 * 2 * len(STEPS)
     assert write_races({Top.name: groups}, store, races, 1, f"{world.out}/r.parquet").rows == 0
-    found = [(line.text, line.rank, line.image) for line in TopRaces(groups, store, races)]
+    pairs = write_pairs(world.out, own, store, "l2", raced=True)
+    top = write_raced_top(pairs, world.out, "text", TopRaces(groups, store, races))
+    found = [
+        (line["text"], line["rank"], line["image"]) for line in parquet.read_table(top).to_pylist()
+    ]
     assert [line[:2] for line in found] == [("text 0", 1), ("text 0", 2), ("text 1", 1)]
     assert found[2][2] == "3.png" and {line[2] for line in found[:2]} == {"0.png", "2.png"}
-    table = parquet.read_table(write_pairs(world.out, own, store, "l2", raced=True)).to_pylist()
-    by_image = {line["image"]: line for line in table}
+    by_image = {line["image"]: line for line in parquet.read_table(pairs).to_pylist()}
     assert by_image["1.png"]["failure"].startswith("unreadable")
     assert by_image[found[0][2]]["score"] >= by_image[found[1][2]]["score"]
     assert {by_image[f"{n}.png"]["measured"] for n in (0, 2, 3)} == {len(STEPS)}
+
+
+def test_the_best_of_many(world: World) -> None:
+    """One that cannot be read loses; the others are those of the full scores, by score."""
+    (world.root / "5.png").write_bytes(b"no image")
+    rows = [CaptionRow(str(n), f"{n}.png", ("some text",)) for n in range(12)]
+    own, _, _ = pair_table.write_own(rows, world.out)
+    groups, store = write_groups(own, "text", world.out), world.store("top")
+    options = RaceOptions(Racing(0.02), audit=0.0)
+    plan = options.plan(store, "l2", None)
+    assert plan is not None
+    world.examples = {Top.name: groups}
+    races = Races(options, plan, {Top.name: Top(3)})
+    work = write_races(world.examples, store, races, 1, f"{world.out}/r.parquet")
+    for line in parquet.read_table(work.uri).to_pylist():
+        block = BlockRaces(world.scorer, read_block(line), plan)
+        block.run()
+        world.put(store, block.lines())
+    pairs = write_pairs(world.out, own, store, "l2", raced=True)
+    table = parquet.read_table(pairs).to_pylist()
+    assert sum(line["measured"] for line in table) < 11 * len(STEPS)
+    found = TopRaces(groups, store, races)
+    top = parquet.read_table(write_raced_top(pairs, world.out, "text", found)).to_pylist()
+    assert [line["rank"] for line in top] == [1, 2, 3]
+    assert [line["score"] for line in top] == sorted((line["score"] for line in top), reverse=True)
+    assert found.figure is not None and found.figure.forwards < found.figure.full
+    whole = world.store("whole")
+    world.score(whole, [Examples(own, own)])
+    best = parquet.read_table(
+        write_top(write_pairs(world.out, own, whole, "l2"), world.out, 3, "text")
+    )
+    assert {line["image"] for line in top} == set(best["image"].to_pylist())
+    summary = summarise(pairs, 3)
+    assert summary.compared < 11 and summary.failures == 1
 
 
 # --- the published rounds

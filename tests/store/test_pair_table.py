@@ -641,7 +641,7 @@ def test_written_results(tmp_path: Path) -> None:
     for row in written_rows["rows"]:
         assert set(row) == {
             "model", "task", "group", "metric", "score", "value", "low", "high", "n", "chance",
-            "ties", "failures", "unit", "p", "protocol", "timesteps",
+            "ties", "failures", "unit", "p", "protocol", "timesteps", "racing",
         }  # fmt: skip
     assert len(written_rows["rows"]) == 4
     first = written_rows["rows"][0]
