@@ -14,7 +14,7 @@ import pytest
 from tests import pipeline
 
 pytestmark = pytest.mark.slow
-OPTIONS = ("--model", "shapes", "--data", "shapes", "--scenes", 20, "--timesteps", 30)
+OPTIONS = ("--model", "shapes", "--data", "shapes", "--scenes", 10, "--timesteps", 30)
 OPTIONS += ("--tasks", "flickr30k", "flickr30k_text", "winoground", "flickr30k_variance")
 RACING = ("--racing", 0.1, "--racing-audit", 0.2)
 
@@ -55,6 +55,7 @@ def test_what_a_race_tells(raced: Path) -> None:
     assert '<h2 id="races">' in (raced / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_another_split_of_the_work(raced: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pipeline.run(*OPTIONS, *RACING, "--actors", 1, "--batch-size", 17, "--out", out)
@@ -104,6 +105,7 @@ def test_a_full_run_afterwards(raced: Path, tmp_path: Path) -> None:
     assert "doubt 0.001" in sharper.stdout  # all errors are there by now
 
 
+@pytest.mark.long
 def test_the_published_rounds(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = (
@@ -143,7 +145,7 @@ def test_what_racing_refuses(options: tuple[Any, ...], told: str, tmp_path: Path
 
 
 def test_the_best_of_ones_own_images(tmp_path: Path) -> None:
-    """Of each text: a broken image loses and costs nothing else; the same as by full scores."""
+    """Of each text: a broken image loses and costs nothing else."""
     captions = pipeline.captioned_world(tmp_path, 10, "1007.jpg")
     images = tmp_path / "flickr30k" / "images"
     assert "1007.jpg" in captions
@@ -169,10 +171,6 @@ def test_the_best_of_ones_own_images(tmp_path: Path) -> None:
     pairs = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
     lost = {pair["image"] for pair in pairs if pair["failure"]}
     assert lost == {"1007.jpg"} and {pair["measured"] for pair in pairs} >= {0, 30}
-    pipeline.run(*options, script="score", code=3)
-    full = pq.read_table(tmp_path / "out" / "top.parquet").to_pylist()
-    key = [(line["text"], line["image"]) for line in full]
-    assert sorted(key) == sorted((line["text"], line["image"]) for line in top)
 
 
 def test_a_race_of_own_pairs_needs_something_to_find(tmp_path: Path) -> None:
