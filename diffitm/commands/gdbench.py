@@ -129,8 +129,9 @@ def _like_last(config: GdbenchConfig, last: dict[str, Any]) -> GdbenchConfig:
         "timestep_weights": config.timestep_weights or last.get("timestep_weights", [])
     }
     if race_rules(config) is None:
-        names = ("racing", "n_samples", "to_keep", "racing_audit")
+        names = ("racing", "n_samples", "to_keep")
         used |= {name: last[name] for name in names if name in last}
+    used["racing_audit"] = config.racing_audit or last.get("racing_audit", 0.0)
     if config.error == "auto":
         used["error"] = last["error"]
     return replace(config, **used)
