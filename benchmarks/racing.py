@@ -27,7 +27,7 @@ from diffitm.tasks.base import Task
 from diffitm.tasks.registry import find_task
 
 DOUBTS = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-RACES = 4000  # simulated ones of a setting
+RACES = 1000  # simulated ones of a setting
 
 
 class Scored(NamedTuple):
