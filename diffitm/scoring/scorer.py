@@ -95,7 +95,8 @@ class RowScorer(ABC):
         """The rows' images in order, `at_once` at a time, as ImageReader reads them. Reading begins now."""
         # No thread is without work where the model takes few at once.
         ahead = max(at_once, THREADS)
-        return self._taken(ImageReader(rows, self.root, self.prepare, ahead), at_once)
+        reader = ImageReader(rows, self.root, self.prepare, ahead, THREADS)
+        return self._taken(reader, at_once)
 
     def _taken(self, reader: ImageReader, at_once: int) -> Iterator[list[Loaded]]:
         with reader:
@@ -119,7 +120,7 @@ class ImageReader:
         root: str,
         prepare: Callable[[Any], Any],
         ahead: int,
-        threads: int = THREADS,
+        threads: int,
     ) -> None:
         self.rows, self.root, self.prepare = rows, root, prepare
         self.away = False  # once an image was waited for in vain, the others are asked for once
