@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,8 @@ from diffitm.core.outside import is_outside, patiently
 from diffitm.core.schema import PairRow
 from diffitm.scoring.batching import Batch, Stopwatch
 
-THREADS = 8  # more than decoding needs: most of them wait for a store
+THREADS = 16  # read: most of them wait for a store or a disk
+DECODED = 4  # images that are decoded at a time: they are large until they are prepared
 
 
 class Scorer(Protocol):
@@ -127,6 +129,7 @@ class ImageReader:
         self.failed: list[Loaded] = []
         self.left = iter(rows)
         self.asked: deque[Future[Loaded]] = deque()
+        self.decoding = threading.Semaphore(DECODED)
         self.pool = ThreadPoolExecutor(max(1, min(threads, len(rows))))
         self._ask(ahead)
 
@@ -154,10 +157,12 @@ class ImageReader:
             self.asked.append(self.pool.submit(self._read, row))
 
     def _read(self, row: PairRow) -> Loaded:
-        read = functools.partial(images.load, self.root, row.image)
+        read = functools.partial(images.read, self.root, row.image)
         try:
-            image, digest = read() if self.away else patiently(read)
-            return Loaded(self.prepare(image), digest, None)
+            data = read() if self.away else patiently(read)
+            with self.decoding:
+                image, digest = images.opened(data, row.image)
+                return Loaded(self.prepare(image), digest, None)
         except Exception as error:  # whatever a decoder raises is that image's failure
             outside = is_outside(error)
             self.away = self.away or outside

@@ -58,7 +58,7 @@ def test_the_next_images_are_read_while_these_are_encoded(
     found: DiffusionScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scorers, "THREADS", 2)
-    fifth, real, encode = threading.Event(), images.load, found.latents
+    fifth, real, encode = threading.Event(), images.read, found.latents
 
     def load(folder: str, name: str) -> Any:
         if name == NAMES[4]:
@@ -69,7 +69,7 @@ def test_the_next_images_are_read_while_these_are_encoded(
         assert fifth.wait(60), "the fifth image is read only once the first are encoded"
         return encode(pixels)
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "read", load)
     monkeypatch.setattr(found, "latents", latents)
     assert len(races(found).latents) == len(NAMES)
     assert found.denoiser.sizes == [2, 2, 2, 1]  # type: ignore[attr-defined]
@@ -97,7 +97,7 @@ def test_a_block_of_which_all_images_are_away(
     """All of the block, not of those that are held; only the first is waited for."""
     monkeypatch.setattr(outside, "DELAYS", (0.0, 0.0))
     monkeypatch.setattr(scorers, "THREADS", 1)
-    asked, there, real = list[str](), set[str](), images.load
+    asked, there, real = list[str](), set[str](), images.read
 
     def load(folder: str, name: str) -> Any:
         asked.append(name)
@@ -105,7 +105,7 @@ def test_a_block_of_which_all_images_are_away(
             raise ConnectionError("no route")
         return real(folder, name)
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "read", load)
     with pytest.raises(Unavailable, match=r"none of 7 images could be read"):
         races(found)
     assert [asked.count(name) for name in NAMES] == [3, *[1] * 6]

@@ -281,18 +281,18 @@ def test_whatever_a_decoder_raises_is_that_images_failure(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PIL raises a SyntaxError for some broken PNGs, and an error of its own for bombs."""
-    real = images.load
+    real = images.opened
     raised: dict[str, Exception] = {
         "images/1.png": SyntaxError("broken PNG"),
         "images/2.png": images.Image.DecompressionBombError("too large"),
     }
 
-    def load(folder: str, name: str) -> Any:
+    def opened(data: bytes, name: str) -> Any:
         if name in raised:
             raise raised[name]
-        return real(folder, name)
+        return real(data, name)
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "opened", opened)
     found = load_images(works(), str(root), lambda image: image.size)
     assert [item.value for item in found] == [(40, 32), None, None, (43, 32)]
     assert [item.failure for item in found] == [
@@ -317,7 +317,7 @@ def test_what_is_away_is_waited_for_once(root: Path, monkeypatch: pytest.MonkeyP
         asked.append(name)
         raise broken.get(name) or ConnectionError("no route")
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "read", load)
     rows = works()
     with pytest.raises(
         Unavailable, match=r"none of 4 images could be read, such as images/0\.png: un"
@@ -465,7 +465,7 @@ def test_the_next_images_are_read_while_these_are_scored(
     wait."""
     monkeypatch.setattr(scorers, "THREADS", 2)
     found, model = watched(root, 8)
-    rows, asked, third, real = six(), list[str](), threading.Event(), images.load
+    rows, asked, third, real = six(), list[str](), threading.Event(), images.read
 
     def load(folder: str, name: str) -> Any:
         asked.append(name)
@@ -477,7 +477,7 @@ def test_the_next_images_are_read_while_these_are_scored(
         assert third.wait(60), "the third image is read only once the first are scored"
         assert set(asked) <= {row.image for row in rows[:4]}
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "read", load)
     model.first = first
     assert len(found.score(rows)) == 18
     assert sorted(asked) == sorted(row.image for row in rows)
@@ -487,7 +487,7 @@ def test_texts_are_encoded_while_the_first_images_are_read(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, model = watched(root, 8)
-    begun, encoded, real = threading.Event(), threading.Event(), images.load
+    begun, encoded, real = threading.Event(), threading.Event(), images.read
 
     def load(folder: str, name: str) -> Any:
         begun.set()
@@ -499,7 +499,7 @@ def test_texts_are_encoded_while_the_first_images_are_read(
         encoded.set()
         return tiny.Fixed.encode_texts(model, texts)
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "read", load)
     found.texts.encode = encode
     assert {line["failure"] for line in found.score(six())} == {None}
 
@@ -547,7 +547,7 @@ def test_a_block_of_which_all_images_are_away(root: Path, monkeypatch: pytest.Mo
     Only the first is waited for."""
     monkeypatch.setattr(outside, "DELAYS", (0.0, 0.0))
     monkeypatch.setattr(scorers, "THREADS", 1)
-    asked, there, real = list[str](), set[str](), images.load
+    asked, there, real = list[str](), set[str](), images.read
 
     def load(folder: str, name: str) -> Any:
         asked.append(name)
@@ -555,7 +555,7 @@ def test_a_block_of_which_all_images_are_away(root: Path, monkeypatch: pytest.Mo
             raise ConnectionError("no route")
         return real(folder, name)
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "read", load)
     rows = six()
     for batch_size in (4, 8, 64):
         found, model = watched(root, batch_size)
@@ -574,7 +574,7 @@ def test_a_block_of_which_all_images_are_away(root: Path, monkeypatch: pytest.Mo
 def test_time_in_which_images_are_waited_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adds up since it was last asked for, each time of a clock that moves while one is read."""
     found, _ = watched(root, 64)
-    clock, real = [0.0], images.load
+    clock, real = [0.0], images.read
 
     def load(folder: str, name: str) -> Any:
         clock[0] += 2.0
@@ -601,7 +601,7 @@ def test_a_read_that_hangs_does_not_hold_up_an_error(
         released.wait(60)
         raise ValueError("late")
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "read", load)
     with pytest.raises(KeyError), ImageReader(works(), str(root), str, 4, threads=1) as reader:
         raise KeyError
     released.set()
