@@ -5,6 +5,10 @@ threads    the same decoding in threads of the loop's process
 ray-data   a task of Ray Data for every four micro-batches, as it was before
 
     python -m benchmarks.loading [--rounds 5] [--steps 60] [--lanes 2] [--out FILE]
+    python -m benchmarks.loading --scoring [--rounds 5] [--out FILE]
+
+With --scoring: does a scorer wait for them? A model whose forwards sleep reads images whose reads sleep, as
+from an object store, in two ways: all images of a block before its first forward, or some ahead.
 
 Each way runs in a process of its own, in turns, on JPEGs of 500 x 400 pixels that DIVA sees as 512 and 224
 pixels; README.md says what the figures mean.
@@ -13,6 +17,7 @@ pixels; README.md says what the figures mean.
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -32,6 +37,9 @@ import numpy as np
 from PIL import Image
 
 IMAGES, BATCH = 400, 16
+FORWARD, READ = 0.0025, 0.06  # seconds that a forward and a read sleep with --scoring
+BLOCKS = {"2 texts, 10 timesteps": (2, 10, 32), "5 texts, 10 timesteps": (5, 10, 32),
+          "5 texts, 100 timesteps": (5, 100, 10)}  # texts of an image, timesteps, images  # fmt: skip
 
 
 def draw(root: Path) -> None:
@@ -144,6 +152,70 @@ def measure(way: str, root: str, steps: int, lanes: int) -> dict[str, float]:
     }
 
 
+def idle(texts: int, steps: int, images: int) -> dict[str, float]:
+    """Shares of a scorer's time over three blocks that are no forward, with all images of a block first and
+    with some ahead; of the latter that which it says it waited for images."""
+    import torch
+
+    from diffitm.core import images as files
+    from diffitm.core.schema import PairRow
+    from diffitm.scoring.diffusion import DiffusionScorer
+    from diffitm.scoring.noise_plan import make_plan
+    from diffitm.scoring.scorer import load_images
+    from tests import tiny
+
+    class Sleeping(tiny.Fixed):
+        def predict(self, noised: Any, timesteps: Any, condition: Any) -> Any:
+            time.sleep(FORWARD * len(noised))
+            return torch.zeros_like(noised)
+
+    def read(*place: str) -> bytes:
+        time.sleep(READ)
+        return picture.getvalue()
+
+    torch.set_num_threads(1)
+    picture, model = io.BytesIO(), Sleeping(tiny.schedule())
+    Image.new("RGB", (8, 8)).save(picture, "PNG")  # so that decoding costs next to nothing
+    plan = make_plan(list(range(0, 1000, 1000 // steps)), model.latent_shape)
+    scorer = DiffusionScorer(model, plan, "")
+    words = [f"text {number}" for number in range(texts)]
+    blocks = [
+        [PairRow(n, f"{n}.jpg", words) for n in range(b * images, (b + 1) * images)]
+        for b in range(3)
+    ]
+    found, real, files.read = dict[str, float](), files.read, read
+    for way in ("first", "ahead"):
+        begin = time.perf_counter()
+        for rows in blocks:
+            if way == "first":
+                scorer.score_loaded(rows, [load_images(rows, "", scorer.prepare, 4)])
+            else:
+                scorer.score(rows)
+        seconds = time.perf_counter() - begin
+        found[way] = 1 - scorer.batches[0].spent() / seconds
+    found["waited for images"] = scorer.loading.spent() / seconds
+    files.read = real
+    return found
+
+
+def scoring(rounds: int) -> dict[str, list[dict[str, float]]]:
+    """What `idle` finds, `rounds` times for each kind of block."""
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in BLOCKS}
+    for _, kind in itertools.product(range(rounds), BLOCKS):
+        found[kind].append(idle(*BLOCKS[kind]))
+        print(kind, {k: round(v, 3) for k, v in found[kind][-1].items()}, flush=True)
+    return found
+
+
+def show(found: dict[str, list[dict[str, float]]], scale: float) -> None:
+    """The median of each figure with the lowest and the highest."""
+    for way, rounds in found.items():
+        for key in rounds[0]:
+            values = [scale * one[key] for one in rounds]
+            middle = statistics.median(values)
+            print(f"{way} {key}: {middle:.2f} ({min(values):.2f} to {max(values):.2f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -154,12 +226,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--root")
+    parser.add_argument("--scoring", action="store_true", help="shares of a scorer's time in %%")
     args = parser.parse_args()
     if args.way:
         print(json.dumps(measure(args.way, args.root, args.steps, args.lanes)))
         return
+    if args.scoring:
+        found = scoring(args.rounds)
+        show(found, 100)
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1))
+        return
     os.environ["OMP_NUM_THREADS"] = "1"
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    found = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as root:
         draw(Path(root))
         for _, way in itertools.product(range(args.rounds), WAYS):
@@ -175,11 +254,7 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[way].append(json.loads(done.stdout.splitlines()[-1]))
             print(way, {key: round(value, 2) for key, value in found[way][-1].items()}, flush=True)
-    for way, rounds in found.items():
-        for key in rounds[0]:
-            values = [one[key] for one in rounds]
-            middle = statistics.median(values)
-            print(f"{way} {key}: {middle:.2f} ({min(values):.2f} to {max(values):.2f})")
+    show(found, 1)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1))
 

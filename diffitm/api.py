@@ -150,7 +150,7 @@ class ImageTextScorer:
             cast("DiffusionScorer", self.rows),
             block,
             RacePlan(Racing(racing), self.timesteps, error),
-            lambda names: [self._load(images[int(name)], int(name)) for name in names],
+            lambda names: (self._load(images[int(name)], int(name)) for name in names),
         )
         for number, reason in enumerate(races.refused):
             if reason is not None:
@@ -184,7 +184,7 @@ class ImageTextScorer:
         for block in progress(blocks, self.name, len(images)):
             loaded = [self._load(images[number], number) for number in block]
             rows = [PairRow(number, str(number), unique) for number in block]
-            lines = {(x["row"], x["text"]): x for x in self.rows.score_loaded(rows, loaded)}
+            lines = {(x["row"], x["text"]): x for x in self.rows.score_loaded(rows, [loaded])}
             for number in block:
                 values = [_value(lines[number, text], kind, text) for text in unique]
                 out[number] = np.stack(values)[place]

@@ -147,7 +147,7 @@ def test_done_adds_up() -> None:
 
 def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file and the table, of a model and in total; a clip has no U-Net."""
-    shared = {"busy": 8.0, "waited": 2.0, "seconds": 5.0}
+    shared = {"busy": 8.0, "waited": 2.0, "loading": 2.5, "seconds": 5.0}
     first = Done(
         *(100, 1000, 3), **shared, inside=6.0, begun=11, finished=10, memory=3 * 10**9,
         batch_size=16, smaller=("batch size 32 -> 16",),
@@ -159,7 +159,8 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (sd["model"], sd["pairs"], sd["forwards"], sd["failures"]) == ("SD", 100, 1000, 3)
     assert (sd["retries"], sd["out_of_memory"], sd["batch_size"]) == (1, 1, 16)
     assert (sd["forwards_per_second"], sd["forwards_per_second_of_an_actor"]) == (200, 125)
-    assert (sd["unet_share"], sd["waiting_share"]) == (0.75, 0.2)
+    shares = (sd["unet_share"], sd["waiting_share"], sd["loading_share"])
+    assert shares == (0.75, 0.16, 0.2)
     assert (clip["unet_share"], clip["gpu_memory_bytes"], clip["retries"]) == (None, 0, 0)
     total = found["total"]
     assert (total["pairs"], total["seconds"], total["unet_share"]) == (150, 10, 6 / 16)
@@ -167,7 +168,7 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_summary(lines)
     shown = capsys.readouterr().out
     sd_line = next(line for line in shown.splitlines() if "SD" in line).split()
-    assert sd_line == "SD 100 1,000 5 s 200.0 125.0 75% 20% 1 3 3.0 GB 16".split()
+    assert sd_line == "SD 100 1,000 5 s 200.0 125.0 75% 16% 20% 1 3 3.0 GB 16".split()
     assert "total" in shown
 
 

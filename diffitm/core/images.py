@@ -98,9 +98,17 @@ def load(root: str, reference: str) -> tuple[Image.Image, str]:
 
     Raises OSError or ValueError with a message that names what is wrong.
     """
-    path, crop = split_crop(reference)
-    data = encoded(root, path)
-    image = decode(data)
+    return opened(read(root, reference), reference)
+
+
+def read(root: str, reference: str) -> bytes:
+    """The encoded image that a reference below `root` is of or cut from. Raises OSError or ValueError."""
+    return encoded(root, split_crop(reference)[0])
+
+
+def opened(data: bytes, reference: str) -> tuple[Image.Image, str]:
+    """What load returns, of what read returned."""
+    image, (_, crop) = decode(data), split_crop(reference)
     if crop is not None:
         _check_crop(crop, image.size)
         left, top, width, height = crop

@@ -18,7 +18,7 @@ from diffitm.tasks.check import TaskState
 WIDTH = 160
 SUMMARY = (
     *("model", "pairs", "forwards", "time", "forwards/s", "of an actor", "in U-Net", "waiting"),
-    *("retries", "failures", "GPU memory", "batch"),
+    *("loading", "retries", "failures", "GPU memory", "batch"),
 )
 MOST_GROUPS = 12  # a task with more is broken down in the report alone
 
@@ -109,7 +109,7 @@ def print_summary(lines: Sequence[Summary]) -> None:
 
 def _summary_texts(line: Summary) -> list[str]:
     rates = (line.forwards_per_second, line.forwards_per_second_of_an_actor)
-    shares = (line.unet_share, line.waiting_share)
+    shares = (line.unet_share, line.waiting_share, line.loading_share)
     gigabytes = f"{line.gpu_memory_bytes / 1e9:.1f} GB" if line.gpu_memory_bytes else "-"
     return [
         line.model,

@@ -17,17 +17,49 @@ HELP = "--dtype fp16, a smaller model, fewer actors on a GPU or one with more me
 TOLD = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
-class Batch:
-    """How many items a model takes at once: halved for good when they do not fit the memory.
+class Stopwatch:
+    """Adds up the time of blocks of code, on a GPU as that sees it."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        """Adds the time of the block to `spent`; on a GPU between two of its events, without
+        waiting for it. So a block that gives the GPU nothing to do adds the time for which it had nothing."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
+
+    def spent(self) -> float:
+        """Seconds in `timed` blocks since the last call."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        found = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        self._seconds = 0.0
+        self._events.clear()
+        return found
+
+
+class Batch(Stopwatch):
+    """How many items a model takes at once: halved for good when they do not fit the memory. It adds up
+    the time of the model.
 
     `what` is its name in messages. `tell` is given a line for each time that it gets smaller.
     """
 
     def __init__(self, size: int, what: str = "batch size") -> None:
+        super().__init__()
         self.size, self.what = size, what
         self.tell: Callable[[str], object] = lambda line: None
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def run(self, count: int, work: Callable[[int, int], T]) -> Iterator[T]:
         """work(start, end) of the ranges that range(count) is cut into, in order; what runs out of
@@ -53,28 +85,6 @@ class Batch:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.tell(f"{self.what} {before} -> {self.size}")
-
-    @contextmanager
-    def timed(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the block to `spent`; on a GPU between two of its events, without
-        waiting for it."""
-        if device.type != "cuda":
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        yield
-        end.record()
-        self._events.append((begin, end))
-
-    def spent(self) -> float:
-        """Seconds in `timed` blocks since the last call; their results are on the CPU by now."""
-        found = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-        self._seconds = 0.0
-        self._events.clear()
-        return found
 
 
 def _fitting(work: Callable[[int, int], T], start: int, end: int) -> list[T]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,22 +70,31 @@ class ClipScorer(RowScorer):
         pixels: Tensor = self.preprocess(image)
         return pixels
 
+    @property
+    def at_once(self) -> int:
+        return self.batches[0].size
+
     def score_loaded(
-        self, rows: Sequence[PairRow], loaded: Sequence[Loaded]
+        self, rows: Sequence[PairRow], loaded: Iterable[Sequence[Loaded]]
     ) -> list[dict[str, Any]]:
         """One cosine a pair."""
-        pixels = [item.value for item in loaded if item.failure is None]
+        items, cosines, left = list[Loaded](), list[Tensor](), iter(rows)
+        for some in loaded:
+            items += some
+            embedded = self._embedded([item.value for item in some if item.failure is None])
+            for item, row in zip(some, left):  # noqa: B905  # left has those of the next images, too
+                if item.failure is None:
+                    cosines.append(self.texts(row.texts)["embedding"] @ next(embedded))
+        # Fetched once: each fetch makes a GPU wait.
+        values = iter(torch.cat(cosines).cpu().numpy()) if cosines else iter(())
+        similarities = [
+            None if item.failure is not None else np.fromiter(values, np.float32, len(row.texts))
+            for row, item in zip(rows, items, strict=True)
+        ]
+        return similarity_lines(rows, items, similarities)
 
+    def _embedded(self, pixels: list[Tensor]) -> Iterator[Tensor]:
         def encode(start: int, end: int) -> Tensor:
             return self.encode_images(torch.stack(pixels[start:end]))
 
-        chunks = list(self.batches[0].run(len(pixels), encode))
-        embedded = itertools.chain.from_iterable(chunks)
-        similarities: list[np.ndarray | None] = []
-        for row, item in zip(rows, loaded, strict=True):
-            if item.failure is not None:
-                similarities.append(None)
-                continue
-            texts = self.texts(row.texts)["embedding"]
-            similarities.append((texts @ next(embedded)).cpu().numpy())
-        return similarity_lines(rows, loaded, similarities)
+        return itertools.chain.from_iterable(list(self.batches[0].run(len(pixels), encode)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -144,13 +145,23 @@ class CustomScorer(RowScorer):
     def __init__(self, scorer: Scorer, name: str, root: str, batch_size: int = 16) -> None:
         self.scorer, self.name, self.root, self.batch_size = scorer, name, root, batch_size
 
+    @property
+    def at_once(self) -> int:
+        return self.batch_size
+
     def prepare(self, image: Image.Image) -> Image.Image:
         return image
 
     def score_loaded(
-        self, rows: Sequence[PairRow], loaded: Sequence[Loaded]
+        self, rows: Sequence[PairRow], loaded: Iterable[Sequence[Loaded]]
     ) -> list[dict[str, Any]]:
         """One score a pair; one that is not finite is a failure of its pair."""
+        lines, left = list[dict[str, Any]](), iter(rows)
+        for some in loaded:
+            lines += self._lines(list(itertools.islice(left, len(some))), some)
+        return lines
+
+    def _lines(self, rows: Sequence[PairRow], loaded: Sequence[Loaded]) -> list[dict[str, Any]]:
         values: list[np.ndarray | None] = [None] * len(rows)
         groups: dict[tuple[str, ...], list[int]] = {}
         for number, (row, item) in enumerate(zip(rows, loaded, strict=True)):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from diffitm.core.schema import PairRow
 from diffitm.models.denoiser import Condition, Denoiser, select
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.noise_plan import NoisePlan
-from diffitm.scoring.pair_errors import errors_at
+from diffitm.scoring.pair_errors import error_batches
 from diffitm.scoring.scorer import Loaded, RowScorer, blank
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 
@@ -52,7 +52,8 @@ class DiffusionScorer(RowScorer):
         latent_seed: int | None = None,
         text_cache_bytes: int = TEXT_CACHE_BYTES,
     ) -> None:
-        self.denoiser, self.plan, self.root = denoiser, plan, root
+        self.denoiser, self.root, self.device = denoiser, root, denoiser.device
+        self.plan = replace(plan, noise=plan.noise.to(self.device))
         self.resize, self.latent_seed = resize, latent_seed
         self.texts = TextCache(denoiser.encode_texts, text_cache_bytes, batch_size)
         # VAE batches are small: at 512 px an encode weighs more than a forward of the U-Net.
@@ -65,39 +66,42 @@ class DiffusionScorer(RowScorer):
     def cut(self, texts: Sequence[str]) -> list[int]:
         return [number for number, text in enumerate(texts) if self.denoiser.cuts(text)]
 
+    @property
+    def at_once(self) -> int:
+        return self.batches[1].size
+
     def prepare(self, image: Image.Image) -> Tensor:
         """Pixels [3, H, W] as the denoiser takes them."""
         return to_input(image, self.denoiser, self.resize)
 
     def score_loaded(
-        self, rows: Sequence[PairRow], loaded: Sequence[Loaded]
+        self, rows: Sequence[PairRow], loaded: Iterable[Sequence[Loaded]]
     ) -> list[dict[str, Any]]:
         """Errors of every kind a pair; a text that the model refuses is a failure of its own pairs."""
         asked = dict.fromkeys(text for row in rows for text in row.texts)
         refused = {t: reason for t in asked if (reason := self.denoiser.refuses(t)) is not None}
-        failed, good = [], []
-        for row, item in zip(rows, loaded, strict=True):
-            for text in row.texts:
-                if reason := item.failure or refused.get(text):
-                    failed.append({**blank(row, text, item.digest), "failure": reason})
-            kept = [text for text in row.texts if text not in refused]
-            if kept and item.failure is None:
-                good.append((row._replace(texts=kept), item))
-        return failed + (self._scored(good) if good else [])
-
-    def _scored(self, good: Sequence[tuple[PairRow, Loaded]]) -> list[dict[str, Any]]:
-        """The lines of rows whose image is readable and whose texts are conditions."""
-        latents = self.latents([item.value for _, item in good])
-        texts = list(dict.fromkeys(text for row, _ in good for text in row.texts))
+        texts = [text for text in asked if text not in refused]
         number = {text: t for t, text in enumerate(texts)}
-        asked = []
-        for i, (row, item) in enumerate(good):
-            stored = row.stored or [[] for _ in row.texts]
-            for text, there in zip(row.texts, stored, strict=True):
-                line = blank(row, text, item.digest)
-                asked.append(MeasuredPair(line, i, number[text], self.lacking(there)))
-        self.measure(asked, latents, self.texts(texts))
-        return [self.line(pair) for pair in asked]
+        # Before the first images are waited for: they are read meanwhile.
+        forwards = _Forwards(self, self.texts(texts) if texts else {})
+        failed, left = list[dict[str, Any]](), iter(rows)
+        for some in loaded:
+            pixels, pairs = list[Tensor](), list[MeasuredPair]()
+            for item, row in zip(some, left):  # noqa: B905  # left has those of the next images, too
+                at = forwards.images + len(pixels)
+                pairs_of = list[MeasuredPair]()
+                for text, there in zip(row.texts, row.stored or [[]] * len(row.texts), strict=True):
+                    line = blank(row, text, item.digest)
+                    if reason := item.failure or refused.get(text):
+                        failed.append({**line, "failure": reason})
+                    else:
+                        pairs_of.append(MeasuredPair(line, at, number[text], self.lacking(there)))
+                if pairs_of:
+                    pixels.append(item.value)
+                    pairs += pairs_of
+            if pixels:
+                forwards.add(pairs, self.latents(pixels))
+        return failed + [self.line(pair) for pair in forwards.finish()]
 
     def lacking(self, stored: Sequence[int]) -> list[int]:
         """Places of the plan that are not stored."""
@@ -105,13 +109,9 @@ class DiffusionScorer(RowScorer):
 
     def measure(self, pairs: Sequence[MeasuredPair], latents: Tensor, condition: Condition) -> None:
         """Fill in the errors of pairs of (rows of) latents and texts of a condition."""
-        items = [(p.image, p.text, place) for p in pairs for place in p.places]
-        places = torch.tensor(items).view(-1, 3)
-        errors = errors_at(self.denoiser, latents, condition, self.plan, places, self.batches[0])
-        start = 0
-        for pair in pairs:
-            pair.errors = errors[:, start : start + len(pair.places)].numpy()
-            start += len(pair.places)
+        forwards = _Forwards(self, condition)
+        forwards.add(pairs, latents)
+        forwards.finish()
 
     def line(self, pair: MeasuredPair) -> dict[str, Any]:
         """The line of the store for a pair that was measured."""
@@ -147,6 +147,48 @@ class DiffusionScorer(RowScorer):
             return self.denoiser.encode_images(torch.stack(pixels[start:end]), self.latent_seed)
 
         return torch.cat(list(self.batches[1].run(len(pixels), encode)))
+
+
+class _Forwards:
+    """The forwards of a block whose images come some at a time: batches fill over all of its images, and
+    results stay on the device until the end, so that nothing waits for a batch."""
+
+    def __init__(self, scorer: DiffusionScorer, condition: Condition) -> None:
+        self.scorer, self.condition = scorer, condition
+        self.latents = torch.zeros(0, *scorer.denoiser.latent_shape)
+        self.pairs: list[MeasuredPair] = []
+        self.left: list[tuple[int, int, int]] = []  # too few for a batch as yet
+        self.found: list[Tensor] = []
+
+    @property
+    def images(self) -> int:
+        """How many were added."""
+        return len(self.latents)
+
+    def add(self, pairs: Sequence[MeasuredPair], latents: Tensor) -> None:
+        """Pairs of images, whose rows among all latents they name; runs the batches that are full."""
+        self.latents = torch.cat([self.latents, latents]) if self.images else latents
+        self.pairs += pairs
+        self.left += [(p.image, p.text, place) for p in pairs for place in p.places]
+        size = self.scorer.batches[0].size
+        self._run(len(self.left) // size * size)
+
+    def finish(self) -> list[MeasuredPair]:
+        """All pairs with their errors."""
+        self._run(len(self.left))
+        errors = torch.cat(self.found, 1).cpu().numpy() if self.found else np.zeros((3, 0))
+        start = 0
+        for pair in self.pairs:
+            pair.errors = errors[:, start : start + len(pair.places)]
+            start += len(pair.places)
+        return self.pairs
+
+    def _run(self, count: int) -> None:
+        now, self.left = self.left[:count], self.left[count:]
+        scorer, items = self.scorer, torch.tensor(now).view(-1, 3)
+        self.found += error_batches(
+            scorer.denoiser, self.latents, self.condition, scorer.plan, items, scorer.batches[0]
+        )
 
 
 def to_input(image: Any, denoiser: Denoiser, resize: str) -> Tensor:

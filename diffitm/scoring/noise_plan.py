@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from diffitm.core.errors import InputError
 
 NOISE_TABLE = 1000
+DRAWN_AT_ONCE = 16  # numbers of torch.randn on the CPU
 PROTOCOLS = ("diffusionitm", "paper", "diffusion-classifier")
 
 
@@ -63,13 +65,21 @@ def plan_timesteps(protocol: str, count: int, seed: int = 0, total: int = 1000) 
 
 
 def standard_noise(positions: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """The first `positions` slices of torch.randn(1000, C, h, w) from a CPU generator, float32."""
+    """The first `positions` slices of torch.randn(1000, C, h, w) from a CPU generator, float32.
+
+    No more is drawn than that takes: torch.randn draws sixteen numbers after sixteen, and the last sixteen
+    again where its length is no multiple; up to there a shorter table is the start of a longer one.
+    """
     if positions > NOISE_TABLE:
         raise InputError(
             f"timesteps: {positions} is out of range, the noise table has {NOISE_TABLE}"
         )
+    size, whole = positions * math.prod(shape), NOISE_TABLE * math.prod(shape)
+    drawn = -(-size // DRAWN_AT_ONCE) * DRAWN_AT_ONCE
+    if drawn > whole - DRAWN_AT_ONCE:
+        drawn = whole
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(NOISE_TABLE, *shape, generator=generator)[:positions].clone()
+    return torch.randn(drawn, generator=generator)[:size].view(positions, *shape).clone()
 
 
 def make_plan(timesteps: list[int], shape: tuple[int, int, int], seed: int = 0) -> NoisePlan:

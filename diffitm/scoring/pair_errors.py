@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,26 @@ def errors_at(
     items: Tensor,
     batch: Batch | None = None,
 ) -> Tensor:
-    """l2, l1 and huber errors, float32 [3, M], of items int64 [M, 3]: (image, text, place in the plan).
+    """l2, l1 and huber errors, float32 [3, M] on the CPU, of items int64 [M, 3]: (image, text, place in
+    the plan).
+
+    Raises as error_batches.
+    """
+    found = [torch.zeros(3, 0, device=denoiser.device)]
+    found += error_batches(denoiser, latents, condition, plan, items, batch)
+    return torch.cat(found, 1).cpu()
+
+
+@torch.inference_mode()
+def error_batches(
+    denoiser: Denoiser,
+    latents: Tensor,
+    condition: Condition,
+    plan: NoisePlan,
+    items: Tensor,
+    batch: Batch | None = None,
+) -> Iterator[Tensor]:
+    """The errors of errors_at, [3, B] a batch on the model's device: who fetches each makes a GPU wait.
 
     Raises ValueError if the plan's noise has another shape than a latent, one of its timesteps is not a
     training timestep of the model, or an item names a row that is not there, such as a negative one;
@@ -81,7 +101,7 @@ def errors_at(
         last = denoiser.schedule.timesteps - 1
         raise ValueError(f"timestep {int(plan.timesteps.max())} is beyond the model's last, {last}")
     if len(items) == 0:
-        return torch.zeros(3, 0)
+        return
     _check_rows(items[:, :2], len(latents), len(next(iter(condition.values()))))
     device, used = denoiser.device, batch or Batch(64)
     latents, noise = latents.to(device), plan.noise.to(device)
@@ -95,9 +115,9 @@ def errors_at(
         with used.timed(device):
             predicted = denoiser.predict(noised, at, chosen)
         target = denoiser.schedule.target(z0, eps, at)
-        return torch.stack(_kinds(predicted, target)).cpu()
+        return torch.stack(_kinds(predicted, target))
 
-    return torch.cat(list(used.run(len(items), forward)), 1)
+    yield from used.run(len(items), forward)
 
 
 def _check_rows(pairs: Tensor, images: int, texts: int) -> None:

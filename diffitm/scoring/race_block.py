@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +14,11 @@ from diffitm.core.schema import Contest, PairRow, RaceBlock
 from diffitm.metrics.score import column, error_values
 from diffitm.scoring.diffusion import DiffusionScorer, MeasuredPair
 from diffitm.scoring.racing import RacePlan, Run, hold
-from diffitm.scoring.scorer import Loaded, blank, load_images
+from diffitm.scoring.scorer import Loaded, blank
 
 COLUMNS = ("l2", "l1", "huber")
-IMAGES_AT_ONCE = 64  # whose pixels are held
-Load = Callable[[Sequence[str]], list[Loaded]]
+IMAGES_AT_ONCE = 64  # whose pixels are held, and those of as many that come next
+Load = Callable[[Sequence[str]], Iterable[Loaded]]
 
 
 def all_with_all(
@@ -42,17 +43,19 @@ def all_with_all(
 
 
 class BlockRaces:
-    """The contests of a block on a loaded model. `load` reads images by their names, those of the block; by
-    default files below the scorer's root."""
+    """The contests of a block on a loaded model. `load` reads images by their names, those of the block,
+    in order, no sooner than they are held; by default files below the scorer's root."""
 
     def __init__(
         self, scorer: DiffusionScorer, block: RaceBlock, plan: RacePlan, load: Load | None = None
     ) -> None:
         self.scorer, self.block, self.plan = scorer, block, plan
-        loaded, self.latents = _encoded(scorer, block, load or _loader(scorer, block))
+        pictures = (load or _loader(scorer, block))(block.images)
         self.refused = refused = [scorer.denoiser.refuses(text) for text in block.texts]
         kept = [text for text, reason in zip(block.texts, refused, strict=True) if reason is None]
+        # Before the first images are waited for: they are read meanwhile.
         self.condition = scorer.texts(kept) if kept else {}
+        loaded, self.latents = _encoded(scorer, pictures)
         images = np.cumsum([item.failure is None for item in loaded]) - 1
         texts = np.cumsum([reason is None for reason in refused]) - 1
         self.pairs, self.failures = list[MeasuredPair](), list[str | None]()
@@ -109,18 +112,17 @@ class BlockRaces:
 
 
 def _loader(scorer: DiffusionScorer, block: RaceBlock) -> Load:
-    def load(names: Sequence[str]) -> list[Loaded]:
+    def load(names: Sequence[str]) -> Iterable[Loaded]:
         rows = [PairRow(block.row, name, []) for name in names]
-        return load_images(rows, scorer.root, scorer.prepare)
+        return itertools.chain.from_iterable(scorer.load(rows, IMAGES_AT_ONCE))
 
     return load
 
 
-def _encoded(scorer: DiffusionScorer, block: RaceBlock, load: Load) -> tuple[list[Loaded], Tensor]:
+def _encoded(scorer: DiffusionScorer, images: Iterable[Loaded]) -> tuple[list[Loaded], Tensor]:
     """How each image's reading went, and the latents of those that are readable."""
-    loaded, latents = list[Loaded](), list[Tensor]()
-    for start in range(0, len(block.images), IMAGES_AT_ONCE):
-        some = load(block.images[start : start + IMAGES_AT_ONCE])
+    loaded, latents, left = list[Loaded](), list[Tensor](), iter(images)
+    while some := list(itertools.islice(left, IMAGES_AT_ONCE)):
         if pixels := [item.value for item in some if item.failure is None]:
             latents.append(scorer.latents(pixels))
         loaded += [item._replace(value=None) for item in some]

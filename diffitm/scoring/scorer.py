@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 
 from diffitm.core import images, storage
 from diffitm.core.errors import InputError, Unavailable
 from diffitm.core.outside import is_outside, patiently
 from diffitm.core.schema import PairRow
-from diffitm.scoring.batching import Batch
+from diffitm.scoring.batching import Batch, Stopwatch
+
+THREADS = 16  # read: most of them wait for a store or a disk
+DECODED = 4  # images that are decoded at a time: they are large until they are prepared
 
 
 class Scorer(Protocol):
@@ -50,6 +57,17 @@ class RowScorer(ABC):
     root: str
     cost: int = 1  # forwards of the model a pair
     batches: Sequence[Batch] = ()
+    device = torch.device("cpu")
+
+    @functools.cached_property
+    def loading(self) -> Stopwatch:
+        """Times in which there was nothing to do but to wait for images."""
+        return Stopwatch()
+
+    @property
+    @abstractmethod
+    def at_once(self) -> int:
+        """How many images are waited for; while the model has these, as many more are read."""
 
     def measure_rate(self) -> float:
         """Forwards a second of the bare model, 0 if they cost next to nothing."""
@@ -65,44 +83,101 @@ class RowScorer(ABC):
 
     @abstractmethod
     def score_loaded(
-        self, rows: Sequence[PairRow], loaded: Sequence[Loaded]
+        self, rows: Sequence[PairRow], loaded: Iterable[Sequence[Loaded]]
     ) -> list[dict[str, Any]]:
-        """The rows of the score store for all pairs of rows whose images are prepared or failed."""
+        """The rows of the score store for all pairs of rows whose images, prepared or failed, come in
+        order, some at a time."""
 
     def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         """The rows of the score store for all pairs of the work rows. An unreadable image is a failure of
         its own pairs."""
-        return self.score_loaded(rows, load_images(rows, self.root, self.prepare))
+        return self.score_loaded(rows, self.load(rows, self.at_once))
+
+    def load(self, rows: Sequence[PairRow], at_once: int) -> Iterator[list[Loaded]]:
+        """The rows' images in order, `at_once` at a time, as ImageReader reads them. Reading begins now."""
+        # No thread is without work where the model takes few at once.
+        ahead = max(at_once, THREADS)
+        reader = ImageReader(rows, self.root, self.prepare, ahead, THREADS)
+        return self._taken(reader, at_once)
+
+    def _taken(self, reader: ImageReader, at_once: int) -> Iterator[list[Loaded]]:
+        with reader:
+            while True:
+                with self.loading.timed(self.device):
+                    found = reader.take(at_once)
+                if not found:
+                    return
+                yield found
+
+
+class ImageReader:
+    """Reads, decodes and prepares the images of rows in a few threads, some ahead of who takes them.
+
+    An image that cannot be read is a failure of its own. `ahead` are those that are asked for at first.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[PairRow],
+        root: str,
+        prepare: Callable[[Any], Any],
+        ahead: int,
+        threads: int,
+    ) -> None:
+        self.rows, self.root, self.prepare = rows, root, prepare
+        self.away = False  # once an image was waited for in vain, the others are asked for once
+        self.failed: list[Loaded] = []
+        self.left = iter(rows)
+        self.asked: deque[Future[Loaded]] = deque()
+        self.decoding = threading.Semaphore(DECODED)
+        self.pool = ThreadPoolExecutor(max(1, min(threads, len(rows))))
+        self._ask(ahead)
+
+    def __enter__(self) -> ImageReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # One that hangs must not hold up an error on its way.
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def take(self, count: int) -> list[Loaded]:
+        """The next `count` images, none after the last; asks for as many more before it waits.
+
+        Raises Unavailable with the last of them if the network or a server kept all from being read.
+        """
+        self._ask(count)
+        found = [self.asked.popleft().result() for _ in range(min(count, len(self.asked)))]
+        self.failed += [item for item in found if item.failure is not None]
+        if found and len(self.failed) == len(self.rows):
+            _check_reachable(self.root, self.rows, self.failed)
+        return found
+
+    def _ask(self, count: int) -> None:
+        for row in itertools.islice(self.left, count):
+            self.asked.append(self.pool.submit(self._read, row))
+
+    def _read(self, row: PairRow) -> Loaded:
+        read = functools.partial(images.read, self.root, row.image)
+        try:
+            data = read() if self.away else patiently(read)
+            with self.decoding:
+                image, digest = images.opened(data, row.image)
+                return Loaded(self.prepare(image), digest, None)
+        except Exception as error:  # whatever a decoder raises is that image's failure
+            outside = is_outside(error)
+            self.away = self.away or outside
+            return Loaded(None, None, _reason(error), outside)
 
 
 def load_images(
-    rows: Sequence[PairRow], root: str, prepare: Callable[[Any], Any], threads: int = 4
+    rows: Sequence[PairRow], root: str, prepare: Callable[[Any], Any], threads: int = THREADS
 ) -> list[Loaded]:
     """Read, decode and prepare the rows' images in a few threads.
 
     Raises Unavailable where the network or a server keeps all of them from being read.
     """
-    away = False  # once an image was waited for in vain, the others are asked for once
-
-    def one(row: PairRow) -> Loaded:
-        nonlocal away
-        read = functools.partial(images.load, root, row.image)
-        try:
-            image, digest = read() if away else patiently(read)
-            return Loaded(prepare(image), digest, None)
-        except Exception as error:  # whatever a decoder raises is that image's failure
-            outside = is_outside(error)
-            away = away or outside
-            return Loaded(None, None, _reason(error), outside)
-
-    if len(rows) < 2:
-        loaded = [one(row) for row in rows]
-    else:
-        with ThreadPoolExecutor(min(threads, len(rows))) as pool:
-            loaded = list(pool.map(one, rows))
-    if rows and not any(item.failure is None for item in loaded):
-        _check_reachable(root, rows, loaded)
-    return loaded
+    with ImageReader(rows, root, prepare, len(rows), threads) as reader:
+        return reader.take(len(rows))
 
 
 def _check_reachable(root: str, rows: Sequence[PairRow], loaded: Sequence[Loaded]) -> None:

@@ -16,7 +16,7 @@ class Done:
     pairs: int = 0
     forwards: int = 0  # of the model
     failures: int = 0  # pairs
-    busy: float = 0.0  # scoring
+    busy: float = 0.0  # scoring, without `loading`
     actors: int = 0
     rate: float = 0.0  # measured forwards a second, of all actors together
     waited: float = 0.0  # for the next block
@@ -28,6 +28,7 @@ class Done:
     seconds: float = 0.0  # from the start of scoring to its end
     smaller: tuple[str, ...] = ()  # a line for each time that an actor ran out of GPU memory
     not_finite: int = 0  # pairs whose score is NaN or infinite
+    loading: float = 0.0  # waiting for a block's images, with nothing else to do
 
     def __add__(self, other: Done) -> Done:
         both = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
@@ -50,6 +51,7 @@ class Summary:
     forwards_per_second_of_an_actor: float | None  # while it scores
     unet_share: float | None  # of the time that actors scored, that in the U-Net's forwards
     waiting_share: float | None  # of the actors' time since they were up, that without work
+    loading_share: float | None  # of the same time, that in which they waited for images
     gpu_memory_bytes: int
     batch_size: int | None
     out_of_memory: int  # times that an actor made its batches smaller
@@ -57,6 +59,7 @@ class Summary:
 
 def summarise(model: str, done: Done) -> Summary:
     """The summary of what was done for a model."""
+    up = done.waited + done.loading + done.busy
     return Summary(
         model=model,
         pairs=done.pairs,
@@ -67,7 +70,8 @@ def summarise(model: str, done: Done) -> Summary:
         forwards_per_second=_ratio(done.forwards, done.seconds),
         forwards_per_second_of_an_actor=_ratio(done.forwards, done.busy),
         unet_share=_ratio(done.inside, done.busy) if done.inside else None,
-        waiting_share=_ratio(done.waited, done.waited + done.busy),
+        waiting_share=_ratio(done.waited, up),
+        loading_share=_ratio(done.loading, up),
         gpu_memory_bytes=done.memory,
         batch_size=done.batch_size or None,
         out_of_memory=len(done.smaller),

@@ -23,19 +23,35 @@ from tests.ranks import Handle
 COST = 7  # forwards of a pair
 
 
+class Waiting:
+    """A stopwatch."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def spent(self) -> float:
+        found, self.seconds = self.seconds, 0.0
+        return found
+
+
 class Scorer:
-    """Takes three seconds for a block; a text 'bad' fails."""
+    """Takes three seconds for a block, and waits for images for as long as `waits` says; a text 'bad'
+    fails."""
 
     cost = COST
 
     def __init__(self, clock: list[float], batches: list[Batch]) -> None:
         self.clock, self.batches = clock, batches
+        self.loading, self.waits = Waiting(), 0.0
 
     def measure_rate(self) -> float:
         return 50.0
 
     def score(self, rows: list[Any]) -> list[dict[str, Any]]:
-        self.clock[0] += 3.0
+        self.clock[0] += 3.0 + self.waits
+        self.loading.seconds += self.waits
+        if self.waits < 0:
+            raise ConnectionError
         empty = dict.fromkeys(SCORES.names)
         return [
             {**empty, "row": r.row, "image": r.image, "text": text}
@@ -102,6 +118,22 @@ def test_what_an_actor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [part.forwards for part in metrics.shown] == [2 * COST] * 2
     batch.tell("batch size 8")
     assert counter.read().smaller == ("batch size 8",)
+
+
+def test_time_in_which_images_are_waited_for_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is counted by itself, and that of a try that failed not with the block's."""
+    actor, counter, clock = an_actor(monkeypatch, [])
+    scorer: Any = actor.scorer
+    rows = pa.table({"row": [4], "image": ["a"], "texts": [["x"]], "stored": pa.nulls(1)})
+    clock[0] += 1.0
+    scorer.waits = -7.0
+    with pytest.raises(ConnectionError):
+        actor(rows)
+    scorer.waits = 0.75
+    clock[0] += 4.0
+    actor(rows)
+    done = counter.read()
+    assert (done.waited, done.loading, done.busy) == (1.0, 0.75, 3.0)
 
 
 def test_a_model_without_batches(monkeypatch: pytest.MonkeyPatch) -> None:

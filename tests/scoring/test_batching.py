@@ -115,7 +115,7 @@ def test_images_and_texts(sd: StableDiffusion, root: Path, monkeypatch: pytest.M
     told = listen(small)
     np.testing.assert_allclose(l2(small), expected, rtol=1e-5)
     sizes = [
-        f"batch size of {what}" for what in ("images 4 -> 2", "images 2 -> 1", "texts 16 -> 1")
+        f"batch size of {what}" for what in ("texts 16 -> 1", "images 4 -> 2", "images 2 -> 1")
     ]
     assert told == sizes
     assert (images, texts) == ([4, 2, 1, 1, 1, 1], [3, 1, 1, 1])

@@ -62,12 +62,15 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def loaded(*colours: str | None) -> list[Loaded]:
+def loaded(*colours: str | None) -> list[list[Loaded]]:
+    """All at once."""
     return [
-        Loaded(Image.new("RGB", (4, 4), colour), "d", None)
-        if colour
-        else Loaded(None, None, "gone")
-        for colour in colours
+        [
+            Loaded(Image.new("RGB", (4, 4), colour), "d", None)
+            if colour
+            else Loaded(None, None, "gone")
+            for colour in colours
+        ]
     ]
 
 
@@ -182,6 +185,15 @@ def test_a_large_batch_is_cut() -> None:
     lines = scorer.score_loaded(rows(["a"], ["a"], ["a"]), loaded("red", "red", "red"))
     assert sizes == [2, 1]
     assert [line["similarity"] for line in lines] == [0.0, 1.0, 0.0]
+
+
+def test_images_that_come_some_at_a_time(file: Path) -> None:
+    """Each goes with its own row."""
+    scorer = CustomSpec(find_scorer(f"{file}:Red"), "").build("cpu")
+    some = [*loaded("#010000", None), *loaded("#030000")]
+    lines = scorer.score_loaded(rows(["a"], ["a"], ["bb", "a"]), some)
+    found = [(x["row"], x["text"], x["similarity"] or x["failure"]) for x in lines]
+    assert found == [(0, "a", 2), (1, "a", "gone"), (2, "bb", 5), (2, "a", 4)]
 
 
 def test_from_examples_to_rows(file: Path, tmp_path: Path) -> None:

@@ -104,6 +104,33 @@ def test_noise_belongs_to_the_position() -> None:
     assert few.untyped_storage().nbytes() == few.nbytes, "the table itself is not kept"
 
 
+@pytest.mark.parametrize(
+    "shape", [(4, 8, 8), (4, 16, 12), (1, 1, 1), (1, 1, 3), (3, 3, 5), (2, 4, 4), (1, 5, 1)]
+)
+@pytest.mark.parametrize("positions", [1, 2, 7, 245, 990, 991, 999, 1000])
+def test_a_short_table_is_the_start_of_the_whole(
+    shape: tuple[int, int, int], positions: int
+) -> None:
+    """Bit for bit, also where slices are no multiple of what torch draws at once."""
+    whole = torch.randn(1000, *shape, generator=torch.Generator().manual_seed(3))
+    found = standard_noise(positions, shape, 3)
+    assert torch.equal(found, whole[:positions])
+    assert found.untyped_storage().nbytes() == found.nbytes
+
+
+def test_no_more_noise_is_drawn_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, randn = list[int](), torch.randn
+
+    def counted(*shape: int, **options: torch.Generator) -> torch.Tensor:
+        drawn.append((found := randn(*shape, **options)).numel())
+        return found
+
+    monkeypatch.setattr(torch, "randn", counted)
+    for positions, shape in ((10, (4, 8, 8)), (1, (1, 3, 3)), (1000, (1, 3, 3)), (999, (1, 3, 3))):
+        standard_noise(positions, shape)
+    assert drawn == [2560, 16, 9000, 9000]
+
+
 def test_noise_beyond_the_table() -> None:
     with pytest.raises(InputError, match="1001 is out of range"):
         standard_noise(1001, (1, 1, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,13 @@ from diffitm.models import clip as clip_models
 from diffitm.models.clip import resolve_clip
 from diffitm.models.loading import resolve
 from diffitm.models.stable_diffusion import StableDiffusion
-from diffitm.scoring import diffusion
+from diffitm.scoring import batching, diffusion
+from diffitm.scoring import scorer as scorers
 from diffitm.scoring.clip import ClipScorer
 from diffitm.scoring.diffusion import DiffusionScorer, scaled
 from diffitm.scoring.noise_plan import make_plan, standard_noise
 from diffitm.scoring.pair_errors import pair_errors
-from diffitm.scoring.scorer import Loaded, load_images, similarity_lines
+from diffitm.scoring.scorer import ImageReader, Loaded, load_images, similarity_lines
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec
 from diffitm.scoring.text_cache import TextCache
 from tests import tiny
@@ -279,18 +281,18 @@ def test_whatever_a_decoder_raises_is_that_images_failure(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PIL raises a SyntaxError for some broken PNGs, and an error of its own for bombs."""
-    real = images.load
+    real = images.opened
     raised: dict[str, Exception] = {
         "images/1.png": SyntaxError("broken PNG"),
         "images/2.png": images.Image.DecompressionBombError("too large"),
     }
 
-    def load(folder: str, name: str) -> Any:
+    def opened(data: bytes, name: str) -> Any:
         if name in raised:
             raise raised[name]
-        return real(folder, name)
+        return real(data, name)
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "opened", opened)
     found = load_images(works(), str(root), lambda image: image.size)
     assert [item.value for item in found] == [(40, 32), None, None, (43, 32)]
     assert [item.failure for item in found] == [
@@ -315,7 +317,7 @@ def test_what_is_away_is_waited_for_once(root: Path, monkeypatch: pytest.MonkeyP
         asked.append(name)
         raise broken.get(name) or ConnectionError("no route")
 
-    monkeypatch.setattr(images, "load", load)
+    monkeypatch.setattr(images, "read", load)
     rows = works()
     with pytest.raises(
         Unavailable, match=r"none of 4 images could be read, such as images/0\.png: un"
@@ -420,3 +422,188 @@ def test_cached_rows_do_not_keep_their_batch_alive() -> None:
     cache = TextCache(Encoder(), limit_bytes=10**6, batch=64)
     cache([str(i) for i in range(50)])
     assert all(v["hidden"].untyped_storage().nbytes() == 16 for v in cache.kept.values())
+
+
+class Watched(tiny.Fixed):
+    """Writes down what it is asked to do, and calls `first` before it encodes the first images."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny.schedule())
+        self.calls: list[tuple[str, int]] = []
+        self.first = lambda: None
+
+    def encode_posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.first()
+        self.first = lambda: None
+        self.calls.append(("images", len(pixels)))
+        return super().encode_posterior(pixels)
+
+    def encode_texts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        self.calls.append(("texts", len(texts)))
+        return super().encode_texts(texts)
+
+    def predict(self, noised: torch.Tensor, *rest: Any) -> torch.Tensor:
+        self.calls.append(("forwards", len(noised)))
+        return super().predict(noised, *rest)
+
+
+def watched(root: Path, batch_size: int) -> tuple[DiffusionScorer, Watched]:
+    model = Watched()
+    plan = make_plan(STEPS, model.latent_shape)
+    return DiffusionScorer(model, plan, str(root), batch_size=batch_size), model
+
+
+def six() -> list[PairRow]:
+    """Six parts of four images."""
+    return [PairRow(i, f"images/{i % 4}.png#xywh=0,0,{9 + i},9", TEXTS) for i in range(6)]
+
+
+def test_the_next_images_are_read_while_these_are_scored(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more than them: the first are not encoded before the third is asked for, and those behind it
+    wait."""
+    monkeypatch.setattr(scorers, "THREADS", 2)
+    found, model = watched(root, 8)
+    rows, asked, third, real = six(), list[str](), threading.Event(), images.read
+
+    def load(folder: str, name: str) -> Any:
+        asked.append(name)
+        if name == rows[2].image:
+            third.set()
+        return real(folder, name)
+
+    def first() -> None:
+        assert third.wait(60), "the third image is read only once the first are scored"
+        assert set(asked) <= {row.image for row in rows[:4]}
+
+    monkeypatch.setattr(images, "read", load)
+    model.first = first
+    assert len(found.score(rows)) == 18
+    assert sorted(asked) == sorted(row.image for row in rows)
+
+
+def test_texts_are_encoded_while_the_first_images_are_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, model = watched(root, 8)
+    begun, encoded, real = threading.Event(), threading.Event(), images.read
+
+    def load(folder: str, name: str) -> Any:
+        begun.set()
+        assert encoded.wait(60), "texts wait for images"
+        return real(folder, name)
+
+    def encode(texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        assert begun.wait(60), "images wait for texts"
+        encoded.set()
+        return tiny.Fixed.encode_texts(model, texts)
+
+    monkeypatch.setattr(images, "read", load)
+    found.texts.encode = encode
+    assert {line["failure"] for line in found.score(six())} == {None}
+
+
+def test_batches_fill_over_all_images(root: Path) -> None:
+    """Images come two at a time: the VAE's batches; those of forwards are as if they came at once."""
+    found, model = watched(root, 8)
+    found.score(six())
+    assert [count for what, count in model.calls if what == "images"] == [2, 2, 2]
+    forwards = [count for what, count in model.calls if what == "forwards"]
+    assert forwards == [8] * 6 + [6]
+    assert model.calls[:4] == [("texts", 3), ("images", 2), ("forwards", 8), ("forwards", 8)]
+
+
+def test_images_some_at_a_time_give_the_same_bits(sd: StableDiffusion, root: Path) -> None:
+    rows = six()
+    for size in (4, 8, 64):
+        apart = scorer(sd, root, batch_size=size)
+        whole = load_images(rows, str(root), apart.prepare)
+        together = by_pair(scorer(sd, root, batch_size=size).score_loaded(rows, [whole]))
+        for pair, line in by_pair(apart.score(rows)).items():
+            for kind in ("l2", "l1", "huber"):
+                np.testing.assert_array_equal(line[kind], together[pair][kind])
+
+
+def test_errors_are_fetched_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fetch makes a GPU wait: one a block, however many batches and images."""
+    found, model = watched(root, 8)
+    fetched, real = list[int](), torch.Tensor.cpu
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        fetched.append(len(model.calls))
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    found.score(six())
+    assert fetched == [len(model.calls)]
+    clip = ClipScorer(resolve_clip("shapes"), str(root), batch_size=2)
+    clip.score(works())
+    assert len(fetched) == 2
+
+
+def test_a_block_of_which_all_images_are_away(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the attempt after the last of them; one that can be read later on makes the others failures.
+    Only the first is waited for."""
+    monkeypatch.setattr(outside, "DELAYS", (0.0, 0.0))
+    monkeypatch.setattr(scorers, "THREADS", 1)
+    asked, there, real = list[str](), set[str](), images.read
+
+    def load(folder: str, name: str) -> Any:
+        asked.append(name)
+        if name not in there:
+            raise ConnectionError("no route")
+        return real(folder, name)
+
+    monkeypatch.setattr(images, "read", load)
+    rows = six()
+    for batch_size in (4, 8, 64):
+        found, model = watched(root, batch_size)
+        with pytest.raises(Unavailable, match=r"none of 6 images could be read, such as images/0"):
+            found.score(rows)
+        assert [asked.count(row.image) for row in rows] == [3, 1, 1, 1, 1, 1]
+        asked.clear()
+        assert [what for what, _ in model.calls] == ["texts"]
+    there.add(rows[5].image)
+    found, _ = watched(root, 4)
+    lines = found.score(rows)
+    assert [line["row"] for line in lines if line["failure"] is None] == [5, 5, 5]
+    assert [asked.count(row.image) for row in rows] == [3, 1, 1, 1, 1, 1]
+
+
+def test_time_in_which_images_are_waited_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adds up since it was last asked for, each time of a clock that moves while one is read."""
+    found, _ = watched(root, 64)
+    clock, real = [0.0], images.read
+
+    def load(folder: str, name: str) -> Any:
+        clock[0] += 2.0
+        return real(folder, name)
+
+    monkeypatch.setattr(batching, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    read = load_images(works(), str(root), found.prepare)
+    found.score_loaded(works(), [read])
+    assert found.loading.spent() == 0, "nothing was waited for"
+    waits = found.load(works(), 4)
+    monkeypatch.setattr(ImageReader, "take", lambda reader, count: load(str(root), "images/0.png"))
+    next(iter(waits))
+    assert [found.loading.spent(), found.loading.spent()] == [2.0, 0.0]
+
+
+def test_a_read_that_hangs_does_not_hold_up_an_error(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not begun is not read any more."""
+    released, asked = threading.Event(), list[str]()
+
+    def load(folder: str, name: str) -> Any:
+        asked.append(name)
+        released.wait(60)
+        raise ValueError("late")
+
+    monkeypatch.setattr(images, "read", load)
+    with pytest.raises(KeyError), ImageReader(works(), str(root), str, 4, threads=1) as reader:
+        raise KeyError
+    released.set()
+    reader.pool.shutdown()
+    assert asked in ([], [works()[0].image])

@@ -137,14 +137,16 @@ def test_only_what_is_both_is_mended(tmp_path: Path) -> None:
     work_table.mend(str(tmp_path / "absent"))
 
 
-ONE = Done(2, 3, 5, 7.0, 11, 13.0, 17.0, 19.0, 23, 29, 31, 0, 37.0, ("8 -> 4",))
-TWO = Done(41, 43, 47, 53.0, 59, 61.0, 67.0, 71.0, 73, 79, 37, 16, 83.0, ("4 -> 2", "2 -> 1"))
+ONE = Done(2, 3, 5, 7.0, 11, 13.0, 17.0, 19.0, 23, 29, 31, 0, 37.0, ("8 -> 4",), 89, 97.0)
+TWO = Done(
+    41, 43, 47, 53.0, 59, 61.0, 67.0, 71.0, 73, 79, 37, 16, 83.0, ("4 -> 2", "2 -> 1"), 103, 103.0
+)
 
 
 def test_what_was_done_adds_up() -> None:
     """But for the most memory and the smallest batch, of which 0 means none."""
     smaller = ("8 -> 4", "4 -> 2", "2 -> 1")
-    both = Done(43, 46, 52, 60.0, 70, 74.0, 84.0, 90.0, 96, 108, 37, 16, 120.0, smaller)
+    both = Done(43, 46, 52, 60.0, 70, 74.0, 84.0, 90.0, 96, 108, 37, 16, 120.0, smaller, 192, 200.0)
     assert both == ONE + TWO
     assert (TWO + ONE).memory == 37 and (TWO + ONE).batch_size == 16
     assert (TWO + Done(batch_size=4)).batch_size == 4
@@ -153,19 +155,20 @@ def test_what_was_done_adds_up() -> None:
 
 def test_a_summary_by_hand(tmp_path: Path) -> None:
     """Shares and rates of numbers that divide evenly; the total is of all models."""
-    one = Done(pairs=6, forwards=60, failures=1, busy=20.0, waited=5.0, inside=15.0, begun=9,
+    one = Done(pairs=6, forwards=60, failures=1, busy=20.0, waited=8.0, loading=4.0, inside=15.0, begun=9,
                finished=7, memory=3, batch_size=8, seconds=30.0, smaller=("8 -> 4",))  # fmt: skip
     first, second, total = write_summary(["m", "n"], [one, Done(pairs=1)], str(tmp_path))
     assert (first.model, first.pairs, first.forwards, first.failures) == ("m", 6, 60, 1)
     assert (first.retries, first.out_of_memory, first.gpu_memory_bytes) == (2, 1, 3)
     assert (first.seconds, first.batch_size) == (30.0, 8)
     assert (first.forwards_per_second, first.forwards_per_second_of_an_actor) == (2.0, 3.0)
-    assert (first.unet_share, first.waiting_share) == (0.75, 0.2)
+    assert (first.unet_share, first.waiting_share, first.loading_share) == (0.75, 0.25, 0.125)
     assert second == summarise("n", Done(pairs=1))
     assert (second.forwards_per_second, second.unet_share, second.waiting_share) == (None,) * 3
+    assert second.loading_share is None
     assert (second.forwards_per_second_of_an_actor, second.batch_size) == (None, None)
     assert (total.model, total.pairs, total.forwards) == ("total", 7, 60)
     assert summarise("clip", Done(busy=2.0)).unet_share is None
     file = json.loads((tmp_path / "summary.json").read_text())
     assert [line["model"] for line in file["models"]] == ["m", "n"]
-    assert file["total"]["waiting_share"] == 0.2
+    assert file["total"]["waiting_share"] == 0.25

@@ -22,7 +22,7 @@ from diffitm.store.pair_table import remaining
 from diffitm.store.run_summary import Done
 
 if TYPE_CHECKING:  # an actor imports this module, and its spec what else it needs
-    from diffitm.scoring.batching import Batch
+    from diffitm.scoring.batching import Batch, Stopwatch
     from diffitm.scoring.diffusion import DiffusionScorer
     from diffitm.scoring.racing import RacePlan
     from diffitm.scoring.specs import Spec
@@ -57,6 +57,7 @@ class ScoringActor:
         self.device, self.counter = device, counter
         self.scorer = spec.build(device)
         self.batches: list[Batch] = getattr(self.scorer, "batches", [])
+        self.loading: Stopwatch | None = getattr(self.scorer, "loading", None)
         for batch in self.batches:
             batch.tell = lambda line: counter.add.remote(Done(smaller=(line,)))
         rate = self.scorer.measure_rate()
@@ -66,6 +67,7 @@ class ScoringActor:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         start = time.perf_counter()
+        self._loading()  # that of a try which failed is none of this one's
         self.counter.add.remote(Done(begun=1))
         lines = self._score(table)
         self._tell(lines, start)
@@ -75,21 +77,26 @@ class ScoringActor:
         rows = [PairRow(**line) for line in table.select(WORK.names).to_pylist()]
         return self.scorer.score(rows)
 
+    def _loading(self) -> float:
+        """Seconds since the last call in which there was nothing to do but to wait for images."""
+        return self.loading.spent() if self.loading else 0.0
+
     def _tell(self, lines: list[dict[str, Any]], start: float) -> None:
         """Count a block that was begun at `start`."""
         failed = sum(line["failure"] is not None for line in lines)
-        end = time.perf_counter()
+        end, loading = time.perf_counter(), self._loading()
         done = Done(
             pairs=len(lines),
             forwards=sum(forwards(line, self.scorer.cost) for line in lines),
             failures=failed,
             not_finite=sum(not is_finite(line) for line in lines),
-            busy=end - start,
+            busy=end - start - loading,
             waited=start - self.free,
             inside=self.batches[0].spent() if self.batches else 0.0,
             finished=1,
             memory=gpu_memory(self.device),
             batch_size=self.batches[0].size if self.batches else 0,
+            loading=loading,
         )
         self.free = end
         self.counter.add.remote(done)
