@@ -184,7 +184,8 @@ def main() -> None:
                 line = measure(task, list(thinned(examples, parts)), doubt)
                 lines.append(asdict(line))
                 shown = f"{line.agreement:.1f} [{line.low:.1f}, {line.high:.1f}]"
-                print(f"| {line.task} | {line.timesteps} | {doubt:g} | {line.contests:,} | {line.saved:.2f} | "
+                print(f"| {line.task} | {line.timesteps} | {doubt:g} | {line.contests:,} | "
+                      f"{line.saved:.2f} | "
                       f"{shown} | {line.raced:.1f} | {line.full:.1f} |", flush=True)  # fmt: skip
     if args.out:
         storage.write_text(args.out, json.dumps(lines, indent=2))

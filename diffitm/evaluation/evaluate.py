@@ -27,9 +27,10 @@ from diffitm.metrics.credit import LOST, Credit
 from diffitm.metrics.figures import Decision, Figure
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
 from diffitm.scoring.racing import hold
-from diffitm.store.join import UNSCORED, ScoredExample, read_scored
+from diffitm.store.join import ScoredExample, read_scored
 from diffitm.store.pair_table import examples_dataset
 from diffitm.store.score_store import Store
+from diffitm.store.stored_lines import UNSCORED
 from diffitm.store.work_table import finished
 from diffitm.tasks.base import Task
 from diffitm.tasks.registry import find_task
