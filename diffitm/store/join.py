@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffitm.core.schema import Example
+from diffitm.metrics.figures import Groups, Labels
 from diffitm.metrics.score import averaged, conditional_score, normalised_score
 from diffitm.store.pair_table import examples_dataset
 from diffitm.store.score_store import Store
 from diffitm.store.stored_lines import ScoredPairs, StoredLines, rows_at_once
 
 NOTHING = np.zeros((0, 0, 0))
+ITEMS = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
 LINES = 10_000  # examples that are read at once
 
 
@@ -83,28 +85,32 @@ class ScoredBatch:
         return _scores(self.conditional, self.unconditional, self.needs_unconditional, weights)
 
     def item(self, number: int) -> ScoredExample:
-        """One of the examples."""
-        similarity = None if self.similarity is None else self.similarity[number]
-        errors = self.conditional[number], self.unconditional[number]
-        return ScoredExample(self.examples[number], None, *errors, similarity, self.kind)
+        """One of the examples, which does not keep the others."""
+        similarity = None if self.similarity is None else self.similarity[number].copy()
+        errors = (e[number].copy() for e in (self.conditional, self.unconditional))
+        conditional, unconditional = errors
+        return ScoredExample(
+            self.examples[number], None, conditional, unconditional, similarity, self.kind
+        )
 
 
 @dataclass(frozen=True)
 class ScoredPart:
     """Some examples of a task in order, `size` of them: those with scores in batches, in the order of their
-    first ones, and why others have none. `clusters` [size] are labels of any kind."""
+    first ones, and why others have none, with these in order. `clusters` [size] are labels of any kind."""
 
     size: int
     clusters: np.ndarray
     batches: list[ScoredBatch]
     failures: dict[int, str]
+    lost: Sequence[Example]
 
     @classmethod
     def of(cls, item: ScoredExample) -> ScoredPart:
         """One example."""
         clusters = np.array([item.example.cluster])
         if item.failure is not None:
-            return cls(1, clusters, [], {0: item.failure})
+            return cls(1, clusters, [], {0: item.failure}, [item.example])
         example, similarity = item.example, item.similarity
         batch = ScoredBatch(
             np.zeros(1, int),
@@ -117,7 +123,7 @@ class ScoredPart:
             None if similarity is None else similarity[None],
             item.kind,
         )
-        return cls(1, clusters, [batch], {})
+        return cls(1, clusters, [batch], {}, [])
 
 
 def _scores(
@@ -181,6 +187,31 @@ def read_parts(uri: str, lines: StoredLines, clusters: np.ndarray) -> Iterator[S
         position += size
 
 
+def read_labels(uri: str) -> tuple[Labels, Groups]:
+    """The clusters and the groups of the examples of a file."""
+    table = examples_dataset([uri]).to_table(columns=["cluster", "groups"]).combine_chunks()
+    found = _encoded(table["cluster"])
+    order = pc.array_sort_indices(found.dictionary).to_numpy()
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    labels = Labels(found.dictionary.take(pa.array(order)).to_pylist(), ranks[found.indices])
+    groups = table["groups"].combine_chunks()
+    starts = np.concatenate([[0], np.cumsum(_lengths(groups.cast(ITEMS)))]).astype(int)
+    keys, values = _encoded(groups.keys), _encoded(groups.items)
+    numbers = np.asarray(keys.indices) * max(1, len(values.dictionary)) + values.indices
+    _, first, codes = np.unique(numbers, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    ranks = np.argsort(order)
+    pairs = [(groups.keys[int(i)].as_py(), groups.items[int(i)].as_py()) for i in first[order]]
+    return labels, Groups(pairs, ranks[codes.ravel()] if len(codes) else codes, starts)
+
+
+def _encoded(values: pa.Array | pa.ChunkedArray) -> pa.DictionaryArray:
+    """The values as numbers into a list of them, which is in the order in which they first come."""
+    whole = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    return pc.dictionary_encode(whole)
+
+
 def read_examples(uri: str) -> Iterator[Example]:
     """The examples of a file in order."""
     for batch in examples_dataset([uri]).to_batches(batch_size=LINES):
@@ -192,6 +223,7 @@ class Lines(Sequence[Example]):
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self.batch = batch
+        self._made: list[Example] | None = None
 
     def __len__(self) -> int:
         return int(self.batch.num_rows)
@@ -208,7 +240,9 @@ class Lines(Sequence[Example]):
         return _example(line)
 
     def __iter__(self) -> Iterator[Example]:
-        return map(_example, self.batch.to_pylist())
+        if self._made is None:
+            self._made = list(map(_example, self.batch.to_pylist()))
+        return iter(self._made)
 
 
 def _example(line: dict[str, Any]) -> Example:
@@ -273,7 +307,9 @@ class _Part:
             self._batch(places[shape == number], shapes[number], directions.dictionary, similarity)
             for number in np.argsort(first)
         ]
-        return ScoredPart(len(good), clusters, batches, failures)
+        failures = dict(sorted(failures.items()))
+        lost = Lines(self.batch.take(pa.array(list(failures), pa.int64())))
+        return ScoredPart(len(good), clusters, batches, failures, lost)
 
     def _batch(
         self, places: np.ndarray, kind: np.ndarray, directions: pa.Array, similarity: str | None
