@@ -7,7 +7,7 @@ from scipy import stats
 
 RESAMPLES = 5000
 BLOCK = 500  # resamples at a time, so that memory stays small
-SIGNS = 2**25  # of clusters, at a time
+SIGNS = 2**22  # of clusters, at a time
 DENSE = 16  # numbers of clusters an example, up to which a table of them is made
 LEVEL = 0.95
 NORMAL = float(stats.norm.ppf((1 + LEVEL) / 2))

@@ -28,6 +28,11 @@ KEYS = pa.schema(
 _NAMES = itertools.count()
 
 
+def _key(image: str, text: str) -> str:
+    """A pair's 128 bits in SQL: DuckDB holds them in place of names, which take several times as much."""
+    return f"md5_number(concat(strlen({image}), ':', {image}, {text}))"
+
+
 def rows_at_once(steps: int) -> int:
     """Pairs whose errors are held at once."""
     return max(1000, min(MOST_ROWS, HELD // steps))
@@ -90,9 +95,9 @@ class StoredLines:
             WITH p AS ({PAIRS})
             SELECT p.position, p.i, p.j, {named} coalesce(s.line, -1) AS line,
                    coalesce(u.line, -1) AS base, p.unconditional
-            FROM p LEFT JOIN {self.name} s USING (image, text)
-            LEFT JOIN (SELECT image, line FROM {self.name} WHERE text = '') u
-                ON u.image = p.image AND p.unconditional
+            FROM p LEFT JOIN {self.name} s ON s.key = {_key("p.image", "p.text")}
+            LEFT JOIN {self.name} u
+                ON u.key = CASE WHEN p.unconditional THEN {_key("p.image", "''")} END
             ORDER BY p.position, p.i, p.j
         """
         reader = cursor.sql(query).to_arrow_reader(rows or rows_at_once(self.store.steps))
@@ -106,8 +111,8 @@ class StoredLines:
         connection.register(source, reader)
         lines = (f'min(line) FILTER (WHERE "is" = {kind})' for kind in (WHOLE, PART, FAILED))
         connection.execute(
-            f"CREATE TABLE {self.name} AS SELECT image, text, coalesce({', '.join(lines)}) AS line "
-            f"FROM {source} GROUP BY image, text"
+            f"CREATE TABLE {self.name} AS SELECT {_key('image', 'text')} AS key, "
+            f"coalesce({', '.join(lines)}) AS line FROM {source} GROUP BY key"
         )
         connection.unregister(source)
 
@@ -157,7 +162,7 @@ class StoredLines:
         found = connection.sql(f"""
             SELECT s.line, parts.line AS part,
                    row_number() OVER (PARTITION BY s.line ORDER BY parts.line) AS number
-            FROM parts JOIN {self.name} s USING (image, text)
+            FROM parts JOIN {self.name} s ON s.key = {_key("image", "text")}
             QUALIFY bool_or(s.line = parts.line) OVER (PARTITION BY s.line)
         """).fetchnumpy()
         for number in range(2, int(found["number"].max(initial=0)) + 1):
