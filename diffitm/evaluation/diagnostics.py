@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from diffitm.metrics.columns import Columns
 from diffitm.metrics.intervals import interval, mean_interval
-from diffitm.store.join import ScoredExample
+from diffitm.store.join import ScoredBatch, ScoredExample, ScoredPart
 from diffitm.tasks.base import Task
 
 NUMBERS = (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -106,6 +107,27 @@ def spread_weights(steps: int) -> dict[int, np.ndarray]:
     return found
 
 
+def _pair_places(batch: ScoredBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Places [n, right] and [n, wrong] among each example's pairs, image by image."""
+    images, texts = batch.shape
+    pairs = np.arange(images * texts)
+    if batch.direction == "both":
+        mask = np.zeros(batch.shape, bool)
+        np.fill_diagonal(mask, True)
+        return tuple(  # type: ignore[return-value]
+            np.broadcast_to(pairs[part], (len(batch), part.sum()))
+            for part in (mask.ravel(), ~mask.ravel())
+        )
+    right = pairs[batch.golds][:, None]
+    return right, pairs[:-1] + (pairs[:-1] >= right)
+
+
+def _of_pairs(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Values [n, places, ..] of some pairs, from those [n, images, texts, ..] of all."""
+    flat = values.reshape(len(values), values.shape[1] * values.shape[2], *values.shape[3:])
+    return np.asarray(flat[np.arange(len(flat))[:, None], places])
+
+
 class ErrorCurves:
     """Adds up the errors of right and wrong pairs."""
 
@@ -114,19 +136,35 @@ class ErrorCurves:
         self.n = 0
 
     def add(self, item: ScoredExample) -> None:
+        """One example."""
+        self.add_part(ScoredPart.of(item))
+
+    def add_part(self, part: ScoredPart) -> None:
         """Each example weighs the same, however many wrong pairs it has."""
-        right = right_pairs(item)
-        if item.failure is not None or item.similarity is not None or right.all():
-            return
-        kinds = {"conditional": item.conditional}
-        if item.example.needs_unconditional:
-            kinds["normalised"] = item.conditional - item.unconditional
-        if not all(np.isfinite(errors).all() for errors in kinds.values()):
-            return
-        self.n += 1
-        for kind, errors in kinds.items():
-            pair = np.stack([errors[right].mean(0), errors[~right].mean(0)])
-            self.sums[kind] = self.sums.get(kind, 0.0) + pair
+        found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for batch in part.batches:
+            right, wrong = _pair_places(batch)
+            if batch.similarity is not None or not wrong.shape[1]:
+                continue
+            kinds = {"conditional": batch.conditional}
+            if batch.needs_unconditional:
+                kinds["normalised"] = batch.conditional - batch.unconditional
+            finite = np.all([np.isfinite(e).all((1, 2, 3)) for e in kinds.values()], axis=0)
+            self.n += int(finite.sum())
+            for kind, errors in kinds.items():
+                chosen = errors[finite]
+                means = (_of_pairs(chosen, places[finite]).mean(1) for places in (right, wrong))
+                lines = batch.places[finite], np.stack(list(means), 1)
+                found.setdefault(kind, []).append(lines)
+        for kind, lists in found.items():
+            places, pairs = (np.concatenate(arrays) for arrays in zip(*lists, strict=True))
+            if not len(places):
+                continue
+            if kind in self.sums:
+                pairs = np.concatenate([self.sums[kind][None], pairs[np.argsort(places)]])
+            else:
+                pairs = pairs[np.argsort(places)]
+            self.sums[kind] = pairs.sum(0)  # one after the other, in the order of the examples
 
     def read(self, model: str, task: str, timesteps: list[int]) -> list[Curve]:
         """The mean curves."""
@@ -141,23 +179,39 @@ class DenoisingStats:
     """Keeps each example's error of its right pairs and of the empty text, NaN without one."""
 
     def __init__(self) -> None:
-        self.values: list[tuple[float, float]] = []
-        self.clusters: list[str] = []
+        self._values: list[np.ndarray] = []
+        self._clusters: list[np.ndarray] = []
+
+    @property
+    def values(self) -> np.ndarray:
+        """[n, 2]"""
+        return np.concatenate([np.zeros((0, 2)), *self._values])
+
+    @property
+    def clusters(self) -> np.ndarray:
+        """[n]"""
+        return np.concatenate(self._clusters)
 
     def add(self, item: ScoredExample) -> None:
-        """One example; of a model without errors, nothing."""
-        if item.similarity is not None:
-            return
-        self.clusters.append(item.example.cluster)
-        if item.failure is not None:
-            self.values.append((np.nan, np.nan))
-            return
-        right = right_pairs(item)
-        self.values.append((item.conditional[right].mean(), item.unconditional[right].mean()))
+        """One example."""
+        self.add_part(ScoredPart.of(item))
+
+    def add_part(self, part: ScoredPart) -> None:
+        """Some examples; of a model without errors, nothing."""
+        values = np.full((part.size, 2), np.nan)
+        for batch in part.batches:
+            if batch.similarity is not None:
+                continue
+            right, _ = _pair_places(batch)
+            for column, errors in enumerate((batch.conditional, batch.unconditional)):
+                chosen = _of_pairs(errors, right).reshape(len(batch), -1)
+                values[batch.places, column] = chosen.mean(1)
+        self._values.append(values)
+        self._clusters.append(part.clusters)
 
     def read(self, model: str, task: str, first: DenoisingStats | None) -> Denoising | None:
         """The means, and what changed since `first`."""
-        values = np.array(self.values).reshape(-1, 2)
+        values = self.values
         kept = np.isfinite(values)
         if not kept[:, 0].any():
             return None
@@ -167,9 +221,9 @@ class DenoisingStats:
         return Denoising(model, task, right, empty, int(kept[:, 0].sum()), *changes)
 
     def _change(self, first: DenoisingStats, column: int) -> tuple[float, float, float] | None:
-        difference = np.array(self.values)[:, column] - np.array(first.values)[:, column]
+        difference = self.values[:, column] - first.values[:, column]
         both = np.isfinite(difference)
-        clusters = np.array(self.clusters)[both]
+        clusters = self.clusters[both]
         if len(np.unique(clusters)) < 2:
             return None
         low, high = mean_interval(difference[both], clusters)
@@ -181,27 +235,33 @@ class Counts:
 
     def __init__(self, task: Task, steps: int) -> None:
         self.task, self.weights = task, spread_weights(steps)
-        self.clusters: list[str] = []
-        self.values: dict[tuple[str, str, int], list[float]] = {}
+        self._clusters: list[np.ndarray] = []
+        self._values: Columns[tuple[str, str, int]] = Columns()
+        self._n = 0
 
-    def add(self, item: ScoredExample) -> None:
-        """One example, if it has scores."""
-        if item.failure is not None:
-            return
-        self.clusters.append(item.example.cluster)
-        for number, weights in self.weights.items():
-            for kind, scores in item.scores(weights).items():
-                for metric, credit in self.task.credits(item.example, scores).items():
-                    self.values.setdefault((metric, kind, number), []).append(credit.value)
+    def add_part(self, part: ScoredPart) -> None:
+        """Some examples, of which those with scores count."""
+        scored = np.ones(part.size, bool)
+        scored[list(part.failures)] = False
+        numbers = self._n + np.cumsum(scored) - 1
+        self._n += int(scored.sum())
+        self._clusters.append(part.clusters[scored])
+        for batch in part.batches:
+            places = numbers[batch.places]
+            for number, weights in self.weights.items():
+                for kind, scores in batch.scores(weights).items():
+                    found = self.task.credits_each(batch.examples, batch.golds, scores)
+                    for metric, credits in found.items():
+                        self._values.put((metric, kind, number), places, credits.values)
 
     def read(self, model: str) -> list[Count]:
         """A metric that only some examples have is left out."""
-        found, clusters = [], np.array(self.clusters)
-        for (metric, kind, number), values in self.values.items():
-            if len(values) == len(clusters):
-                low, high = interval(np.array(values), clusters)
+        found, name = [], self.task.name
+        clusters = np.concatenate(self._clusters) if self._clusters else np.zeros(0)
+        for (metric, kind, number), values in self._values.read(self._n).items():
+            if not np.isnan(values).any():
+                low, high = interval(values, clusters)
                 value, n = float(np.mean(values)), len(values)
-                name = self.task.name
                 found.append(Count(model, name, metric, kind, number, value, low, high, n))
         return found
 
@@ -214,23 +274,44 @@ class Cases:
     seen: int = 0
 
     def add(self, item: ScoredExample) -> None:
-        """One example under its last kind of score, normalised where images are compared."""
-        scores = list(item.scores().items())
-        if not scores or right_pairs(item).all():
-            return
-        kind, values = scores[-1]
-        if not np.isfinite(values).all():
-            return
-        margin = _margin(item, values)
-        self.seen += 1
-        self._keep("surest right", -margin, item, kind, margin > 0)
-        self._keep("surest wrong", margin, item, kind, margin < 0)
-        self._keep("nearest miss", -margin, item, kind, margin < 0)
+        """One example."""
+        self.add_part(ScoredPart.of(item))
 
-    def _keep(self, name: str, rank: float, item: ScoredExample, kind: str, fits: bool) -> None:
-        if fits:
-            best = self.kept.setdefault(name, [])
-            bisect.insort(best, (rank, self.seen, item, kind), key=lambda entry: entry[:2])
+    def add_part(self, part: ScoredPart) -> None:
+        """Examples under their last kind of score, normalised where images are compared."""
+        margins = np.full(part.size, np.nan)
+        owners: dict[int, tuple[ScoredBatch, int]] = {}
+        chosen = set[int]()
+        for batch in part.batches:
+            if not _pair_places(batch)[1].shape[1]:
+                continue
+            values = list(batch.scores().values())[-1]
+            finite = np.isfinite(values).all((1, 2))
+            margins[batch.places[finite]] = _margins(batch, values)[finite]
+        order = np.flatnonzero(~np.isnan(margins))
+        numbers = np.zeros(part.size, int)
+        numbers[order] = self.seen + 1 + np.arange(len(order))
+        self.seen += len(order)
+        ranks = {}
+        for name, sign in (("surest right", 1), ("surest wrong", -1), ("nearest miss", -1)):
+            fits = order[margins[order] * sign > 0]
+            rank = margins if name == "surest wrong" else -margins
+            best = fits[np.argsort(rank[fits], kind="stable")[:CASES]]
+            ranks[name] = [(float(rank[place]), int(place)) for place in best]
+            chosen.update(map(int, best))
+        for batch in part.batches:
+            for number in np.flatnonzero(np.isin(batch.places, list(chosen))):
+                owners[int(batch.places[number])] = batch, int(number)
+        for name, best_of in ranks.items():
+            for value, place in best_of:
+                self._keep(name, value, int(numbers[place]), *owners[place])
+
+    def _keep(self, name: str, rank: float, seen: int, batch: ScoredBatch, number: int) -> None:
+        best = self.kept.setdefault(name, [])
+        if len(best) < CASES or (rank, seen) < best[-1][:2]:
+            item = batch.item(number)
+            kind = list(item.scores())[-1]
+            bisect.insort(best, (rank, seen, item, kind), key=lambda entry: entry[:2])
             del best[CASES:]
 
     def read(self, model: str, task: str) -> list[Case]:
@@ -247,14 +328,18 @@ class Cases:
         return found
 
 
-def _margin(item: ScoredExample, scores: np.ndarray) -> float:
-    """The right answer's score less the best wrong one's; of a Winoground pair, the lesser of both
-    captions' margins between the images."""
-    right = right_pairs(item)
-    if item.example.direction == "both":
-        others = np.where(right, -np.inf, scores).max(0)
-        return float((np.diag(scores) - others).min())
-    return float(scores[right].item() - scores[~right].max())
+def _margins(batch: ScoredBatch, scores: np.ndarray) -> np.ndarray:
+    """The right answers' scores less those of the best wrong ones [n]; of a Winoground pair, the lesser of
+    both captions' margins between the images."""
+    right, wrong = _pair_places(batch)
+    with np.errstate(invalid="ignore"):  # scores that are not finite
+        if batch.direction == "both":
+            others = scores.copy()
+            own_image, own_text = np.diag_indices(min(batch.shape))
+            others[:, own_image, own_text] = -np.inf
+            own = np.diagonal(scores, axis1=1, axis2=2)
+            return np.asarray((own - others.max(1)).min(1))
+        return np.asarray(_of_pairs(scores, right)[:, 0] - _of_pairs(scores, wrong).max(1))
 
 
 def _pairs(item: ScoredExample, scores: np.ndarray) -> list[CasePair]:
@@ -286,10 +371,14 @@ class Diagnostics:
 
     def add(self, item: ScoredExample) -> None:
         """One example."""
+        self.add_part(ScoredPart.of(item))
+
+    def add_part(self, part: ScoredPart) -> None:
+        """Some examples."""
         if not self.task.graded or self.incomplete:
             return
-        self.denoising.add(item)
-        self.curves.add(item)
-        self.cases.add(item)
+        self.denoising.add_part(part)
+        self.curves.add_part(part)
+        self.cases.add_part(part)
         if self.timesteps:
-            self.counts.add(item)
+            self.counts.add_part(part)

@@ -23,13 +23,15 @@ from diffitm.evaluation.diagnostics import (
     Diagnostics,
 )
 from diffitm.evaluation.races import RaceFigure, RaceOptions, RaceStats, describe, pair_values
-from diffitm.metrics.credit import LOST, Credit
-from diffitm.metrics.figures import Decision, Figure
+from diffitm.metrics.columns import Columns
+from diffitm.metrics.credit import LOST, Credit, Credits
+from diffitm.metrics.figures import Decision, Decisions, Figure, Groups, Labels
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
 from diffitm.scoring.racing import hold
-from diffitm.store.join import UNSCORED, ScoredExample, read_scored
-from diffitm.store.pair_table import examples_dataset
+from diffitm.store.join import ScoredExample, ScoredPart, read_items, read_labels, read_parts
+from diffitm.store.pair_table import connect, examples_dataset
 from diffitm.store.score_store import Store
+from diffitm.store.stored_lines import UNSCORED, StoredLines
 from diffitm.store.work_table import finished
 from diffitm.tasks.base import Task
 from diffitm.tasks.registry import find_task
@@ -126,15 +128,24 @@ def evaluate(
     """
     evaluation = Evaluation()
     names = titles(stores)
+    connection, read = connect(), dict[int, StoredLines]()
     for name, uri in examples.items():
         task: Task = find_task(name)()
         columns: list[Column] = []
+        labels = read_labels(uri)
         first: dict[str, DenoisingStats] = {}  # by how errors were measured
-        for store, title in zip(stores, names, strict=True):
+        for number, (store, title) in enumerate(zip(stores, names, strict=True)):
             kind = error_of(store, error)
             part = Part(task, store, title, weights, (racing, kind) if racing else None)
-            for item in read_scored(uri, store, kind, partial=part.races is not None):
-                part.add(item)
+            if number not in read:
+                read[number] = StoredLines(store, kind, connection)
+            if part.races:
+                for item in read_items(uri, read[number], partial=True):
+                    part.add(item)
+            else:
+                for some in read_parts(uri, read[number], labels[0].codes):
+                    part.add_part(some)
+            part.finish(*labels)
             part.put_into(evaluation)
             columns += part.columns()
             denoising, whole = part.diagnostics.denoising, part.diagnostics is part.every
@@ -195,15 +206,75 @@ class Part:
         fits = weights is not None and len(weights) == len(self.timesteps)
         self.weights = weights if fits else None
         self.kinds = [store.similarity] if store.similarity else ["conditional", "normalised"]
-        self.decisions: dict[str, list[Decision]] = {kind: [] for kind in self.kinds}
+        self.decisions: dict[str, Decisions] = {}
+        self._raced: dict[str, list[Decision]] = {kind: [] for kind in self.kinds}
+        self._n = 0
+        self._chance: Columns[str] = Columns()
+        self._failed: Columns[str] = Columns(False)  # by ''
+        self._scored: Columns[str] = Columns(False)  # by kind of score
+        # By kind of score and metric.
+        self._values: Columns[tuple[str, str]] = Columns()
+        self._tied: Columns[tuple[str, str]] = Columns(False)
+        self._finite: Columns[tuple[str, str]] = Columns(False)
         self.failures: list[dict[str, str]] = []
         self.every = Diagnostics(task, self.timesteps)
         self.races: RaceStats | None = None
         if racing and (plan := racing[0].plan(store, racing[1], self.weights)):
             self.races = RaceStats(plan, racing[0], Diagnostics(task, self.timesteps))
 
+    def add_part(self, part: ScoredPart) -> None:
+        """Count examples under every kind of score that they have."""
+        reasons = {
+            place: (part.failures[place], e)
+            for place, e in zip(part.failures, part.lost, strict=True)
+        }
+        for example, place in zip(part.lost, part.failures, strict=True):
+            for metric, chance in self.task.chance(example).items():
+                self._chance.put(metric, np.array([self._n + place]), np.array([chance]))
+        for batch in part.batches:
+            places = self._n + batch.places
+            for metric, chances in self.task.chance_each(batch.examples).items():
+                self._chance.put(metric, places, chances)
+            finite = np.ones(len(batch), bool)
+            for kind, scores in batch.scores(self.weights).items():
+                finite &= np.isfinite(scores).all((1, 2))
+                self._scored.put(kind, places, np.ones(len(batch), bool))
+                found = self.task.credits_each(batch.examples, batch.golds, scores)
+                for metric, credits in found.items():
+                    self._values.put((kind, metric), places, credits.values)
+                    self._tied.put((kind, metric), places, credits.tied)
+                    self._finite.put((kind, metric), places, credits.finite)
+            for number in np.flatnonzero(~finite):
+                example = batch.examples[int(number)]
+                reasons[int(batch.places[number])] = self._not_finite, example
+        for place in sorted(reasons):
+            self._fail(*reasons[place])
+        self._failed.put(
+            "", self._n + np.sort(np.array(list(reasons), int)), np.ones(len(reasons), bool)
+        )
+        self._n += part.size
+        self.every.add_part(part)
+
+    def finish(self, clusters: Labels, groups: Groups) -> None:
+        """Make the decisions, when every example is counted."""
+        if self.races:
+            self.decisions = {kind: Decisions.of(found) for kind, found in self._raced.items()}
+            return
+        n, nothing = self._n, np.zeros(self._n, bool)
+        chance, failed = self._chance.read(n), self._failed.read(n).get("", nothing)
+        scored, values = self._scored.read(n), self._values.read(n)
+        tied, finite = self._tied.read(n), self._finite.read(n)
+        for kind in self.kinds:
+            credits = {
+                metric: Credits(found, tied[of, metric], finite[of, metric])
+                for (of, metric), found in values.items()
+                if of == kind
+            }
+            has = scored.get(kind, nothing)
+            self.decisions[kind] = Decisions(clusters, groups, chance, credits, has, failed)
+
     def add(self, item: ScoredExample) -> None:
-        """Count an example under every kind of score that it has."""
+        """Count one example; where candidates race, one by one."""
         contests = self.task.contests(item.example) if self.races else []
         if self.races and contests and item.example.failure is None:
             self._add_raced(self.races, item, contests)
@@ -253,13 +324,16 @@ class Part:
         self, example: Example, reason: str | None, credits: dict[str, dict[str, Credit]]
     ) -> None:
         if reason is not None:
-            line = {"model": self.title, "task": self.task.name, "example": example.id}
-            self.failures.append({**line, "failure": reason})
+            self._fail(reason, example)
         chance, failed = self.task.chance(example), reason is not None
         for kind in self.kinds:
             found = credits.get(kind)
             decision = Decision(example.cluster, example.groups, chance, found, failed)
-            self.decisions[kind].append(decision)
+            self._raced[kind].append(decision)
+
+    def _fail(self, reason: str, example: Example) -> None:
+        line = {"model": self.title, "task": self.task.name, "example": example.id}
+        self.failures.append({**line, "failure": reason})
 
     @property
     def diagnostics(self) -> Diagnostics:
@@ -271,24 +345,25 @@ class Part:
     def _drop_what_is_nowhere_finite(self) -> bool:
         """A model without one score that is finite has no accuracy of 0: nothing could be scored. Whether it
         has none."""
-        found = [d.credits for decisions in self.decisions.values() for d in decisions if d.credits]
-        if found and not any(credit.finite for credits in found for credit in credits.values()):
-            for kind, decisions in self.decisions.items():
-                self.decisions[kind] = [replace(d, credits=None) for d in decisions]
+        credits = [c for decisions in self.decisions.values() for c in decisions.credits.values()]
+        found = [c.finite[~np.isnan(c.values)] for c in credits]
+        if any(map(len, found)) and not any(finite.any() for finite in found):
+            for decisions in self.decisions.values():
+                decisions.scored = np.zeros(len(decisions), bool)
             return True
         return False
 
     @property
     def shown(self) -> list[str]:
         """Kinds of score that any example has."""
-        return [k for k in self.kinds if any(d.credits is not None for d in self.decisions[k])]
+        return [kind for kind in self.kinds if self.decisions[kind].scored.any()]
 
     def put_into(self, evaluation: Evaluation) -> None:
         """Add the rows, curves, counts, cases and failures."""
         task = self.task.name
         is_empty = self._drop_what_is_nowhere_finite()
         for kind in self.shown or self.kinds[:1]:
-            if self.decisions[kind]:
+            if len(self.decisions[kind]):
                 evaluation.rows += self._rows(kind)
         evaluation.failures += self.failures
         shown = self.diagnostics
@@ -319,16 +394,12 @@ class Part:
         return [_column(self.title, kind, self.decisions[kind]) for kind in self.shown]
 
 
-def _column(model: str, score: str, decisions: list[Decision]) -> Column:
-    metrics = dict.fromkeys(name for d in decisions for name in d.credits or {})
-    nothing: dict[str, Any] = {}
+def _column(model: str, score: str, decisions: Decisions) -> Column:
     credits = {
-        name: np.array(
-            [c.value if (c := (d.credits or nothing).get(name)) else np.nan for d in decisions]
-        )
-        for name in metrics
+        metric: np.where(decisions.scored, found.values, np.nan)
+        for metric, found in decisions.credits.items()
     }
-    return Column(model, score, credits, np.array([d.cluster for d in decisions]))
+    return Column(model, score, credits, decisions.clusters.codes)
 
 
 def _comparisons(task: Task, columns: list[Column]) -> list[Comparison]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,24 @@ class Credit(NamedTuple):
 LOST = Credit(0.0, finite=False)
 
 
+class Credits(NamedTuple):
+    """Credits of many decisions, [n] each; `values` is NaN where a decision has none."""
+
+    values: np.ndarray
+    tied: np.ndarray
+    finite: np.ndarray
+
+
+def together(found: Sequence[Mapping[str, Credit]]) -> dict[str, Credits]:
+    """The credits of decisions, each metric -> credit, by metric."""
+    nothing = Credit(np.nan)
+    columns = {}
+    for name in dict.fromkeys(name for credits in found for name in credits):
+        values, tied, finite = zip(*(credits.get(name, nothing) for credits in found), strict=True)
+        columns[name] = Credits(np.array(values, float), np.array(tied), np.array(finite))
+    return columns
+
+
 def recall(scores: np.ndarray, gold: int, k: int) -> Credit:
     """Recall at k of the candidate `gold` among scores [n], higher is better.
 
@@ -34,6 +52,16 @@ def recall(scores: np.ndarray, gold: int, k: int) -> Credit:
     return Credit(value, tied=0.0 < value < 1.0)
 
 
+def recalls(scores: np.ndarray, golds: np.ndarray, k: int) -> Credits:
+    """`recall` of each of many decisions: scores [n, candidates], golds [n]."""
+    finite = np.isfinite(scores).all(1)
+    own = scores[np.arange(len(scores)), golds][:, None]
+    above, tied = (scores > own).sum(1), (scores == own).sum(1)
+    values = np.clip((k - above) / np.maximum(tied, 1), 0.0, 1.0)
+    values = np.where(finite, values, LOST.value)
+    return Credits(values, (values > 0.0) & (values < 1.0), finite)
+
+
 def recall_chance(candidates: int, k: int) -> float:
     """Expected recall at k of a random order."""
     return min(k / candidates, 1.0)
@@ -45,16 +73,29 @@ def winoground(scores: np.ndarray) -> dict[str, Credit]:
     text: each image prefers its own caption; image: each caption prefers its own image; group:
     both. Tied scores are put in every possible order, and the credit is the share of wins.
     """
-    names = ("text", "image", "group")
-    if not np.isfinite(scores).all():
-        return dict.fromkeys(names, LOST)
-    wins = []
-    for order in itertools.permutations(range(4)):
-        (s00, s01), (s10, s11) = _ranks(scores, order)
-        text, image = s00 > s01 and s11 > s10, s00 > s10 and s11 > s01
-        wins.append((text, image, text and image))
-    values = np.mean(wins, axis=0)
-    return {n: Credit(float(v), tied=bool(0 < v < 1)) for n, v in zip(names, values, strict=True)}
+    found = winogrounds(scores[None])
+    return {
+        name: Credit(float(c.values[0]), bool(c.tied[0]), bool(c.finite[0]))
+        for name, c in found.items()
+    }
+
+
+def winogrounds(scores: np.ndarray) -> dict[str, Credits]:
+    """`winoground` of each of many decisions: scores [n, 2 images, 2 texts]."""
+    flat = scores.reshape(len(scores), 4)
+    finite = np.isfinite(flat).all(1)
+    orders = np.array(list(itertools.permutations(range(4))))
+    wins = {}
+    # Which of two scores has to be above the other; of tied ones the later in the order is.
+    for a, b in ((0, 1), (3, 2), (0, 2), (3, 1)):
+        above, level = flat[:, a] > flat[:, b], flat[:, a] == flat[:, b]
+        wins[a, b] = above[:, None] | (level[:, None] & (orders[:, a] > orders[:, b]))
+    text, image = wins[0, 1] & wins[3, 2], wins[0, 2] & wins[3, 1]
+    columns = {}
+    for name, won in (("text", text), ("image", image), ("group", text & image)):
+        values = np.where(finite, won.mean(1), LOST.value)
+        columns[name] = Credits(values, (values > 0) & (values < 1), finite)
+    return columns
 
 
 def raced_winoground(
@@ -69,11 +110,6 @@ def raced_winoground(
     found = {name: float(np.prod(values)) for name, values in shares.items()}
     found["group"] = found["text"] * found["image"]
     return {name: Credit(value, tied=0 < value < 1) for name, value in found.items()}
-
-
-def _ranks(scores: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
-    """Ranks [2, 2] of the scores, ties broken by `order`."""
-    return np.lexsort((np.array(order), scores.ravel())).argsort().reshape(2, 2)
 
 
 def winoground_chance() -> dict[str, float]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
-from diffitm.metrics.credit import Credit
+from diffitm.metrics.credit import Credit, Credits, together
 from diffitm.metrics.intervals import interval, macro_interval
 
 # Metrics beside the main ones, by how they begin.
@@ -45,36 +45,136 @@ class Figure:
     p: float | None = None
 
 
+class Labels(NamedTuple):
+    """Labels of examples as numbers: `codes` [n] into `names`, which are sorted."""
+
+    names: Sequence[str]
+    codes: np.ndarray
+
+
+class Groups(NamedTuple):
+    """The groups of examples: those of example i are the `pairs` (key, value) that codes[starts[i] :
+    starts[i + 1]] tell. Pairs are in the order in which they first come."""
+
+    pairs: Sequence[tuple[str, str]]
+    codes: np.ndarray
+    starts: np.ndarray
+
+
+class Decisions(Sequence[Decision]):
+    """Decisions as columns; one by itself is made when it is asked for.
+
+    `scored` [n] tells which have credits, `failed` [n] which failed; a column is NaN where a decision lacks
+    its metric.
+    """
+
+    def __init__(
+        self,
+        clusters: Labels,
+        groups: Groups,
+        chance: dict[str, np.ndarray],
+        credits: dict[str, Credits],
+        scored: np.ndarray,
+        failed: np.ndarray,
+    ) -> None:
+        self.clusters, self.groups, self.chance, self.credits = clusters, groups, chance, credits
+        self.scored, self.failed = scored, failed
+
+    @classmethod
+    def of(cls, decisions: Sequence[Decision]) -> Decisions:
+        """The columns of single ones."""
+        if isinstance(decisions, Decisions):
+            return decisions
+        names = sorted({d.cluster for d in decisions})
+        codes = {name: code for code, name in enumerate(names)}
+        pairs: dict[tuple[str, str], int] = {}
+        own = [pairs.setdefault(pair, len(pairs)) for d in decisions for pair in d.groups.items()]
+        chances = dict.fromkeys(name for d in decisions for name in d.chance)
+        return cls(
+            Labels(names, np.array([codes[d.cluster] for d in decisions], int)),
+            Groups(list(pairs), np.array(own, int), _starts([len(d.groups) for d in decisions])),
+            {n: np.array([d.chance.get(n, np.nan) for d in decisions], float) for n in chances},
+            together([d.credits or {} for d in decisions]),
+            np.array([d.credits is not None for d in decisions], bool),
+            np.array([d.failed for d in decisions], bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.failed)
+
+    @overload
+    def __getitem__(self, place: int) -> Decision: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Decision]: ...
+    def __getitem__(self, place: int | slice) -> Decision | list[Decision]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        i = range(len(self))[place]
+        own = self.groups.codes[self.groups.starts[i] : self.groups.starts[i + 1]]
+        credits = None
+        if self.scored[i]:
+            credits = {
+                name: Credit(float(c.values[i]), bool(c.tied[i]), bool(c.finite[i]))
+                for name, c in self.credits.items()
+                if not np.isnan(c.values[i])
+            }
+        return Decision(
+            self.clusters.names[self.clusters.codes[i]],
+            dict(self.groups.pairs[code] for code in own),
+            {n: float(values[i]) for n, values in self.chance.items() if not np.isnan(values[i])},
+            credits,
+            bool(self.failed[i]),
+        )
+
+    def by_group(self) -> dict[str, np.ndarray]:
+        """Places of the decisions of 'all' and of each group, in the order in which groups first come."""
+        names: dict[str, int] = {}
+        number = [
+            names.setdefault(f"{key}={value}", len(names)) for key, value in self.groups.pairs
+        ]
+        places = np.repeat(np.arange(len(self)), np.diff(self.groups.starts))
+        codes = np.array(number, int)[self.groups.codes]
+        order = np.argsort(codes, kind="stable")
+        members = np.split(places[order], np.cumsum(np.bincount(codes, minlength=len(names)))[:-1])
+        return {"all": np.arange(len(self)), **dict(zip(names, members, strict=False))}
+
+
+def _starts(counts: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(int)
+
+
 def means(decisions: Sequence[Decision]) -> list[Figure]:
     """The mean credit of each metric over all decisions and over each group."""
-    groups: dict[str, list[Decision]] = {"all": list(decisions)}
-    for decision in decisions:
-        for key, value in decision.groups.items():
-            groups.setdefault(f"{key}={value}", []).append(decision)
-    metrics = list(dict.fromkeys(name for decision in decisions for name in decision.chance))
+    columns = Decisions.of(decisions)
     return [
-        _mean(members, metric, group)
-        for group, members in groups.items()
-        for metric in metrics
-        if any(metric in decision.chance for decision in members)
+        _mean(columns, members[there], metric, group)
+        for group, members in columns.by_group().items()
+        for metric, chance in columns.chance.items()
+        if (there := ~np.isnan(chance[members])).any()
     ]
 
 
-def _mean(members: list[Decision], metric: str, group: str) -> Figure:
-    members = [decision for decision in members if metric in decision.chance]
-    values, clusters, credits = scored(members, metric)
-    found = bool(credits)
-    low, high = interval(values, clusters) if found else (None, None)
+def _mean(decisions: Decisions, members: np.ndarray, metric: str, group: str) -> Figure:
+    kept = members[decisions.scored[members]]
+    found = len(kept) > 0
+    value = low = high = None
+    ties = 0
+    if found:
+        values = decisions.credits[metric].values[kept]
+        if np.isnan(values).any():
+            raise KeyError(metric)
+        value, ties = float(values.mean()), int(decisions.credits[metric].tied[kept].sum())
+        low, high = interval(values, decisions.clusters.codes[kept])
     return Figure(
         group=group,
         metric=metric,
-        value=float(values.mean()) if found else None,
+        value=value,
         low=low,
         high=high,
-        n=len(values),
-        chance=float(np.mean([decision.chance[metric] for decision in members])),
-        ties=sum(credit.tied for credit in credits),
-        failures=sum(decision.failed for decision in members),
+        n=len(kept),
+        chance=float(np.mean(decisions.chance[metric][members])),
+        ties=ties,
+        failures=int(decisions.failed[members].sum()),
     )
 
 

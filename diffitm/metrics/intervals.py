@@ -7,6 +7,8 @@ from scipy import stats
 
 RESAMPLES = 5000
 BLOCK = 500  # resamples at a time, so that memory stays small
+SIGNS = 2**22  # of clusters, at a time
+DENSE = 16  # numbers of clusters an example, up to which a table of them is made
 LEVEL = 0.95
 NORMAL = float(stats.norm.ppf((1 + LEVEL) / 2))
 ROUNDING = 1e-12  # relative: what sums in another order differ by
@@ -130,8 +132,9 @@ def paired_p(first: np.ndarray, second: np.ndarray, clusters: np.ndarray, seed: 
         return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
     rng = np.random.default_rng(seed)
     observed, reached = abs(sums.sum()), 0
-    for _ in range(RESAMPLES // BLOCK):
-        signs = rng.choice((-1.0, 1.0), size=(BLOCK, len(sums)))
+    block = max(1, min(BLOCK, SIGNS // len(sums)))
+    for start in range(0, RESAMPLES, block):
+        signs = rng.choice((-1.0, 1.0), size=(min(block, RESAMPLES - start), len(sums)))
         reached += int((np.abs(signs @ sums) >= observed - 1e-12).sum())
     return (reached + 1) / (RESAMPLES + 1)
 
@@ -144,5 +147,11 @@ def paired_test(first: np.ndarray, second: np.ndarray, clusters: np.ndarray) -> 
 
 
 def _by_cluster(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if np.issubdtype(clusters.dtype, np.integer) and len(clusters):
+        low, high = int(clusters.min()), int(clusters.max())
+        if low >= 0 and high < DENSE * len(clusters):  # the same without sorting
+            counts = np.bincount(clusters)
+            sums, there = np.bincount(clusters, weights=values), counts > 0
+            return sums[there], counts[there].astype(float)
     _, place = np.unique(clusters, return_inverse=True)
     return np.bincount(place, weights=values), np.bincount(place).astype(float)

@@ -15,12 +15,11 @@ import pyarrow.dataset as ds
 from pyarrow import parquet
 
 from diffitm.core import storage
-from diffitm.metrics.score import averaged, error_values, normalised_score
-from diffitm.store.dense_errors import dense
-from diffitm.store.pair_table import batched, connect, examples_dataset, scored_pairs
+from diffitm.metrics.score import averaged, normalised_score
+from diffitm.store.pair_table import batched, connect, examples_dataset
 from diffitm.store.score_store import Store
+from diffitm.store.stored_lines import ScoredPairs, StoredLines, rows_at_once
 
-HELD = 4_000_000  # values of errors that are held at once
 BINS = 40
 PAIRS = [
     ("row", pa.int64()),  # the pair's place in the input
@@ -69,16 +68,16 @@ def write_pairs(
     fields = PAIRS + ([] if store.similarity else ERRORS + (BY_TIMESTEP if by_timestep else []))
     fields = fields + (MEASURED if raced else [])
     schema = pa.schema([*fields, ("failure", pa.string())])
-    steps = max(1, len(store.config.get("timesteps", [])))
     path = storage.join(out, "pairs.parquet")
     storage.make_folder(out)
-    rows = max(1000, min(50_000, HELD // steps))
+    rows = max(1000, rows_at_once(store.steps) // 2)
+    lines = StoredLines(store, error)
     with (
         storage.replacing(path) as sink,
         parquet.ParquetWriter(sink, schema, compression="zstd") as writer,
     ):
-        for batch in scored_pairs(examples, store, error, rows, names=True, partial=raced):
-            columns = _columns(batch, store, error, weights)
+        for pairs in lines.pairs(examples, rows, names=True, partial=raced):
+            columns = _columns(pairs, store, weights)
             writer.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
         for batch in _lost(examples):
             absent = {
@@ -91,30 +90,19 @@ def write_pairs(
     return path
 
 
-def _columns(
-    batch: pa.RecordBatch, store: Store, error: str, weights: np.ndarray | None
-) -> dict[str, Any]:
-    failed = np.array(batch["failure"].is_valid())
-    sources = [dict(line).get("source") for line in batch["groups"].to_pylist()]
+def _columns(pairs: ScoredPairs, store: Store, weights: np.ndarray | None) -> dict[str, Any]:
+    failed = np.array(pairs.failure.is_valid())
     columns: dict[str, Any] = {
-        "row": batch["position"],
-        "image": batch["image"],
-        "text": batch["text"],
-        "source": pa.array(sources, pa.string()),
-        "failure": batch["failure"],
+        "row": pairs.keys["position"],
+        "image": pairs.keys["image"],
+        "text": pairs.keys["text"],
+        "source": pairs.keys["source"],
+        "failure": pairs.failure,
     }
     if store.similarity:
-        values = batch["similarity"].to_numpy(zero_copy_only=False)
+        values = pairs.similarity
     else:
-        elements = batch["elements"].to_numpy(zero_copy_only=False).astype(float)
-        found = {}
-        columns_of = {
-            "conditional": ("errors", "places"),
-            "unconditional": ("unconditional", "unconditional_places"),
-        }
-        for name, (column, places) in columns_of.items():
-            errors = dense(batch[column], batch[places], store.steps)
-            found[name] = error_values(errors, error, elements[:, None])
+        found = {"conditional": pairs.conditional, "unconditional": pairs.unconditional}
         measured = ~np.isnan(found["conditional"]) & ~np.isnan(found["unconditional"])
         columns["measured"] = measured.sum(1)
         kinds = {name: _mean(errors, measured, weights) for name, errors in found.items()}
@@ -123,12 +111,12 @@ def _columns(
             flat = pa.array(errors.ravel().astype(np.float32), from_pandas=True)  # NaN is null
             offsets = np.arange(len(errors) + 1, dtype=np.int32) * errors.shape[1]
             lists = pa.ListArray.from_arrays(offsets, flat)
-            columns[f"{name}_errors"] = pc.if_else(batch["failure"].is_null(), lists, None)
+            columns[f"{name}_errors"] = pc.if_else(pairs.failure.is_null(), lists, None)
         values = normalised_score(kinds["conditional"], kinds["unconditional"])
     lost = failed | ~np.isfinite(values.astype(float))
     columns["score"] = pa.array(values.astype(np.float32), mask=lost)
     odd = pa.array(lost & ~failed)
-    columns["failure"] = pc.if_else(odd, "the score is not finite", batch["failure"])
+    columns["failure"] = pc.if_else(odd, "the score is not finite", pairs.failure)
     return columns
 
 

@@ -22,15 +22,18 @@ from pyarrow import parquet
 
 from diffitm.captions.row import CaptionRow
 from diffitm.core import storage
+from diffitm.core.limits import limits
 from diffitm.core.schema import EXAMPLES, WORK, Example, encodable, fault
-from diffitm.metrics.score import column
 from diffitm.store.score_store import Store
 
 T = TypeVar("T")
 BATCH = 1000
 # More texts of one image are split into several rows: a row is the smallest unit of a resume.
 MAX_TEXTS = 64
-_PAIRS = """
+# DuckDB's part of the memory that this process may use; actors on this machine need most of it.
+SHARE = 0.15
+LEAST_MEMORY = 512 * 2**20
+PAIRS = """
     SELECT position, task, i, j, image, text, unconditional, groups FROM (
         SELECT *, unnest(range(len(texts))) AS j, unnest(texts) AS text FROM (
             SELECT *, unnest(range(len(images))) AS i, unnest(images) AS image
@@ -159,11 +162,15 @@ def _line(task: str, position: int, example: Example) -> dict[str, Any]:
 
 
 def connect(**tables: ds.Dataset) -> duckdb.DuckDBPyConnection:
-    """DuckDB over the given datasets, with bounded memory."""
+    """DuckDB over the given datasets; what is more than its share of the memory spills to disk."""
     connection = duckdb.connect()
     spill = tempfile.gettempdir().replace("'", "''")
-    connection.execute(f"SET temp_directory = '{spill}/diffitm-duckdb'; SET memory_limit = '1GB'")
-    connection.execute("SET threads = 2; SET enable_progress_bar = false")
+    most = limits()
+    memory = max(LEAST_MEMORY, int(most.memory * SHARE))
+    connection.execute(
+        f"SET temp_directory = '{spill}/diffitm-duckdb'; SET memory_limit = '{memory}B'"
+    )
+    connection.execute(f"SET threads = {most.processors}; SET enable_progress_bar = false")
     for name, table in tables.items():
         connection.register(name, table)
     return connection
@@ -204,7 +211,7 @@ def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:
             SELECT image, text, list_distinct(flatten(list(positions))) AS places FROM scores
             WHERE failure IS NULL AND positions IS NOT NULL GROUP BY image, text) USING (image, text)"""
     query = f"""
-        WITH p AS ({_PAIRS}),
+        WITH p AS ({PAIRS}),
         needed AS (SELECT DISTINCT image, text FROM (SELECT image, text FROM p {unconditional})),
         stored AS (SELECT image, text FROM scores WHERE failure IS NULL AND positions IS NULL)
         SELECT image, text, {places}
@@ -270,73 +277,3 @@ def _lines(
 ) -> Iterator[tuple[str, str, list[int] | None]]:
     for batch in connection.sql(query).to_arrow_reader(BATCH):
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
-
-
-def scored_pairs(
-    examples: str,
-    store: Store,
-    error: str,
-    rows: int = 100 * BATCH,
-    names: bool = False,
-    partial: bool = False,
-) -> Iterator[pa.RecordBatch]:
-    """The pairs of one task's examples in order, with what the store holds of each.
-
-    Columns: position, i (image), j (text), errors and unconditional (lists over timesteps), places and
-    unconditional_places (in the plan; null: the whole), elements, similarity, failure; with `names`
-    also image, text and groups. A pair scored twice is taken once. Unless `partial`, one without all
-    its errors is a failure. A batch holds up to `rows`.
-    """
-    named = "p.image, p.text, p.groups," if names else ""
-    connection = connect(examples=examples_dataset([examples]), scores=store.dataset())
-    lacking = f"(s.image IS NULL OR len(s.places) < {store.steps})"
-    if not store.similarity:
-        none = lacking.replace("s.", "u.")
-        lacking = f"({lacking} OR (p.unconditional AND {none}))"
-    untold = "FALSE" if partial else lacking
-    query = f"""
-        WITH p AS ({_PAIRS}),
-        s AS ({_scored(store, column(error))})
-        SELECT p.position, p.i, p.j, {named} s.errors, u.errors AS unconditional, s.places,
-               u.places AS unconditional_places,
-               coalesce(s.elements, u.elements) AS elements, s.similarity,
-               coalesce(s.failure, CASE WHEN p.unconditional THEN u.failure END,
-                        CASE WHEN {untold} THEN 'not scored yet' END) AS failure
-        FROM p LEFT JOIN s USING (image, text)
-        LEFT JOIN (SELECT * FROM s WHERE text = '') u ON u.image = p.image AND p.unconditional
-        ORDER BY p.position, p.i, p.j
-    """
-    yield from connection.sql(query).to_arrow_reader(rows)
-
-
-def _scored(store: Store, name: str) -> str:
-    """Query for the one line of each stored pair: its whole plan, else what races stored of it, else why it
-    failed."""
-    whole = f"""
-        SELECT DISTINCT ON (image, text) image, text, {name} AS errors, NULL::SMALLINT[] AS places,
-               elements, similarity, failure
-        FROM scores WHERE positions IS NULL ORDER BY image, text, failure IS NOT NULL
-    """
-    if not store.has_parts:
-        return whole
-    # Races of two blocks may have scored the same places of a pair, with errors that are equal up to
-    # rounding: the smaller one, so that it is always the same.
-    parts = f"""
-        SELECT image, text, list(place ORDER BY place) AS places, list(error ORDER BY place) AS errors,
-               any_value(elements) AS elements
-        FROM (SELECT image, text, place, min(error) AS error, any_value(elements) AS elements
-              FROM (SELECT image, text, elements, unnest(positions) AS place, unnest({name}) AS error
-                    FROM scores WHERE failure IS NULL AND positions IS NOT NULL)
-              GROUP BY image, text, place)
-        GROUP BY image, text
-    """
-    whole_wins = "w.image IS NOT NULL AND (w.failure IS NULL OR q.image IS NULL)"
-    columns = ", ".join(
-        f"CASE WHEN {whole_wins} THEN w.{name} ELSE q.{name} END AS {name}"
-        for name in ("errors", "places", "elements")
-    )
-    return f"""
-        SELECT coalesce(w.image, q.image) AS image, coalesce(w.text, q.text) AS text, {columns},
-               w.similarity, CASE WHEN {whole_wins} THEN w.failure END AS failure
-        FROM ({whole}) w FULL JOIN ({parts}) q ON w.image = q.image AND w.text = q.text
-    """

@@ -13,7 +13,7 @@ import numpy as np
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Contest, Example
-from diffitm.metrics.credit import Credit, recall, recall_chance
+from diffitm.metrics.credit import Credit, Credits, recall, recall_chance, recalls, together
 from diffitm.metrics.figures import Decision, Figure, means
 from diffitm.tasks.csv_files import csv_rows, csv_table
 
@@ -42,6 +42,29 @@ class Task(ABC):
     @abstractmethod
     def chance(self, example: Example) -> dict[str, float]:
         """Metric name -> expected credit of a constant or random scorer."""
+
+    def credits_each(
+        self, examples: Sequence[Example], golds: np.ndarray, scores: np.ndarray
+    ) -> dict[str, Credits]:
+        """`credits` of examples that have as many images and texts; `golds` [n] are theirs, scores are
+        [n, images, texts]. What a task says of one example holds for each: others are only faster."""
+        pairs = zip(examples, scores, strict=True)
+        return together([self.credits(example, own) for example, own in pairs])
+
+    def chance_each(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """`chance` of examples that have as many images and texts, NaN where one lacks a metric."""
+        found = [self.chance(example) for example in examples]
+        names = dict.fromkeys(name for chance in found for name in chance)
+        return {name: np.array([c.get(name, np.nan) for c in found], float) for name in names}
+
+    def _is_same(self, other: type[Any], *methods: str) -> bool:
+        """Whether these methods are those of another class, so that what that one knows of them holds."""
+        return all(getattr(type(self), name) is getattr(other, name) for name in methods)
+
+    def _chance_of_all(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """`chance_each` where it depends on the numbers of images and texts alone."""
+        found = self.chance(examples[0]) if examples else {}
+        return {name: np.full(len(examples), value, float) for name, value in found.items()}
 
     def contests(self, example: Example) -> list[Contest]:
         """What a race must find out for the credits of an example; where it is nothing, all is scored.
@@ -109,6 +132,20 @@ class RetrievalTask(Task):
     def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
         """Recall at each k over the candidates."""
         return self.raced_credits(example, [scores.ravel()] * len(self.recalls))
+
+    def credits_each(
+        self, examples: Sequence[Example], golds: np.ndarray, scores: np.ndarray
+    ) -> dict[str, Credits]:
+        """All at once, unless a task has credits of its own."""
+        if not self._is_same(RetrievalTask, "credits", "raced_credits"):
+            return super().credits_each(examples, golds, scores)
+        flat = scores.reshape(len(scores), -1)
+        return {name: recalls(flat, golds, k) for name, k in self.recalls.items()}
+
+    def chance_each(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """All at once, unless a task has its own."""
+        same = self._is_same(RetrievalTask, "chance")
+        return self._chance_of_all(examples) if same else super().chance_each(examples)
 
     def contests(self, example: Example) -> list[Contest]:
         """Whether the right one is among the first k, for each k; a task with credits of its own has none."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from diffitm.core import storage
 from diffitm.core.schema import Contest, Example
-from diffitm.metrics.credit import Credit, raced_winoground, winoground
+from diffitm.metrics.credit import Credit, Credits, raced_winoground, winoground, winogrounds
 from diffitm.tasks.base import Task
 from diffitm.tasks.winoground import image_contests
 
@@ -68,6 +68,19 @@ class MmvpVlm(Task):
     def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
         """A pair counts when both statements pick their image."""
         return {"pair": winoground(scores)["image"]}
+
+    def credits_each(
+        self, examples: Sequence[Example], golds: np.ndarray, scores: np.ndarray
+    ) -> dict[str, Credits]:
+        """All at once, unless a subclass has its own."""
+        if not self._is_same(MmvpVlm, "credits"):
+            return super().credits_each(examples, golds, scores)
+        return {"pair": winogrounds(scores)["image"]}
+
+    def chance_each(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """All at once, unless a subclass has its own."""
+        same = self._is_same(MmvpVlm, "chance")
+        return self._chance_of_all(examples) if same else super().chance_each(examples)
 
     def contests(self, example: Example) -> list[Contest]:
         """Both images of either statement; a task with credits of its own has none."""

@@ -13,7 +13,14 @@ from pyarrow import parquet
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Contest, Example
-from diffitm.metrics.credit import Credit, raced_winoground, winoground, winoground_chance
+from diffitm.metrics.credit import (
+    Credit,
+    Credits,
+    raced_winoground,
+    winoground,
+    winoground_chance,
+    winogrounds,
+)
 from diffitm.tasks.base import Task, entry
 
 FIELDS = ["id", "caption_0", "caption_1", "collapsed_tag", "num_main_preds"]
@@ -82,6 +89,19 @@ class Winoground(Task):
     def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
         """Text, image and group credit."""
         return winoground(scores)
+
+    def credits_each(
+        self, examples: Sequence[Example], golds: np.ndarray, scores: np.ndarray
+    ) -> dict[str, Credits]:
+        """All at once, unless a subclass has its own."""
+        if not self._is_same(Winoground, "credits"):
+            return super().credits_each(examples, golds, scores)
+        return winogrounds(scores)
+
+    def chance_each(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """All at once, unless a subclass has its own."""
+        same = self._is_same(Winoground, "chance")
+        return self._chance_of_all(examples) if same else super().chance_each(examples)
 
     def contests(self, example: Example) -> list[Contest]:
         """Both texts of either image, and both images of either text; a task with credits of its own has

@@ -21,6 +21,7 @@ from diffitm.metrics.intervals import wilson
 from diffitm.store import pair_table
 from diffitm.store.join import read_examples
 from diffitm.store.score_store import Store, open_store, read_store
+from diffitm.store.stored_lines import StoredLines
 from tests.tiny import score_row, write_scores
 
 DIFFUSION = {"kind": "diffusion", "protocol": "diffusionitm", "timesteps": [10, 110], "seed": 0}
@@ -343,9 +344,15 @@ def test_remaining_counts_what_the_checkpoint_lacks(tmp_path: Path, two_tasks: l
 
 
 def read_pairs(uri: str, store: Store, error: str = "l2") -> list[dict[str, Any]]:
-    return [
-        line for batch in pair_table.scored_pairs(uri, store, error) for line in batch.to_pylist()
-    ]
+    """The pairs in order, with their errors; None where there are none."""
+    found = []
+    for pairs in StoredLines(store, error).pairs(uri):
+        columns = (pairs.keys.to_pylist(), pairs.conditional, pairs.unconditional, pairs.failure)
+        for line, errors, empty, failure in zip(*columns, strict=True):
+            lists = [None if np.isnan(e).all() else e.tolist() for e in (errors, empty)]
+            more = {"errors": lists[0], "unconditional": lists[1], "failure": failure.as_py()}
+            found.append(line | more)
+    return found
 
 
 def test_scored_pairs_come_in_the_order_of_the_examples(tmp_path: Path) -> None:
@@ -399,14 +406,14 @@ def test_the_empty_text_belongs_to_pairs_whose_images_are_compared(tmp_path: Pat
         text_example("2", "b", "x", "z"),
     )
     store = open_store(str(tmp_path), "m", DIFFUSION)
-    lines = [score_row(image, "x", [1.0]) for image in "ab"]
-    lines += [score_row("a", "y", [2.0]), score_row("c", "x", failure="torn")]
-    lines += [score_row("a", "", [3.0]), score_row("b", "", failure="refused")]
+    lines = [score_row(image, "x", [1.0] * 2) for image in "ab"]
+    lines += [score_row("a", "y", [2.0] * 2), score_row("c", "x", failure="torn")]
+    lines += [score_row("a", "", [3.0] * 2), score_row("b", "", failure="refused")]
     write_scores(store, [*lines, score_row("c", "", failure="also torn")])
     found = [(line["unconditional"], line["failure"]) for line in read_pairs(uri, store)]
     assert found == [
         (None, None), (None, None),
-        ([3.0], None), (None, "refused"), (None, "torn"),
+        ([3.0] * 2, None), (None, "refused"), (None, "torn"),
         (None, None), (None, "not scored yet"),
     ]  # fmt: skip
 
@@ -414,11 +421,11 @@ def test_the_empty_text_belongs_to_pairs_whose_images_are_compared(tmp_path: Pat
 def test_pair_written_twice_counts_once_and_success_wins(tmp_path: Path) -> None:
     uri = written(tmp_path, "one", text_example("0", "a", "x", "y"))
     store = open_store(str(tmp_path), "m", DIFFUSION)
-    write_scores(store, [score_row("a", "x", failure="no"), score_row("a", "y", [2.0])])
-    again = [score_row("a", "x", [1.0]), score_row("a", "y", [2.0])]
+    write_scores(store, [score_row("a", "x", failure="no"), score_row("a", "y", [2.0] * 2)])
+    again = [score_row("a", "x", [1.0] * 2), score_row("a", "y", [2.0] * 2)]
     write_scores(store, again, "part-1")
-    found = read_pairs(uri, store)
-    assert [(line["errors"], line["failure"]) for line in found] == [([1.0], None), ([2.0], None)]
+    found = [(line["errors"], line["failure"]) for line in read_pairs(uri, store)]
+    assert found == [([1.0, 1.0], None), ([2.0, 2.0], None)]
 
 
 # --- results
