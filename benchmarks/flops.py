@@ -353,7 +353,7 @@ def done(
         lines = [PairRow(**line) for line in parquet.read_table(work.table.uri).to_pylist()]
     for number, start in enumerate(range(0, len(lines), rows)):
         block = lines[start : start + rows]
-        scorers[number % actors].score_loaded(block, [loaded] * len(block))
+        scorers[number % actors].score_loaded(block, [[loaded] * len(block)])
     return sum((model.counts for model in models), Counts())
 
 
