@@ -11,6 +11,7 @@ import numpy as np
 
 from diffitm.metrics.columns import Columns
 from diffitm.metrics.intervals import interval, mean_interval
+from diffitm.metrics.score import normalised_score
 from diffitm.store.join import ScoredBatch, ScoredExample, ScoredPart
 from diffitm.tasks.base import Task
 
@@ -148,7 +149,7 @@ class ErrorCurves:
                 continue
             kinds = {"conditional": batch.conditional}
             if batch.needs_unconditional:
-                kinds["normalised"] = batch.conditional - batch.unconditional
+                kinds["normalised"] = -normalised_score(batch.conditional, batch.unconditional)
             finite = np.all([np.isfinite(e).all((1, 2, 3)) for e in kinds.values()], axis=0)
             self.n += int(finite.sum())
             for kind, errors in kinds.items():
@@ -221,7 +222,8 @@ class DenoisingStats:
         return Denoising(model, task, right, empty, int(kept[:, 0].sum()), *changes)
 
     def _change(self, first: DenoisingStats, column: int) -> tuple[float, float, float] | None:
-        difference = self.values[:, column] - first.values[:, column]
+        with np.errstate(invalid="ignore"):
+            difference = self.values[:, column] - first.values[:, column]
         both = np.isfinite(difference)
         clusters = self.clusters[both]
         if len(np.unique(clusters)) < 2:

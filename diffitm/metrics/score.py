@@ -33,4 +33,5 @@ def conditional_score(conditional: np.ndarray) -> np.ndarray:
 
 def normalised_score(conditional: np.ndarray, unconditional: np.ndarray) -> np.ndarray:
     """-(d(x, w) - d(x)) (DiffusionITM, eq. 5): what the text explains beyond the image's own ease."""
-    return -(conditional - unconditional)
+    with np.errstate(invalid="ignore"):  # two infinite ones give NaN
+        return -(conditional - unconditional)

@@ -125,8 +125,9 @@ def test_many_at_once(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight that start together, and find what a dead one left, one works."""
     dead = {"id": "x", "host": "gone", "machine": "m", "process": "1 2", "job": None, "time": "t"}
     storage.write_text(storage.join(out, "lease.json"), json.dumps(dead))
-    monkeypatch.setattr(lease, "EXPIRES", 0.2)
-    monkeypatch.setattr(lease, "LOOKS", 0.05)
+    # Longer than a busy machine keeps a thread from running.
+    monkeypatch.setattr(lease, "EXPIRES", 1.5)
+    monkeypatch.setattr(lease, "LOOKS", 0.1)
     start, end = threading.Barrier(8), threading.Barrier(8)
 
     def one(_: int) -> bool:
