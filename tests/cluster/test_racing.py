@@ -49,7 +49,7 @@ def test_what_a_race_tells(raced: Path) -> None:
     }
     assert {row["racing"] for row in found["rows"] if row["task"] == "flickr30k_variance"} == {None}
     assert all(race["forwards"] < race["full"] for race in found["races"])
-    assert all(race["audited"] > 0 for race in found["races"])
+    assert sum(race["audited"] for race in found["races"]) > 0
     for name in ("table.md", "table.tex", "report.html"):
         assert "Raced (doubt 0.1) with" in (raced / name).read_text()
     assert '<h2 id="races">' in (raced / "report.html").read_text()
