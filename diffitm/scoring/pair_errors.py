@@ -48,35 +48,17 @@ def pair_errors(
     of 64 by default, is filled over pairs and timesteps alike; each pair costs len(plan) forwards of
     the model, whose time the batch adds up. No pairs give no errors, [0, N].
 
-    Raises as errors_at.
+    Raises as error_batches.
     """
     count = len(plan)
     _check_rows(pairs, len(latents), len(next(iter(condition.values()))))
     pairs = pairs.view(-1, 2)
     places = torch.arange(count).repeat(len(pairs))[:, None]
     items = torch.cat([pairs.repeat_interleave(count, 0), places], 1)
-    found = errors_at(denoiser, latents, condition, plan, items, batch)
-    l2, l1, huber = found.view(3, len(pairs), count)
-    return PairErrors(l2, l1, huber, latents.shape[1:].numel())
-
-
-@torch.inference_mode()
-def errors_at(
-    denoiser: Denoiser,
-    latents: Tensor,
-    condition: Condition,
-    plan: NoisePlan,
-    items: Tensor,
-    batch: Batch | None = None,
-) -> Tensor:
-    """l2, l1 and huber errors, float32 [3, M] on the CPU, of items int64 [M, 3]: (image, text, place in
-    the plan).
-
-    Raises as error_batches.
-    """
     found = [torch.zeros(3, 0, device=denoiser.device)]
     found += error_batches(denoiser, latents, condition, plan, items, batch)
-    return torch.cat(found, 1).cpu()
+    l2, l1, huber = torch.cat(found, 1).cpu().view(3, len(pairs), count)
+    return PairErrors(l2, l1, huber, latents.shape[1:].numel())
 
 
 @torch.inference_mode()
@@ -88,7 +70,8 @@ def error_batches(
     items: Tensor,
     batch: Batch | None = None,
 ) -> Iterator[Tensor]:
-    """The errors of errors_at, [3, B] a batch on the model's device: who fetches each makes a GPU wait.
+    """l2, l1 and huber errors of items int64 [M, 3]: (image, text, place in the plan). A batch's are float32
+    [3, B] on the model's device: who fetches each makes a GPU wait.
 
     Raises ValueError if the plan's noise has another shape than a latent, one of its timesteps is not a
     training timestep of the model, or an item names a row that is not there, such as a negative one;

@@ -28,7 +28,7 @@ from diffitm.scoring.noise_plan import plan_timesteps
 VERSION = 1  # grows when the same errors and rules would race otherwise
 GRID, GRID_END = 400, 8.0  # of the integral over standard normal values
 TRAINED = 1000  # timesteps that the published rounds are taken of
-BORROWED = 4.0  # how many timesteps the other candidates' spread weighs as much as
+BORROWED = 4.0  # degrees of freedom that the other candidates' spread is as good as
 
 
 class Dropped(NamedTuple):
@@ -71,7 +71,7 @@ class Racing:
             raise ValueError(f"{self}: first is at least 2, growth above 1")
 
     def order(self, timesteps: Sequence[int]) -> list[int]:
-        """Van der Corput's order over the sorted timesteps: every prefix is spread over the range."""
+        """spread_order over the sorted timesteps."""
         by_size = sorted(range(len(timesteps)), key=lambda place: timesteps[place])
         return [by_size[number] for number in spread_order(len(timesteps))]
 
@@ -162,7 +162,7 @@ class Rounds:
 
 
 def _others(numbers: Sequence[int], count: int) -> list[int]:
-    return [number for number in range(count) if number not in set(numbers)]
+    return sorted(set(range(count)) - set(numbers))
 
 
 @dataclass(frozen=True)
@@ -239,9 +239,9 @@ class Race:
 
     `candidates` and `total` are the sizes C of the contest and N of the full plan, `kept` how many
     win. After each call of `take`, `open` holds the candidates whose side is still in doubt, `winners`
-    and `losers` the others; `spent` [C] is how many timesteps were asked of each, `means` [C] the mean of its
-    errors there. With `about` the race
-    is over once that candidate's side is known; others may have none then.
+    and `losers` the others; `spent` [C] is how many timesteps were asked of each, `means` [C] the mean of
+    its errors there. With `about` the race is over once that candidate's side is known; others may have
+    none then.
     """
 
     def __init__(

@@ -153,8 +153,8 @@ class StoredLines:
             yield found
 
     def _join_parts(self) -> np.ndarray:
-        """Put what races stored of each pair into its line; the numbers of such lines. Races of two blocks
-        may have scored the same places of a pair, with the same errors."""
+        """Put what races stored of each pair into its line; the numbers of such lines. Where races of two
+        blocks scored the same place of a pair, alike up to rounding, the first one in the store stays."""
         if not self._parts:
             return np.zeros(0, int)
         connection = self.connection.cursor()

@@ -48,6 +48,11 @@ def test_gdbench(tmp_path: Path) -> None:
     note = pipeline.store_folder(out) / "_config.json"
     assert json.loads(note.read_text())["dtype"] == "fp16"
     assert len(list(out.glob("samples/*/images/*.parquet"))) == 1
+    options |= {"timesteps": [12], "racing": 0.2, "clip": [], "prompts": []}
+    gdbench.run(make(gdbench.GdbenchConfig, {**options, **POOL}))
+    (race,) = json.loads((out / "results.json").read_text())["races"]
+    assert race["contests"] == 40 and race["forwards"] < race["full"]
+    assert not json.loads((out / "failures.json").read_text())["failures"]
 
 
 def test_candidates_and_negatives(world: Path, tmp_path: Path) -> None:

@@ -122,6 +122,20 @@ def cut_in_two(bucket: Objects, out: Path) -> None:
 
 
 @pytest.mark.long
+def test_races(bucket: Objects) -> None:
+    """In the bucket, and then in full: what the race left out, and nothing else."""
+    options = ("--model", bucket.uri("models/diffusion"), "--data", bucket.uri("world"))
+    options += ("--tasks", "winoground", "--actors", 1, "--timesteps", 12)
+    out = bucket.uri("raced")
+    pipeline.run(*options, "--racing", 0.2, "--out", out)
+    (race,) = json.loads((bucket.folder / "raced" / "results.json").read_text())["races"]
+    assert race["forwards"] < race["full"] == 6 * SCENES * 12
+    done = pipeline.run(*options, "--out", out)
+    total = json.loads((bucket.folder / "raced" / "summary.json").read_text())["total"]
+    assert total["forwards"] == race["full"] - race["forwards"]
+    assert f"{total['forwards']:,} U-Net forwards (12 timesteps)" in done.stderr
+
+
 def test_sweeps(bucket: Objects, tmp_path: Path) -> None:
     """Over scores, then over trainings that Optuna proposes: results in the bucket, and keys of the
     environment neither there nor in Ray's logs, where Tune would have them written."""
