@@ -71,7 +71,8 @@ class Table:
         cells = []
         for before, name in zip(["", *self.columns], self.columns, strict=False):
             row, naive = line.cells[name], line.cells.get(before)
-            same = row is None and name.endswith("normalised") and naive is not None
+            decided = naive is not None and naive.value is not None
+            same = row is None and name.endswith("normalised") and decided
             cells.append("=" if same else cell(row, line.n))
         more = [published(line.task, line.metric, line.group)] if self.published else []
         count = "" if line.unit == "number" and not line.n else str(line.n)
