@@ -375,7 +375,9 @@ def _evaluate(
     from diffitm.evaluation.evaluate import evaluate as figures
     from diffitm.evaluation.examples import data_root, write_examples
     from diffitm.report.table import raced_note
+    from diffitm.store.compaction import tidy
     from diffitm.store.score_store import open_store
+    from diffitm.store.work_table import is_open
     from diffitm.tasks.registry import find_task
 
     root = data_root(data, scenes, out)
@@ -392,6 +394,8 @@ def _evaluate(
 
         races = Races(options, plan, {name: find_task(name)() for name in examples})
         _race_missing(scorer, examples, store, out, races)
+    if not is_open(out, store):
+        tidy(store)
     files = {name: part.uri for name, part in examples.items()}
     evaluation = figures(files, [store], racing=options)
     if evaluation.races:

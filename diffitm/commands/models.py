@@ -20,6 +20,7 @@ from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
 from diffitm.scoring.racing import RacePlan
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+from diffitm.store.compaction import tidy
 from diffitm.store.pair_table import WorkTable, distinct_texts
 from diffitm.store.roots import take_over
 from diffitm.store.run_summary import Done
@@ -181,6 +182,7 @@ def score_missing(
     work = open_work(out, store, write, [*identity, json.dumps(plan.identity)])
     if work.left.rows == 0:
         log.info("%s: every contest is decided already, 0 forwards needed", store.model)
+        tidy(store)
         return done
     _tell_long(spec, examples.values())
     _tell_resumed(work, store)
@@ -198,6 +200,7 @@ def _score_in_full(
     work = open_pairs(out, store, [e.uri for e in examples], [e.identity for e in examples])
     if work.left.rows == 0:
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
+        tidy(store)
         return Done()
     _tell_long(spec, examples)
     _tell_resumed(work, store)
@@ -227,6 +230,7 @@ def _score(
 
     done = score(spec, work, store, pool, plan)
     finish(work, done)
+    tidy(store)
     made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
     log.info("%s: %s", store.model, made)
     if done.not_finite:

@@ -31,7 +31,7 @@ from diffitm.scoring.racing import hold
 from diffitm.store.join import ScoredExample, ScoredPart, read_items, read_labels, read_parts
 from diffitm.store.pair_table import connect, examples_dataset
 from diffitm.store.score_store import Store
-from diffitm.store.stored_lines import UNSCORED, StoredLines
+from diffitm.store.stored_lines import UNSCORED, LinesByTask
 from diffitm.store.work_table import finished
 from diffitm.tasks.base import Task
 from diffitm.tasks.registry import find_task
@@ -128,7 +128,7 @@ def evaluate(
     """
     evaluation = Evaluation()
     names = titles(stores)
-    connection, read = connect(), dict[int, StoredLines]()
+    connection, read = connect(), dict[int, LinesByTask]()
     for name, uri in examples.items():
         task: Task = find_task(name)()
         columns: list[Column] = []
@@ -138,12 +138,13 @@ def evaluate(
             kind = error_of(store, error)
             part = Part(task, store, title, weights, (racing, kind) if racing else None)
             if number not in read:
-                read[number] = StoredLines(store, kind, connection)
+                read[number] = LinesByTask(store, kind, connection)
+            lines = read[number].of(uri)
             if part.races:
-                for item in read_items(uri, read[number], partial=True):
+                for item in read_items(uri, lines, partial=True):
                     part.add(item)
             else:
-                for some in read_parts(uri, read[number], labels[0].codes):
+                for some in read_parts(uri, lines, labels[0].codes):
                     part.add_part(some)
             part.finish(*labels)
             part.put_into(evaluation)

@@ -18,7 +18,7 @@ from diffitm.core import storage
 from diffitm.metrics.score import averaged, normalised_score
 from diffitm.store.pair_table import batched, connect, examples_dataset
 from diffitm.store.score_store import Store
-from diffitm.store.stored_lines import ScoredPairs, StoredLines, rows_at_once
+from diffitm.store.stored_lines import LinesByTask, ScoredPairs, rows_at_once
 
 BINS = 40
 PAIRS = [
@@ -71,7 +71,7 @@ def write_pairs(
     path = storage.join(out, "pairs.parquet")
     storage.make_folder(out)
     rows = max(1000, rows_at_once(store.steps) // 2)
-    lines = StoredLines(store, error)
+    lines = LinesByTask(store, error).of(examples)
     with (
         storage.replacing(path) as sink,
         parquet.ParquetWriter(sink, schema, compression="zstd") as writer,

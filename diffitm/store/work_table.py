@@ -56,6 +56,8 @@ def open_work(
                 if left.rows:
                     return OpenWork(folder, table, left)
             _close(folder, store)
+        else:
+            storage.delete_folder(storage.join(folder, "checkpoint"))
         number += 1
     table = write(storage.join(folder, "work.parquet"))
     left = pair_table.Left(table.rows, table.pairs, table.stored)
@@ -90,8 +92,9 @@ def mend(checkpoint: str) -> None:
 
 
 def finish(work: OpenWork, done: Any) -> None:
-    """Mark a table as done, with the dataclass that says what was done."""
+    """Mark a table as done, with the dataclass that says what was done. Its checkpoint has no use then."""
     storage.write_text(storage.join(work.folder, "done"), json.dumps(asdict(done)))
+    storage.delete_folder(work.checkpoint)
 
 
 def finished(out: str, store: Store) -> list[dict[str, Any]]:
@@ -114,3 +117,15 @@ def _close(folder: str, store: Store) -> None:
         if names and path.rsplit("/", 1)[-1].startswith(names):
             found.delete_file(path)
     storage.write_text(storage.join(folder, "done"), json.dumps({"closed": True}))
+    storage.delete_folder(storage.join(folder, "checkpoint"))
+
+
+def is_open(out: str, store: Store) -> bool:
+    """Whether a table of the store is unfinished: a run of it may take back what it wrote last."""
+    base, number = storage.join(out, "work", store.name), 0
+    while storage.exists(folder := storage.join(base, f"{number:04d}")):
+        begun = storage.exists(storage.join(folder, "table.json"))
+        if begun and not storage.exists(storage.join(folder, "done")):
+            return True
+        number += 1
+    return False
