@@ -3,9 +3,10 @@
 python -m benchmarks.store --pairs 1000000 3000000
 
 Pairs and errors are drawn: an image in eleven (ten texts and the empty one), all in the files of blocks that
-a run leaves, a few whole images each, in no order of images. A task asks for the images of one of the store's
-TASKS folders, one after the other by name; 'spread' for as many images all over the store. Each figure is of
-a process of its own, its memory that of the whole process (the imports alone are 'nothing').
+a run leaves, a few whole images each, in no order of images. 'list' looks at the store, 'resume' writes the
+work table of all images, of whose pairs none is left to do. A task asks for the images of one of the store's
+TASKS folders, for as many all over it ('spread'), or for all. Each line is a process of its own: seconds and
+processor seconds ('busy') without the imports, and its most memory, in which they are ('nothing').
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ STEPS = 10
 TEXTS = 10
 BLOCK = 2200  # pairs of a file: a minute of a GPU that does 400 forwards a second
 TASKS = 20
-ASKS = ("nothing", "resume", "folder", "spread")
+ASKS = ("nothing", "list", "resume", "folder", "spread", "all")
 
 
 def main() -> None:
@@ -41,7 +42,9 @@ def main() -> None:
     if given.ask:
         ask(given.ask[0], Path(given.ask[1]))
         return
-    print(f"{'pairs':>11} {'what':>9} {'files':>7} {'MB':>7} {'seconds':>8} {'MiB':>6}  result")
+    print(
+        f"{'pairs':>11} {'what':>9} {'files':>7} {'MB':>7} {'seconds':>8} {'busy':>6} {'MiB':>6}  result"
+    )
     for pairs in given.pairs:
         with tempfile.TemporaryDirectory() as folder:
             draw(Path(folder), pairs, given.block)
@@ -58,8 +61,9 @@ def tell(pairs: int, what: str, folder: Path) -> None:
         raise SystemExit(f"{what}: exit code {os.waitstatus_to_exitcode(status)}")
     found = json.loads((folder / "answer.json").read_text())
     files = [path.stat().st_size for path in (folder / "store").glob("*.parquet")]
+    took = f"{found['seconds']:>8.1f} {found['busy']:>6.1f}"
     print(
-        f"{pairs:>11,} {what:>9} {len(files):>7,} {sum(files) / 1e6:>7,.0f} {found['seconds']:>8.2f} "
+        f"{pairs:>11,} {what:>9} {len(files):>7,} {sum(files) / 1e6:>7,.0f} {took} "
         f"{usage.ru_maxrss / 1024:>6,.0f}  {found['result']}",
         flush=True,
     )
@@ -73,17 +77,19 @@ def ask(what: str, folder: Path) -> None:
     from diffitm.store.score_store import read_store
 
     store = read_store(str(folder / "store"))
-    start, result = time.perf_counter(), ""
+    start, busy, result = time.perf_counter(), time.process_time(), ""
     if what == "compact":
         compact(store)
+    elif what == "list":
+        result = f"{store.rows:,} rows"
     elif what == "resume":
         table = write_work([str(folder / "all.parquet")], store, str(folder / "work.parquet"))
         result = f"{table.pairs:,} pairs to do"
     elif what != "nothing":
         rows = evaluate({"flickr30k_text": str(folder / f"{what}.parquet")}, [store]).rows
         result = ", ".join(f"{row.metric} {row.value:.6f}" for row in rows[:2])
-    seconds = time.perf_counter() - start
-    (folder / "answer.json").write_text(json.dumps({"seconds": seconds, "result": result}))
+    found = {"seconds": time.perf_counter() - start, "busy": time.process_time() - busy}
+    (folder / "answer.json").write_text(json.dumps({**found, "result": result}))
 
 
 def draw(folder: Path, pairs: int, block: int) -> None:

@@ -117,6 +117,27 @@ def test_tables_that_are_done_or_were_never_begun_are_passed_over(
     assert [note.get("pairs") for note in finished(str(tmp_path), store)] == [1, None, 5]
 
 
+def test_a_checkpoint_ends_with_its_table(
+    tmp_path: Path, store: Store, examples: list[str]
+) -> None:
+    """One that a kill left is cleared away by the next run; that of an open table stays."""
+    assert not work_table.is_open(str(tmp_path), store)
+    first = open_pairs(str(tmp_path), store, examples, ["one"])
+    path = commit(first, "a.parquet", 0)
+    assert work_table.is_open(str(tmp_path), store) and path.exists()
+    finish(first, Done(pairs=1))
+    assert not Path(first.checkpoint).exists() and not work_table.is_open(str(tmp_path), store)
+    commit(first, "a.parquet", 0)
+    second = open_pairs(str(tmp_path), store, examples, ["two"])
+    assert not Path(first.checkpoint).exists()
+    path = commit(second, "b.parquet", 0)
+    open_pairs(str(tmp_path), store, examples, ["two"])
+    assert path.exists()
+    open_pairs(str(tmp_path), store, examples, ["three"])
+    assert not Path(second.checkpoint).exists()
+    assert work_table.is_open(str(tmp_path), store)
+
+
 def test_nothing_to_do_leaves_no_table_to_go_on_with(
     tmp_path: Path, store: Store, examples: list[str]
 ) -> None:
