@@ -405,14 +405,12 @@ def _score_missing(
     scorer: ImageTextScorer, examples: Sequence[Examples], store: Store, out: str
 ) -> None:
     """Score the pairs that the store lacks."""
+    from diffitm.store.blocks import read_images
     from diffitm.store.pair_table import write_work
-
-    def score(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return scorer.rows.score([PairRow(**line) for line in lines])
 
     work = f"api-{time.time_ns():x}.parquet"
     table = write_work([e.uri for e in examples], store, storage.join(out, "work", work))
-    _through(scorer, table.uri, AT_ONCE, score, store)
+    _through(scorer, table.uri, read_images, AT_ONCE, scorer.rows.score, store)
 
 
 def _race_missing(
@@ -426,7 +424,11 @@ def _race_missing(
     from diffitm.evaluation.race_table import full_part, write_races
     from diffitm.scoring.race_block import BlockRaces
 
-    def race(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def read(uri: str) -> list[dict[str, Any]]:
+        found, path = storage.filesystem(uri)
+        return parquet.read_table(path, filesystem=found).to_pylist()
+
+    def race(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (line,) = lines
         block = BlockRaces(cast("DiffusionScorer", scorer.rows), read_block(line), races.plan)
         block.run()
@@ -436,21 +438,21 @@ def _race_missing(
         _score_missing(scorer, full, store, out)
     work = f"api-{time.time_ns():x}.parquet"
     table = write_races(examples, store, races, 1, storage.join(out, "work", work))
-    _through(scorer, table.uri, 1, race, store)
+    _through(scorer, table.uri, read, 1, race, store)
 
 
 def _through(
     scorer: ImageTextScorer,
     work: str,
+    read: Callable[[str], list[T]],
     size: int,
-    score: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    score: Callable[[Sequence[T]], list[dict[str, Any]]],
     store: Store,
 ) -> None:
     """Score a work table, so many rows at once; each block is a file of its own, whole or not there."""
     name = storage.name(work).removesuffix(".parquet")
     try:
-        found, path = storage.filesystem(work)
-        rows = parquet.read_table(path, filesystem=found).to_pylist()
+        rows = read(work)
         blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
         for number, block in enumerate(progress(blocks, scorer.name, len(rows))):
             sink = pa.BufferOutputStream()

@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 import ray
 
-from diffitm.commands.stages.score import _block_rows, score
+from diffitm.commands.stages.score import score
 from diffitm.core.schema import PairRow
 from diffitm.distributed import session
 from diffitm.models.loading import resolve
 from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import write_world
+from diffitm.store.blocks import SECONDS as SECONDS_OF_A_BLOCK
 from diffitm.store.pair_table import write_examples
 from diffitm.store.score_store import open_store
 from diffitm.store.work_table import finish, open_pairs
@@ -39,12 +40,12 @@ STEPS = (10, 260, 510, 760)
 
 
 class Block(NamedTuple):
-    """What an actor computes or has computed: its process, its node, and the work rows."""
+    """What an actor computes or has computed: its process, its node, and the images."""
 
     time: int  # nanoseconds
     process: int
     node: str
-    rows: list[int]
+    images: list[str]
 
 
 class Tracer:
@@ -54,21 +55,22 @@ class Tracer:
     block gets done.
     """
 
-    def __init__(self, scorer: RowScorer, trace: str, poison: int | None = None) -> None:
+    def __init__(self, scorer: RowScorer, trace: str, poison: str | None = None) -> None:
         self.scorer, self.trace, self.cost = scorer, Path(trace), scorer.cost
         self.poison = poison
         self.node = ray.get_runtime_context().get_node_id()
 
     def measure_rate(self) -> float:
-        return self.scorer.measure_rate()
+        """So slow that a block is of two images with two texts each."""
+        return 4 * self.cost / SECONDS_OF_A_BLOCK
 
     def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
-        block = Block(time.time_ns(), os.getpid(), self.node, [row.row for row in rows])
+        block = Block(time.time_ns(), os.getpid(), self.node, [row.image for row in rows])
         busy = self.trace / f"{block.time}-{block.process}.busy"
         part = busy.with_suffix(".part")
         part.write_text(json.dumps(block))
         part.rename(busy)
-        if self.poison in block.rows:
+        if self.poison in block.images:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(SECONDS)
         while (self.trace / "hold").exists():
@@ -92,7 +94,7 @@ def read_trace(trace: Path, kind: str = "json") -> list[Block]:
 @dataclass(frozen=True)
 class TracedSpec(DiffusionSpec):
     trace: str = ""
-    poison: int | None = None  # a row that ends its actor's process
+    poison: str | None = None  # an image that ends its actor's process
 
     def build(self, device: str) -> RowScorer:
         return Tracer(super().build(device), self.trace, self.poison)
@@ -114,7 +116,7 @@ def main() -> None:
     parser.add_argument("--ray", default="local")
     parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--asleep", type=int)
-    parser.add_argument("--poison", type=int)
+    parser.add_argument("--poison")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     root = f"{given.out}/world"
@@ -131,9 +133,6 @@ def main() -> None:
     session.connect(given.ray)
     pool = session.choose_pool(given.actors, given.max_actors, given.cpus, 0.0)
     work = open_pairs(given.out, store, [examples], ["clevr"])
-    block = Path(given.out, "block")
-    if not block.exists():
-        block.write_text(str(_block_rows(work, spec.cost, pool)))
     finish(work, score(spec, work, store, pool))
 
 

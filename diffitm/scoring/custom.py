@@ -117,6 +117,7 @@ class CustomSpec:
     source: CustomSource
     root: str
     cost = 1
+    image_cost = 0
 
     @property
     def label(self) -> str:

@@ -22,6 +22,7 @@ from diffitm.core.schema import PairRow
 from diffitm.scoring.batching import Batch, Stopwatch
 
 THREADS = 16  # read: most of them wait for a store or a disk
+CLIP_IMAGE_COST = 64  # pairs whose cosines cost as much as an image's embedding
 DECODED = 4  # images that are decoded at a time: they are large until they are prepared
 
 

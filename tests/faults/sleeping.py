@@ -39,6 +39,7 @@ class SleepSpec:
     trace: str
     seconds: float = 0.05
     timesteps: int = 0
+    image_cost = 0
 
     @property
     def cost(self) -> int:
