@@ -85,7 +85,9 @@ class StageActor:
         that Ray starts another, perhaps elsewhere; a restarted one, for which blocks wait, has none."""
         for number in range(STARTS):
             try:
-                self.worker = self.spec.build(devices.actor_device(self.spec.gpus))
+                device = devices.actor_device(self.spec.gpus)
+                devices.take_processors(self.spec.gpus)
+                self.worker = self.spec.build(device)
             except Exception as error:
                 verdict = self._fail(self.start, error)
                 if self.ending is not None:

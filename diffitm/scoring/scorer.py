@@ -23,7 +23,7 @@ from diffitm.scoring.batching import Batch, Stopwatch
 
 THREADS = 16  # read: most of them wait for a store or a disk
 CLIP_IMAGE_COST = 64  # pairs whose cosines cost as much as an image's embedding
-DECODED = 4  # images that are decoded at a time: they are large until they are prepared
+LEAST_DECODED = 2  # images that are decoded at a time, more where torch has more processors
 
 
 class Scorer(Protocol):
@@ -130,7 +130,7 @@ class ImageReader:
         self.failed: list[Loaded] = []
         self.left = iter(rows)
         self.asked: deque[Future[Loaded]] = deque()
-        self.decoding = threading.Semaphore(DECODED)
+        self.decoding = threading.Semaphore(max(LEAST_DECODED, torch.get_num_threads()))
         self.pool = ThreadPoolExecutor(max(1, min(threads, len(rows))))
         self._ask(ahead)
 
