@@ -21,9 +21,10 @@ from diffitm.core.errors import InputError
 from diffitm.core.schema import SCORES, PairRow, read_block
 from diffitm.metrics.score import averaged, conditional_score, normalised_score
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
+from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import plan_timesteps
 from diffitm.scoring.racing import RacePlan, Racing
-from diffitm.scoring.scorer import Loaded, RowScorer
+from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 
 if TYPE_CHECKING:

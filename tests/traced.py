@@ -37,6 +37,7 @@ from tests.faults.sleeping import SleepSpec
 # A block's least time: as with a real model, one is written long before the next is done.
 SECONDS = 1.5
 STEPS = (10, 260, 510, 760)
+PAIRS = 30  # of a block
 
 
 class Block(NamedTuple):
@@ -61,8 +62,8 @@ class Tracer:
         self.node = ray.get_runtime_context().get_node_id()
 
     def measure_rate(self) -> float:
-        """So slow that a block is of two images with two texts each."""
-        return 4 * self.cost / SECONDS_OF_A_BLOCK
+        """So slow that a block is of a few images."""
+        return PAIRS * self.cost / SECONDS_OF_A_BLOCK
 
     def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         block = Block(time.time_ns(), os.getpid(), self.node, [row.image for row in rows])

@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 from diffitm.core.schema import PairRow
 from diffitm.models.clip import ClipSource, LoadedClip, load_clip
 from diffitm.scoring.batching import Batch, measured
-from diffitm.scoring.scorer import CLIP_IMAGE_COST, Loaded, RowScorer, similarity_lines
+from diffitm.scoring.image_reader import Loaded
+from diffitm.scoring.scorer import CLIP_IMAGE_COST, RowScorer, similarity_lines
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 
 

@@ -15,9 +15,10 @@ from diffitm.core import images
 from diffitm.core.schema import PairRow
 from diffitm.models.denoiser import Condition, Denoiser, select
 from diffitm.scoring.batching import Batch, measured
+from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import NoisePlan
 from diffitm.scoring.pair_errors import error_batches
-from diffitm.scoring.scorer import Loaded, RowScorer, blank
+from diffitm.scoring.scorer import RowScorer, blank
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 
 PIXEL_SCALE = 127.5

@@ -17,7 +17,7 @@ from diffitm.core.schema import PairRow
 from diffitm.evaluation.evaluate import evaluate
 from diffitm.evaluation.examples import data_root, write_examples
 from diffitm.scoring.custom import CustomScorer, CustomSpec, find_scorer
-from diffitm.scoring.scorer import Loaded
+from diffitm.scoring.image_reader import Loaded
 from diffitm.store.blocks import read_images
 from diffitm.store.pair_table import write_work
 from diffitm.store.score_store import open_store
