@@ -41,12 +41,12 @@ PAIRS = 30  # of a block
 
 
 class Block(NamedTuple):
-    """What an actor computes or has computed: its process, its node, and the images."""
+    """What an actor computes or has computed: its process, its node, and the pairs."""
 
     time: int  # nanoseconds
     process: int
     node: str
-    images: list[str]
+    pairs: list[tuple[str, str]]
 
 
 class Tracer:
@@ -66,12 +66,13 @@ class Tracer:
         return PAIRS * self.cost / SECONDS_OF_A_BLOCK
 
     def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
-        block = Block(time.time_ns(), os.getpid(), self.node, [row.image for row in rows])
+        pairs = [(row.image, text) for row in rows for text in row.texts]
+        block = Block(time.time_ns(), os.getpid(), self.node, pairs)
         busy = self.trace / f"{block.time}-{block.process}.busy"
         part = busy.with_suffix(".part")
         part.write_text(json.dumps(block))
         part.rename(busy)
-        if self.poison in block.images:
+        if self.poison in dict(pairs):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(SECONDS)
         while (self.trace / "hold").exists():
@@ -86,7 +87,8 @@ def read_trace(trace: Path, kind: str = "json") -> list[Block]:
     found = []
     for path in sorted(trace.glob(f"*.{kind}")):
         try:
-            found.append(Block(*json.loads(path.read_text())))
+            *block, pairs = json.loads(path.read_text())
+            found.append(Block(*block, [(image, text) for image, text in pairs]))
         except FileNotFoundError:
             continue  # done right now
     return found

@@ -152,9 +152,9 @@ def test_a_kill_costs_an_actor_one_block(tmp_path: Path) -> None:
         time.sleep(0.02)
     pipeline.kill(process)
     subprocess.run(call, check=True, capture_output=True, timeout=pipeline.TIMEOUT, **where)
-    computed = [image for block in read_trace(trace) for image in block.images]
-    assert len(set(computed)) == 60
-    assert len(computed) - 60 <= ACTORS * largest_block(out)
+    computed = [pair for block in read_trace(trace) for pair in block.pairs]
+    assert set(computed) == set(errors(out)[0])
+    assert len(computed) - len(set(computed)) <= ACTORS * largest_block(out)
 
 
 @pytest.mark.long

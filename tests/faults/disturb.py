@@ -126,20 +126,20 @@ class Disturbed:
             self.process.wait(30)
         return block
 
-    def computed(self) -> list[str]:
-        """Every image that was computed, as often as it was."""
-        return [image for block in read_trace(self.trace) for image in block.images]
+    def computed(self) -> list[tuple[str, str]]:
+        """Every pair that was computed, as often as it was."""
+        return [pair for block in read_trace(self.trace) for pair in block.pairs]
 
     @property
     def block(self) -> int:
-        """Images of the largest block."""
+        """Pairs of the largest block."""
         return largest_block(self.out)
 
 
 def largest_block(out: Path) -> int:
-    """How many images the largest block of a run has."""
+    """How many pairs the largest block of a run has."""
     (index,) = out.glob("work/*/*/blocks.parquet")
-    return max(parquet.read_table(index)["images"].to_pylist())
+    return max(parquet.read_table(index)["pairs"].to_pylist())
 
 
 def scores(out: Path) -> dict[tuple[str, str], np.ndarray]:

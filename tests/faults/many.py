@@ -79,8 +79,8 @@ def main() -> None:
             sys.stdout.write(f"{kind}: {survived[kind]} of {tried[kind]} survived\n")
         sys.stdout.write(
             f"{given.pairs:,} pairs in {time.monotonic() - begin:.0f} s, each once in the store and "
-            f"with the right score; {len(set(computed)):,} images, {again:,} of them finished twice; "
-            f"{lost} blocks of up to {run.block} images were cut off\n"
+            f"with the right score; {len(set(computed)):,} pairs, {again:,} of them finished twice; "
+            f"{lost} blocks of up to {run.block} pairs were cut off\n"
         )
 
 
