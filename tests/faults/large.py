@@ -45,6 +45,7 @@ class Figures:
     start_up: float  # before, until all actors are up
     waiting: float
     written: float  # after the last pair, until the run has ended
+    driver: float  # processors that the driver used while actors scored
     curve: list[tuple[int, float]]
 
     @property
@@ -60,6 +61,7 @@ class Figures:
             f"start-up {self.start_up:.0f} s, scoring {self.seconds:.0f} s "
             f"({self.pairs / self.seconds:.0f} pairs/s), then {self.written:.0f} s to the end",
             f"waiting: {100 * self.waiting:.1f}% of the actors' time",
+            f"the driver used {self.driver:.2f} of a processor",
             f"driver's memory from {FIRST:,} pairs on: {self.growth:+.0f} MiB",
             *(f"{done:>12,} pairs {memory:6.0f} MiB" for done, memory in self.curve[::step]),
         ]
@@ -116,9 +118,9 @@ def measure(out: str, spec: SleepSpec, given: argparse.Namespace, address: str) 
     pool = session.choose_pool(given.actors, None, CPUS, given.gpus)
     memory = Memory(trace)
     memory.start()
-    begin = time.time()
+    begin, used = time.time(), time.process_time()
     finish(work, score(spec, work, store, pool))  # type: ignore[arg-type]
-    end = time.time()
+    end, used = time.time(), time.process_time() - used
     memory.stopped.set()
     memory.join()
     memory.note()
@@ -127,7 +129,7 @@ def measure(out: str, spec: SleepSpec, given: argparse.Namespace, address: str) 
     share = waiting(found, up, last, spec.seconds)
     check(store, given.pairs)
     size = ray.cluster_resources()["object_store_memory"] / 2**20
-    times = (last - up, up - begin, share, end - last)
+    times = (last - up, up - begin, share, end - last, used / (end - up))
     return Figures(len(found), given.pairs, size, *times, memory.curve)
 
 
