@@ -27,7 +27,6 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from PIL import Image
-from pyarrow import parquet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -38,16 +37,15 @@ from transformers import (
     T5EncoderModel,
 )
 
-from diffitm.commands.stages.score import _block_rows
 from diffitm.core import storage
-from diffitm.core.schema import Example, PairRow
-from diffitm.distributed.session import ActorPool
+from diffitm.core.schema import Example, block_rows
 from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.noise_schedule import NoiseSchedule
 from diffitm.scoring.diffusion import DiffusionScorer
+from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import make_plan, plan_timesteps
-from diffitm.scoring.scorer import Loaded
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES
+from diffitm.store.blocks import Cost, Sizes, cut, read_blocks
 from diffitm.store.pair_table import write_examples
 from diffitm.store.score_store import open_store
 from diffitm.store.work_table import open_pairs
@@ -61,6 +59,7 @@ TOKENS, T5_TOKENS = 77, 256  # of a CLIP's text; of a T5's in diffusers' pipelin
 FP16 = 2  # bytes
 ASKED = (10, 50)  # timesteps; the published grid makes 10 and 49 of them
 ACTORS = (1, 8)
+RATE = 400.0  # forwards a second of an actor, as an H100 has with SD 2.1, for the size of blocks
 TASKS: dict[str, Task] = {
     "Flickr30K text retrieval": Flickr30kText(),
     "Flickr30K image retrieval": Flickr30kImage(),
@@ -349,10 +348,11 @@ def done(
         store = open_store(out, "counting", {"kind": "diffusion", "timesteps": list(steps)})
         written, _ = write_examples("counted", examples, f"{out}/examples", None)
         work = open_pairs(out, store, [written], [])
-        rows = _block_rows(work, len(steps), ActorPool(actors, actors, 1.0, 0.0))
-        lines = [PairRow(**line) for line in parquet.read_table(work.table.uri).to_pylist()]
-    for number, start in enumerate(range(0, len(lines), rows)):
-        block = lines[start : start + rows]
+        cost = Cost(len(steps))
+        total = cost.total(work.table.pairs, work.table.images, work.table.stored)
+        cut(work.table.uri, cost, total, Sizes(actors, RATE).next)
+        blocks = [block_rows(table.to_pylist()[0]) for table in read_blocks(work.table.uri)]
+    for number, block in enumerate(blocks):
         scorers[number % actors].score_loaded(block, [[loaded] * len(block)])
     return sum((model.counts for model in models), Counts())
 

@@ -21,9 +21,10 @@ from diffitm.core.errors import InputError
 from diffitm.core.schema import SCORES, PairRow, read_block
 from diffitm.metrics.score import averaged, conditional_score, normalised_score
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
+from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import plan_timesteps
 from diffitm.scoring.racing import RacePlan, Racing
-from diffitm.scoring.scorer import Loaded, RowScorer
+from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 
 if TYPE_CHECKING:
@@ -409,14 +410,12 @@ def _score_missing(
     scorer: ImageTextScorer, examples: Sequence[Examples], store: Store, out: str
 ) -> None:
     """Score the pairs that the store lacks."""
+    from diffitm.store.blocks import read_images
     from diffitm.store.pair_table import write_work
-
-    def score(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return scorer.rows.score([PairRow(**line) for line in lines])
 
     work = f"api-{time.time_ns():x}.parquet"
     table = write_work([e.uri for e in examples], store, storage.join(out, "work", work))
-    _through(scorer, table.uri, AT_ONCE, score, store)
+    _through(scorer, table.uri, read_images, AT_ONCE, scorer.rows.score, store)
 
 
 def _race_missing(
@@ -430,7 +429,11 @@ def _race_missing(
     from diffitm.evaluation.race_table import full_part, write_races
     from diffitm.scoring.race_block import BlockRaces
 
-    def race(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def read(uri: str) -> list[dict[str, Any]]:
+        found, path = storage.filesystem(uri)
+        return parquet.read_table(path, filesystem=found).to_pylist()
+
+    def race(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (line,) = lines
         block = BlockRaces(cast("DiffusionScorer", scorer.rows), read_block(line), races.plan)
         block.run()
@@ -440,21 +443,21 @@ def _race_missing(
         _score_missing(scorer, full, store, out)
     work = f"api-{time.time_ns():x}.parquet"
     table = write_races(examples, store, races, 1, storage.join(out, "work", work))
-    _through(scorer, table.uri, 1, race, store)
+    _through(scorer, table.uri, read, 1, race, store)
 
 
 def _through(
     scorer: ImageTextScorer,
     work: str,
+    read: Callable[[str], list[T]],
     size: int,
-    score: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    score: Callable[[Sequence[T]], list[dict[str, Any]]],
     store: Store,
 ) -> None:
     """Score a work table, so many rows at once; each block is a file of its own, whole or not there."""
     name = storage.name(work).removesuffix(".parquet")
     try:
-        found, path = storage.filesystem(work)
-        rows = parquet.read_table(path, filesystem=found).to_pylist()
+        rows = read(work)
         blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
         for number, block in enumerate(progress(blocks, scorer.name, len(rows))):
             sink = pa.BufferOutputStream()

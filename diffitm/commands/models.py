@@ -180,7 +180,7 @@ def score_missing(
 
     identity = [part.identity for part in examples.values()]
     work = open_work(out, store, write, [*identity, json.dumps(plan.identity)])
-    if work.left.rows == 0:
+    if work.left.pairs == 0:
         log.info("%s: every contest is decided already, 0 forwards needed", store.model)
         tidy(store)
         return done
@@ -198,14 +198,14 @@ def _score_in_full(
 ) -> Done:
     """Score the pairs that the store lacks."""
     work = open_pairs(out, store, [e.uri for e in examples], [e.identity for e in examples])
-    if work.left.rows == 0:
+    if work.left.pairs == 0:
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
         tidy(store)
         return Done()
     _tell_long(spec, examples)
     _tell_resumed(work, store)
     unit = "scores" if store.similarity else f"U-Net forwards ({spec.cost} timesteps)"
-    needed = f"{work.left.pairs:,} pairs of {work.left.rows:,} images need"
+    needed = f"{work.left.pairs:,} pairs of {work.left.images:,} images need"
     count = work.left.pairs * spec.cost - work.left.stored
     log.info("%s: %s %s %s", store.model, needed, f"{count:,}", unit)
     return _score(spec, work, store, pool)

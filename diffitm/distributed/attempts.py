@@ -70,12 +70,14 @@ class Attempts:
         self.working: dict[str, str] = {}  # actor -> node, unless its last news is a failure
         self.did_well: dict[str, float] = {}  # name of a place -> when it ended a block
         self.error: Exception | None = None  # that ends the run
+        self.refused = False  # an actor's start
         self.since: float | None = None  # of the first failure since anything went well
 
     def start(self, what: str, actor: str, place: Place) -> Verdict:
         """An actor starts. At a place in trouble it waits, so that others get the blocks."""
         self.started.add(actor)
         verdict = self.begin(what, actor, place)
+        self.refused |= verdict.why is not None
         trouble = self.troubles.get(place.name)
         if verdict.why is None and trouble and trouble.in_a_row and self._others(actor):
             return Verdict(delay(trouble.in_a_row, 5.0))
@@ -148,6 +150,10 @@ class Attempts:
     def read_troubles(self) -> dict[str, Trouble]:
         """What went wrong, by place."""
         return self.troubles
+
+    def has_trouble(self) -> bool:
+        """Whether anything failed, so that there may be no actor which a block could wait for."""
+        return self.refused or bool(self.troubles)
 
     def _is_for_others(self, what: str, actor: str, place: Place) -> bool:
         """Whether a thing that failed here is left to others, who do well: after HERE failures, or after

@@ -427,6 +427,7 @@ def _told(metric: str, first: Column, second: Column, main: dict[str, Column]) -
         return np.array_equal(first.credits[metric], second.credits[metric], equal_nan=True)
     return all(
         column is not main[column.model]
+        and metric in main[column.model].credits  # a task of one's own may have others by kind
         and np.array_equal(
             column.credits[metric], main[column.model].credits[metric], equal_nan=True
         )

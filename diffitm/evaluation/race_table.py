@@ -19,7 +19,13 @@ from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.races import RaceOptions, pair_values
 from diffitm.scoring.racing import RacePlan, hold
 from diffitm.store.join import read_examples, read_items
-from diffitm.store.pair_table import WorkTable, batched, connect, write_examples, write_rows
+from diffitm.store.pair_table import (
+    WorkTable,
+    batched,
+    connect,
+    write_examples,
+    write_race_blocks,
+)
 from diffitm.store.score_store import Store
 from diffitm.store.stored_lines import LinesByTask
 
@@ -88,7 +94,7 @@ def write_races(
         query = "SELECT * FROM contests ORDER BY images[1], task, position"
         batches = connection.sql(query).to_arrow_reader(100)
         lines = (line for batch in batches for line in batch.to_pylist())
-        return write_rows(_blocks(lines, most / guess), RACES, uri)
+        return write_race_blocks(_blocks(lines, most / guess), uri)
 
 
 def _undecided(

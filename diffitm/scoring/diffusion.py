@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,10 +14,11 @@ from torch import Tensor
 from diffitm.core import images
 from diffitm.core.schema import PairRow
 from diffitm.models.denoiser import Condition, Denoiser, select
-from diffitm.scoring.batching import Batch
+from diffitm.scoring.batching import Batch, measured
+from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import NoisePlan
 from diffitm.scoring.pair_errors import error_batches
-from diffitm.scoring.scorer import Loaded, RowScorer, blank
+from diffitm.scoring.scorer import RowScorer, blank
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 
 PIXEL_SCALE = 127.5
@@ -128,7 +128,7 @@ class DiffusionScorer(RowScorer):
 
     @torch.inference_mode()
     def measure_rate(self) -> float:
-        """The first of the two rounds warms up, and finds a batch that fits."""
+        """The first of two rounds warms up, and finds a batch that fits; a slow model has one."""
         device, total = self.denoiser.device, self.batches[0].size
         condition = self.texts([""])
 
@@ -137,10 +137,7 @@ class DiffusionScorer(RowScorer):
             noised = torch.zeros(end - start, *self.denoiser.latent_shape, device=device)
             return self.denoiser.predict(noised, zeros, select(condition, zeros)).cpu()
 
-        for _ in range(2):
-            start = time.perf_counter()
-            list(self.batches[0].run(total, forward))
-        return total / (time.perf_counter() - start)
+        return measured(total, lambda: list(self.batches[0].run(total, forward)))
 
     def latents(self, pixels: list[Tensor]) -> Tensor:
         def encode(start: int, end: int) -> Tensor:

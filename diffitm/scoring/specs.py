@@ -10,7 +10,7 @@ from diffitm.core.storage import without_query
 from diffitm.models.loading import ModelSource, load_denoiser, lora_digest
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
-from diffitm.scoring.scorer import RowScorer
+from diffitm.scoring.scorer import CLIP_IMAGE_COST, RowScorer
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from diffitm.models.clip import ClipSource
@@ -28,6 +28,10 @@ class Spec(Protocol):
     @property
     def cost(self) -> int:
         """Forwards of the model a pair."""
+
+    @property
+    def image_cost(self) -> int:
+        """What an image costs beside them, in forwards."""
 
     def store_config(self) -> dict[str, Any]:
         """Everything that a score depends on."""
@@ -52,6 +56,7 @@ class DiffusionSpec:
     lora: str | None = None
     lora_name: str | None = None  # as the user typed it, for tables
     batch_size: int = 64
+    image_cost = 0
 
     @property
     def label(self) -> str:
@@ -108,6 +113,7 @@ class ClipSpec:
     root: str
     batch_size: int = 64
     cost = 1
+    image_cost = CLIP_IMAGE_COST
 
     @property
     def label(self) -> str:

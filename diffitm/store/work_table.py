@@ -13,7 +13,7 @@ from diffitm.store import pair_table
 from diffitm.store.score_store import Store
 
 PENDING = ".pending.parquet"
-FORMAT = "2"  # of work tables: an unfinished one of another format is closed
+FORMAT = "3"  # of work tables: an unfinished one of another format is closed
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class OpenWork:
 
     @property
     def resumed(self) -> bool:
-        return self.left.rows < self.table.rows
+        return self.left.pairs < self.table.pairs
 
 
 def open_work(
@@ -50,18 +50,18 @@ def open_work(
             state = json.loads(storage.read_text(note))
             mend(storage.join(folder, "checkpoint"))
             if state["examples"] == wanted:
-                counts = (state[name] for name in ("rows", "pairs", "stored"))
+                counts = (state[name] for name in ("images", "pairs", "stored"))
                 table = pair_table.WorkTable(storage.join(folder, "work.parquet"), *counts)
-                left = pair_table.remaining(table.uri, storage.join(folder, "checkpoint"))
-                if left.rows:
+                left = pair_table.remaining(table, storage.join(folder, "checkpoint"))
+                if left.pairs:
                     return OpenWork(folder, table, left)
             _close(folder, store)
         else:
             storage.delete_folder(storage.join(folder, "checkpoint"))
         number += 1
     table = write(storage.join(folder, "work.parquet"))
-    left = pair_table.Left(table.rows, table.pairs, table.stored)
-    if table.rows:
+    left = pair_table.Left(table.images, table.pairs, table.stored)
+    if table.pairs:
         state = {"examples": wanted, **left._asdict()}
         storage.write_text(storage.join(folder, "table.json"), json.dumps(state))
     return OpenWork(folder, table, left)

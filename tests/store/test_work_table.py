@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from diffitm.core.schema import Example
-from diffitm.store import pair_table, work_table
+from diffitm.store import blocks, pair_table, work_table
 from diffitm.store.run_summary import Done, summarise, write_summary
 from diffitm.store.score_store import Store, open_store
 from diffitm.store.work_table import OpenWork, finish, finished, open_pairs
@@ -32,7 +32,8 @@ def examples(tmp_path: Path) -> list[str]:
 
 
 def commit(work: OpenWork, name: str, *rows: int) -> Path:
-    """A file of the checkpoint, as Ray Data leaves it."""
+    """A file of the checkpoint, as Ray Data leaves it, of blocks that are an image each."""
+    blocks.cut(work.table.uri, blocks.Cost(1), work.table.pairs, lambda left: 2)
     folder = Path(work.checkpoint)
     folder.mkdir(exist_ok=True)
     parquet.write_table(pa.table({"row": list(rows)}), folder / name)
@@ -49,12 +50,12 @@ def test_an_unfinished_table_is_gone_on_with(
     """The same examples in any order; what its checkpoint holds is not done again."""
     first = open_pairs(str(tmp_path), store, examples, ["one", "two"])
     assert first.folder == str(tmp_path / "work" / store.name / "0000")
-    assert (first.table.rows, first.table.pairs) == (3, 6)
-    assert (first.left.rows, first.left.pairs, first.resumed) == (3, 6, False)
+    assert (first.table.images, first.table.pairs) == (3, 6)
+    assert (first.left.images, first.left.pairs, first.resumed) == (3, 6, False)
     commit(first, "a.parquet", 1)
     again = open_pairs(str(tmp_path), store, examples, ["two", "one"])
     assert (again.folder, again.table) == (first.folder, first.table)
-    assert (again.left.rows, again.left.pairs, again.resumed) == (2, 4, True)
+    assert (again.left.images, again.left.pairs, again.resumed) == (2, 4, True)
     assert not (Path(first.folder) / "done").exists()
 
 
@@ -66,7 +67,7 @@ def test_a_commit_that_a_kill_cut_is_taken_back(
     committed = commit(work, "a.parquet", 0)
     both, pending = commit(work, "a.pending.parquet", 0), commit(work, "b.pending.parquet", 1)
     again = open_pairs(str(tmp_path), store, examples, ["one"])
-    assert (again.folder, again.left.rows) == (work.folder, 2)
+    assert (again.folder, again.left.images) == (work.folder, 2)
     assert (committed.exists(), both.exists(), pending.exists()) == (True, False, True)
 
 
@@ -84,8 +85,8 @@ def test_a_table_of_other_examples_is_closed(
     assert json.loads((Path(old.folder) / "done").read_text()) == {"closed": True}
     assert score_files(store) == ["b1-0.parquet", "earlier-b2.parquet"]
     assert Path(new.folder).name == "0001"
-    lines = parquet.read_table(new.table.uri).to_pylist()
-    assert [(line["image"], line["texts"]) for line in lines] == [("b", ["x", "y"]), ("c", ["y"])]
+    asked = [(row.image, row.texts) for row in blocks.read_images(new.table.uri)]
+    assert asked == [("b", ["x", "y"]), ("c", ["y"])]
     back = open_pairs(str(tmp_path), store, examples, ["one"])
     assert Path(back.folder).name == "0002"
 
@@ -143,7 +144,7 @@ def test_nothing_to_do_leaves_no_table_to_go_on_with(
 ) -> None:
     write_scores(store, [score_row(image, text, [1.0]) for image in "abc" for text in "xy"])
     work = open_pairs(str(tmp_path), store, examples, ["one"])
-    assert (work.left.rows, work.left.pairs, work.resumed) == (0, 0, False)
+    assert (work.left.images, work.left.pairs, work.resumed) == (0, 0, False)
     assert not (Path(work.folder) / "table.json").exists()
 
 
