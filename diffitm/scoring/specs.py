@@ -56,6 +56,7 @@ class DiffusionSpec:
     lora: str | None = None
     lora_name: str | None = None  # as the user typed it, for tables
     batch_size: int = 64
+    compiled: bool = False
     image_cost = 0
 
     @property
@@ -69,7 +70,8 @@ class DiffusionSpec:
         return len(self.timesteps)
 
     def store_config(self) -> dict[str, Any]:
-        """Everything that a score depends on."""
+        """Everything that a score depends on. Compiling is none of it, as the size of batches: it rounds
+        otherwise, and where it fails an actor goes on without."""
         config = {
             "kind": "diffusion",
             "version": SCORE_VERSION,
@@ -101,7 +103,13 @@ class DiffusionSpec:
             raise InputError(f"timestep {max(self.timesteps)} is beyond the model's last, {last}")
         plan = make_plan(list(self.timesteps), denoiser.latent_shape, self.seed)
         return DiffusionScorer(
-            denoiser, plan, self.root, self.resize, self.batch_size, self.latent_seed
+            denoiser,
+            plan,
+            self.root,
+            self.resize,
+            self.batch_size,
+            self.latent_seed,
+            compiled=self.compiled,
         )
 
 
