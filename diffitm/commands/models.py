@@ -226,6 +226,8 @@ def _score(
     """Score a work table, close it and tell what was done."""
     from diffitm.commands.stages.score import score
 
+    if isinstance(spec, DiffusionSpec) and spec.compiled:
+        log.info("%s: actors compile it before they score, for a minute or more", store.model)
     done = score(spec, work, store, pool, plan)
     finish(work, done)
     made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"

@@ -15,6 +15,7 @@ from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from diffitm.core.schema import PairRow
 from diffitm.models.denoiser import Condition
+from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.compiled import CompiledPredict
@@ -182,6 +183,22 @@ def test_without_a_compiler(
     assert torch.equal(found, Rows().predict(*given))
     (line,) = [record.getMessage() for record in caplog.records if record.name == "diffitm"]
     assert "No working C++ compiler" in line and "no-such-compiler" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [tiny.write_sd, tiny.write_sdxl, tiny.write_dit])
+def test_every_family_is_one_graph(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    """As torch traces it, so that nothing of a forward stays outside of what is compiled."""
+    model = load_denoiser(resolve(str(write(tmp_path))))
+    torch._dynamo.reset()
+    traced = torch.compile(model.predict, dynamic=False, fullgraph=True, backend="eager")
+    given = (
+        torch.randn(2, *model.latent_shape),
+        torch.tensor([1, 900]),
+        model.encode_texts(["cat", ""]),
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(traced(*given), model.predict(*given))
 
 
 class Net(tiny.Fixed):
