@@ -5,7 +5,7 @@
 Random weights at the published sizes (benchmarks/published.py): what they score means nothing, what it
 costs does. Models are saved, loaded and called as diffitm does; beside the rates stands how fast the card
 multiplies matrices in the same precision. Every line is written as it is measured, and what does not fit
-into `--minutes` is left out by name. Needs torch, torchvision, diffusers, transformers, peft, safetensors,
+into `--minutes` is left out by name. Needs torch, torchvision, diffusers, transformers, safetensors,
 pyarrow and fsspec, but no Ray, no network and no data; `--tiny` tries it on a processor.
 """
 
@@ -379,7 +379,7 @@ def main() -> None:
     def keep(report: Report) -> None:
         (given.out / "speed.json").write_text(json.dumps(report, indent=1))
         (given.out / "speed.md").write_text(f"{show(report)}\n")
-        print(json.dumps(report["lines"][-1]), flush=True)
+        print(json.dumps(report["lines"][-1:]), flush=True)
 
     cases = [tiny(case) for case in CASES] if given.tiny else CASES
     end = time.monotonic() + 60 * given.minutes
