@@ -271,7 +271,8 @@ def load_scorer(
         prediction_type: what a diffusion model predicts, where its scheduler's config does not say it.
         batch_size: of forwards; one that does not fit a GPU's memory is halved.
         compile: a diffusion model by torch.compile, for batches of that size, which takes a minute or more at
-            the first; batches less than half full are not worth it and run as they are.
+            the first; smaller ones are filled up to it, so it is to be what a call has (images x texts x
+            timesteps).
 
     Raises:
         InputError: a name that means nothing, weights that cannot be loaded, or an option out of range.

@@ -21,10 +21,9 @@ CACHED = "Dynamo detected a call to a `functools.lru_cache`"  # of diffusers' ch
 class CompiledPredict:
     """Denoiser.predict, compiled by torch for whole batches of `batch`, whatever its size gets to be.
 
-    Each further shape would be a minute of compiling. So a batch that is at least half full is filled up with
-    copies of its last row, whose results are dropped. A smaller one, such as the late rounds of a race have,
-    costs less as it is and runs as without compiling, and so does everything once compiling has failed;
-    then `tell` is given the cause.
+    Each further shape would be a minute of compiling, and other code rounds otherwise. So a batch that is not
+    full is filled up with copies of its last row, whose results are dropped, and all scores come from the same
+    code. Where compiling fails, `tell` is given the cause once, and everything runs without.
     """
 
     def __init__(self, denoiser: Denoiser, batch: Batch) -> None:
@@ -40,7 +39,7 @@ class CompiledPredict:
     def __call__(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """As Denoiser.predict. Raises what that raises, and torch.OutOfMemoryError of compiling, too."""
         count, size = len(noised), self.batch.size
-        if self._compiled is None or 2 * count < size:
+        if self._compiled is None:
             return self.denoiser.predict(noised, timesteps, condition)
         rows = torch.arange(size, device=noised.device).clamp(max=count - 1)
         # Contiguous: of latents as a VAE leaves them, in another order, there would be other code.
