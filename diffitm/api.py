@@ -19,7 +19,7 @@ from diffitm.core import images as image_files
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.schema import SCORES, PairRow, read_block
-from diffitm.metrics.score import averaged, conditional_score, normalised_score
+from diffitm.metrics.score import averaged, conditional_score, normalised_score, other_dtype
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
 from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import plan_timesteps
@@ -159,9 +159,15 @@ class ImageTextScorer:
         found = []
         for run in races.run():
             if not run.finite:
-                raise InputError(f"{self.name} gives errors that are not finite", "scorer")
+                raise InputError(
+                    f"{self.name} gives errors that are not finite{self._hint}", "scorer"
+                )
             found.append(run.race.best())
         return np.array(found, int).reshape(len(found), len(found[0]) if found else k)
+
+    @property
+    def _hint(self) -> str:
+        return other_dtype(getattr(self.spec, "dtype", None), "dtype")
 
     def _check(self, texts: list[str]) -> None:
         """Raises InputError for what is no text; logs what is cut."""
@@ -189,6 +195,10 @@ class ImageTextScorer:
             for number in block:
                 values = [_value(lines[number, text], kind, text) for text in unique]
                 out[number] = np.stack(values)[place]
+        wrong = np.argwhere(~np.isfinite(out).all(2))
+        if len(wrong):
+            text = "%s: %d of %d pairs are NaN or infinite%s; such as images[%d] with texts[%d]"
+            log.warning(text, self.name, len(wrong), out[..., 0].size, self._hint, *wrong[0])
         return out
 
     def _load(self, picture: Picture, number: int) -> Loaded:
@@ -242,6 +252,7 @@ def load_scorer(
     variant: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     batch_size: int = 64,
+    compile: bool = False,
 ) -> ImageTextScorer:
     """Load what scores images against texts.
 
@@ -259,6 +270,9 @@ def load_scorer(
         variant: of a diffusion model's files, such as 'fp16'.
         prediction_type: what a diffusion model predicts, where its scheduler's config does not say it.
         batch_size: of forwards; one that does not fit a GPU's memory is halved.
+        compile: a diffusion model by torch.compile, for batches of that size, which takes a minute or more at
+            the first; smaller ones are filled up to it, so it is to be what a call has (images x texts x
+            timesteps).
 
     Raises:
         InputError: a name that means nothing, weights that cannot be loaded, or an option out of range.
@@ -292,6 +306,7 @@ def load_scorer(
         lora=locate(lora) if lora else None,
         lora_name=lora,
         batch_size=batch_size,
+        compiled=compile,
     )
     return ImageTextScorer(spec, device)
 

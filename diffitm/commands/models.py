@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffitm.core import storage
-from diffitm.evaluation.evaluate import other_dtype
 from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.options import ModelOptions, lora_names
 from diffitm.evaluation.race_table import Races, full_part, write_races
 from diffitm.evaluation.races import describe
+from diffitm.metrics.score import other_dtype
 from diffitm.models.loading import ModelSource, resolve
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
@@ -135,6 +135,7 @@ def _diffusion(
         lora=locate(lora) if lora else None,
         lora_name=storage.without_query(lora) if lora else None,
         batch_size=config.batch_size,
+        compiled=config.compile,
     )
 
 
@@ -228,13 +229,15 @@ def _score(
     """Score a work table, close it and tell what was done."""
     from diffitm.commands.stages.score import score
 
+    if isinstance(spec, DiffusionSpec) and spec.compiled:
+        log.info("%s: actors compile it before they score, for a minute or more", store.model)
     done = score(spec, work, store, pool, plan)
     finish(work, done)
     tidy(store)
     made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
     log.info("%s: %s", store.model, made)
     if done.not_finite:
-        text = "%s: %s of %s pairs have a score that is NaN or infinite%s"
-        hint = other_dtype(store.config.get("dtype"))
-        log.warning(text, store.model, f"{done.not_finite:,}", f"{done.pairs:,}", hint)
+        text = "%s: %s of %s pairs have a score that is NaN or infinite%s; such as %s"
+        hint, pairs = other_dtype(store.config.get("dtype")), ", ".join(done.strange)
+        log.warning(text, store.model, f"{done.not_finite:,}", f"{done.pairs:,}", hint, pairs)
     return done

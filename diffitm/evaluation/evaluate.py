@@ -27,6 +27,7 @@ from diffitm.metrics.columns import Columns
 from diffitm.metrics.credit import LOST, Credit, Credits
 from diffitm.metrics.figures import Decision, Decisions, Figure, Groups, Labels
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
+from diffitm.metrics.score import other_dtype
 from diffitm.scoring.racing import hold
 from diffitm.store.join import ScoredExample, ScoredPart, read_items, read_labels, read_parts
 from diffitm.store.pair_table import connect, examples_dataset
@@ -164,12 +165,6 @@ def error_of(store: Store, error: str) -> str:
     if error != "auto":
         return error
     return "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
-
-
-def other_dtype(dtype: str | None) -> str:
-    """What to say of scores that are not finite: which dtype may give some that are."""
-    wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(dtype or "")
-    return f" in {dtype}: try --dtype {wider}" if wider else ""
 
 
 def titles(stores: Sequence[Store]) -> list[str]:

@@ -73,6 +73,11 @@ class ModelOptions(OnActors):
         "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",
     )
     batch_size: int = option(64, "forwards of the model in one batch", at_least=1)
+    compile: bool = option(
+        False,
+        "compile the diffusion models (torch.compile) for batches of that size: takes a minute or more when "
+        "an actor starts",
+    )
     racing: float | None = option(
         None,
         "score candidates only as far as their decision needs: the probability, such as 0.01, that one comes "
@@ -169,6 +174,8 @@ def check_models(config: ModelOptions) -> tuple[list[str], list[tuple[int, ...]]
         except InputError as error:
             problems.append(error.on_command_line())
     problems += _list_problems(config) + _race_problems(config)
+    if config.compile and not config.model:
+        problems.append("--compile is of diffusion models: give a --model")
     timesteps = {}
     for count in asked_timesteps(config):
         try:

@@ -104,6 +104,12 @@ def _fitting(work: Callable[[int, int], T], start: int, end: int) -> list[T]:
     try:
         return [work(start, end)]
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in TOLD):
+        if is_out_of_memory(error):
             return []
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was too small."""
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in TOLD)
+    return told or isinstance(error, torch.OutOfMemoryError)

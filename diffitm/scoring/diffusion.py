@@ -15,6 +15,7 @@ from diffitm.core import images
 from diffitm.core.schema import PairRow
 from diffitm.models.denoiser import Condition, Denoiser, select
 from diffitm.scoring.batching import Batch, measured
+from diffitm.scoring.compiled import CompiledPredict
 from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import NoisePlan
 from diffitm.scoring.pair_errors import error_batches
@@ -40,6 +41,7 @@ class DiffusionScorer(RowScorer):
     """Scores pairs with a diffusion model: every image and text encoded once, every pair once.
 
     `root` is the data root, `resize` 'squash' or 'crop', `latent_seed` None for the posterior mean.
+    `compiled` has the denoiser's forwards compiled (scoring/compiled.py).
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class DiffusionScorer(RowScorer):
         batch_size: int = 64,
         latent_seed: int | None = None,
         text_cache_bytes: int = TEXT_CACHE_BYTES,
+        compiled: bool = False,
     ) -> None:
         self.denoiser, self.root, self.device = denoiser, root, denoiser.device
         self.plan = replace(plan, noise=plan.noise.to(self.device))
@@ -59,6 +62,7 @@ class DiffusionScorer(RowScorer):
         # VAE batches are small: at 512 px an encode weighs more than a forward of the U-Net.
         images = Batch(max(1, batch_size // 4), "batch size of images")
         self.batches = [Batch(batch_size), images, self.texts.batch]
+        self.compiled = CompiledPredict(denoiser, self.batches[0]) if compiled else None
         self.cost = len(plan)
         self.timesteps = plan.timesteps.tolist()
         self.elements = int(np.prod(denoiser.latent_shape))
@@ -135,7 +139,8 @@ class DiffusionScorer(RowScorer):
         def forward(start: int, end: int) -> Tensor:
             zeros = torch.zeros(end - start, dtype=torch.long, device=device)
             noised = torch.zeros(end - start, *self.denoiser.latent_shape, device=device)
-            return self.denoiser.predict(noised, zeros, select(condition, zeros)).cpu()
+            predict = self.compiled or self.denoiser.predict
+            return predict(noised, zeros, select(condition, zeros)).cpu()
 
         return measured(total, lambda: list(self.batches[0].run(total, forward)))
 
@@ -184,7 +189,13 @@ class _Forwards:
         now, self.left = self.left[:count], self.left[count:]
         scorer, items = self.scorer, torch.tensor(now).view(-1, 3)
         self.found += error_batches(
-            scorer.denoiser, self.latents, self.condition, scorer.plan, items, scorer.batches[0]
+            scorer.denoiser,
+            self.latents,
+            self.condition,
+            scorer.plan,
+            items,
+            scorer.batches[0],
+            scorer.compiled,
         )
 
 

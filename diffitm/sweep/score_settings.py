@@ -20,6 +20,7 @@ from diffitm.core.schema import Example
 from diffitm.evaluation.diagnostics import right_pairs
 from diffitm.metrics.figures import SECONDARY
 from diffitm.metrics.intervals import interval
+from diffitm.metrics.score import other_dtype
 from diffitm.store.join import ScoredExample, read_scored
 from diffitm.store.score_store import Store
 from diffitm.sweep.timestep_weights import Contrasts, learn, spread
@@ -82,7 +83,7 @@ def read_errors(task: Task, uri: str, store: Store, error: str) -> TaskErrors | 
     for item in read_scored(uri, store, error):
         reason = item.failure
         if reason is None and not np.isfinite(_main(item)).all():
-            reason = "an error is not finite"
+            reason = f"an error is not finite{other_dtype(store.config.get('dtype'))}"
         if reason is not None:
             failures[item.example.id] = reason
         elif not right_pairs(item).all():

@@ -19,7 +19,7 @@ from diffitm.core.schema import BLOCK, SCORES, WORK
 from diffitm.scoring.batching import Batch
 from diffitm.store.blocks import LEAST_SECONDS, Cost
 from diffitm.store.pair_table import Left, WorkTable
-from diffitm.store.run_summary import Done
+from diffitm.store.run_summary import Done, summarise
 from tests.ranks import Handle
 
 COST = 7  # forwards of a pair
@@ -118,6 +118,41 @@ def test_what_an_actor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [part.forwards for part in metrics.shown] == [2 * COST] * 2
     batch.tell("batch size 8")
     assert counter.read().smaller == ("batch size 8",)
+
+
+def test_a_model_that_is_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The actor tells the cause, the driver logs it once for all actors; the summary counts them."""
+    compiled = SimpleNamespace(tell=None)
+    monkeypatch.setattr(Scorer, "compiled", compiled, raising=False)
+    _, counter, _ = an_actor(monkeypatch, [])
+    tell: Any = compiled.tell
+    for _ in range(2):
+        tell("RuntimeError: no compiler")
+    lines = _Lines("m", Left(500, 1000, 0), Cost(COST), 2)
+    lines.tell(counter.read())
+    lines.tell_troubles(counter.read())
+    assert caplog.messages == ["m: --compile failed, so it runs without: RuntimeError: no compiler"]
+    assert summarise("m", counter.read()).not_compiled == 2
+
+
+def test_pairs_that_are_no_numbers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few of them, by image and text."""
+    actor, counter, _ = an_actor(monkeypatch, [])
+    scorer: Any = actor.scorer
+
+    def score_nan(rows: list[Any]) -> list[dict[str, Any]]:
+        lines = Scorer.score(scorer, rows)
+        return [line | {"l2": np.array([np.nan])} for line in lines]
+
+    scorer.score = score_nan
+    for image in ("a.png", "b.png"):
+        texts = ["x", "y" * 99]
+        actor(a_block(images=[image], texts=[texts]))
+    done = counter.read()
+    assert done.not_finite == 4
+    assert done.strange == ("a.png with 'x'", f"a.png with '{'y' * 59}", "b.png with 'x'")
 
 
 def test_time_in_which_images_are_waited_for_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +270,7 @@ def test_an_estimate_without_all_actors(
 
 def test_smaller_batches_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     lines = _Lines("m", Left(500, 1000, 0), Cost(COST), 2)
-    lines.tell_smaller(Done(smaller=("batch size 8", "batch size 8")))
-    lines.tell_smaller(Done(smaller=("batch size 8", "batch size 4")))
+    lines.tell_troubles(Done(smaller=("batch size 8", "batch size 8")))
+    lines.tell_troubles(Done(smaller=("batch size 8", "batch size 4")))
     text = "m: an actor ran out of GPU memory, "
     assert caplog.messages == [f"{text}batch size 8", f"{text}batch size 4"]

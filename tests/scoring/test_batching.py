@@ -235,9 +235,9 @@ def test_the_driver_is_told(
     with caplog.at_level(logging.WARNING, "diffitm"):
         for _ in range(2):
             ScoringActor(Spec(scorer(sd, root, 8)), "SD", "cpu", remote)  # type: ignore[arg-type]
-            lines.tell_smaller(remote.counter.read())
+            lines.tell_troubles(remote.counter.read())
         remote.remote(Done(smaller=("batch size 4 -> 2",)))
-        lines.tell_smaller(remote.counter.read())
+        lines.tell_troubles(remote.counter.read())
     told = [record.message for record in caplog.records]
     assert told == [
         f"SD: an actor ran out of GPU memory, batch size {change}"

@@ -178,7 +178,11 @@ def test_spec_builds_the_same_scorer(sd: StableDiffusion, sd_folder: Path, root:
     for name, value in changed.items():
         other = DiffusionSpec(**{**vars(spec), name: value})
         assert other.store_config() != config, name
-    assert DiffusionSpec(**{**vars(spec), "batch_size": 3}).store_config() == config
+    for name, value in {"batch_size": 3, "compiled": True}.items():
+        assert DiffusionSpec(**{**vars(spec), name: value}).store_config() == config, name
+    half = {**vars(spec), "dtype": "fp16"}
+    compiled = DiffusionSpec(**{**half, "compiled": True})
+    assert compiled.store_config() == {**DiffusionSpec(**half).store_config(), "compiled": True}
 
 
 def test_lora_and_its_scale_are_in_the_fingerprint(tmp_path: Path, sd_folder: Path) -> None:
@@ -194,15 +198,16 @@ def test_lora_and_its_scale_are_in_the_fingerprint(tmp_path: Path, sd_folder: Pa
 
 
 def test_a_spec_passes_everything_on(sd_folder: Path, root: Path) -> None:
-    """What a score depends on, and the batch size; timesteps are checked against the model."""
+    """What a score depends on, batch size and compiling; timesteps are checked against the model."""
     source = resolve(str(sd_folder))
     spec = DiffusionSpec(source, str(root), "paper", (3, 999), seed=4, dtype="bf16", resize="crop",
-                         latent_seed=6, batch_size=12)  # fmt: skip
+                         latent_seed=6, batch_size=12, compiled=True)  # fmt: skip
     built = spec.build("cpu")
     assert isinstance(built, DiffusionScorer)
     assert (built.root, built.resize, built.latent_seed) == (str(root), "crop", 6)
     assert (built.denoiser.dtype, built.timesteps, built.cost) == (torch.bfloat16, [3, 999], 2)
     assert [batch.size for batch in built.batches] == [12, 3, 12]
+    assert built.compiled is not None and built.compiled.batch is built.batches[0]
     assert torch.equal(built.plan.noise, standard_noise(2, built.denoiser.latent_shape, 4))
     with pytest.raises(InputError, match="timestep 1000 is beyond the model's last, 999"):
         DiffusionSpec(source, str(root), "paper", (1000, 3)).build("cpu")

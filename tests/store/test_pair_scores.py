@@ -110,6 +110,17 @@ def test_a_single_score_a_pair(tmp_path: Path, examples: str) -> None:
     assert table["failure"].to_pylist()[4] == "not scored yet"
 
 
+def test_an_error_that_is_not_finite(tmp_path: Path, examples: str) -> None:
+    """Its pair has no score, and another dtype is named."""
+    store = open_store(str(tmp_path), "m", {**CONFIG, "dtype": "fp16"})
+    pairs = [("a.jpg", "red"), ("a.jpg", "blue"), ("b.jpg", "red"), ("a.jpg", ""), ("b.jpg", "")]
+    infinite = [float("inf"), 1.0]
+    fill(store, [score_row(i, t, infinite if t == "blue" else [1.0, 1.0]) for i, t in pairs])
+    table = parquet.read_table(write_pairs(str(tmp_path), examples, store, "l2"))
+    failure = table["failure"].to_pylist()[1]
+    assert failure == "the score is not finite in fp16: try --dtype bf16 or fp32"
+
+
 def test_the_summary(tmp_path: Path, examples: str, store: Store) -> None:
     found = summarise(write_pairs(str(tmp_path), examples, store, "l2"), 2)
     assert (found.pairs, found.failures) == (6, 2)

@@ -24,7 +24,7 @@ from diffitm.distributed.session import ActorPool, standing, start_here
 from diffitm.distributed.stages import Build, checkpoint, in_rounds, read_table, through_actors
 from diffitm.store.blocks import Cost, Sizes, cut, read_blocks, read_index
 from diffitm.store.pair_table import remaining
-from diffitm.store.run_summary import Done
+from diffitm.store.run_summary import SHOWN, Done
 
 if TYPE_CHECKING:  # an actor imports this module, and its spec what else it needs
     from diffitm.scoring.batching import Batch, Stopwatch
@@ -63,9 +63,14 @@ class ScoringActor:
         self.loading: Stopwatch | None = getattr(self.scorer, "loading", None)
         for batch in self.batches:
             batch.tell = lambda line: counter.add.remote(Done(smaller=(line,)))
+        compiled = getattr(self.scorer, "compiled", None)
+        if compiled:
+            compiled.tell = lambda cause: counter.add.remote(Done(not_compiled=(cause,)))
         self.metrics = Metrics(name)
         others = ray.get(counter.read.remote())
-        rate = others.rate / others.actors if others.actors else self.scorer.measure_rate()
+        # One that compiles does so here, not in a block's time.
+        known = others.actors and not compiled
+        rate = others.rate / others.actors if known else self.scorer.measure_rate()
         counter.add.remote(Done(actors=1, rate=rate))
         self.free = time.perf_counter()
 
@@ -88,12 +93,14 @@ class ScoringActor:
     def _tell(self, lines: list[dict[str, Any]], start: float) -> None:
         """Count a block that was begun at `start`."""
         failed = sum(line["failure"] is not None for line in lines)
+        strange = [line for line in lines if not is_finite(line)]
         end, loading = time.perf_counter(), self._loading()
         done = Done(
             pairs=len(lines),
             forwards=sum(forwards(line, self.scorer.cost) for line in lines),
             failures=failed,
-            not_finite=sum(not is_finite(line) for line in lines),
+            not_finite=len(strange),
+            strange=tuple(f"{x['image']} with {x['text']!r:.60}" for x in strange[:SHOWN]),
             busy=end - start - loading,
             waited=start - self.free,
             inside=self.batches[0].spent() if self.batches else 0.0,
@@ -173,7 +180,7 @@ def score(
 
     in_rounds(store.model, execute, left, pool.min_actors)
     done = ray.get(counter.read.remote())
-    lines.tell_smaller(done)
+    lines.tell_troubles(done)
     return replace(done, seconds=time.monotonic() - start)
 
 
@@ -224,15 +231,18 @@ class _Lines:
         self.waited, self.first, self.next_line = 0, 0.0, 0.0
         self.told = set[str]()
 
-    def tell_smaller(self, done: Done) -> None:
-        """Log batches that got smaller, each change once, however many actors it was."""
-        for line in dict.fromkeys(done.smaller):
-            if line not in self.told:
-                log.warning("%s: an actor ran out of GPU memory, %s", self.name, line)
-                self.told.add(line)
+    def tell_troubles(self, done: Done) -> None:
+        """Log batches that got smaller and models that were not compiled, each change and cause once,
+        however many actors it was."""
+        texts = [f"an actor ran out of GPU memory, {line}" for line in done.smaller]
+        texts += [f"--compile failed, so it runs without: {cause}" for cause in done.not_compiled]
+        for text in dict.fromkeys(texts):
+            if text not in self.told:
+                log.warning("%s: %s", self.name, text)
+                self.told.add(text)
 
     def tell(self, done: Done) -> None:
-        self.tell_smaller(done)
+        self.tell_troubles(done)
         now = time.monotonic()
         self.waited += done.actors > 0
         enough = done.actors >= self.actors or self.waited > PATIENCE
