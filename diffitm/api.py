@@ -329,7 +329,7 @@ def evaluate(
 
     Args:
         scorer: what load_scorer gives, or a name for it.
-        tasks: names of tasks, or 'file.py:Class' of one's own.
+        tasks: names of tasks, 'file.py:Class' of one's own, or the file of one, 'mine.jsonl'.
         data: the data root; 'shapes' draws the embedded world.
         out: a folder or URI that keeps examples and scores: what it holds is not scored again. Without
             one, nothing is kept.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffitm.core import storage
-from diffitm.core.images import split_crop
+from diffitm.core.images import holder
 from diffitm.core.schema import Contest, Example
 from diffitm.evaluation.diagnostics import (
     Case,
@@ -486,7 +486,7 @@ def present(root: str, uri: str) -> str | None:
     first, listed = None, dict[str, set[str]]()
     for batch in examples_dataset([uri]).to_batches(columns=["images"]):
         for image in batch["images"].flatten().to_pylist():
-            path = split_crop(image)[0]
+            path = holder(image)
             folder, _, name = path.rpartition("/")
             if folder not in listed:  # a request a folder, not one an image
                 where = storage.join(root, folder) if folder else root

@@ -96,7 +96,8 @@ class GdbenchConfig(ModelOptions):
     """Options of pipelines/gdbench.py."""
 
     tasks: list[str] = option(
-        ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"
+        ["all"],
+        "which tasks: names; of your own mine.jsonl, .csv, .parquet or .tar, package.module:Class, file.py:Class",
     )
     data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
     out: str = option("out/gdbench", "folder or URI for scores, results and the report")

@@ -77,10 +77,10 @@ def check(task: Task, root: str) -> TaskState:
 
 def _look(task: str, root: str, crops: dict[str, set[Crop]]) -> tuple[list[str], list[str]]:
     """Images that are missing and images that are unreadable, with reasons."""
-    paths = sorted(crops)
-    there = set(_listed(root, {path.rpartition("/")[0] for path in paths}))
-    missing = [f"{path}: there is no such file" for path in paths if path not in there]
-    present = [path for path in paths if path in there]
+    files = {path: images.holder(path) for path in sorted(crops)}
+    there = set(_listed(root, {file.rpartition("/")[0] for file in files.values()}))
+    missing = [f"{p}: there is no such file" for p, file in files.items() if file not in there]
+    present = [path for path, file in files.items() if file in there]
     unreadable: list[str] = []
     told = time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:

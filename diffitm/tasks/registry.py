@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from diffitm.core.errors import InputError
 from diffitm.core.registry import find, load
 from diffitm.tasks.base import Task
+from diffitm.tasks.own_file import is_own_file, own_file
 
 ENTRY_POINTS = "diffitm.tasks"
 TASKS = {
@@ -34,10 +35,12 @@ TASKS = {
 
 def find_task(name: str) -> type[Task]:
     """A task's class: one of ours, an installed package's ('diffitm.tasks' entry point), or the
-    user's own as 'package.module:Class' or 'folder/file.py:Class'.
+    user's own as 'package.module:Class' or 'folder/file.py:Class', or the file of one (mine.jsonl).
 
     Raises InputError if there is none, or it is not a task.
     """
+    if is_own_file(name):
+        return own_file(name)
     installed: dict[str, EntryPoint] = {e.name: e for e in entry_points(group=ENTRY_POINTS)}
     if name in TASKS or (name not in installed and ":" not in name):
         known: type[Task] = find(TASKS | dict.fromkeys(installed, ""), name, "task")
