@@ -97,7 +97,7 @@ class GdbenchConfig(ModelOptions):
 
     tasks: list[str] = option(
         ["all"],
-        "which tasks: names; of your own mine.jsonl, .csv, .parquet or .tar, package.module:Class, file.py:Class",
+        "which tasks: names; of your own mine.jsonl (.csv, .parquet, .tar), module:Class or file.py:Class",
     )
     data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
     out: str = option("out/gdbench", "folder or URI for scores, results and the report")
