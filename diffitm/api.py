@@ -329,7 +329,7 @@ def evaluate(
 
     Args:
         scorer: what load_scorer gives, or a name for it.
-        tasks: names of tasks, 'file.py:Class' of one's own, or the file of one, 'mine.jsonl'.
+        tasks: names of tasks or suites, 'file.py:Class' of one's own, or the file of one, 'mine.jsonl'.
         data: the data root; 'shapes' draws the embedded world.
         out: a folder or URI that keeps examples and scores: what it holds is not scored again. Without
             one, nothing is kept.
@@ -376,9 +376,10 @@ def _evaluate(
     from diffitm.evaluation.examples import data_root, write_examples
     from diffitm.report.table import raced_note
     from diffitm.store.score_store import open_store
-    from diffitm.tasks.registry import find_task
+    from diffitm.tasks.registry import find_task, named
 
-    root = data_root(data, scenes, out)
+    tasks = named(tasks)
+    root = data_root(data, scenes, out, tasks)
     examples = write_examples(tasks, root, out, limit)
     spec: Any = scorer.spec
     spec = dataclasses.replace(spec, root=root)

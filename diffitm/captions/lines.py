@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,12 @@ class Line:
             raise self.wrong(name, right)
         return tuple(self._image(name, value, folder, right) for value in values)
 
+    def within(self, name: str) -> Line:
+        """The fields of a field. Raises InputError where it has none."""
+        if isinstance(value := self.fields.get(name), dict):
+            return Line(f"{self.where}, {name}", self.key, value, self.is_text)
+        raise self.wrong(name, "an object with fields")
+
     def label(self, name: str) -> str:
         """A text or a number as text, '' where there is none. Raises InputError."""
         value = self.fields.get(name)
@@ -112,9 +118,9 @@ class Line:
         return f"{folder}/{path}" if folder else path
 
 
-def read_lines(uri: str, root: str) -> Iterator[Line]:
+def read_lines(uri: str, root: str, columns: Sequence[str] = ()) -> Iterator[Line]:
     """The lines of JSON lines, of a JSON list or object, of CSV, TSV or Parquet, or of shards. An image that
-    the file holds is a reference below `root`.
+    the file holds is a reference below `root`. `columns` name the items of lists in a .json.
 
     In a shard a sample is all members of one name up to its first dot: fields are those of its .json; what
     is named KEY.FIELD.jpg is the image of a field, KEY.jpg that of `image`, KEY.0.jpg, KEY.1.jpg .. are the
@@ -128,7 +134,7 @@ def read_lines(uri: str, root: str) -> Iterator[Line]:
             for shard in shards(uri):
                 yield from _shard(shard, root)
         else:
-            yield from kinds[os.path.splitext(name)[1]](uri, root)
+            yield from kinds[os.path.splitext(name)[1]](uri, root, columns)
     except FileNotFoundError:
         raise InputError(f"there is no file {uri}") from None
     except (OSError, pa.ArrowInvalid, tarfile.TarError) as error:
@@ -142,20 +148,26 @@ def _line(uri: str, kind: str, key: Any, fields: Any, is_text: bool = False) -> 
     raise InputError(f"{where}: it is {shown(fields)!r}, it must be an object with fields")
 
 
-def _json_lines(uri: str, root: str) -> Iterator[Line]:
+def _json_lines(uri: str, root: str, columns: Sequence[str]) -> Iterator[Line]:
     with open_text(uri) as stream:
         for number, text in enumerate(stream, 1):
             if text.strip():
                 yield _line(uri, "line", number, _parsed(text, f"{uri}, line {number}"))
 
 
-def _json_file(uri: str, root: str) -> Iterator[Line]:
+def _json_file(uri: str, root: str, columns: Sequence[str]) -> Iterator[Line]:
     with open_text(uri) as stream:
         content = _parsed(stream.read(), uri)
     if isinstance(content, dict):
         yield from (_line(uri, "key", key, fields) for key, fields in content.items())
     elif isinstance(content, list):
-        yield from (_line(uri, "entry", n, fields) for n, fields in enumerate(content))
+        for number, fields in enumerate(content):
+            if columns and isinstance(fields, list) and len(fields) == len(columns):
+                fields = dict(zip(columns, fields, strict=True))
+            elif columns:
+                right = f"it must be a list of {len(columns)}: {', '.join(columns)}"
+                raise InputError(f"{uri}, entry {number}: it is {shown(fields)!r}, {right}")
+            yield _line(uri, "entry", number, fields)
     else:
         raise InputError(f"{uri}: it is {shown(content)!r}, it must be a list or an object")
 
@@ -167,7 +179,7 @@ def _parsed(text: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON: {error}") from error
 
 
-def _delimited(uri: str, root: str) -> Iterator[Line]:
+def _delimited(uri: str, root: str, columns: Sequence[str]) -> Iterator[Line]:
     delimiter = DELIMITERS[os.path.splitext(storage.without_query(uri).lower())[1]]
     _, lines = read_delimited(lambda: open_text(uri), uri, delimiter)
     yield from (_line(uri, "line", number, fields, True) for number, fields in lines)
@@ -181,7 +193,7 @@ def _below(uri: str, root: str) -> str:
     return path
 
 
-def _parquet(uri: str, root: str) -> Iterator[Line]:
+def _parquet(uri: str, root: str, columns: Sequence[str]) -> Iterator[Line]:
     found, path = storage.filesystem(uri)
     with found.open_input_file(path) as stream:
         file = parquet.ParquetFile(stream)

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diffitm")
 WORLD = "world.json"  # what marks a data root of drawn scenes
+ALL = (GdbenchConfig().tasks, ["all"])  # what of a report stands for all that it has
 
 
 class Prepared(NamedTuple):
@@ -113,7 +114,7 @@ def score_and_report(config: GdbenchConfig, out: str) -> None:
 def report_again(config: GdbenchConfig, out: str) -> None:
     """--report-only: the last run's examples and stores, with the chosen tasks and error."""
     last = read_record(out)
-    tasks = list(last.examples) if config.tasks == ["all"] else task_names(config)
+    tasks = list(last.examples) if config.tasks in ALL else task_names(config)
     if lacking := sorted(set(tasks) - set(last.examples)):
         raise InputError(f"--report-only: {out} holds no examples of {', '.join(lacking)}")
     config = _like_last(config, last.provenance["config"])
@@ -181,8 +182,9 @@ def prepare(config: GdbenchConfig) -> Prepared:
     out = storage.absolute(config.out)
     timesteps = check_options(config)
     sources = find_sources(config)
-    root = data_root(config.data, config.scenes, out)
-    examples = write_examples(task_names(config), root, out, config.limit)
+    tasks = task_names(config)
+    root = data_root(config.data, config.scenes, out, tasks)
+    examples = write_examples(tasks, root, out, config.limit)
     specs, pool = make_specs(config, sources, timesteps, root, out)
     stores = open_stores(specs, root, out)
     return Prepared(config, out, root, examples, specs, stores, pool)
@@ -216,7 +218,7 @@ def _print_check(config: GdbenchConfig, out: str) -> None:
     problems = task_problems(config)
     if problems:
         raise InputError("\n".join(problems))
-    root = data_root(config.data, config.scenes, out)
+    root = data_root(config.data, config.scenes, out, task_names(config))
     states = []
     for name in task_names(config):
         states.append(check(find_task(name)(), root))

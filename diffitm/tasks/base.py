@@ -27,7 +27,7 @@ from diffitm.metrics.credit import (
     winoground_chance,
     winogrounds,
 )
-from diffitm.metrics.figures import Decision, Figure, means
+from diffitm.metrics.figures import Decision, Figure, macro, means
 from diffitm.tasks.csv_files import csv_rows, csv_table
 
 
@@ -109,12 +109,25 @@ class Task(ABC):
                 f"{storage.join(root, self.folder, name)}: not JSON: {error}"
             ) from error
 
-    def lines(self, root: str, name: str) -> Iterator[Line]:
+    def lines(self, root: str, name: str, columns: Sequence[str] = ()) -> Iterator[Line]:
         """The lines of a file of the task's folder, as read_lines gives them. Raises InputError."""
         path = storage.join(root, self.folder, name)
         if not storage.exists(path):
             raise InputError(f"task {self.name} needs {path} (from {self.source})")
-        return read_lines(path, root)
+        return read_lines(path, root, columns)
+
+    def parquet_lines(self, root: str, split: str) -> Iterator[Line]:
+        """The lines of a split as the Hub has it: data/<split>-*.parquet, or without data/. Raises
+        InputError."""
+        folders = [storage.join(root, self.folder, "data"), storage.join(root, self.folder)]
+        for folder in folders:
+            names = [storage.name(path) for path in storage.files(folder, ".parquet")]
+            if kept := [name for name in names if name.startswith(f"{split}-")]:
+                for name in kept:
+                    yield from read_lines(storage.join(folder, name), root)
+                return
+        wanted = f"{folders[0]}/{split}-*.parquet"
+        raise InputError(f"task {self.name} needs {wanted} (from {self.source})")
 
     def read_rows(self, root: str, name: str) -> list[list[str]]:
         """The rows of a CSV file that are not empty, its header too. Raises InputError."""
@@ -210,8 +223,11 @@ class PairTask(Task):
     def contests(self, example: Example) -> list[Contest]:
         """Both texts of either image, and both images of either text; a task with credits of its own has
         none."""
-        if type(self).credits is not PairTask.credits:
-            return []
+        return self.pair_contests() if type(self).credits is PairTask.credits else []
+
+    @staticmethod
+    def pair_contests() -> list[Contest]:
+        """Those of two images and two texts."""
         return [*(Contest([2 * i, 2 * i + 1], 1) for i in (0, 1)), *image_contests()]
 
     def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:
@@ -226,6 +242,26 @@ class PairTask(Task):
 def image_contests() -> list[Contest]:
     """Of two images and two texts: both images of either text, by what the text explains."""
     return [Contest([j, 2 + j], 1, [4, 5]) for j in (0, 1)]
+
+
+def pair_of(
+    line: Line,
+    images: tuple[str, str],
+    texts: tuple[str, str],
+    groups: dict[str, str] | None = None,
+    folder: str = "",
+) -> Example:
+    """The example of a line with two images and their texts in these fields. Raises InputError."""
+    first, second = (line.image(name, folder) for name in images)
+    said = tuple(line.text(name) for name in texts)
+    return Example(line.key, (first, second), said, "both", cluster=first, groups=groups or {})
+
+
+def with_macro(decisions: Sequence[Decision], key: str) -> list[Figure]:
+    """The accuracy over all, the mean of the parts' accuracies, and each group's."""
+    whole, *groups = means(decisions)
+    kept = {decision.groups[key] for decision in decisions}
+    return [whole, macro(decisions, "accuracy", key, kept), *groups]
 
 
 def pictures(root: str, folder: str) -> str:

@@ -16,7 +16,7 @@ from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Contest, Example
 from diffitm.metrics.credit import Credit, Credits
-from diffitm.tasks.base import PairTask, RetrievalTask, Task
+from diffitm.tasks.base import PairTask, RetrievalTask, Task, pair_of
 
 PAIRS, CHOICES, PICKS = (
     ("i0", "i1", "c0", "c1"),
@@ -28,9 +28,7 @@ TAG = "tag"
 
 def pair(line: Line) -> Example:
     """Of i0, i1, c0, c1: two images and their captions, c0 of i0 and c1 of i1."""
-    images = line.image("i0"), line.image("i1")
-    texts = line.text("c0"), line.text("c1")
-    return Example(line.key, images, texts, "both", cluster=images[0], groups=_tag(line))
+    return pair_of(line, ("i0", "i1"), ("c0", "c1"), _tag(line))
 
 
 def choice(line: Line) -> Example:
