@@ -371,6 +371,7 @@ def _evaluate(
 ) -> pd.DataFrame:
     import pandas as pd
 
+    from diffitm.evaluation.cut_texts import count_cut
     from diffitm.evaluation.evaluate import error_of
     from diffitm.evaluation.evaluate import evaluate as figures
     from diffitm.evaluation.examples import data_root, write_examples
@@ -395,6 +396,7 @@ def _evaluate(
         _race_missing(scorer, examples, store, out, races)
     files = {name: part.uri for name, part in examples.items()}
     evaluation = figures(files, [store], racing=options)
+    count_cut([spec], files)  # which warns
     if evaluation.races:
         log.info("%s", raced_note(evaluation.races))
     for line in evaluation.failures:

@@ -30,6 +30,7 @@ from diffitm.commands.stages.probe import add_probes
 from diffitm.core import storage
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
+from diffitm.evaluation.cut_texts import count_cut
 from diffitm.evaluation.evaluate import error_of, evaluate, speeds, titles, write_results
 from diffitm.evaluation.examples import Examples, data_root, write_examples
 from diffitm.evaluation.options import (
@@ -104,6 +105,7 @@ def score_and_report(config: GdbenchConfig, out: str) -> None:
         drawn=storage.exists(storage.join(prepared.root, WORLD)),
         artifacts=extras.artifacts,
         provenance=record(asdict(config)) | {"stores": {s.name: s.config for s in prepared.stores}},
+        cut_texts=tuple(count_cut(prepared.specs, prepared.files)),
     )
     run_record.write()
     score_all([prepared], out)
@@ -149,6 +151,8 @@ def report(config: GdbenchConfig, record: RunRecord) -> None:
     evaluation = evaluate(record.examples, record.stores, config.error, weights, racing)
     add_probes(evaluation, out, artifacts.probes)
     evaluation.speeds = speeds(out, record.stores)
+    chosen = {find_task(name).name for name in record.examples}
+    evaluation.cut_texts = [part for part in record.cut_texts if part.task in chosen]
     table = make_table(evaluation, not record.drawn, config.published_bias)
     results = write_results(evaluation, record.provenance, out)
     storage.write_text(storage.join(out, "table.md"), markdown(table))

@@ -14,6 +14,7 @@ import numpy as np
 from diffitm.core import storage
 from diffitm.core.images import holder
 from diffitm.core.schema import Contest, Example
+from diffitm.evaluation.cut_texts import CutTexts
 from diffitm.evaluation.diagnostics import (
     Case,
     Count,
@@ -100,6 +101,7 @@ class Evaluation:
     cases: list[Case] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     races: list[RaceFigure] = field(default_factory=list)
+    cut_texts: list[CutTexts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -471,7 +473,17 @@ def speeds(out: str, stores: Sequence[Store]) -> list[Speed]:
 
 def write_results(evaluation: Evaluation, provenance: dict[str, Any], out: str) -> str:
     """results.json, provenance.json and failures.json below `out`; the path of the first."""
-    kinds = ("rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases", "races")
+    kinds = (
+        "rows",
+        "comparisons",
+        "counts",
+        "curves",
+        "denoising",
+        "speeds",
+        "cases",
+        "races",
+        "cut_texts",
+    )
     found = {kind: [asdict(line) for line in getattr(evaluation, kind)] for kind in kinds}
     path = storage.join(out, "results.json")
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))

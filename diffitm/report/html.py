@@ -57,7 +57,7 @@ def write_report(
         "chart": chart if overview else None,
         "patterns": looks.patterns,
         "main": _sortable(table, [line for line in table.lines if _is_main(line)]),
-        "note": " ".join(filter(None, (NOTE, table.raced))),
+        "note": " ".join([NOTE, *table.notes]),
         "races": _races(evaluation),
         "published": f"{LABEL}: Krojer et al. 2023, table 2." if table.published else "",
         "tests": _tests(evaluation.comparisons[:SHOWN_TESTS]),

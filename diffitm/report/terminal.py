@@ -45,6 +45,8 @@ def print_results(evaluation: Evaluation, table: Table) -> None:
         shown.add_row(f"  {group_label(line.group)}" if below else label, *cells)
     console.print(shown)
     console.print(NOTE)
+    if table.cut:
+        console.print(table.cut)
     _print_races(console, evaluation.races)
     _print_tests(console, evaluation.comparisons)
     for speed in evaluation.speeds:
