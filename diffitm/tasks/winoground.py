@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pyarrow import parquet
@@ -12,7 +13,7 @@ from pyarrow import parquet
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
-from diffitm.tasks.base import PairTask, entry
+from diffitm.tasks.base import PairTask, entry, pair_of
 
 FIELDS = ["id", "caption_0", "caption_1", "collapsed_tag", "num_main_preds"]
 FILES = ("data.json", "examples.jsonl", "data/examples.jsonl", "data.parquet")
@@ -20,7 +21,8 @@ IMAGE_FOLDERS = ("images", ".", "data/images")
 
 
 class Winoground(PairTask):
-    """data.json (or examples.jsonl, or Parquet) and images named ex_{id}_img_{0,1}.png."""
+    """data.json (or examples.jsonl, or Parquet) and images named ex_{id}_img_{0,1}.png; or
+    data/test-*.parquet with the images inside, as the Hub's image_0 and image_1."""
 
     name = "winoground"
     folder = "winoground"
@@ -28,6 +30,9 @@ class Winoground(PairTask):
 
     def examples(self, root: str) -> Iterator[Example]:
         """One example an entry, by collapsed tag and by number of main predicates."""
+        if not any(storage.exists(storage.join(root, self.folder, file)) for file in FILES):
+            yield from self._embedded(root)
+            return
         name, entries = self._entries(root)
         images, seen = None, set[int]()
         for line in entries:
@@ -48,12 +53,29 @@ class Winoground(PairTask):
                 groups=groups,
             )
 
-    def _entries(self, root: str) -> tuple[str, list[dict[str, Any]]]:
-        found = [f for f in FILES if storage.exists(storage.join(root, self.folder, f))]
-        if not found:
+    def _embedded(self, root: str) -> Iterator[Example]:
+        """The same of Parquet that holds the images. Raises InputError."""
+        where = storage.join(root, self.folder, "data")
+        if not any(
+            path.rpartition("/")[2].startswith("test-") for path in storage.files(where, ".parquet")
+        ):
             path = storage.join(root, self.folder, FILES[0])
             raise InputError(f"task {self.name} needs {path} (from {self.source})")
-        name = found[0]
+        seen = set[int]()
+        for line in self.parquet_lines(root, "test"):
+            number = line.number("id")
+            if number in seen:
+                raise line.wrong("id", "there once")
+            seen.add(number)
+            groups = {
+                "collapsed_tag": line.text("collapsed_tag"),
+                "num_main_preds": str(line.number("num_main_preds")),
+            }
+            found = pair_of(line, ("image_0", "image_1"), ("caption_0", "caption_1"), groups)
+            yield replace(found, id=str(number), cluster=str(number))
+
+    def _entries(self, root: str) -> tuple[str, list[dict[str, Any]]]:
+        name = next(f for f in FILES if storage.exists(storage.join(root, self.folder, f)))
         path = storage.join(root, self.folder, name)
         if name.endswith(".json"):
             entries = self.read_json(root, name)
