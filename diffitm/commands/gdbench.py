@@ -43,6 +43,7 @@ from diffitm.evaluation.options import (
 )
 from diffitm.evaluation.race_table import Races
 from diffitm.report.html import write_report
+from diffitm.report.means import means_latex, means_table
 from diffitm.report.table import latex, make_table, markdown
 from diffitm.report.terminal import print_results, print_state, print_summary
 from diffitm.scoring.specs import Spec
@@ -155,8 +156,12 @@ def report(config: GdbenchConfig, record: RunRecord) -> None:
     evaluation.cut_texts = [part for part in record.cut_texts if part.task in chosen]
     table = make_table(evaluation, not record.drawn, config.published_bias)
     results = write_results(evaluation, record.provenance, out)
-    storage.write_text(storage.join(out, "table.md"), markdown(table))
-    storage.write_text(storage.join(out, "table.tex"), latex(table))
+    means = means_table(table)
+    texts = markdown(table), latex(table)
+    if means is not None:
+        texts = f"{texts[0]}\n{markdown(means)}", f"{texts[1]}\n{means_latex(means)}"
+    for name, text in zip(("table.md", "table.tex"), texts, strict=True):
+        storage.write_text(storage.join(out, name), text)
     shown = (read_images(out, artifacts), read_curves(artifacts), read_pictures(artifacts))
     page = write_report(evaluation, table, record.provenance, record.root, out, *shown)
     print_results(evaluation, table)
