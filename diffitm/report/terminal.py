@@ -143,6 +143,8 @@ def print_state(state: TaskState) -> None:
     """A task's line of --check, with what is wrong and where the files come from."""
     console = Console(width=WIDTH, highlight=False, soft_wrap=True)
     counts = f"{state.examples:,} examples, {state.images:,} images" if state.images else ""
+    if counts and state.published not in (None, state.examples):
+        counts += f" (published are {state.published:,} examples)"
     console.print(f"{state.task:20} {state.state:11} {counts}", markup=False)
     if state.problem:
         console.print(f"    {state.problem}", markup=False)

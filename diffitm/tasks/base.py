@@ -36,6 +36,7 @@ class Task(ABC):
 
     `folder` is where its files lie below the data root, `source` where they come from and what
     licence or login they need. `graded`: its credits are decisions, 1 for right and 0 for wrong.
+    `published` is how many examples its authors tell of, where that is known.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task(ABC):
     source: str
     version = 1
     graded: ClassVar[bool] = True
+    published: ClassVar[int | None] = None
 
     @abstractmethod
     def examples(self, root: str) -> Iterator[Example]:

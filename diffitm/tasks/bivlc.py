@@ -18,6 +18,7 @@ class BiVlc(PairTask):
     """
 
     name = "bivlc"
+    published = 2933
     folder = "bivlc"
     source = "the Hub dataset imirandam/BiVLC (MIT)"
 

@@ -25,7 +25,7 @@ REPORT_EVERY = 10.0
 class TaskState:
     """What a data root has of a task. `problem` says which file is missing or wrong; `missing` and
     `unreadable` count images, `failed` the examples that their file itself spoils, `first` names one
-    of all these with the reason."""
+    of all these with the reason. `published` is how many examples there should be, where that is known."""
 
     task: str
     state: Literal["ready", "incomplete", "absent"]
@@ -37,6 +37,7 @@ class TaskState:
     failed: int = 0
     problem: str = ""
     first: str = ""
+    published: int | None = None
 
     @property
     def can_run(self) -> bool:
@@ -72,6 +73,7 @@ def check(task: Task, root: str) -> TaskState:
         unreadable=len(unreadable),
         failed=len(failures),
         first=bad[0] if bad else "",
+        published=task.published,
     )
 
 

@@ -24,6 +24,7 @@ class Cola(PairTask):
     """
 
     name = "cola"
+    published = 210
     folder = "cola"
     source = "arijitray1993/COLA (MIT); images of Visual Genome and GQA by their addresses"
 

@@ -20,6 +20,7 @@ class ColorSwap(PairTask):
     """
 
     name = "colorswap"
+    published = 300
     folder = "colorswap"
     source = "Top34051/colorswap (MIT); the Hub's copy, stanfordnlp/colorswap, asks for a login"
 

@@ -22,6 +22,7 @@ class SugarCrepe(RetrievalTask):
     """
 
     name = "sugarcrepe"
+    published = 7511
     folder = "sugarcrepe"
     source = "RAIVNLab/sugar-crepe (MIT); COCO's val2017 images"
 

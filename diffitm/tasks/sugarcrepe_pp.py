@@ -26,6 +26,7 @@ class SugarCrepePp(RetrievalTask):
     """
 
     name = "sugarcrepe_pp"
+    published = 4757
     folder = "sugarcrepe_pp"
     source = "Sri-Harsha/scpp (CC BY 4.0); COCO's val2017 images"
 

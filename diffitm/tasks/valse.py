@@ -35,6 +35,7 @@ class Valse(RetrievalTask):
     """
 
     name = "valse"
+    published = 7702
     folder = "valse"
     source = "Heidelberg-NLP/VALSE (MIT); images of COCO, Visual7W, SWiG and VisDial"
 

@@ -18,6 +18,7 @@ class VisMin(PairTask):
     """
 
     name = "vismin"
+    published = 2084
     folder = "vismin"
     source = "the Hub dataset mair-lab/vismin-bench (CC BY 4.0)"
 

@@ -80,6 +80,7 @@ class WhatsUpA(WhatsUp):
     """controlled_images_dataset.json: 412 photographs of a thing left of, right of, on or under another."""
 
     name = "whatsup_a"
+    published = 412
     file = "controlled_images_dataset.json"
 
 
@@ -88,6 +89,7 @@ class WhatsUpB(WhatsUp):
     another."""
 
     name = "whatsup_b"
+    published = 408
     file = "controlled_clevr_dataset.json"
 
 
@@ -116,6 +118,7 @@ class CocoOne(Spatial):
     """COCO-spatial, where one thing is: 2,247 entries, images below coco/val2017."""
 
     name = "coco_spatial_one"
+    published = 2247
     file = "coco_qa_one_obj.json"
     images = "coco/val2017"
     digits = 12
@@ -125,6 +128,7 @@ class CocoTwo(CocoOne):
     """COCO-spatial, where two things are: 440 entries."""
 
     name = "coco_spatial_two"
+    published = 440
     file = "coco_qa_two_obj.json"
 
 
@@ -132,6 +136,7 @@ class GqaOne(Spatial):
     """GQA-spatial, where one thing is: 1,160 entries, images below whatsup/vg_images."""
 
     name = "gqa_spatial_one"
+    published = 1160
     file = "vg_qa_one_obj.json"
     images = "whatsup/vg_images"
 
@@ -140,4 +145,5 @@ class GqaTwo(GqaOne):
     """GQA-spatial, where two things are: 291 entries."""
 
     name = "gqa_spatial_two"
+    published = 291
     file = "vg_qa_two_obj.json"

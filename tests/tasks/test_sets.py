@@ -20,6 +20,7 @@ from pyarrow import parquet
 from scipy import stats
 
 import diffitm
+from diffitm.commands.gdbench import GdbenchConfig, run
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
 from diffitm.metrics.figures import Decision
@@ -281,6 +282,23 @@ def test_against_a_plain_loop(
 def test_ready(name: str, drawn: Path) -> None:
     state = check(find_task(name)(), str(drawn))
     assert (state.state, state.missing, state.unreadable, state.failed) == ("ready", 0, 0, 0)
+
+
+def test_published_numbers_are_told(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there are more or fewer examples; parts of the published numbers add up."""
+    config = GdbenchConfig(
+        tasks=["whatsup_a", "naturalbench"], data=str(drawn), out=str(tmp_path), check=True
+    )
+    run(config)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith("16 examples, 16 images (published are 412 examples)")
+    assert second.endswith("4 examples, 8 images")
+    parts = (692, 2062, 788, 1652, 1406, 666, 245)
+    assert find_task("sugarcrepe").published == sum(parts)
+    valid = (505, 851, 868, 900, 691, 535, 648, 949, 708, 104, 943)
+    assert find_task("valse").published == sum(valid)
 
 
 @pytest.mark.parametrize("name", SETS)
