@@ -345,7 +345,7 @@ def evaluate(
 
     Args:
         scorer: what load_scorer gives, or a name for it.
-        tasks: names of tasks, or 'file.py:Class' of one's own.
+        tasks: names of tasks or suites, 'file.py:Class' of one's own, or the file of one, 'mine.jsonl'.
         data: the data root; 'shapes' draws the embedded world.
         out: a folder or URI that keeps examples and scores: what it holds is not scored again. Without
             one, nothing is kept.
@@ -387,6 +387,7 @@ def _evaluate(
 ) -> pd.DataFrame:
     import pandas as pd
 
+    from diffitm.evaluation.cut_texts import count_cut
     from diffitm.evaluation.evaluate import error_of
     from diffitm.evaluation.evaluate import evaluate as figures
     from diffitm.evaluation.examples import data_root, write_examples
@@ -394,9 +395,10 @@ def _evaluate(
     from diffitm.store.compaction import tidy
     from diffitm.store.score_store import open_store
     from diffitm.store.work_table import is_open
-    from diffitm.tasks.registry import find_task
+    from diffitm.tasks.registry import find_task, named
 
-    root = data_root(data, scenes, out)
+    tasks = named(tasks)
+    root = data_root(data, scenes, out, tasks)
     examples = write_examples(tasks, root, out, limit)
     spec: Any = scorer.spec
     spec = dataclasses.replace(spec, root=root)
@@ -414,6 +416,7 @@ def _evaluate(
         tidy(store)
     files = {name: part.uri for name, part in examples.items()}
     evaluation = figures(files, [store], racing=options)
+    count_cut([spec], files)  # which warns
     if evaluation.races:
         log.info("%s", raced_note(evaluation.races))
     for line in evaluation.failures:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from diffitm.core import storage
-from diffitm.core.images import split_crop
+from diffitm.core.images import holder
 from diffitm.core.schema import Contest, Example
+from diffitm.evaluation.cut_texts import CutTexts
 from diffitm.evaluation.diagnostics import (
     Case,
     Count,
@@ -101,6 +102,7 @@ class Evaluation:
     cases: list[Case] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     races: list[RaceFigure] = field(default_factory=list)
+    cut_texts: list[CutTexts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -468,7 +470,17 @@ def speeds(out: str, stores: Sequence[Store]) -> list[Speed]:
 
 def write_results(evaluation: Evaluation, provenance: dict[str, Any], out: str) -> str:
     """results.json, provenance.json and failures.json below `out`; the path of the first."""
-    kinds = ("rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases", "races")
+    kinds = (
+        "rows",
+        "comparisons",
+        "counts",
+        "curves",
+        "denoising",
+        "speeds",
+        "cases",
+        "races",
+        "cut_texts",
+    )
     found = {kind: [asdict(line) for line in getattr(evaluation, kind)] for kind in kinds}
     path = storage.join(out, "results.json")
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
@@ -483,7 +495,7 @@ def present(root: str, uri: str) -> str | None:
     first, listed = None, dict[str, set[str]]()
     for batch in examples_dataset([uri]).to_batches(columns=["images"]):
         for image in batch["images"].flatten().to_pylist():
-            path = split_crop(image)[0]
+            path = holder(image)
             folder, _, name = path.rpartition("/")
             if folder not in listed:  # a request a folder, not one an image
                 where = storage.join(root, folder) if folder else root

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +13,7 @@ from diffitm.models.lora import lora_file
 from diffitm.scoring.custom import find_scorer
 from diffitm.scoring.noise_plan import plan_timesteps
 from diffitm.scoring.racing import Racing, Rounds
-from diffitm.tasks.registry import TASKS, find_task
+from diffitm.tasks.registry import find_task, named
 
 TRAINED = 1000  # timesteps that diffusion models are trained with, and slices of the noise table
 MOST = 2**63 - 1  # what a generator takes as a seed
@@ -101,7 +100,8 @@ class GdbenchConfig(ModelOptions):
     """Options of pipelines/gdbench.py."""
 
     tasks: list[str] = option(
-        ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"
+        ["gdbench"],
+        "which tasks: names; of your own mine.jsonl (.csv, .parquet, .tar), module:Class or file.py:Class",
     )
     data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
     out: str = option("out/gdbench", "folder or URI for scores, results and the report")
@@ -139,9 +139,8 @@ def lora_names(config: ModelOptions) -> list[str | None]:
 
 
 def task_names(config: GdbenchConfig) -> list[str]:
-    """The chosen tasks, each once; 'all' stands for every task of ours."""
-    named = [TASKS if name == "all" else [name] for name in config.tasks]
-    return list(dict.fromkeys(itertools.chain.from_iterable(named)))
+    """The chosen tasks, each once; a suite stands for its tasks."""
+    return named(config.tasks)
 
 
 def check_options(config: GdbenchConfig) -> list[tuple[int, ...]]:

@@ -20,7 +20,7 @@ from peft.utils import get_peft_model_state_dict
 import diffitm
 from diffitm.models.loading import SHAPES
 from diffitm.shapes.layouts import write_world
-from diffitm.tasks.registry import TASKS
+from diffitm.tasks.registry import GDBENCH
 from tests import pipeline
 from tests.scoring.test_custom import CODE
 
@@ -41,10 +41,10 @@ def test_whole_run(tmp_path: Path) -> None:
         "--model", "shapes", "--clip", "shapes", "--data", "shapes", "--scenes", 10,
         "--timesteps", 4, "--actors", 1, "--out", out,
     )  # fmt: skip
-    for word in ("diffusion naive", "diffusion normalised", "CLIP", "chance", *TASKS):
+    for word in ("diffusion naive", "diffusion normalised", "CLIP", "chance", *GDBENCH):
         assert word in done.stdout
     rows = pipeline.rows(out)
-    assert {row["task"] for row in rows} == set(TASKS)
+    assert {row["task"] for row in rows} == set(GDBENCH)
     assert {row["score"] for row in rows} == {"conditional", "normalised", "cosine"}
     scored = [row for row in rows if row["value"] is not None]
     assert len(scored) > 100

@@ -24,7 +24,7 @@ from diffitm.shapes.layouts import write_world
 from diffitm.store import pair_table
 from diffitm.store.blocks import read_images
 from diffitm.store.score_store import Store, open_store
-from diffitm.tasks.registry import TASKS, find_task
+from diffitm.tasks.registry import GDBENCH, find_task
 from tests import browser
 from tests.tiny import score_row, write_scores
 
@@ -38,7 +38,7 @@ def scored_world(root: Path) -> tuple[dict[str, str], list[Store]]:
     write_world(str(data), 12)
     examples = {
         name: pair_table.write_examples(name, find_task(name)().examples(str(data)), out, None)[0]
-        for name in TASKS
+        for name in GDBENCH
     }
     base = {"kind": "diffusion", "protocol": "diffusionitm", "seed": 0, "root": str(data)}
     stores = [
@@ -443,7 +443,7 @@ def test_terminal_shows_tasks_tests_and_failures(
     evaluation = written[1]
     terminal.print_results(evaluation, make_table(evaluation))
     text = capsys.readouterr().out
-    for name in TASKS:
+    for name in GDBENCH:
         assert name in text
     assert f"failures {len(evaluation.failures)}" in text
     assert "Paired tests" in text
