@@ -21,9 +21,9 @@ CACHED = "Dynamo detected a call to a `functools.lru_cache`"  # of diffusers' ch
 class CompiledPredict:
     """Denoiser.predict, compiled by torch for whole batches of `batch`, whatever its size gets to be.
 
-    Each further shape would be a minute of compiling, and other code rounds otherwise. So a batch that is not
-    full is filled up with copies of its last row, whose results are dropped, and all scores come from the same
-    code. Where compiling fails, `tell` is given the cause once, and everything runs without.
+    Each further shape would be a minute of compiling, and other code rounds otherwise. So a batch that is
+    not full is filled up with copies of its last row, whose results are dropped, and all scores come from
+    the same code. Where compiling fails, `tell` is given the cause once, and everything runs without.
     """
 
     def __init__(self, denoiser: Denoiser, batch: Batch) -> None:

@@ -180,6 +180,9 @@ def test_spec_builds_the_same_scorer(sd: StableDiffusion, sd_folder: Path, root:
         assert other.store_config() != config, name
     for name, value in {"batch_size": 3, "compiled": True}.items():
         assert DiffusionSpec(**{**vars(spec), name: value}).store_config() == config, name
+    half = {**vars(spec), "dtype": "fp16"}
+    compiled = DiffusionSpec(**{**half, "compiled": True})
+    assert compiled.store_config() == {**DiffusionSpec(**half).store_config(), "compiled": True}
 
 
 def test_lora_and_its_scale_are_in_the_fingerprint(tmp_path: Path, sd_folder: Path) -> None:
