@@ -72,13 +72,17 @@ class Store:
         """All rows written so far, in the order in which they count; files that a kill cut off are left out.
 
         Of `images`, sorted, it holds at least all rows, and leaves out those row groups in which none of them
-        can be. Raises InputError as manifest.look does.
+        can be. Raises InputError as manifest.look does, and for a file of the manifest that cannot be read.
         """
         contents = look(self.uri)
         if images is None:
             return self._files(contents.names)
         found, folder = storage.filesystem(self.uri)
         footers = storage.footers(self.uri, (file.name for file in contents.listed))
+        if lost := [file.name for file in contents.listed if file.name not in footers]:
+            if look(self.uri).manifest != contents.manifest:  # it was compacted meanwhile
+                return self.dataset(images)
+            raise InputError(f"{storage.join(self.uri, lost[0])} cannot be read: restore the file")
         form, parts = ds.ParquetFileFormat(), []
         for name, footer in {**footers, **contents.appended}.items():
             if groups := _groups(footer, images):
