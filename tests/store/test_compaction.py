@@ -355,6 +355,21 @@ def test_files_that_go_while_they_are_listed(store: Store, monkeypatch: pytest.M
     assert content(store) == before
 
 
+def test_files_that_go_before_they_are_opened(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = content(store), look
+
+    def overtaken(uri: str) -> Any:
+        monkeypatch.setattr(score_store, "look", seen)
+        found = seen(uri)
+        compact(store)
+        return found
+
+    monkeypatch.setattr(score_store, "look", overtaken)
+    assert content(store) == before
+
+
 def test_files_that_go_while_they_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Store.dataset
 
