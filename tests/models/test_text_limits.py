@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,6 +37,13 @@ def test_a_clip() -> None:
     expected = sum(n > length for n in lengths)
     assert 0 < expected < len(TEXTS)
     assert tell_long_texts(source, TEXTS) == expected
+
+
+def test_a_model_without_texts() -> None:
+    """DiT has classes and no tokenizer: nothing is cut."""
+    source = replace(resolve("shapes"), family="DiTPipeline")
+    assert tell_long_texts(source, TEXTS) == 0
+    assert (TextLimits(source).cut(TEXTS), TextLimits(source).most) == (set(), 0)
 
 
 @pytest.mark.parametrize(
