@@ -97,11 +97,11 @@ class Line:
         raise self.wrong(name, "an object with fields")
 
     def label(self, name: str) -> str:
-        """A text or a number as text, '' where there is none. Raises InputError."""
+        """A text or a whole number as text, '' where there is none. Raises InputError."""
         value = self.fields.get(name)
         if value is None or isinstance(value, str | int):
             return "" if value is None else str(value)
-        raise self.wrong(name, "a text or a number")
+        raise self.wrong(name, "a text or a whole number")
 
     def _list(self, name: str) -> Any:
         value = self.fields.get(name)

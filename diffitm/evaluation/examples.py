@@ -49,8 +49,12 @@ def write_examples(
     """The examples of every task, by its name; at most `limit` of each. Raises InputError with all that
     is missing."""
     examples, problems = {}, []
+    chosen = dict[str, str]()
     for name in tasks:
         task = find_task(name)()
+        if (other := chosen.setdefault(task.name, name)) != name:
+            problems.append(f"tasks {other} and {name} are both named {task.name}; rename one")
+            continue
         folder = storage.join(out, "examples")
         try:
             uri, count = pair_table.write_examples(task.name, task.examples(root), folder, limit)

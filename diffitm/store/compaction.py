@@ -114,18 +114,9 @@ class _Compaction:
 
     def run(self) -> None:
         """Adopt large files as they are and join the others."""
-        sizes, appended = self.contents.sizes, self.contents.appended
         before = len(self.contents.names)
-        last = [file for file in self.files[-1:] if file.bytes < LEAST]
-        large = [name for name in appended if sizes[name] >= LEAST]
-        adopted = [
-            Listed(name, sizes[name], appended[name].num_rows, self._holds_parts(name))
-            for name in large
-        ]
-        self.files = [*self.files[: len(self.files) - len(last)], *adopted, *last]
-        self._commit(())
-        names = [*(file.name for file in last), *(name for name in appended if name not in large)]
-        self._join(names)
+        last = [file.name for file in self.files[-1:] if file.bytes < LEAST]
+        self._join([*last, *self.contents.appended])
         took, size = time.monotonic() - self.start, sum(file.bytes for file in self.files)
         text = "%s: %s files of scores became %s (%.1f MB) in %.0f s"
         log.info(text, self.store.model, f"{before:,}", f"{len(self.files):,}", size / 1e6, took)
@@ -133,16 +124,28 @@ class _Compaction:
     def _join(self, names: list[str]) -> None:
         output, taken, done = None, list[str](), 0
         for name, tables in self._read(names):
+            # What comes before a large file is finished first, so that no row changes its place in the order.
+            is_large = self.contents.sizes[name] >= LEAST
+            if output and (is_large or output.bytes >= LEAST):
+                self._finish(output, taken)
+                done, output, taken = done + len(taken), None, []
+            if is_large:
+                self._adopt(name)
+                done += 1
+                continue
             output = output or _Output(self._new_file(), self.found)
             for table in tables:
                 output.add(table)
             taken.append(name)
-            if output.bytes >= LEAST:
-                self._finish(output, taken)
-                done, output, taken = done + len(taken), None, []
             self._tell(done + len(taken), len(names))
         if output:
             self._finish(output, taken)
+
+    def _adopt(self, name: str) -> None:
+        rows = self.contents.appended[name].num_rows
+        listed = Listed(name, self.contents.sizes[name], rows, self._holds_parts(name))
+        self.files.append(listed)
+        self._commit(())
 
     def _finish(self, output: _Output, taken: list[str]) -> None:
         """Make the output count in place of the files that it holds, and delete these."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -127,8 +129,9 @@ class Task(ABC):
         for folder in folders:
             names = [storage.name(path) for path in storage.files(folder, ".parquet")]
             if kept := [name for name in names if name.startswith(f"{split}-")]:
-                for name in kept:
-                    yield from read_lines(storage.join(folder, name), root)
+                files = (read_lines(storage.join(folder, name), root) for name in kept)
+                for number, line in enumerate(itertools.chain.from_iterable(files)):
+                    yield replace(line, key=str(number))  # each file counts from 0
                 return
         wanted = f"{folders[0]}/{split}-*.parquet"
         raise InputError(f"task {self.name} needs {wanted} (from {self.source})")

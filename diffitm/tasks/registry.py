@@ -80,15 +80,18 @@ def find_task(name: str) -> type[Task]:
     Raises InputError if there is none, or it is not a task.
     """
     if is_own_file(name):
-        return own_file(name)
+        found = own_file(name)
+        if found.name in TASKS:
+            raise InputError(f"task {name}: {found.name} is a task of ours; rename the file")
+        return found
     installed: dict[str, EntryPoint] = {e.name: e for e in entry_points(group=ENTRY_POINTS)}
     if name in TASKS or (name not in installed and ":" not in name):
         known: type[Task] = find(TASKS | dict.fromkeys(installed, ""), name, "task")
         return known
     try:
-        found = installed[name].load() if name in installed else load(name)
+        made = installed[name].load() if name in installed else load(name)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise InputError(f"task {name!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Task)):
+    if not (isinstance(made, type) and issubclass(made, Task)):
         raise InputError(f"task {name!r} is not a subclass of diffitm.tasks.base.Task")
-    return found
+    return made

@@ -172,8 +172,12 @@ def test_whole_files_are_written_once(store: Store) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_large_file_is_taken_as_it_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its place: a pair that a file before it and one behind it have, too, keeps its first line."""
     compact(store)
-    write_scores(store, rows_of(range(20, 80), "large"), "taken-1")
+    last = parquet.read_table(Path(store.uri, look(store.uri).names[-1])).to_pylist()
+    again = [score_row(row["image"], row["text"], [9.0] * len(STEPS)) for row in last[:1]]
+    write_scores(store, [*rows_of(range(20, 80), "large"), *again], "taken-1")
+    write_scores(store, [score_row("d/20", "tlarge0", [7.0] * len(STEPS))], "a-before")
     large = Path(store.uri, "taken-1.parquet").stat()
     monkeypatch.setattr(compaction, "LEAST", large.st_size)
     for number in range(3):

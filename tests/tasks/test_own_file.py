@@ -22,6 +22,7 @@ from diffitm.commands.gdbench import GdbenchConfig, run
 from diffitm.core import images
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
+from diffitm.evaluation.examples import write_examples
 from diffitm.tasks.check import check
 from diffitm.tasks.registry import find_task
 
@@ -214,7 +215,7 @@ def test_images_in_a_zip(tmp_path: Path) -> None:
         ("pairs", {"c1": 5}, "line 2: c1 is '5', it must be a text"),
         ("pairs", {"i1": ""}, "line 2: i1 is '', it must be the path of an image"),
         ("pairs", {"i0": "../red.png"}, "line 2: i0 is '../red.png', it must be the path of an"),
-        ("pairs", {"tag": ["a"]}, """line 2: tag is '["a"]', it must be a text or a number"""),
+        ("pairs", {"tag": ["a"]}, """line 2: tag is '["a"]', it must be a text or a whole number"""),
         ("choices", {"right": 3}, "line 2: right is '3', it must be a whole number of 0 to 2"),
         ("choices", {"right": True}, "line 2: right is 'true', it must be a whole number of 0"),
         ("choices", {"texts": ["grey"]}, "it must be a list of 2 texts or more"),
@@ -296,3 +297,16 @@ def test_from_python(tmp_path: Path) -> None:
     assert set(found["task"]) == {"mine"}
     assert set(found["group"]) == {"all", "tag=colour", "tag=other"}
     assert found.set_index("group").loc["all", "n"] == 2
+
+
+def test_names_that_others_have(tmp_path: Path) -> None:
+    """Two of one name would be one line of a table."""
+    put_images(tmp_path)
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        put_jsonl(tmp_path / folder, CHOICES)
+    tasks = [str(tmp_path / folder / "mine.jsonl") for folder in ("x", "y")]
+    with pytest.raises(InputError, match=f"tasks {tasks[0]} and {tasks[1]} are both named mine"):
+        write_examples(tasks, str(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(InputError, match=r"winoground is a task of ours; rename the file"):
+        find_task("folder/winoground.csv")

@@ -427,10 +427,13 @@ def test_colorswap_from_the_hub(root: Path) -> None:
                 for k in (1, 2)
             }
     (folder / "test.json").unlink()
-    parquet.write_table(pa.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
+    for number, part in enumerate((rows[:1], rows[1:])):
+        name = f"test-0000{number}-of-00002.parquet"
+        parquet.write_table(pa.Table.from_pylist(part), folder / name)
     found = examples("colorswap", root)
     assert [e.texts for e in found] == published
-    assert found[0].images[1] == "colorswap/data/test-00000-of-00001.parquet#row=0,column=image_2"
+    assert [e.id for e in found] == [str(number) for number in range(len(rows))]
+    assert found[1].images[1] == "colorswap/data/test-00001-of-00002.parquet#row=0,column=image_2"
     assert check(find_task("colorswap")(), str(root)).state == "ready"
 
 
