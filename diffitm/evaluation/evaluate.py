@@ -39,10 +39,11 @@ from diffitm.tasks.base import Task
 from diffitm.tasks.registry import find_task
 
 # What tells two stores of one model apart, in the words of a table.
-SETTINGS = ("protocol", "dtype", "resize", "seed", "latent_seed", "variant", "root")
+SETTINGS = ("protocol", "dtype", "resize", "seed", "latent_seed", "empty", "variant", "root")
+UNSAID = {"empty": "text"}  # what a setting is where a store does not say it
 
 # What errors must share to be compared.
-MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed", "root")
+MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed", "empty", "root")
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,14 @@ def evaluate(
     return evaluation
 
 
+OF_NORM = ("diffusionitm", "snr", "selfbench")  # protocols whose error is the l2 norm
+
+
 def error_of(store: Store, error: str) -> str:
     """The kind of error that is averaged: `error`, or for 'auto' the protocol's own."""
     if error != "auto":
         return error
-    return "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
+    return "l2" if store.config.get("protocol", "diffusionitm") in OF_NORM else "mse"
 
 
 def titles(stores: Sequence[Store]) -> list[str]:
@@ -180,7 +184,7 @@ def titles(stores: Sequence[Store]) -> list[str]:
             if len({len(c.get("timesteps", [])) for c in others}) > 1:
                 told.append(f"{len(store.config['timesteps'])} timesteps")
             differ = [k for k in SETTINGS if len({str(c.get(k)) for c in others}) > 1]
-            told += [f"{k} {store.config.get(k)}" for k in differ]
+            told += [f"{k} {store.config.get(k, UNSAID.get(k))}" for k in differ]
         found.append(", ".join([store.model, *told]))
     return found
 

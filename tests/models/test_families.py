@@ -1,0 +1,345 @@
+"""Transformer families against diffusers' own pipelines, and a plain reference of their errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from diffitm.core import registry
+from diffitm.core.errors import InputError
+from diffitm.core.schema import PairRow
+from diffitm.models.denoiser import Denoiser
+from diffitm.models.flow import FlowDiffusion, pack, unpack
+from diffitm.models.loading import FAMILIES, load_denoiser, resolve
+from diffitm.models.model_check import check_loadable
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring.pair_errors import pair_errors
+from diffitm.scoring.specs import DiffusionSpec
+from diffitm.scoring.text_cache import TextCache
+from tests import families, tiny
+
+TEXTS = ["A red cube", "a small blue sphere, left of it", ""]
+# What the pipelines are asked so that they draw one square of the model's own size, unguided.
+ASKED: dict[str, dict[str, Any]] = {
+    "PixArt": {"use_resolution_binning": False, "clean_caption": False},
+    "Sana": {"use_resolution_binning": False, "guidance_scale": 1.0},
+    "SD3": {"guidance_scale": 1.0},
+    "FLUX": {"guidance_scale": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Do not write into them."""
+    above = tmp_path_factory.mktemp("families")
+    return {name: families.write(name, above / name.replace(" ", "-")) for name in families.WRITERS}
+
+
+@pytest.fixture(scope="module")
+def models(folders: dict[str, Path]) -> dict[str, Any]:
+    """Do not change them."""
+    return {name: load_denoiser(resolve(str(folder))) for name, folder in folders.items()}
+
+
+def asked(name: str) -> dict[str, Any]:
+    given = next(value for start, value in ASKED.items() if name.startswith(start))
+    return {"guidance_scale": 1.0, **given}
+
+
+def latents_of(model: Denoiser, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, *model.latent_shape, generator=generator)
+
+
+def spied(module: Any, run: Any) -> list[dict[str, Any]]:
+    """The arguments of each forward of a module while `run` runs."""
+    seen = list[dict[str, Any]]()
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        seen.append(({"hidden_states": args[0]} if args else {}) | kwargs)
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen
+
+
+def flat(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without those that are None, nested ones beside the others."""
+    out: dict[str, Any] = {}
+    for key, value in given.items():
+        out |= flat(value) if isinstance(value, dict) else {key: value}
+    return {key: value for key, value in out.items() if value is not None}
+
+
+def pipeline_of(folder: Path) -> Any:
+    without = {"text_encoder_3": None, "tokenizer_3": None} if "without" in folder.name else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **without)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_the_network_gets_what_the_pipeline_gives(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """Every argument of an unguided step; of a masked text what it attends to."""
+    pipeline, model = pipeline_of(folders[name]), models[name]
+    text, side = TEXTS[1], model.resolution
+    more = {"max_sequence_length": 256} if name == "FLUX.1-schnell" else {}
+    noised = latents_of(model, 1)
+    own = pack(noised) if name.startswith("FLUX") else noised
+
+    def draw() -> None:
+        pipeline(
+            text, height=side, width=side, num_inference_steps=2, latents=own,
+            output_type="latent", **asked(name), **more,
+        )  # fmt: skip
+
+    given = spied(pipeline.transformer, draw)[0]
+    step = given["timestep"].reshape(-1)[:1]
+    step = step * 1000 if name.startswith("FLUX") else step
+    condition = model.encode_texts([text])
+
+    def predict() -> None:
+        with torch.no_grad():
+            model.predict(given["hidden_states"] if own is noised else noised, step, condition)
+
+    (found,) = spied(model.transformer, predict)
+    expected, found = flat(given), flat(found)
+    expected.pop("return_dict"), found.pop("return_dict")
+    if "encoder_attention_mask" in expected:
+        mask = expected.pop("encoder_attention_mask")[0].bool()
+        assert found.pop("encoder_attention_mask").all()
+        expected["encoder_hidden_states"] = expected["encoder_hidden_states"][:, mask]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_no_text_is_the_pipelines(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """The empty negative prompt of a guided step."""
+    if name.startswith("FLUX"):
+        pytest.skip("it has no negative prompt")
+    pipeline, model = pipeline_of(folders[name]), models[name]
+    more = {"clean_caption": False} if "SD3" not in name else {}
+    with torch.no_grad():
+        found = pipeline.encode_prompt(
+            TEXTS[0], *([None, None] if "SD3" in name else []), negative_prompt="", **more
+        )
+    condition = model.encode_texts([""])
+    if "SD3" in name:
+        _, hidden, _, pooled = found
+        torch.testing.assert_close(condition["pooled"], pooled, atol=1e-5, rtol=1e-5)
+    else:
+        _, _, hidden, mask = found
+        hidden = hidden[:, mask[0].bool()]
+    torch.testing.assert_close(condition["hidden"], hidden, atol=1e-5, rtol=1e-5)
+
+
+def plain_errors(name: str, folder: Path, z0: Tensor, noise: Tensor, step: float) -> float:
+    """|| target - network's answer || of one pair, with diffusers' parts alone."""
+    pipe = pipeline_of(folder)
+    text = TEXTS[0]
+    with torch.no_grad():
+        if name.startswith("PixArt"):
+            hidden, mask, _, _ = pipe.encode_prompt(text, False)
+            betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+            abar = torch.cumprod(1 - betas, 0)[int(step)].float()
+            z = abar.sqrt() * z0 + (1 - abar).sqrt() * noise
+            none = {"resolution": None, "aspect_ratio": None}
+            out = pipe.transformer(
+                z, encoder_hidden_states=hidden, encoder_attention_mask=mask,
+                timestep=torch.tensor([int(step)]), added_cond_kwargs=none,
+            ).sample.chunk(2, 1)[0]  # fmt: skip
+            return float((noise - out).norm())
+        sigma = step / 1000
+        z, at = (1 - sigma) * z0 + sigma * noise, torch.tensor([step])
+        if name == "Sana":
+            from diffitm.models.sana import instruction
+
+            hidden, mask, _, _ = pipe.encode_prompt(
+                text, False, complex_human_instruction=[instruction()]
+            )
+            out = pipe.transformer(
+                z, encoder_hidden_states=hidden, encoder_attention_mask=mask, timestep=at
+            ).sample
+        elif name.startswith("SD3"):
+            hidden, _, pooled, _ = pipe.encode_prompt(
+                text, None, None, do_classifier_free_guidance=False
+            )
+            out = pipe.transformer(
+                z, encoder_hidden_states=hidden, pooled_projections=pooled, timestep=at
+            ).sample
+        else:
+            length, side = (512, 256)["schnell" in name], z.shape[-1]
+            hidden, pooled, ids = pipe.encode_prompt(text, None, max_sequence_length=length)
+            packed = pipe._pack_latents(z, 1, z.shape[1], side, side)
+            places = pipe._prepare_latent_image_ids(1, side // 2, side // 2, "cpu", torch.float32)
+            guidance = torch.ones(1) if "dev" in name else None
+            out = pipe.transformer(
+                packed, encoder_hidden_states=hidden, pooled_projections=pooled,
+                timestep=at / 1000, img_ids=places, txt_ids=ids, guidance=guidance,
+            ).sample  # fmt: skip
+            out = pipe._unpack_latents(out, side * 8, side * 8, 8)
+    return float((noise - z0 - out).norm())
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_errors_are_a_plain_references(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """Of one pair, and of the same one in a batch of texts of other lengths."""
+    model, steps = models[name], [100, 700] if name.startswith("PixArt") else [65.9656, 993.2432]
+    z0, plan = latents_of(model, 1), make_plan(steps, model.latent_shape)
+    expected = [
+        plain_errors(name, folders[name], z0, plan.noise[i : i + 1], step)
+        for i, step in enumerate(steps)
+    ]
+    pairs = torch.tensor([(0, t) for t in range(len(TEXTS))])
+    batch = pair_errors(model, z0, model.encode_texts(TEXTS), plan, pairs)
+    alone = pair_errors(model, z0, model.encode_texts(TEXTS[:1]), plan, pairs[:1])
+    np.testing.assert_allclose(alone.l2[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(batch.l2[0], expected, rtol=1e-5)
+    assert len({round(float(v), 3) for v in batch.l2[:, 1]}) == len(TEXTS)
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_cached_texts(name: str, models: dict[str, Any]) -> None:
+    """What comes out of the cache is what goes in; of masked texts without their padding."""
+    model = models[name]
+    cache = TextCache(model.encode_texts, 2**20, 2)
+    found, whole = cache(TEXTS), model.encode_texts(TEXTS)
+    assert found.keys() == whole.keys()
+    seen = whole["mask"][..., None] if "mask" in whole else torch.tensor(True)
+    for key, value in whole.items():
+        expected = value * seen if key == "hidden" else value
+        torch.testing.assert_close(found[key], expected, atol=1e-5, rtol=1e-5)
+    if "mask" in whole:
+        kept = [cache.kept[text]["hidden"].shape[1] for text in TEXTS]
+        assert kept == whole["mask"].sum(1).tolist()
+        assert len(set(kept)) == len(TEXTS)
+        assert cache(TEXTS[2:])["hidden"].shape[1] == kept[2]
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_latents_and_pixels(name: str, folders: dict[str, Path], models: dict[str, Any]) -> None:
+    """Shifted and scaled as the pipeline takes them back."""
+    model, vae = models[name], pipeline_of(folders[name]).vae
+    side = model.resolution
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        encoded = vae.encode(pixels)
+        raw = encoded.latent if name == "Sana" else encoded.latent_dist.mean
+    shift = 0.0 if name == "Sana" else vae.config.shift_factor or 0.0
+    latents = model.encode_images(pixels)
+    torch.testing.assert_close(latents, (raw - shift) * vae.config.scaling_factor)
+    assert latents.shape == (2, *model.latent_shape)
+    with torch.no_grad():
+        drawn = vae.decode(raw).sample.clamp(-1, 1)
+    torch.testing.assert_close(model.decode(latents), drawn, atol=1e-5, rtol=1e-4)
+    sampled = model.encode_images(pixels, seed=3)
+    assert torch.equal(sampled, latents) is (name == "Sana")
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_gradients_reach_the_condition(name: str, models: dict[str, Any]) -> None:
+    model = models[name]
+    condition = {
+        key: value.clone().requires_grad_() if value.is_floating_point() else value.clone()
+        for key, value in model.encode_texts(TEXTS[:2]).items()
+    }
+    out = model.predict(latents_of(model, 2), torch.tensor([100, 700]), condition)
+    (out**2).sum().backward()
+    for key, value in condition.items():
+        if key != "mask":
+            assert value.grad is not None and value.grad.flatten(1).abs().amax(1).min() > 0
+    assert out.shape == (2, *model.latent_shape) and out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_folders_are_found_whole(name: str, folders: dict[str, Path]) -> None:
+    check_loadable(resolve(str(folders[name])))
+
+
+def test_packing_is_the_pipelines(folders: dict[str, Path]) -> None:
+    pipeline = pipeline_of(folders["FLUX.1-schnell"])
+    latents = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    packed = pack(latents)
+    assert torch.equal(packed, pipeline._pack_latents(latents, 2, 4, 6, 6))
+    assert torch.equal(unpack(packed, 6), latents)
+
+
+def test_pixart_that_takes_the_images_size(tmp_path: Path) -> None:
+    """As alpha does at 1,024 pixels: height and width in pixels, and their ratio."""
+    model: Any = load_denoiser(resolve(str(families.write_pixart(tmp_path / "m", sized=True))))
+    condition = model.encode_texts(TEXTS[:2])
+    (found,) = spied(
+        model.transformer,
+        lambda: model.predict(latents_of(model, 2), torch.tensor([1, 2]), condition),
+    )
+    added = found["added_cond_kwargs"]
+    assert added["resolution"].tolist() == [[32.0, 32.0]] * 2
+    assert added["aspect_ratio"].tolist() == [[1.0]] * 2
+
+
+def test_every_flow_family_says_so() -> None:
+    """The table, which options are checked by, and the classes agree."""
+    for family in FAMILIES.values():
+        kind = registry.load(family.denoiser)
+        assert issubclass(kind, FlowDiffusion) is family.flow
+        assert family.flow is (family.told.get("prediction") == "flow")
+
+
+@pytest.mark.parametrize("name", ["Sana", "SD3"])
+def test_scores_do_not_depend_on_the_batch(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Through the scorer, whose lines hold sigmas; without a text zeros are another score."""
+    for i in range(2):
+        tiny.write_image(tmp_path / f"{i}.png", seed=i)
+    rows = [PairRow(i, f"{i}.png", TEXTS[i:]) for i in range(2)]
+    steps, source = (65.9656, 993.2432), resolve(str(folders[name]))
+    spec = DiffusionSpec(source, str(tmp_path), "selfbench", steps, batch_size=64)
+    found = spec.build("cpu").score(rows)
+    for other in (
+        DiffusionSpec(source, str(tmp_path), "selfbench", steps, batch_size=3),
+        DiffusionSpec(source, str(tmp_path), "selfbench", steps, empty="zeros"),
+    ):
+        for one, two in zip(found, other.build("cpu").score(rows), strict=True):
+            assert one["failure"] is None and one["timesteps"] is None
+            np.testing.assert_allclose(one["sigmas"], [0.0659656, 0.9932432], rtol=1e-6)
+            same = other.empty == "text" or one["text"] != ""
+            assert np.allclose(one["l2"], two["l2"], rtol=1e-5) is same
+    assert spec.store_config()["prediction"] == "flow"
+    assert "empty" not in spec.store_config() and other.store_config()["empty"] == "zeros"
+
+
+@pytest.mark.parametrize("steps", [(0.0,), (1000.5,)])
+def test_sigmas_that_are_none(folders: dict[str, Path], steps: tuple[float, ...]) -> None:
+    spec = DiffusionSpec(resolve(str(folders["Sana"])), "", "snr", steps)
+    with pytest.raises(InputError, match="is no noise of a flow model"):
+        spec.build("cpu")
+
+
+def test_another_resolution(folders: dict[str, Path]) -> None:
+    """A flow transformer takes other sizes; the noise is of that shape."""
+    model: Any = load_denoiser(resolve(str(folders["SD3"])))
+    model.take_resolution(48)
+    assert model.latent_shape == (16, 12, 12)
+    with torch.no_grad():
+        out = model.predict(latents_of(model, 1), torch.tensor([500.0]), model.encode_texts(["a"]))
+    assert out.shape == (1, 16, 12, 12)
+    with pytest.raises(InputError, match="multiples of 8 pixels"):
+        model.take_resolution(36)
