@@ -253,6 +253,7 @@ def load_scorer(
     lora: str | None = None,
     variant: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+    resolution: int | None = None,
     empty: Literal["text", "zeros"] = "text",
     batch_size: int = 64,
     compile: bool = False,
@@ -272,6 +273,7 @@ def load_scorer(
         lora: a LoRA file for a diffusion model's U-Net.
         variant: of a diffusion model's files, such as 'fp16'.
         prediction_type: what a diffusion model predicts, where its scheduler's config does not say it.
+        resolution: side of images in pixels, of flow models; None for the model's own.
         empty: what no text is to a diffusion model: the encoded empty text, or zeros.
         batch_size: of forwards; one that does not fit a GPU's memory is halved.
         compile: a diffusion model by torch.compile, for batches of that size, which takes a minute or more at
@@ -293,7 +295,7 @@ def load_scorer(
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
 
-    source = settled(resolve(name, variant=variant).fetched(), prediction_type)
+    source = settled(resolve(name, variant=variant).fetched(), prediction_type, resolution)
     check_loadable(source, [locate(lora)] if lora else [], variant)
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"

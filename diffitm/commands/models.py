@@ -83,7 +83,10 @@ def make_specs(
     )
     work = storage.join(out, "work")
     clips = [share(source, work) for source in sources.clips]
-    models = [settled(share(source, work), config.prediction_type) for source in sources.models]
+    models = [
+        settled(share(source, work), config.prediction_type, config.resolution)
+        for source in sources.models
+    ]
     loras = [locate(name) for name in lora_names(config) if name]
     for source in models:  # all of them, before a GPU is asked for and anything is scored
         check_loadable(source, loras, config.variant)

@@ -39,11 +39,34 @@ from diffitm.tasks.base import Task
 from diffitm.tasks.registry import find_task
 
 # What tells two stores of one model apart, in the words of a table.
-SETTINGS = ("protocol", "dtype", "resize", "seed", "latent_seed", "empty", "variant", "root")
-UNSAID = {"empty": "text"}  # what a setting is where a store does not say it
+SETTINGS = (
+    "protocol",
+    "dtype",
+    "resize",
+    "seed",
+    "latent_seed",
+    "empty",
+    "resolution",
+    "variant",
+    "root",
+)
+UNSAID = {
+    "empty": "text",
+    "resolution": "its own",
+}  # what a setting is where a store does not say it
 
 # What errors must share to be compared.
-MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed", "empty", "root")
+MEASURED = (
+    "weights",
+    "protocol",
+    "timesteps",
+    "seed",
+    "resize",
+    "latent_seed",
+    "empty",
+    "resolution",
+    "root",
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +127,7 @@ class Evaluation:
     failures: list[dict[str, str]] = field(default_factory=list)
     races: list[RaceFigure] = field(default_factory=list)
     cut_texts: list[CutTexts] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of models, on all of their figures
 
 
 @dataclass(frozen=True)
@@ -132,6 +156,11 @@ def evaluate(
     """
     evaluation = Evaluation()
     names = titles(stores)
+    evaluation.notes = [
+        f"{name} {store.config['unconditional']}: its normalised scores are less the error of no text anyway."
+        for name, store in zip(names, stores, strict=True)
+        if "unconditional" in store.config
+    ]
     connection, read = connect(), dict[int, LinesByTask]()
     for name, uri in examples.items():
         task: Task = find_task(name)()

@@ -76,6 +76,9 @@ class ModelOptions(OnActors):
         [],
         "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",
     )
+    resolution: int | None = option(
+        None, "side of images in pixels for flow models: 512 costs a quarter of 1024", at_least=1
+    )
     empty: Literal["text", "zeros"] = option(
         "text", "what no text is: the encoded empty text, or zeros, which SD3 was trained with"
     )

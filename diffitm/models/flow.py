@@ -21,6 +21,7 @@ class FlowDiffusion(LatentDiffusion):
     """
 
     shifts: ClassVar[bool] = True
+    patch: ClassVar[int] = PATCH
 
     def read_schedule(self, folder: Folder) -> Schedule:
         """See LatentDiffusion."""
@@ -30,7 +31,7 @@ class FlowDiffusion(LatentDiffusion):
     def take_resolution(self, side: int) -> None:
         """See Denoiser."""
         factor = self.resolution // self.latent_shape[-1]
-        cell = factor * PATCH
+        cell = factor * self.patch
         if side < cell or side % cell:
             raise InputError(f"{side}: this model takes multiples of {cell} pixels", "resolution")
         self.resolution = side

@@ -46,8 +46,8 @@ class Family:
     `parts` are its folders, each with the class that is read of it, None of the scheduler, of which the
     settings are read alone. `optional` parts may be null in model_index.json. `settings` are those of
     model_index.json with what they are if absent. `flow` is whether its noise is that of rectified flow.
-    `half` is the dtype on a GPU unless told. `told` is what else a store says of its scores, such as a choice
-    that is made for all of the family. `empty` says why its scores of no text are no unconditional ones.
+    `half` is the dtype on a GPU unless told. `told` is what else a store says of its scores: choices that
+    are made for all of the family and, as 'unconditional', why its errors of no text are none.
     """
 
     denoiser: str
@@ -57,7 +57,6 @@ class Family:
     flow: bool = False
     half: str = "fp16"
     told: Mapping[str, Any] = field(default_factory=dict)
-    empty: str | None = None
 
 
 _VAE = {"vae": "diffusers:AutoencoderKL", "scheduler": None}
@@ -123,10 +122,13 @@ FAMILIES = {
             "text_encoder_2": "transformers:T5EncoderModel",
             "tokenizer_2": "transformers:T5TokenizerFast",
         },
-        told={"prediction": "flow", "guidance": 1.0},
         flow=True,
         half="bf16",
-        empty="FLUX is distilled, and was not trained to draw without a text",
+        told={
+            "prediction": "flow",
+            "guidance": 1.0,  # of dev, which takes one
+            "unconditional": "is distilled and was not trained without a text",
+        },
     ),
 }
 
@@ -161,6 +163,9 @@ class ModelSource:
     weights: Weights | None = None  # of the Hub, once they are fetched
     prediction: str | None = None  # what the network predicts, where its folder says something else
     upcast: bool = False  # its VAE stays in float32, though not all of its family's do
+    resolution: int | None = (
+        None  # side of images in pixels, where another than its own was asked for
+    )
     absent: tuple[str, ...] = ()  # optional parts of its family that it does without
 
     @property
@@ -256,6 +261,8 @@ def load_denoiser(
         raise InputError(f"{source.name!r} cannot be loaded: {text}", source.field) from error
     if source.prediction is not None:
         denoiser.take_prediction(source.prediction)
+    if source.resolution is not None:
+        denoiser.take_resolution(source.resolution)
     if lora is not None:
         merge_file(denoiser, lora)
     return denoiser

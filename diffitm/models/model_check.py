@@ -54,6 +54,7 @@ LITTER = (
     r"^(vision_model|visual_projection)\.",
     r"^(logit_scale|text_projection\.weight)$",
 )
+DISTILLED = re.compile(r"turbo|schnell|lightning|hyper-sd|\blcm\b", re.I)
 # Attention of older VAEs, which diffusers renames.
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -70,6 +71,7 @@ def check_loadable(
     location, revision = on_machine(source)
     if revision is not None:  # of the Hub, and not here
         return
+    _tell_unconditional(source)
     try:
         parts = _check_parts(source, Path(location), variant)
         _tell_defaults(source, Path(location), parts)
@@ -90,13 +92,31 @@ def check_loadable(
         )
 
 
-def settled(source: ModelSource, prediction: str | None = None) -> ModelSource:
+def _tell_unconditional(source: ModelSource) -> None:
+    """Log that a model has no true unconditional, as far as family and name tell."""
+    why = FAMILIES[source.family].told.get("unconditional")
+    if why is None and DISTILLED.search(source.name):
+        why = "is named as step-distilled ones are, which are trained at few timesteps and without guidance"
+    if why is not None:
+        log.warning("%s %s: its error of no text is no unconditional one", source.name, why)
+
+
+def settled(
+    source: ModelSource, prediction: str | None = None, resolution: int | None = None
+) -> ModelSource:
     """The source with what of its folder, whose weights are on this machine, a score depends on beside
-    them: whether its VAE stays in float32, and what its network predicts, where `prediction` is given and
-    is not what the folder says; that is logged. Raises InputError."""
+    them: whether its VAE stays in float32; what its network predicts, where `prediction` is given and
+    is not what the folder says, which is logged; the `resolution` that a flow model is asked for.
+
+    Raises InputError.
+    """
     location, revision = on_machine(source)
+    if resolution is not None and not FAMILIES[source.family].flow:
+        text = f"{resolution}: {source.name!r} takes the images that it was trained on; flow models"
+        raise InputError(f"{text} take others", "resolution")
     try:
-        source = replace(source, upcast=_is_upcast(source, location, revision))
+        upcast = _is_upcast(source, location, revision)
+        source = replace(source, upcast=upcast, resolution=resolution)
         if prediction is None:
             return source
         if FAMILIES[source.family].flow:

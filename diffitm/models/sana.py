@@ -37,6 +37,7 @@ class Sana(FlowDiffusion):
     """
 
     lengths = {"tokenizer": LENGTH}  # noqa: RUF012
+    patch = 1
 
     def __init__(
         self,

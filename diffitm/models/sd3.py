@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
 
+from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import FlowDiffusion
 from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
@@ -61,6 +62,14 @@ class StableDiffusion3(FlowDiffusion):
         check_text_width(pooled, network.pooled_projection_dim)
         if "text_encoder_3" in configs:
             check_text_width(configs["text_encoder_3"].d_model, network.joint_attention_dim)
+
+    def take_resolution(self, side: int) -> None:
+        """See Denoiser. The network has places for so many patches and no more."""
+        super().take_resolution(side)
+        most = self.resolution // self.latent_shape[-1] * self.patch
+        most *= self.transformer.config.pos_embed_max_size
+        if side > most:
+            raise InputError(f"{side}: this model has places for {most} pixels", "resolution")
 
     def cuts(self, text: str) -> bool:
         """See Denoiser."""

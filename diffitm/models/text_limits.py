@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import open_clip
+from transformers import PreTrainedTokenizerBase
 
 from diffitm.core import registry
 from diffitm.core.errors import InputError
@@ -31,7 +32,7 @@ class TextLimits:
             field = "clip" if isinstance(source, clip.ClipSource) else source.field
             text = f"{source.name!r}: its tokenizer cannot be loaded: {error}"
             raise InputError(text, field) from error
-        self.most = min(most for _, most in self._limits)
+        self.most = min((most for _, most in self._limits), default=0)  # of a DiT
 
     def cut(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that are not read to their end."""
@@ -94,7 +95,7 @@ def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:
 
 def _inputs(tokenizer: Any, texts: list[str], most: int) -> list[tuple[int, ...]]:
     """What an encoder is given of each text."""
-    if isinstance(tokenizer, CLIPTokenizer):
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
         given = tokenizer(texts, truncation=True, max_length=most).input_ids
     else:
         given = tokenizer(texts).tolist()

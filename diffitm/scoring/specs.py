@@ -92,6 +92,8 @@ class DiffusionSpec:
             config["vae"] = "fp32"
         if self.compiled and self.dtype != "fp32":  # in fp32 it changes less than 1e-5 of an error
             config["compiled"] = True
+        if self.source.resolution is not None:
+            config["resolution"] = self.source.resolution
         if self.empty != "text":
             config["empty"] = self.empty
         return {**config, **FAMILIES[self.source.family].told}

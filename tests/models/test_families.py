@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,23 @@ from torch import Tensor
 from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
+from diffitm.evaluation.evaluate import evaluate
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.flow import FlowDiffusion, pack, unpack
 from diffitm.models.loading import FAMILIES, load_denoiser, resolve
-from diffitm.models.model_check import check_loadable
+from diffitm.models.lora import lora_unet
+from diffitm.models.model_check import check_loadable, settled
+from diffitm.models.text_limits import tell_long_texts
+from diffitm.scoring.batching import Batch
+from diffitm.scoring.compiled import CompiledPredict
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.pair_errors import pair_errors
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.scoring.text_cache import TextCache
-from tests import families, tiny
+from diffitm.store.score_store import open_store
+from diffitm.training.diva.recap import parse_recap
+from diffitm.training.diva.step import Diva
+from tests import families, tiny, tiny_clip
 
 TEXTS = ["A red cube", "a small blue sphere, left of it", ""]
 # What the pipelines are asked so that they draw one square of the model's own size, unguided.
@@ -125,13 +134,11 @@ def test_the_network_gets_what_the_pipeline_gives(
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5, msg=f"{name}: {key}")
 
 
-@pytest.mark.parametrize("name", families.WRITERS)
+@pytest.mark.parametrize("name", [n for n in families.WRITERS if not n.startswith("FLUX")])
 def test_no_text_is_the_pipelines(
     name: str, folders: dict[str, Path], models: dict[str, Any]
 ) -> None:
     """The empty negative prompt of a guided step."""
-    if name.startswith("FLUX"):
-        pytest.skip("it has no negative prompt")
     pipeline, model = pipeline_of(folders[name]), models[name]
     more = {"clean_caption": False} if "SD3" not in name else {}
     with torch.no_grad():
@@ -326,6 +333,24 @@ def test_scores_do_not_depend_on_the_batch(
     assert "empty" not in spec.store_config() and other.store_config()["empty"] == "zeros"
 
 
+def test_compiled_forwards_have_one_shape(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the texts' lengths, and with the same predictions."""
+    model, seen = models["PixArt-alpha"], list[Any]()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    compiled = CompiledPredict(model, Batch(3))
+    (real, predict) = (model.predict, lambda *given: seen.append(given[2]) or real(*given))
+    compiled._compiled = predict
+    for texts in (TEXTS, TEXTS[2:]):
+        noised, condition = latents_of(model, len(texts)), model.encode_texts(texts)
+        at = torch.full((len(texts),), 500)
+        with torch.no_grad():
+            found, expected = compiled(noised, at, condition), real(noised, at, condition)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert {tuple(given["hidden"].shape) for given in seen} == {(3, 120, families.WIDTH)}
+
+
 @pytest.mark.parametrize("steps", [(0.0,), (1000.5,)])
 def test_sigmas_that_are_none(folders: dict[str, Path], steps: tuple[float, ...]) -> None:
     spec = DiffusionSpec(resolve(str(folders["Sana"])), "", "snr", steps)
@@ -341,5 +366,82 @@ def test_another_resolution(folders: dict[str, Path]) -> None:
     with torch.no_grad():
         out = model.predict(latents_of(model, 1), torch.tensor([500.0]), model.encode_texts(["a"]))
     assert out.shape == (1, 16, 12, 12)
-    with pytest.raises(InputError, match="multiples of 8 pixels"):
+    with pytest.raises(InputError, match="resolution 36: this model takes multiples of 8 pixels"):
         model.take_resolution(36)
+    with pytest.raises(InputError, match="has places for 128 pixels"):
+        model.take_resolution(136)
+
+
+def test_resolution_is_an_option_of_flow_models(folders: dict[str, Path]) -> None:
+    """It is part of the scores' settings, where one is given."""
+    source = settled(resolve(str(folders["Sana"])), resolution=64)
+    spec = DiffusionSpec(source, "", "snr", (500.0,))
+    assert spec.store_config()["resolution"] == 64
+    assert spec.build("cpu").denoiser.latent_shape == (4, 32, 32)  # type: ignore[attr-defined]
+    assert "resolution" not in DiffusionSpec(settled(source), "", "snr", (500.0,)).store_config()
+    with pytest.raises(InputError, match="takes the images that it was trained on"):
+        settled(resolve(str(folders["PixArt-alpha"])), resolution=64)
+
+
+def test_no_prediction_type_of_a_flow_model(folders: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"prediction_type epsilon: .* is a flow model"):
+        settled(resolve(str(folders["SD3"])), "epsilon")
+
+
+def test_a_distilled_model_says_so(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """FLUX by its family, in the log, the stores' settings and the report; turbo models by their name."""
+    check_loadable(resolve(str(folders["FLUX.1-dev"])))
+    assert "is distilled and was not trained without a text: its error of no text" in caplog.text
+    spec = DiffusionSpec(resolve(str(folders["FLUX.1-dev"])), "", "snr", (500.0,))
+    store = open_store(str(tmp_path), "flux", spec.store_config())
+    assert evaluate({}, [store]).notes == [
+        "flux is distilled and was not trained without a text: its normalised scores are less the error "
+        "of no text anyway."
+    ]
+    caplog.clear()
+    check_loadable(resolve(str(folders["SD3"])))
+    assert "no text" not in caplog.text
+    turbo = tmp_path / "sd3-turbo"
+    turbo.symlink_to(folders["SD3"])
+    check_loadable(resolve(str(turbo)))
+    assert "is named as step-distilled ones are" in caplog.text
+
+
+def test_no_teacher_and_no_lora_yet(models: dict[str, Any]) -> None:
+    for name in ("SD3", "PixArt-alpha"):
+        with pytest.raises(InputError, match="cannot teach yet"):
+            Diva(tiny_clip.vit(), "tiny", models[name], parse_recap("all"))
+        with pytest.raises(InputError, match="takes no LoRA"):
+            lora_unet(models[name])
+
+
+def test_parts_of_two_models(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A T5 of another width is refused, before weights are loaded and when they are."""
+    mixed = Path(shutil.copytree(folders["SD3"], tmp_path / "mixed"))
+    shutil.rmtree(mixed / "text_encoder_3")
+    shutil.copytree(folders["PixArt-alpha"] / "text_encoder", mixed / "text_encoder_3")
+    for check in (check_loadable, load_denoiser):
+        with pytest.raises(InputError, match="texts are 32 wide, its transformer takes 64"):
+            check(resolve(str(mixed)))
+
+
+def test_a_scheduler_of_another_kind(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folders["SD3"], tmp_path / "other"))
+    shutil.rmtree(other / "scheduler")
+    shutil.copytree(folders["PixArt-alpha"] / "scheduler", other / "scheduler")
+    for check in (check_loadable, load_denoiser):
+        with pytest.raises(InputError, match="is not that of a flow model"):
+            check(resolve(str(other)))
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_long_texts_are_counted(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """As many as the model itself says that it cuts."""
+    texts = [*TEXTS[:2], "x" * 90, "y" * 200, "z" * 700]
+    cut = [model.cuts(text) for model in [models[name]] for text in texts]
+    assert cut[0] is False and cut[-1] is True
+    assert tell_long_texts(resolve(str(folders[name])), texts) == sum(cut)

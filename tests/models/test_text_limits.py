@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from diffitm.models.clip import load_clip, resolve_clip
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.text_limits import TextLimits, tell_long_texts
+from tests import tiny
 
 TEXTS = ["a red circle", *(f"{'a red circle ' * n}number {n}" for n in range(2, 60, 3))]
 
@@ -50,3 +52,8 @@ def test_texts_that_are_the_same_to_a_model(source: Any) -> None:
     read = limits.read([*same, other, "a square", "a cross"])
     assert read[0] == read[1]
     assert len(set(read)) == 4
+
+
+def test_a_model_without_tokenizers(tmp_path: Path) -> None:
+    """A DiT, whose texts are classes, cuts none."""
+    assert tell_long_texts(resolve(str(tiny.write_dit(tmp_path / "dit"))), TEXTS) == 0
