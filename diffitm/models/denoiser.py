@@ -32,6 +32,8 @@ class Denoiser(ABC):
     # are read as far as the longest of them reaches.
     lengths: ClassVar[Mapping[str, int]] = {}
 
+    takes_lora: ClassVar[bool] = True
+
     resolution: int  # side of the input image in pixels
     latent_shape: tuple[int, int, int]  # C, h, w
     schedule: Schedule

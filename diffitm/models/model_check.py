@@ -80,15 +80,16 @@ def check_loadable(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())
         raise InputError(f"{source.name!r}: {text}", source.field) from error
-    if "unet" in parts:
+    network = parts.get("unet") or parts.get("transformer")
+    if network is not None and registry.load(FAMILIES[source.family].denoiser).takes_lora:
         encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
         for lora in loras:
             tensors = read_lora(lora)[0]
             with naming(lora):
-                match_lora(parts["unet"], tensors, encoders)
+                match_lora(network, tensors, encoders)
     elif loras:
         raise InputError(
-            f"{source.name!r} takes no LoRA, only Stable Diffusion's U-Net does", "lora"
+            f"{source.name!r} takes no LoRA, U-Nets and transformers of texts do", "lora"
         )
 
 

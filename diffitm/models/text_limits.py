@@ -21,8 +21,8 @@ AT_ONCE = 10_000
 class TextLimits:
     """How far a model reads texts: its tokenizers, each with the tokens that its encoder reads.
 
-    `most` is the least of these numbers, the marks of begin and end among them. Raises InputError for a
-    tokenizer that cannot be loaded.
+    `most` is the least of these numbers, the marks of begin and end among them; 0 of a model that reads no
+    texts, such as DiT. Raises InputError for a tokenizer that cannot be loaded.
     """
 
     def __init__(self, source: loading.ModelSource | clip.ClipSource) -> None:
@@ -32,7 +32,7 @@ class TextLimits:
             field = "clip" if isinstance(source, clip.ClipSource) else source.field
             text = f"{source.name!r}: its tokenizer cannot be loaded: {error}"
             raise InputError(text, field) from error
-        self.most = min((most for _, most in self._limits), default=0)  # of a DiT
+        self.most = min((most for _, most in self._limits), default=0)
 
     def cut(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that are not read to their end."""

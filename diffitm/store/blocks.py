@@ -19,6 +19,7 @@ READ = 2**16  # pairs
 SECONDS = 60.0  # that an actor is to work on a block: what a kill costs it
 LEAST_SECONDS = 0.25
 SHARE = 0.25  # of an actor's part of what is left, so that the last blocks are short
+MOST = 2**14  # pairs: an actor holds a line of each, and a rate knows nothing of reading images
 UNMEASURED = 500  # forwards at most, where the rate is not known
 # One row a block, in the order of the pairs: how many pairs, images and stored errors it has.
 INDEX = pa.schema([(name, pa.int64()) for name in ("row", "pairs", "images", "stored")])
@@ -57,7 +58,8 @@ def index_of(work: str) -> str:
 
 def cut(work: str, cost: Cost, total: float, size: Callable[[float], float]) -> None:
     """Write the index of blocks. `size` says how many forwards the next one is to have where so many of
-    `total` are left. A block ends between two images, unless that halves it."""
+    `total` are left; it has no more than MOST pairs. A block ends between two images, unless that halves
+    it."""
     rows = [(row, *counts) for row, counts in enumerate(_cuts(work, cost, total, size))]
     columns = list(zip(*rows, strict=True)) or [()] * len(INDEX)
     sink = pa.BufferOutputStream()
@@ -80,23 +82,22 @@ def _cuts(
         stored = np.concatenate([stored, places.to_numpy()])
         spent = np.cumsum(cost.pair - stored + cost.image * begins)
         done = at = 0
-        while spent[-1] - done > (wanted := max(size(left), 1.0)):
-            end = max(at + 1, int(np.searchsorted(spent, done + wanted, "right")))
+        while spent[-1] - done > (wanted := max(size(left), 1.0)) or len(spent) - at > MOST:
+            fitting = int(np.searchsorted(spent, done + wanted, "right"))
+            end = max(at + 1, min(fitting, at + MOST))
             others = at + 1 + np.flatnonzero(begins[at + 1 : end + 1])
-            if len(others) and spent[others[-1] - 1] - done >= wanted / 2:
+            if len(others) and spent[others[-1] - 1] - done >= (spent[end - 1] - done) / 2:
                 end = int(others[-1])
             yield _counts(begins[at:end], stored[at:end])
             left -= spent[end - 1] - done
             at, done = end, spent[end - 1]
-            if at == len(spent):
-                break
         begins, stored = begins[at:], stored[at:]
     if len(begins):
         yield _counts(begins, stored)
 
 
 def _counts(begins: np.ndarray, stored: np.ndarray) -> tuple[int, int, int]:
-    return len(begins), int(begins.sum() + (not begins[0])), int(stored.sum())
+    return len(begins), int(begins.sum()), int(stored.sum())
 
 
 def _batches(work: str) -> Iterator[pa.RecordBatch]:

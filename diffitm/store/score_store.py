@@ -23,7 +23,7 @@ from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint
 from diffitm.core.schema import SCORES
-from diffitm.store.manifest import look
+from diffitm.store.manifest import Contents, look
 
 log = logging.getLogger("diffitm")
 
@@ -72,13 +72,24 @@ class Store:
         """All rows written so far, in the order in which they count; files that a kill cut off are left out.
 
         Of `images`, sorted, it holds at least all rows, and leaves out those row groups in which none of them
-        can be. Raises InputError as manifest.look does.
+        can be. Raises InputError as manifest.look does, and for a file of the manifest that cannot be read.
         """
         contents = look(self.uri)
-        if images is None:
-            return self._files(contents.names)
+        try:
+            return self._files(contents.names) if images is None else self._of(contents, images)
+        except FileNotFoundError:
+            if look(self.uri).manifest == contents.manifest:
+                raise
+            return self.dataset(images)  # it was compacted meanwhile
+
+    def _of(self, contents: Contents, images: pa.LargeStringArray) -> ds.Dataset:
         found, folder = storage.filesystem(self.uri)
         footers = storage.footers(self.uri, (file.name for file in contents.listed))
+        if lost := [file.name for file in contents.listed if file.name not in footers]:
+            where = storage.join(self.uri, lost[0])
+            if not storage.exists(where):
+                raise FileNotFoundError(where)
+            raise InputError(f"{where} cannot be read: restore the file")
         form, parts = ds.ParquetFileFormat(), []
         for name, footer in {**footers, **contents.appended}.items():
             if groups := _groups(footer, images):

@@ -86,7 +86,7 @@ def read_errors(task: Task, uri: str, store: Store, error: str) -> TaskErrors | 
             reason = f"an error is not finite{other_dtype(store.config.get('dtype'))}"
         if reason is not None:
             failures[item.example.id] = reason
-        elif not right_pairs(item).all():
+        elif not right_pairs(item, task.right).all():
             kept.append(item)
     halves = [half_of(item.example.cluster) for item in kept]
     chooses = np.array([half for half, _ in halves], bool)
@@ -106,7 +106,7 @@ def read_errors(task: Task, uri: str, store: Store, error: str) -> TaskErrors | 
         task,
         [item.example for item in kept],
         values.astype(np.float32),
-        _contrasts(kept, main, halves),
+        _contrasts(kept, main, halves, task.right),
         chooses,
         np.array([item.example.cluster for item in kept]),
         failures,
@@ -121,14 +121,17 @@ def _main(item: ScoredExample) -> np.ndarray:
 
 
 def _contrasts(
-    items: Sequence[ScoredExample], errors: Sequence[np.ndarray], halves: Sequence[tuple[bool, int]]
+    items: Sequence[ScoredExample],
+    errors: Sequence[np.ndarray],
+    halves: Sequence[tuple[bool, int]],
+    count: int,
 ) -> Contrasts:
     """The decisions of the half that chooses; each image's and each text's where both are asked."""
     blocks, folds, clusters = [], [], []
     for item, found, (chooses, fold) in zip(items, errors, halves, strict=True):
         if not chooses:
             continue
-        right = right_pairs(item)
+        right = right_pairs(item, count)
         if item.example.direction == "both":
             rows = [(found[i], right[i]) for i in range(len(found))]
             rows += [(found[:, j], right[:, j]) for j in range(found.shape[1])]

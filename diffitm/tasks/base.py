@@ -36,7 +36,8 @@ class Task(ABC):
 
     `folder` is where its files lie below the data root, `source` where they come from and what
     licence or login they need. `graded`: its credits are decisions, 1 for right and 0 for wrong.
-    `published` is how many examples its authors tell of, where that is known.
+    `published` is how many examples its authors tell of, where that is known. `right`: so many candidates,
+    from the gold one on, are right; diagnostics and learned weights compare them with the others.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Task(ABC):
     version = 1
     graded: ClassVar[bool] = True
     published: ClassVar[int | None] = None
+    right: ClassVar[int] = 1
 
     @abstractmethod
     def examples(self, root: str) -> Iterator[Example]:

@@ -15,7 +15,7 @@ from diffitm.tasks.sugarcrepe import IMAGES
 
 PARTS = tuple("replace_att replace_obj replace_rel swap_att swap_obj".split())
 TEXTS = ("caption", "caption2", "negative_caption")
-WRONG, RIGHT = 2, 2  # the place of the wrong one; how many are right
+WRONG = 2  # the place of the wrong one
 
 
 class SugarCrepePp(RetrievalTask):
@@ -29,6 +29,7 @@ class SugarCrepePp(RetrievalTask):
     published = 4757
     folder = "sugarcrepe_pp"
     source = "Sri-Harsha/scpp (CC BY 4.0); COCO's val2017 images"
+    right = 2
 
     def examples(self, root: str) -> Iterator[Example]:
         """One example an entry; those of an image are a cluster."""
@@ -46,11 +47,11 @@ class SugarCrepePp(RetrievalTask):
 
     def contests(self, example: Example) -> list[Contest]:
         """Whether the wrong one is among the first two."""
-        return [Contest([0, 1, WRONG], RIGHT, about=WRONG)]
+        return [Contest([0, 1, WRONG], self.right, about=WRONG)]
 
     def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:
         """As credits."""
-        found = recall(standings[0], WRONG, RIGHT)
+        found = recall(standings[0], WRONG, self.right)
         return {"accuracy": found._replace(value=1 - found.value) if found.finite else LOST}
 
     def chance(self, example: Example) -> dict[str, float]:

@@ -409,11 +409,53 @@ def test_a_distilled_model_says_so(
     assert "is named as step-distilled ones are" in caplog.text
 
 
-def test_no_teacher_and_no_lora_yet(models: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["SD3", "FLUX.1-schnell"])
+def test_a_lora_in_diffusers_format(
+    name: str, folders: dict[str, Path], models: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of the transformer and CLIP's text model, merged to the weights of the pipeline's own; a U-Net takes
+    none."""
+    model, pipeline = models[name], pipeline_of(folders[name])
+    generator = torch.Generator().manual_seed(5)
+
+    def layers(part: Any, ends: tuple[str, ...]) -> dict[str, Tensor]:
+        found = {}
+        for place, module in part.named_modules():
+            if place.endswith(ends):
+                down = torch.randn(2, module.in_features, generator=generator)
+                up = torch.randn(module.out_features, 2, generator=generator)
+                found |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+        return found
+
+    network = layers(pipeline.transformer, ("to_q", "to_out.0", "add_k_proj", "to_add_out"))
+    clip = layers(pipeline.text_encoder, ("q_proj",))
+    type(pipeline).save_lora_weights(
+        tmp_path, transformer_lora_layers=network, text_encoder_lora_layers=clip
+    )
+    source = resolve(str(folders[name]))
+    check_loadable(source, [str(tmp_path)])
+    merged: Any = load_denoiser(source, lora=str(tmp_path))
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.fuse_lora()
+    expected = pipeline.transformer.state_dict()
+    expected = {k.replace(".base_layer", ""): v for k, v in expected.items()}
+    plain = model.transformer.state_dict()
+    for key, value in merged.transformer.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+        changed = key.removesuffix("weight") + "lora_A.weight" in network
+        assert torch.equal(value, plain[key]) is not changed
+    assert len(network) >= 10 and clip
+    texts = merged.encode_texts(TEXTS[:1]), model.encode_texts(TEXTS[:1])
+    assert not torch.allclose(*(text["pooled"] for text in texts))
+    with pytest.raises(InputError, match=r"LoRA of a transformer .* which a U-Net does not take"):
+        check_loadable(resolve("shapes"), [str(tmp_path)])
+
+
+def test_no_teacher_and_no_tuning_yet(models: dict[str, Any]) -> None:
     for name in ("SD3", "PixArt-alpha"):
         with pytest.raises(InputError, match="cannot teach yet"):
             Diva(tiny_clip.vit(), "tiny", models[name], parse_recap("all"))
-        with pytest.raises(InputError, match="takes no LoRA"):
+        with pytest.raises(InputError, match="cannot be tuned"):
             lora_unet(models[name])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ import pytest
 from diffitm.models.clip import load_clip, resolve_clip
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.text_limits import TextLimits, tell_long_texts
-from tests import tiny
 
 TEXTS = ["a red circle", *(f"{'a red circle ' * n}number {n}" for n in range(2, 60, 3))]
 
@@ -40,6 +39,13 @@ def test_a_clip() -> None:
     assert tell_long_texts(source, TEXTS) == expected
 
 
+def test_a_model_without_texts() -> None:
+    """DiT has classes and no tokenizer: nothing is cut."""
+    source = replace(resolve("shapes"), family="DiTPipeline")
+    assert tell_long_texts(source, TEXTS) == 0
+    assert (TextLimits(source).cut(TEXTS), TextLimits(source).most) == (set(), 0)
+
+
 @pytest.mark.parametrize(
     "source", [resolve("shapes"), resolve_clip("shapes")], ids=["U-Net", "CLIP"]
 )
@@ -52,8 +58,3 @@ def test_texts_that_are_the_same_to_a_model(source: Any) -> None:
     read = limits.read([*same, other, "a square", "a cross"])
     assert read[0] == read[1]
     assert len(set(read)) == 4
-
-
-def test_a_model_without_tokenizers(tmp_path: Path) -> None:
-    """A DiT, whose texts are classes, cuts none."""
-    assert tell_long_texts(resolve(str(tiny.write_dit(tmp_path / "dit"))), TEXTS) == 0

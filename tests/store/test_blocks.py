@@ -81,6 +81,21 @@ def test_costs(tmp_path: Path) -> None:
     assert whole == [[("a", 1), ("b", 1)], [("c", 30)], [("d", 1)]]
 
 
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("size", [1e9, float("inf"), float("nan")])
+def test_blocks_have_no_more_pairs_than_an_actor_can_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float
+) -> None:
+    """However fast a model is said to be: a CLIP's cosines cost nothing, and its images are still read."""
+    monkeypatch.setattr(blocks, "MOST", 4)
+    found = cut(work_of(tmp_path, of({"a": 2, "b": 3, "c": 9, "d": 1})), size, Cost(1, 64))
+    pairs = [pair for block in found for pair in block]
+    assert sum(count for _, count in pairs) == 15
+    assert max(sum(count for _, count in block) for block in found) <= 4
+    if blocks.READ > 15 and size == 1e9:
+        assert found[:2] == [[("a", 2)], [("b", 3)]]
+
+
 def test_a_block_has_everything_of_its_pairs(tmp_path: Path) -> None:
     """In the order of the table, with places only where some pair of the block has any."""
     pairs: list[Pair] = [("a", "", None), ("a", "x", [3, 1]), ("b", "x", None), ("c", "y", None)]

@@ -355,6 +355,21 @@ def test_files_that_go_while_they_are_listed(store: Store, monkeypatch: pytest.M
     assert content(store) == before
 
 
+def test_files_that_go_before_they_are_opened(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = content(store), look
+
+    def overtaken(uri: str) -> Any:
+        monkeypatch.setattr(score_store, "look", seen)
+        found = seen(uri)
+        compact(store)
+        return found
+
+    monkeypatch.setattr(score_store, "look", overtaken)
+    assert content(store) == before
+
+
 def test_files_that_go_while_they_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Store.dataset
 
@@ -366,6 +381,33 @@ def test_files_that_go_while_they_are_read(store: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(Store, "dataset", overtaken)
     with pytest.raises(Unavailable, match="another run compacted it"):
         StoredLines(store, "l2")
+
+
+@pytest.mark.usefixtures("small")
+def test_compacted_files_that_go_or_are_spoilt(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large store's reader looks again where they are compacted once more, and names one that is spoilt:
+    it has no rows to leave out."""
+    monkeypatch.setattr(compaction, "LEAST", 10**6)
+    compact(store)
+    scatter(store, rows_of(range(30, 33)), 4, "n")
+    examples, read = written(tmp_path, "clevr", ["d/02", "d/31"]), storage.footers
+    expected = known(store, examples)
+    monkeypatch.setattr(stored_lines, "AT_ONCE", 10)
+
+    def overtaken(uri: str, names: Any) -> Any:
+        if (asked := list(names)) and asked[0].startswith(PREFIX):
+            monkeypatch.setattr(storage, "footers", read)
+            compact(store)
+        return read(uri, asked)
+
+    monkeypatch.setattr(storage, "footers", overtaken)
+    assert known(store, examples) == expected
+    (file,) = look(store.uri).listed
+    Path(store.uri, file.name).write_bytes(b"x" * file.bytes)
+    with pytest.raises(InputError, match=f"{file.name} cannot be read"):
+        known(store, examples)
 
 
 def test_files_of_other_columns(store: Store) -> None:

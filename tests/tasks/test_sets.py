@@ -23,15 +23,20 @@ import diffitm
 from diffitm.commands.gdbench import GdbenchConfig, run
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
+from diffitm.evaluation.evaluate import evaluate
 from diffitm.metrics.figures import Decision
 from diffitm.metrics.pairwise import pairwise_accuracy
 from diffitm.models.clip import SHAPES
 from diffitm.shapes.language import full
 from diffitm.shapes.sets import foils, write_sets
 from diffitm.shapes.world import sample_scene
+from diffitm.store import pair_table
+from diffitm.store.score_store import open_store
+from diffitm.sweep.score_settings import read_errors
 from diffitm.tasks.base import PairTask, RetrievalTask
 from diffitm.tasks.check import check
 from diffitm.tasks.registry import GDBENCH, SETS, SUITES, TASKS, find_task, named
+from tests.tiny import score_row, write_scores
 
 Rule = Callable[[np.ndarray], dict[str, bool]]
 
@@ -579,3 +584,28 @@ def test_wrong_lines_are_tested_of_every_set() -> None:
     }  # of the same readers
     kinds = (PairTask, RetrievalTask)
     assert all(issubclass(find_task(name), kinds) for name in SETS if name != "genai_bench")
+
+
+def test_sugarcrepe_pp_has_two_right_texts_everywhere(tmp_path: Path) -> None:
+    """In the gallery, the curves and what learned weights of timesteps compare, too."""
+    store = open_store(
+        str(tmp_path),
+        "m",
+        {"kind": "diffusion", "protocol": "diffusionitm", "timesteps": [10, 110]},
+    )
+    errors = {"c": 2.0, "c2": 1.0, "n": 9.0}
+    found = [
+        Example(f"{i}", (f"i{i}",), tuple(errors), "text", 0, f"i{i}", {"part": "swap_att"})
+        for i in range(12)
+    ]
+    lines = [score_row(e.images[0], t, [v, v]) for e in found for t, v in errors.items()]
+    write_scores(store, lines)
+    name = "sugarcrepe_pp"
+    uri = pair_table.write_examples(name, found, str(tmp_path / "examples"), None)[0]
+    made = evaluate({name: uri}, [store], "l2")
+    assert {(case.kind, case.margin) for case in made.cases} == {("surest right", 7.0)}
+    assert {pair.text: pair.right for pair in made.cases[0].pairs} == {"c": True, "n": False}
+    (curve,) = made.curves
+    assert (curve.right, curve.wrong) == ([1.5, 1.5], [9.0, 9.0])
+    tasks = read_errors(find_task(name)(), uri, store, "l2")
+    assert tasks is not None and set(tasks.contrasts.values.ravel()) == {7.0, 8.0}
