@@ -15,7 +15,9 @@ PATIENCE = 300.0  # seconds that all actors may fail for an outside reason befor
 ALONE = (
     120.0  # seconds that one node may fail for a cause of its own while others are still awaited
 )
-STARTING = 60.0  # seconds of failures, with nothing done, after which a block waits no more for an actor
+STARTING = (
+    60.0  # seconds of failures, with nothing done, after which a block waits no more for an actor
+)
 SHORT = 30.0  # seconds at most until a block is left: others may have nothing else to do by then
 LONGEST = 300.0  # seconds between two tries at a place that fails
 
