@@ -215,7 +215,11 @@ def test_images_in_a_zip(tmp_path: Path) -> None:
         ("pairs", {"c1": 5}, "line 2: c1 is '5', it must be a text"),
         ("pairs", {"i1": ""}, "line 2: i1 is '', it must be the path of an image"),
         ("pairs", {"i0": "../red.png"}, "line 2: i0 is '../red.png', it must be the path of an"),
-        ("pairs", {"tag": ["a"]}, """line 2: tag is '["a"]', it must be a text or a whole number"""),
+        (
+            "pairs",
+            {"tag": ["a"]},
+            """line 2: tag is '["a"]', it must be a text or a whole number""",
+        ),
         ("choices", {"right": 3}, "line 2: right is '3', it must be a whole number of 0 to 2"),
         ("choices", {"right": True}, "line 2: right is 'true', it must be a whole number of 0"),
         ("choices", {"texts": ["grey"]}, "it must be a list of 2 texts or more"),
