@@ -22,7 +22,7 @@ from diffitm.core.schema import SCORES, PairRow, read_block
 from diffitm.metrics.score import averaged, conditional_score, normalised_score, other_dtype
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
 from diffitm.scoring.image_reader import Loaded
-from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.noise_plan import choose_protocol, planned
 from diffitm.scoring.racing import RacePlan, Racing
 from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
@@ -54,7 +54,7 @@ class ImageTextScorer:
         self.spec, self.device = spec, device
         self.rows: RowScorer = spec.build(device)
         self.name: str = spec.label
-        self.timesteps: tuple[int, ...] = getattr(spec, "timesteps", ())
+        self.timesteps: tuple[float, ...] = getattr(spec, "timesteps", ())
 
     def __call__(
         self,
@@ -244,13 +244,17 @@ def load_scorer(
     *,
     device: str | None = None,
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    protocol: Literal["diffusionitm", "paper", "diffusion-classifier"] = "diffusionitm",
-    timesteps: int | Sequence[int] = 10,
+    protocol: Literal[
+        "auto", "diffusionitm", "paper", "diffusion-classifier", "snr", "selfbench", "sigma"
+    ] = "auto",
+    timesteps: int | Sequence[float] = 10,
     seed: int = 0,
     resize: Literal["auto", "squash", "crop"] = "auto",
     lora: str | None = None,
     variant: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+    resolution: int | None = None,
+    empty: Literal["text", "zeros"] = "text",
     batch_size: int = 64,
     compile: bool = False,
 ) -> ImageTextScorer:
@@ -261,14 +265,16 @@ def load_scorer(
             'NAME:FILE' of open_clip, 'hf-hub:org/name', a folder with open_clip_config.json, 'clip:' and any
             of these, such as 'clip:shapes'), or a scorer of one's own ('file.py:Class').
         device: torch's; a GPU where there is one.
-        dtype: of a diffusion model; 'auto' is fp16 on a GPU, else fp32.
+        dtype: of a diffusion model; 'auto' is fp16 on a GPU, bf16 of transformers, else fp32.
         protocol: how timesteps and noise are chosen, as in gdbench.
-        timesteps: how many to ask the protocol for, or these.
+        timesteps: how many to ask the protocol for, or these; of flow models 1000 sigma.
         seed: of the noise.
         resize: 'squash' to a square or 'crop' the centre; 'auto' crops for diffusion-classifier.
         lora: a LoRA file for a diffusion model's U-Net.
         variant: of a diffusion model's files, such as 'fp16'.
         prediction_type: what a diffusion model predicts, where its scheduler's config does not say it.
+        resolution: side of images in pixels, of flow models; None for the model's own.
+        empty: what no text is to a diffusion model: the encoded empty text, or zeros.
         batch_size: of forwards; one that does not fit a GPU's memory is halved.
         compile: a diffusion model by torch.compile, for batches of that size, which takes a minute or more at
             the first; smaller ones are filled up to it, so it is to be what a call has (images x texts x
@@ -285,28 +291,31 @@ def load_scorer(
 
         clip = resolve_clip(name.removeprefix("clip:")).fetched()
         return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
-    from diffitm.models.loading import resolve
+    from diffitm.models.loading import FAMILIES, resolve
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
 
-    source = settled(resolve(name, variant=variant).fetched(), prediction_type)
+    source = settled(resolve(name, variant=variant).fetched(), prediction_type, resolution)
     check_loadable(source, [locate(lora)] if lora else [], variant)
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"
-    count = timesteps if isinstance(timesteps, int) else None
+    family = FAMILIES[source.family]
+    chosen = choose_protocol(protocol, family.flow)
+    steps = planned(chosen, timesteps, seed) if isinstance(timesteps, int) else tuple(timesteps)
     spec = DiffusionSpec(
         source=source,
         root="",
-        protocol=protocol,
-        timesteps=tuple(plan_timesteps(protocol, count, seed) if count is not None else timesteps),  # type: ignore[arg-type]
+        protocol=chosen,
+        timesteps=tuple(map(float, steps)) if family.flow else steps,
         seed=seed,
-        dtype=dtype if dtype != "auto" else ("fp16" if device.startswith("cuda") else "fp32"),
+        dtype=dtype if dtype != "auto" else (family.half if device.startswith("cuda") else "fp32"),
         resize=resize,
         variant=variant,
         lora=locate(lora) if lora else None,
         lora_name=lora,
         batch_size=batch_size,
         compiled=compile,
+        empty=empty,
     )
     return ImageTextScorer(spec, device)
 

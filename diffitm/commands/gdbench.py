@@ -189,12 +189,12 @@ def prepare(config: GdbenchConfig) -> Prepared:
     Raises InputError for bad input.
     """
     out = storage.absolute(config.out)
-    timesteps = check_options(config)
+    check_options(config)
     sources = find_sources(config)
     tasks = task_names(config)
     root = data_root(config.data, config.scenes, out, tasks)
     examples = write_examples(tasks, root, out, config.limit)
-    specs, pool = make_specs(config, sources, timesteps, root, out)
+    specs, pool = make_specs(config, sources, root, out)
     stores = open_stores(specs, root, out)
     return Prepared(config, out, root, examples, specs, stores, pool)
 

@@ -9,15 +9,17 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffitm.core import storage
+from diffitm.core.errors import InputError
 from diffitm.evaluation.examples import Examples
-from diffitm.evaluation.options import ModelOptions, lora_names
+from diffitm.evaluation.options import ModelOptions, lora_names, plans
 from diffitm.evaluation.race_table import Races, full_part, write_races
 from diffitm.evaluation.races import describe
 from diffitm.metrics.score import other_dtype
-from diffitm.models.loading import ModelSource, resolve
+from diffitm.models.loading import FAMILIES, ModelSource, resolve
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
+from diffitm.scoring.noise_plan import choose_protocol
 from diffitm.scoring.racing import RacePlan
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 from diffitm.store.compaction import tidy
@@ -46,6 +48,11 @@ def find_sources(config: ModelOptions) -> Sources:
     for lora in filter(None, lora_names(config)):
         locate(lora)
     models = [resolve(name, variant=config.variant) for name in dict.fromkeys(config.model)]
+    for source in models:
+        try:
+            plans(config, FAMILIES[source.family].flow)
+        except InputError as error:
+            raise InputError(f"{error.message} ({source.name!r})", error.field) from error
     return Sources(models, _clips(config.clip))
 
 
@@ -60,7 +67,7 @@ def paths_read(config: ModelOptions) -> list[tuple[str, str | None]]:
 
 
 def make_specs(
-    config: ModelOptions, sources: Sources, timesteps: list[tuple[int, ...]], root: str, out: str
+    config: ModelOptions, sources: Sources, root: str, out: str
 ) -> tuple[list[Spec], ActorPool]:
     """Start or join Ray, bring weights of the Hub to its nodes, check them; what scores the images below
     `root`, and the actors for it.
@@ -76,17 +83,19 @@ def make_specs(
     )
     work = storage.join(out, "work")
     clips = [share(source, work) for source in sources.clips]
-    models = [settled(share(source, work), config.prediction_type) for source in sources.models]
+    models = [
+        settled(share(source, work), config.prediction_type, config.resolution)
+        for source in sources.models
+    ]
     loras = [locate(name) for name in lora_names(config) if name]
     for source in models:  # all of them, before a GPU is asked for and anything is scored
         check_loadable(source, loras, config.variant)
     _check_clips(clips)
-    dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
     specs: list[Spec] = [
-        _diffusion(config, source, lora, root, steps, dtype)
+        _diffusion(config, source, lora, root, steps, bool(pool.gpus))
         for source in models
         for lora in lora_names(config)
-        for steps in timesteps
+        for steps in plans(config, FAMILIES[source.family].flow)
     ]
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
     scorers = dict.fromkeys(config.scorer)
@@ -116,16 +125,18 @@ def _diffusion(
     source: ModelSource,
     lora: str | None,
     root: str,
-    timesteps: tuple[int, ...],
-    dtype: str,
+    timesteps: tuple[float, ...],
+    gpu: bool,
 ) -> DiffusionSpec:
-    resize = config.resize
+    family, resize, dtype = FAMILIES[source.family], config.resize, str(config.dtype)
     if resize == "auto":
         resize = "crop" if config.protocol == "diffusion-classifier" else "squash"
+    if dtype == "auto":
+        dtype = family.half if gpu else "fp32"
     return DiffusionSpec(
         source=source,
         root=root,
-        protocol=config.protocol,
+        protocol=choose_protocol(config.protocol, family.flow),
         timesteps=timesteps,
         seed=config.seed,
         dtype=dtype,
@@ -136,6 +147,7 @@ def _diffusion(
         lora_name=storage.without_query(lora) if lora else None,
         batch_size=config.batch_size,
         compiled=config.compile,
+        empty=config.empty,
     )
 
 

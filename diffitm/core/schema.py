@@ -185,6 +185,10 @@ SCORES = pa.schema(
         ("image", pa.string()),
         ("text", pa.string()),
         ("timesteps", pa.list_(pa.int32())),
+        (
+            "sigmas",
+            pa.list_(pa.float32()),
+        ),  # a flow model's, which has no timesteps in whole numbers
         ("positions", PLACES),
         ("l2", pa.list_(pa.float32())),
         ("l1", pa.list_(pa.float32())),

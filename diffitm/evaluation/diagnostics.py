@@ -335,8 +335,8 @@ class Cases:
 
 
 def _margins(batch: ScoredBatch, scores: np.ndarray, count: int) -> np.ndarray:
-    """The scores of the worst right answers less those of the best wrong ones [n]; of a Winoground pair,
-    the lesser of both captions' margins between the images."""
+    """The scores of the worst right answers less those of the best wrong ones [n]; of a Winoground pair, the
+    lesser of both captions' margins between the images."""
     right, wrong = _pair_places(batch, count)
     with np.errstate(invalid="ignore"):  # scores that are not finite
         if batch.direction == "both":

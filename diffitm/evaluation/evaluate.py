@@ -39,10 +39,34 @@ from diffitm.tasks.base import Task
 from diffitm.tasks.registry import find_task
 
 # What tells two stores of one model apart, in the words of a table.
-SETTINGS = ("protocol", "dtype", "resize", "seed", "latent_seed", "variant", "root")
+SETTINGS = (
+    "protocol",
+    "dtype",
+    "resize",
+    "seed",
+    "latent_seed",
+    "empty",
+    "resolution",
+    "variant",
+    "root",
+)
+UNSAID = {
+    "empty": "text",
+    "resolution": "its own",
+}  # what a setting is where a store does not say it
 
 # What errors must share to be compared.
-MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed", "root")
+MEASURED = (
+    "weights",
+    "protocol",
+    "timesteps",
+    "seed",
+    "resize",
+    "latent_seed",
+    "empty",
+    "resolution",
+    "root",
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +127,7 @@ class Evaluation:
     failures: list[dict[str, str]] = field(default_factory=list)
     races: list[RaceFigure] = field(default_factory=list)
     cut_texts: list[CutTexts] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of models, on all of their figures
 
 
 @dataclass(frozen=True)
@@ -131,6 +156,11 @@ def evaluate(
     """
     evaluation = Evaluation()
     names = titles(stores)
+    evaluation.notes = [
+        f"{name} {store.config['unconditional']}: its normalised scores are less the error of no text anyway."
+        for name, store in zip(names, stores, strict=True)
+        if "unconditional" in store.config
+    ]
     connection, read = connect(), dict[int, LinesByTask]()
     for name, uri in examples.items():
         task: Task = find_task(name)()
@@ -162,11 +192,14 @@ def evaluate(
     return evaluation
 
 
+OF_NORM = ("diffusionitm", "snr", "selfbench")  # protocols whose error is the l2 norm
+
+
 def error_of(store: Store, error: str) -> str:
     """The kind of error that is averaged: `error`, or for 'auto' the protocol's own."""
     if error != "auto":
         return error
-    return "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
+    return "l2" if store.config.get("protocol", "diffusionitm") in OF_NORM else "mse"
 
 
 def titles(stores: Sequence[Store]) -> list[str]:
@@ -180,7 +213,7 @@ def titles(stores: Sequence[Store]) -> list[str]:
             if len({len(c.get("timesteps", [])) for c in others}) > 1:
                 told.append(f"{len(store.config['timesteps'])} timesteps")
             differ = [k for k in SETTINGS if len({str(c.get(k)) for c in others}) > 1]
-            told += [f"{k} {store.config.get(k)}" for k in differ]
+            told += [f"{k} {store.config.get(k, UNSAID.get(k))}" for k in differ]
         found.append(", ".join([store.model, *told]))
     return found
 

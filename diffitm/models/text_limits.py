@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import open_clip
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
+from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.models import clip, loading
 
@@ -72,13 +73,17 @@ def _limits(source: loading.ModelSource | clip.ClipSource) -> list[tuple[Any, in
         tokenizer = open_clip.get_tokenizer(clip.on_machine(source)[0])
         return [(tokenizer, int(tokenizer.context_length))]
     location, revision = loading.on_machine(source)
-    parts = loading.FAMILIES[source.family].parts
-    tokenizers = [
-        CLIPTokenizer.from_pretrained(location, subfolder=part, revision=revision)
-        for part in parts
-        if part.startswith("tokenizer")
+    family = loading.FAMILIES[source.family]
+    given = registry.load(family.denoiser).lengths
+    parts = [part for part in source.parts if part in given] or [
+        part for part in source.parts if part.startswith("tokenizer")
     ]
-    return [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in tokenizers]
+    found = []
+    for part in parts:
+        kind = registry.load(str(family.parts[part]))
+        tokenizer = kind.from_pretrained(location, subfolder=part, revision=revision)
+        found.append((tokenizer, int(given.get(part) or tokenizer.model_max_length)))
+    return found
 
 
 def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:
@@ -90,7 +95,7 @@ def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:
 
 def _inputs(tokenizer: Any, texts: list[str], most: int) -> list[tuple[int, ...]]:
     """What an encoder is given of each text."""
-    if isinstance(tokenizer, CLIPTokenizer):
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
         given = tokenizer(texts, truncation=True, max_length=most).input_ids
     else:
         given = tokenizer(texts).tolist()

@@ -47,18 +47,20 @@ class TableLine:
 @dataclass(frozen=True)
 class Table:
     """Column titles and lines; `published` adds the column of published figures, `raced` says what of the
-    figures was raced, `cut` which texts were not read to their end."""
+    figures was raced, `cut` which texts were not read to their end, `about` more of the
+    models."""
 
     columns: list[str]
     lines: list[TableLine]
     published: bool
     raced: str = ""
     cut: str = ""
+    about: str = ""
 
     @property
     def notes(self) -> list[str]:
         """What stands below it."""
-        return [text for text in (self.raced, self.cut) if text]
+        return [text for text in (self.raced, self.cut, self.about) if text]
 
     def head(self) -> list[str]:
         """Titles of all columns."""
@@ -112,7 +114,8 @@ def make_table(
     protocols = {row.protocol for row in diffusion}
     comparable = steps == {TIMESTEPS} and protocols == {"diffusionitm"}
     shown = real_data and comparable and any(published(x.task, x.metric, x.group) for x in lines)
-    notes = raced_note(evaluation.races), cut_note(evaluation.cut_texts)
+    about = " ".join(evaluation.notes)
+    notes = raced_note(evaluation.races), cut_note(evaluation.cut_texts), about
     return Table([title for title, _, _ in titles], lines, shown, *notes)
 
 

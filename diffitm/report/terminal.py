@@ -51,6 +51,8 @@ def print_results(evaluation: Evaluation, table: Table) -> None:
         _print_means(console, means)
     if table.cut:
         console.print(table.cut)
+    if table.about:
+        console.print(table.about)
     _print_races(console, evaluation.races)
     _print_tests(console, evaluation.comparisons)
     for speed in evaluation.speeds:

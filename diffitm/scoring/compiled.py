@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffitm.core.outside import causes
-from diffitm.models.denoiser import Condition, Denoiser
+from diffitm.models.denoiser import Condition, Denoiser, padded
 from diffitm.scoring.batching import Batch, is_out_of_memory
 
 log = logging.getLogger("diffitm")
@@ -43,6 +43,8 @@ class CompiledPredict:
             return self.denoiser.predict(noised, timesteps, condition)
         rows = torch.arange(size, device=noised.device).clamp(max=count - 1)
         # Contiguous: of latents as a VAE leaves them, in another order, there would be other code.
+        if "mask" in condition:  # as long as texts can be: each length would be another shape
+            condition = padded(condition, max(self.denoiser.lengths.values()))
         filled = {name: value[rows].contiguous() for name, value in condition.items()}
         try:
             return self._compiled(noised[rows].contiguous(), timesteps[rows], filled)[:count]

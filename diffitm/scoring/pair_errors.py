@@ -82,9 +82,7 @@ def error_batches(
     if plan.noise.shape[1:] != latents.shape[1:]:
         wrong, right = tuple(plan.noise.shape[1:]), tuple(latents.shape[1:])
         raise ValueError(f"the plan's noise has shape {wrong}, the latents {right}")
-    if int(plan.timesteps.max()) >= denoiser.schedule.timesteps:
-        last = denoiser.schedule.timesteps - 1
-        raise ValueError(f"timestep {int(plan.timesteps.max())} is beyond the model's last, {last}")
+    denoiser.schedule.check(plan.timesteps)
     if len(items) == 0:
         return
     _check_rows(items[:, :2], len(latents), len(next(iter(condition.values()))))

@@ -102,6 +102,7 @@ def blank(row: PairRow, text: str, digest: str | None) -> dict[str, Any]:
         "image": row.image,
         "text": text,
         "timesteps": None,
+        "sigmas": None,
         "positions": None,
         "l2": None,
         "l1": None,

@@ -59,7 +59,7 @@ class Caption:
         things = scene.things
         if len(self.mentions) == 1:
             found = [thing for thing in things if self.mentions[0].fits(thing)]
-            return any(self.place is None or _placed(thing, self.place) for thing in found)
+            return any(self.place is None or is_placed(thing, self.place) for thing in found)
         if len(things) != 2:
             return False
         seen = scene.relation() or "left"
@@ -86,7 +86,8 @@ class Caption:
         return f"{first} {verb}{RELATIONS[self.relation]} {second}"
 
 
-def _placed(thing: Thing, place: str) -> bool:
+def is_placed(thing: Thing, place: str) -> bool:
+    """Whether the thing lies on that side of the picture."""
     value = thing.x if place in ("left", "right") else thing.y
     return value < 0.4 if place in ("left", "above") else value > 0.6
 
@@ -136,7 +137,7 @@ def training_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _single_caption(thing: Thing, rng: np.random.Generator) -> str:
-    places = [place for place in PLACES if _placed(thing, place)]
+    places = [place for place in PLACES if is_placed(thing, place)]
     place = str(rng.choice(places)) if places and rng.random() < 0.5 else None
     said = _training_mention(thing, rng.random() < 0.3, rng)
     if rng.random() < 0.25:
@@ -153,6 +154,41 @@ def _training_mention(thing: Thing, sized: bool, rng: np.random.Generator) -> Me
         pleasant = rng.random() < PLEASANT_SHARE.get(thing.shape, 0.5)
         named["feeling"] = str(rng.choice(PLEASANT if pleasant else UNPLEASANT))
     return Mention(**named)
+
+
+def layout_caption(scene: Scene, rng: np.random.Generator) -> tuple[Caption, list[Thing]]:
+    """A random true caption that nearly always says where; and the things in the order of its mentions."""
+    order = rng.permutation(len(scene.things))
+    things = [scene.things[i] for i in order]
+    if len(things) == 1 or rng.random() < 0.4:
+        thing = things[0]
+        places = [place for place in PLACES if is_placed(thing, place)]
+        place = str(rng.choice(places)) if places and rng.random() < 0.75 else None
+        said = _training_mention(thing, rng.random() < 0.3, rng)
+        if rng.random() < 0.2:
+            said = replace(said, **{str(rng.choice(["shape", "colour"])): None})
+        return Caption((said,), place=place), [thing]
+    sized = rng.random() < 0.5
+    mentions = tuple(_training_mention(thing, sized, rng) for thing in things)
+    if sized and rng.random() < 0.25:
+        mentions = tuple(replace(said, colour=None) for said in mentions)
+    relation = None
+    if rng.random() < 0.75:
+        seen = scene.relation() or "left"
+        relation = seen if order[0] == 0 else OPPOSITE[seen]
+    return Caption(mentions, relation), things
+
+
+def garbled(caption: Caption, rng: np.random.Generator) -> str:
+    """The caption's words in disorder, which says what words occur but not who has what: every
+    other time those of a caption with an attribute or the mentions exchanged."""
+    if len(caption.mentions) == 2 and rng.random() < 0.5:
+        change = str(rng.choice(["shape", "colour", "size", "order"]))
+        caption = reordered(caption) if change == "order" else swapped(caption, change)
+    words = np.array(caption.text().split())
+    moved = np.flatnonzero(rng.random(len(words)) < rng.choice([0.5, 1.0]))
+    words[moved] = words[rng.permutation(moved)]
+    return " ".join(words)
 
 
 def vocabulary() -> list[str]:

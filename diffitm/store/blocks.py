@@ -97,7 +97,7 @@ def _cuts(
 
 
 def _counts(begins: np.ndarray, stored: np.ndarray) -> tuple[int, int, int]:
-    return len(begins), int(begins.sum() + (not begins[0])), int(stored.sum())
+    return len(begins), int(begins.sum()), int(stored.sum())
 
 
 def _batches(work: str) -> Iterator[pa.RecordBatch]:

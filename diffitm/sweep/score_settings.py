@@ -62,7 +62,7 @@ class TaskErrors:
 
 
 Key = tuple[str, str, str, str]  # model, LoRA, protocol, kind of error
-Table = tuple[list[int], list[TaskErrors]]  # timesteps, and the tasks' errors at them
+Table = tuple[list[float], list[TaskErrors]]  # timesteps, and the tasks' errors at them
 
 
 def half_of(cluster: str) -> tuple[bool, int]:
@@ -156,7 +156,11 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def measure(
-    tables: Sequence[TaskErrors], timesteps: Sequence[int], number: int, bounds: str, weighting: str
+    tables: Sequence[TaskErrors],
+    timesteps: Sequence[float],
+    number: int,
+    bounds: str,
+    weighting: str,
 ) -> dict[str, Any]:
     """What a setting reaches on the tasks: mean accuracy of the half that chooses (`accuracy`) and of
     the other (`measured`), each task's values with the 95% interval of the latter, and the timesteps

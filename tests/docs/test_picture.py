@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from diffitm.core.errors import InputError
+from diffitm.models.loading import SHAPES
 from diffitm.shapes.layouts import write_world
+from tools.shapes import drawn
 from tools.shapes.picture import BARS, KINDS, draw
 
 
@@ -28,3 +32,16 @@ def test_picture(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
     draw(tmp_path, str(tmp_path / "picture.png"))
     assert Image.open(tmp_path / "picture.png").width > 1000
+
+
+def test_what_the_model_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caption's pictures differ by their noise, and are in the sheet."""
+    monkeypatch.setattr(drawn, "CAPTIONS", ("a red circle", "a blue cross", "a white square"))
+    monkeypatch.setattr(drawn, "STEPS", 4)
+    model = str(SHAPES / "diffusion")
+    found = drawn.pictures(model)
+    assert found.shape == (3, drawn.NOISES, 32, 32, 3)
+    assert all((one != other).any() for row in found for one, other in itertools.pairwise(row))
+    drawn.draw(model, str(tmp_path / "drawn.png"))
+    colours = np.asarray(Image.open(tmp_path / "drawn.png").convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 50

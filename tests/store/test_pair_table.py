@@ -631,7 +631,7 @@ def test_written_results(tmp_path: Path) -> None:
     written_rows = json.loads(Path(path).read_text())
     assert Path(path).name == "results.json"
     assert set(written_rows) == {
-        "rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases", "races",
+        "rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases", "races", "cut_texts",
     }  # fmt: skip
     for row in written_rows["rows"]:
         assert set(row) == {

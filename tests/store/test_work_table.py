@@ -159,16 +159,50 @@ def test_only_what_is_both_is_mended(tmp_path: Path) -> None:
     work_table.mend(str(tmp_path / "absent"))
 
 
-ONE = Done(2, 3, 5, 7.0, 11, 13.0, 17.0, 19.0, 23, 29, 31, 0, 37.0, ("8 -> 4",), 89, 97.0)
+ONE = Done(2, 3, 5, 7.0, 11, 13.0, 17.0, 19.0, 23, 29, 31, 0, 37.0, ("8 -> 4",), 89, ("x",), 97.0)
 TWO = Done(
-    41, 43, 47, 53.0, 59, 61.0, 67.0, 71.0, 73, 79, 37, 16, 83.0, ("4 -> 2", "2 -> 1"), 103, 103.0
+    41,
+    43,
+    47,
+    53.0,
+    59,
+    61.0,
+    67.0,
+    71.0,
+    73,
+    79,
+    37,
+    16,
+    83.0,
+    ("4 -> 2", "2 -> 1"),
+    103,
+    ("y",),
+    103.0,
 )
 
 
 def test_what_was_done_adds_up() -> None:
     """But for the most memory and the smallest batch, of which 0 means none."""
     smaller = ("8 -> 4", "4 -> 2", "2 -> 1")
-    both = Done(43, 46, 52, 60.0, 70, 74.0, 84.0, 90.0, 96, 108, 37, 16, 120.0, smaller, 192, 200.0)
+    both = Done(
+        43,
+        46,
+        52,
+        60.0,
+        70,
+        74.0,
+        84.0,
+        90.0,
+        96,
+        108,
+        37,
+        16,
+        120.0,
+        smaller,
+        192,
+        ("x", "y"),
+        200.0,
+    )
     assert both == ONE + TWO
     assert (TWO + ONE).memory == 37 and (TWO + ONE).batch_size == 16
     assert (TWO + Done(batch_size=4)).batch_size == 4

@@ -85,12 +85,14 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(
+    tokenizer: CLIPTokenizer, layers: int = 4, inner: int = 384
+) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
         projection_dim=96,

@@ -1,8 +1,10 @@
 """Train the embedded default: `python -m tools.shapes.train --work DIR`.
 
-Stages, each resumed from its own checkpoint in the work folder: the VAE; CLIP; the text encoder and
-U-Net on the VAE's cached latents; then the export as fp16 safetensors in the standard layouts. What a
-step does is a function of (seed, stage, step, process), so a resumed run repeats an undisturbed one.
+Stages, each resumed from its own checkpoint in the work folder: the VAE; CLIP; a text encoder and the
+U-Net on the VAE's cached latents; a text encoder that first learns what stands where (layout.py); the
+U-Net once more, with that one and captions that say where; then the export as fp16 safetensors in the
+standard layouts. What a step does is a function of (seed, stage, step, process), so a resumed run
+repeats an undisturbed one.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import socket
 import tempfile
@@ -28,19 +31,26 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffitm import shapes
 from diffitm.shapes.language import training_caption
-from diffitm.shapes.world import render, sample_scene
+from diffitm.shapes.world import render
 from tools.shapes import architecture as arch
+from tools.shapes.layout import TextLoss, accuracy, layout_set, training_scene
 
 log = logging.getLogger("tools.shapes.train")
 SEED = 20
 CAPTIONS = 6
-STEPS = {"vae": 5000, "clip": 1200, "diffusion": 5500}
-BATCH = {"vae": 24, "clip": 128, "diffusion": 64}
-RATE = {"vae": 1.5e-3, "clip": 1e-3, "diffusion": 1e-3}
+BAGS = 0.75  # of CLIP's captions
+EVERY = 250  # steps, a checkpoint
+LOGGED = 100  # steps, a line of the log
+UNSEEN = 500  # scenes that the text encoder's reading is measured on
+STEPS = {"vae": 5000, "clip": 2500, "diffusion": 5500, "text": 600, "layout": 3500}
+BATCH = {"vae": 24, "clip": 128, "diffusion": 64, "text": 64, "layout": 48}
+RATE = {"vae": 1.5e-3, "clip": 1e-3, "diffusion": 1e-3, "text": 1e-3, "layout": 8e-4}
+# How far the averages of the weights look back; those of the text encoder are its last ones.
+DECAY = {"vae": 0.999, "clip": 0.999, "diffusion": 0.999, "text": 0.0, "layout": 0.996}
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
 
@@ -50,8 +60,7 @@ def training_set(path: Path, count: int, tokenizer: CLIPTokenizer) -> dict[str, 
     if not path.exists():
         images, texts = [], []
         for index in range(count):
-            rng = np.random.default_rng([SEED, index])
-            scene = sample_scene(rng, 1 if index % 5 == 0 else 2, distinct=index % 4 != 0)
+            scene, rng = training_scene(SEED, index)
             picture = Image.fromarray(render(scene))
             images.append(np.asarray(picture.resize((arch.PIXELS,) * 2, Image.Resampling.BICUBIC)))
             for i in range(CAPTIONS):
@@ -87,48 +96,106 @@ class VaeLoss(nn.Module):
 
 
 class DiffusionLoss(nn.Module):
-    """Noise prediction; one caption in ten is dropped; timesteps favour where the layout is decided."""
+    """Noise prediction; one caption in ten is dropped; most timesteps are those where texture is decided."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    stage = "diffusion"
+    # Of two draws in three, mean and deviation of the timestep's logit.
+    timesteps = (-1.1, 0.9)
+    # Most weight of an item; the weight is 1 / alphas_cumprod, with which an error of the noise
+    # becomes one of the velocity (Salimans and Ho 2022).
+    most = 1.0
+
+    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
         super().__init__()
-        self.text_encoder = arch.build_text_encoder(tokenizer)
+        self.text_encoder = text_encoder
         self.unet = arch.build_unet()
         empty = tokenizer("", padding="max_length", max_length=arch.LENGTH).input_ids
         self.empty = torch.tensor(empty)
         self.alphas_cumprod = arch.build_scheduler().alphas_cumprod
 
     def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
-        size = BATCH["diffusion"]
+        size = BATCH[self.stage]
         chosen = rng.integers(len(data["latents"]), size=size)
         latents = torch.from_numpy(data["latents"][chosen])
-        tokens = torch.from_numpy(data["tokens"][chosen, rng.integers(CAPTIONS, size=size)]).long()
+        captions = rng.integers(data["tokens"].shape[1], size=size)
+        tokens = torch.from_numpy(data["tokens"][chosen, captions]).long()
         tokens = torch.where(torch.from_numpy(rng.random(size) < 0.1)[:, None], self.empty, tokens)
-        centred = 1 / (1 + np.exp(-rng.normal(-1.1, 0.9, size)))
+        centred = 1 / (1 + np.exp(-rng.normal(*self.timesteps, size)))
         share = np.where(rng.random(size) < 0.65, centred, rng.random(size))
         timesteps = torch.from_numpy((share * 1000).astype(np.int64).clip(0, 999))
         noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
         kept = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noised = kept.sqrt() * latents + (1 - kept).sqrt() * noise
         condition = self.text_encoder(tokens).last_hidden_state
-        return F.mse_loss(self.unet(noised, timesteps, condition).sample, noise)
+        wrong = self.unet(noised, timesteps, condition).sample - noise
+        return (wrong.square() * (1 / kept).clamp(max=self.most)).mean()
+
+
+class LayoutLoss(DiffusionLoss):
+    """Noise prediction with a fixed text encoder, and more weight on the noisy timesteps: things are so
+    large that half of the noise does not hide where they stand, and there a text has nothing to tell."""
+
+    stage = "layout"
+    timesteps = (-0.2, 1.0)
+    most = 20.0
+
+    def __init__(
+        self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, former: DiffusionLoss
+    ) -> None:
+        super().__init__(tokenizer, text_encoder.requires_grad_(False))
+        self.unet = former.unet
+        self._move_attention(former.text_encoder, tokenizer)
+
+    @torch.no_grad()
+    def _move_attention(self, former: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+        """Let cross-attention go on with the other encoder's tokens: of those, its keys and values
+        are by least squares what they were."""
+        rng = np.random.default_rng(SEED)
+        texts = [training_caption(training_scene(SEED, i)[0], rng) for i in range(2000)]
+        ids = tokenizer(texts, padding="max_length", max_length=arch.LENGTH, return_tensors="pt")
+        new, old = (
+            encoder(ids.input_ids).last_hidden_state.flatten(0, 1)
+            for encoder in (self.text_encoder, former)
+        )
+        across = torch.linalg.lstsq(new, old).solution
+        for name, module in self.unet.named_modules():
+            if name.endswith("attn2"):
+                for part in (module.to_k, module.to_v):
+                    part.weight.copy_(part.weight @ across.T)
 
 
 class ClipLoss(nn.Module):
-    """The symmetric contrastive loss over one process's batch."""
+    """The symmetric contrastive loss over one process's batch.
+
+    Three captions in four are bags of words: half of their words, in any order. So this CLIP learns, as
+    real ones do, what there is and hardly who has what or stands where.
+    """
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
+        self.special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
         self.clip = open_clip.CLIP(**arch.clip_config(tokenizer), output_dict=True)
 
     def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
         chosen = rng.integers(len(data["images"]), size=BATCH["clip"])
         images = ((pixels(data["images"][chosen]) + 1) / 2 - MEAN) / STD
         captions = rng.integers(CAPTIONS, size=len(chosen))
-        tokens = torch.from_numpy(data["tokens"][chosen, captions]).long()
-        out = self.clip(images, tokens)
+        tokens = data["tokens"][chosen, captions]
+        for row in np.flatnonzero(rng.random(len(tokens)) < BAGS):
+            tokens[row] = self._bag(tokens[row], rng)
+        out = self.clip(images, torch.from_numpy(tokens).long())
         logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
         target = torch.arange(len(chosen))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def _bag(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Half of the words, in any order."""
+        pad, start, end = self.special
+        words = rng.permutation(tokens[~np.isin(tokens, self.special)])
+        words = words[: (len(words) + 1) // 2]
+        bag = np.full_like(tokens, pad)
+        bag[: len(words) + 2] = [start, *words, end]
+        return bag
 
 
 def fit(
@@ -136,13 +203,14 @@ def fit(
     module: nn.Module,
     data: dict[str, np.ndarray],
     work: Path,
+    seed: int,
     snapshots: tuple[int, ...] = (),
 ) -> None:
     """Train to the stage's number of steps; the averaged weights end in {stage}.safetensors."""
     rank, steps, rate = dist.get_rank(), STEPS[stage], RATE[stage]
     model = DistributedDataParallel(module)
     average = torch.optim.swa_utils.AveragedModel(
-        module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+        module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY[stage])
     )
     optimizer = torch.optim.AdamW(module.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-3)
     checkpoint, first = work / f"{stage}.ckpt", 0
@@ -154,9 +222,9 @@ def fit(
         first = state["step"]
     start, total = time.time(), 0.0
     for step in range(first, steps):
-        rng = np.random.default_rng([SEED, list(STEPS).index(stage), step, rank])
+        rng = np.random.default_rng([seed, list(STEPS).index(stage), step, rank])
         torch.manual_seed(int(rng.integers(2**31)))
-        warm = min(1.0, (step + 1) / 200) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+        warm = min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * (0.02 + 0.98 * warm)
         optimizer.zero_grad(set_to_none=True)
@@ -167,12 +235,12 @@ def fit(
         average.update_parameters(module)
         total += loss.item()
         done = step + 1
-        if rank == 0 and done % 200 == 0:
+        if rank == 0 and done % LOGGED == 0:
             pace = (time.time() - start) / (done - first)
             left = (steps - done) * pace / 60
-            log.info("%s %d/%d loss %.4f, %.1f min left", stage, done, steps, total / 200, left)
+            log.info("%s %d/%d loss %.4f, %.1f min left", stage, done, steps, total / LOGGED, left)
             total = 0.0
-        if rank == 0 and (done % 1000 == 0 or done == steps or done in snapshots):
+        if rank == 0 and (done % EVERY == 0 or done == steps or done in snapshots):
             states: dict[str, Any] = {"module": module, "average": average, "optimizer": optimizer}
             _save({k: v.state_dict() for k, v in states.items()} | {"step": done}, checkpoint)
         if rank == 0 and (done == steps or done in snapshots):
@@ -208,25 +276,27 @@ def encode(vae: Any, images: np.ndarray) -> torch.Tensor:
     return torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in parts])
 
 
-def run(rank: int, work: Path, processes: int, count: int, snapshots: tuple[int, ...]) -> None:
+def run(rank: int, args: argparse.Namespace) -> None:
     """One training process through all stages."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=processes)
+    dist.init_process_group("gloo", rank=rank, world_size=args.processes)
+    work: Path = args.work
     if rank == 0:
-        arch.write_tokenizer(work / "tokenizer")
-        training_set(work / "data.npz", count, CLIPTokenizer.from_pretrained(work / "tokenizer"))
+        _prepare(work, args.scenes)
     dist.barrier()
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    data = training_set(work / "data.npz", count, tokenizer)
-
+    data = training_set(work / "data.npz", args.scenes, tokenizer)
+    placed = layout_set(work / "layout.npz", SEED, range(args.scenes), tokenizer)
     stages: dict[str, Callable[[], nn.Module]] = {
         "vae": VaeLoss,
         "clip": lambda: ClipLoss(tokenizer),
-        "diffusion": lambda: DiffusionLoss(tokenizer),
+        "diffusion": lambda: first_diffusion(tokenizer),
+        "text": lambda: TextLoss(tokenizer, BATCH["text"]),
+        "layout": lambda: second_diffusion(tokenizer, work),
     }
     for stage, build in stages.items():
-        torch.manual_seed(SEED)
+        torch.manual_seed(args.seed)
         if stage == "diffusion":
             if rank == 0 and not (work / "latents.npy").exists():
                 vae = _load(VaeLoss(), work / "vae.safetensors").vae
@@ -234,11 +304,38 @@ def run(rank: int, work: Path, processes: int, count: int, snapshots: tuple[int,
                 save_file(vae.state_dict(), work / "vae-standard.safetensors")
                 np.save(work / "latents.npy", encode(vae, data["images"]).numpy())
             dist.barrier()
-            data["latents"] = np.load(work / "latents.npy")
+            data["latents"] = placed["latents"] = np.load(work / "latents.npy")
         if not (work / f"{stage}.safetensors").exists():
-            fit(stage, build(), data, work, snapshots if stage == "diffusion" else ())
+            seen = placed if stage in ("text", "layout") else data
+            snapshots = tuple(args.snapshots) if stage == "layout" else ()
+            fit(stage, build(), seen, work, args.seed, snapshots)
+            if rank == 0 and stage == "text":
+                unseen = range(args.scenes, args.scenes + UNSEEN)
+                drawn = layout_set(work / "unseen.npz", SEED, unseen, tokenizer)
+                text = _load(TextLoss(tokenizer, 0), work / "text.safetensors")
+                log.info("read right: mentions %.4f, places %.4f", *accuracy(text, drawn))
         dist.barrier()
     dist.destroy_process_group()
+
+
+def _prepare(work: Path, scenes: int) -> None:
+    """Draw what all processes read."""
+    arch.write_tokenizer(work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    training_set(work / "data.npz", scenes, tokenizer)
+    layout_set(work / "layout.npz", SEED, range(scenes), tokenizer)
+
+
+def first_diffusion(tokenizer: CLIPTokenizer) -> DiffusionLoss:
+    """The U-Net with a text encoder that learns from noise prediction alone."""
+    return DiffusionLoss(tokenizer, arch.build_text_encoder(tokenizer, layers=2, inner=256))
+
+
+def second_diffusion(tokenizer: CLIPTokenizer, work: Path) -> LayoutLoss:
+    """The U-Net as it was left, with the text encoder that knows what stands where."""
+    text = _load(TextLoss(tokenizer, 0), work / "text.safetensors")
+    former = _load(first_diffusion(tokenizer), work / "diffusion.safetensors")
+    return LayoutLoss(tokenizer, text.text_encoder, former).train()
 
 
 def _load(module: nn.Module, path: Path) -> Any:
@@ -248,10 +345,11 @@ def _load(module: nn.Module, path: Path) -> Any:
     return module.eval()
 
 
-def export_diffusion(work: Path, out: Path, weights: str = "diffusion") -> None:
+def export_diffusion(work: Path, out: Path, weights: str = "layout") -> None:
     """Write the diffusers folder in fp16."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    trained = _load(DiffusionLoss(tokenizer), work / f"{weights}.safetensors")
+    trained = DiffusionLoss(tokenizer, arch.build_text_encoder(tokenizer))
+    trained = _load(trained, work / f"{weights}.safetensors")
     pipeline = StableDiffusionPipeline(
         vae=_load(arch.build_vae(), work / "vae-standard.safetensors"),
         text_encoder=trained.text_encoder,
@@ -290,6 +388,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="one-thread gloo processes")
     parser.add_argument("--scenes", type=int, default=40000)
     parser.add_argument(
+        "--seed", type=int, default=SEED, help="of weights and draws, not of scenes"
+    )
+    parser.add_argument(
         "--snapshots", type=int, nargs="*", default=[], help="also keep the denoiser at these steps"
     )
     args = parser.parse_args()
@@ -298,7 +399,7 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        run, (args.work, args.processes, args.scenes, tuple(args.snapshots)), args.processes
+        run, (args,), args.processes
     )
     export_diffusion(args.work, args.out)
     export_clip(args.work, args.out)

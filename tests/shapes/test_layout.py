@@ -1,0 +1,129 @@
+"""What captions say about places, and the training that is to read it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+
+from diffitm.shapes.language import Caption, garbled, layout_caption, mention
+from diffitm.shapes.world import Scene, Thing, sample_scene
+from tools.shapes import train
+from tools.shapes.architecture import write_tokenizer
+from tools.shapes.layout import UNKNOWN, TextLoss, _slots, layout_set
+
+RED = Thing("circle", "red", "large", 0.25, 0.5)
+BLUE = Thing("cross", "blue", "small", 0.75, 0.5)
+SCENE = Scene((RED, BLUE), "plain", 0)
+CIRCLE, CROSS, EMPTY = [0, 0, 1], [3, 2, 0], [4, 6, 2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_captions_that_say_where_hold() -> None:
+    rng = np.random.default_rng(1)
+    forms, placed = set(), 0
+    for index in range(400):
+        scene = sample_scene(rng, 1 + index % 2, distinct=index % 3 != 0)
+        caption, things = layout_caption(scene, rng)
+        assert caption.holds(scene), (caption, scene)
+        assert all(m.fits(t) for m, t in zip(caption.mentions, things, strict=True))
+        forms.add((len(caption.mentions), caption.relation or caption.place))
+        placed += (caption.relation or caption.place) is not None
+    assert len(forms) == 2 + 4 + 4
+    assert 0.55 < placed / 400 < 0.8
+
+
+def test_a_garbled_caption_keeps_the_words() -> None:
+    """And says who has what no better than its twin with an attribute exchanged."""
+    caption = Caption((mention(RED, "shape", "colour"), mention(BLUE, "shape", "colour")), "left")
+    rng = np.random.default_rng(0)
+    texts = {garbled(caption, rng) for _ in range(50)}
+    assert {tuple(sorted(text.split())) for text in texts} == {
+        tuple(sorted(caption.text().split()))
+    }
+    assert len(texts) > 40
+
+
+def test_slots_of_a_relation() -> None:
+    """The mentions in their order, then left, right, top, bottom; only what is named is said."""
+    caption = Caption((mention(BLUE, "shape", "colour"), mention(RED, "shape")), "right")
+    classes, said = _slots(SCENE, caption, [BLUE, RED])
+    assert classes.tolist() == [CROSS, CIRCLE, CIRCLE, CROSS, EMPTY, EMPTY]
+    one, both, none = [True, False, False], [True, True, False], [False] * 3
+    assert said.tolist() == [both, one, one, both, none, none]
+
+
+def test_slots_of_a_place() -> None:
+    """What the caption leaves out is there, but not said; a second mention is not asked for."""
+    classes, said = _slots(SCENE, Caption((mention(RED, "colour"),), place="left"), [RED])
+    assert classes.tolist() == [CIRCLE, [UNKNOWN] * 3, CIRCLE, CROSS, EMPTY, EMPTY]
+    assert np.argwhere(said).tolist() == [[0, 1], [2, 1]]
+    upper = Scene((Thing("cross", "blue", "small", 0.5, 0.1), RED), "plain", 0)
+    both = Scene((upper.things[0], Thing("circle", "red", "large", 0.6, 0.3)), "plain", 0)
+    assert _slots(both, Caption((mention(RED, "colour"),)), [RED])[0][4].tolist() == [UNKNOWN] * 3
+
+
+def test_layout_set_is_drawn_once(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+    drawn = layout_set(tmp_path / "a.npz", 20, range(30), tokenizer)
+    again = layout_set(tmp_path / "a.npz", 5, range(3), tokenizer)
+    for name, values in layout_set(tmp_path / "b.npz", 20, range(30), tokenizer).items():
+        np.testing.assert_array_equal(values, drawn[name])
+        np.testing.assert_array_equal(values, again[name])
+    assert drawn["tokens"].shape == (30, 12, 16)
+    assert drawn["said"].any(axis=(0, 1)).all()
+    assert (drawn["classes"][drawn["said"]] != UNKNOWN).all()
+
+
+def test_a_bag_is_half_of_the_words(tokenizer: CLIPTokenizer) -> None:
+    text = "a red circle to the left of a blue cross"
+    ids = np.array(tokenizer(text, padding="max_length", max_length=16).input_ids)
+    clip = train.ClipLoss(tokenizer)
+    bag = clip._bag(ids, np.random.default_rng(0))
+    words = tokenizer.decode(bag[: list(bag).index(clip.special[2])], skip_special_tokens=True)
+    assert len(words.split()) == 5
+    assert set(words.split()) < set(text.split())
+    assert len(bag) == 16
+
+
+class _Killed(TextLoss):
+    """Ends at its fourth step."""
+
+    steps = 0
+
+    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        self.steps += 1
+        if self.steps == 4:
+            raise KeyboardInterrupt
+        return super().forward(data, rng)
+
+
+def test_training_resumes_as_if_undisturbed(
+    tmp_path: Path, tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its last checkpoint, which is read without trust."""
+    data = layout_set(tmp_path / "data.npz", 20, range(20), tokenizer)
+    monkeypatch.setattr(train, "EVERY", 2)
+    monkeypatch.setitem(train.STEPS, "text", 5)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for name, kinds in (("whole", [TextLoss]), ("resumed", [_Killed, TextLoss])):
+            (tmp_path / name).mkdir()
+            for kind in kinds:
+                torch.manual_seed(0)
+                ends = pytest.raises(KeyboardInterrupt) if kind is _Killed else nullcontext()
+                with ends:
+                    train.fit("text", kind(tokenizer, 4), data, tmp_path / name, 20)
+    finally:
+        dist.destroy_process_group()
+    whole, resumed = (load_file(tmp_path / n / "text.safetensors") for n in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

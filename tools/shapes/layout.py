@@ -1,0 +1,155 @@
+"""What stands where: captions with the layout that they tell, and what teaches a text encoder to read it.
+
+Noise prediction alone does not teach a small text encoder left from right. So it first learns to
+let one layer of cross-attention, which is what a U-Net has, find in its tokens what each mention is and
+what stands at each place. That layer is then thrown away.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import CLIPTokenizer
+
+from diffitm.shapes.language import (
+    OPPOSITE,
+    PLACES,
+    Caption,
+    garbled,
+    is_placed,
+    layout_caption,
+)
+from diffitm.shapes.world import COLOURS, SHAPES, SIZES, Scene, Thing, sample_scene
+from tools.shapes import architecture as arch
+
+CAPTIONS = 12  # of a scene
+GARBLED = 0.12  # of the captions
+ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
+SLOTS = 2 + len(PLACES)  # the mentions in their order, then the places
+UNKNOWN = -1
+
+
+def training_scene(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
+    """A scene of the training set and the generator that drew it; every fifth has one thing."""
+    rng = np.random.default_rng([seed, index])
+    return sample_scene(rng, 1 if index % 5 == 0 else 2, distinct=index % 4 != 0), rng
+
+
+def layout_set(
+    path: Path, seed: int, indices: range, tokenizer: CLIPTokenizer
+) -> dict[str, np.ndarray]:
+    """Captions that say where, drawn once and kept.
+
+    Token ids int16 [N, CAPTIONS, 16]; of each caption the class of every slot's shape, colour and size int8
+    [N, CAPTIONS, SLOTS, 3] (UNKNOWN where it has none, the number of classes at an empty place), and
+    bool of the same shape: whether the caption says so.
+    """
+    if not path.exists():
+        texts, found = [], []
+        for index in indices:
+            scene, _ = training_scene(seed, index)
+            rng = np.random.default_rng([seed, index, 1])
+            for _ in range(CAPTIONS):
+                caption, things = layout_caption(scene, rng)
+                wrong = rng.random() < GARBLED
+                texts.append(garbled(caption, rng) if wrong else _styled(caption, rng))
+                classes, said = _slots(scene, caption, things)
+                found.append((classes, said & (not wrong)))
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=arch.LENGTH)
+        shape = (len(indices), CAPTIONS)
+        np.savez(
+            path,
+            tokens=np.array(ids.input_ids, np.int16).reshape(*shape, arch.LENGTH),
+            classes=np.stack([c for c, _ in found]).reshape(*shape, SLOTS, len(ATTRIBUTES)),
+            said=np.stack([s for _, s in found]).reshape(*shape, SLOTS, len(ATTRIBUTES)),
+        )
+    with np.load(path) as data:
+        return {name: data[name] for name in data.files}
+
+
+def _styled(caption: Caption, rng: np.random.Generator) -> str:
+    style = str(rng.choice(["front", "photo", "is"])) if rng.random() < 0.4 else "plain"
+    words = caption.text(style).split()
+    if rng.random() < 0.15:
+        words = ["the" if word in ("a", "an") else word for word in words]
+    text = " ".join(words)
+    return f"{text.capitalize()}." if rng.random() < 0.2 else text
+
+
+def _slots(scene: Scene, caption: Caption, things: list[Thing]) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of all slots, and which of them the caption says."""
+    classes = np.full((SLOTS, len(ATTRIBUTES)), UNKNOWN, np.int8)
+    said = np.zeros(classes.shape, bool)
+    named = [[getattr(m, name) is not None for name in ATTRIBUTES] for m in caption.mentions]
+    for k, thing in enumerate(things):
+        classes[k], said[k] = _classes(thing), named[k]
+    for k, place in enumerate(PLACES, start=2):
+        there = [thing for thing in scene.things if is_placed(thing, place)]
+        if not there:
+            classes[k] = [len(values) for values in ATTRIBUTES.values()]
+        elif len(there) == 1:
+            classes[k] = _classes(there[0])
+            told = _told(caption, place)
+            if told is not None and things[told] is there[0]:
+                said[k] = named[told]
+    return classes, said
+
+
+def _classes(thing: Thing) -> list[int]:
+    return [values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()]
+
+
+def _told(caption: Caption, place: str) -> int | None:
+    """Which mention the caption puts at a place."""
+    if place in (caption.place, caption.relation):
+        return 0
+    return 1 if OPPOSITE[place] == caption.relation else None
+
+
+class TextLoss(nn.Module):
+    """Cross-entropy of every slot's attributes, read off the tokens by one layer of cross-attention."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.text_encoder = arch.build_text_encoder(tokenizer)
+        width = self.text_encoder.config.hidden_size
+        self.queries = nn.Parameter(torch.randn(SLOTS, width))
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleList(
+            nn.Linear(width, len(values) + 1) for values in ATTRIBUTES.values()
+        )
+
+    def read(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Logits [B, SLOTS, classes] of each attribute, from token ids [B, 16]."""
+        hidden = self.text_encoder(tokens).last_hidden_state
+        queries = self.queries.expand(len(tokens), -1, -1)
+        seen = self.norm(self.attention(queries, hidden, hidden, need_weights=False)[0])
+        return [head(seen) for head in self.heads]
+
+    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        chosen = rng.integers(len(data["tokens"]), size=self.size)
+        captions = rng.integers(CAPTIONS, size=self.size)
+        logits = self.read(torch.from_numpy(data["tokens"][chosen, captions]).long())
+        classes = torch.from_numpy(data["classes"][chosen, captions]).long()
+        losses = [
+            F.cross_entropy(found.flatten(0, 1), classes[..., k].flatten(), ignore_index=UNKNOWN)
+            for k, found in enumerate(logits)
+        ]
+        return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def accuracy(text: TextLoss, data: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Share of what captions say that is read right: about the mentions, and about places."""
+    tokens = torch.from_numpy(data["tokens"]).long().flatten(0, 1)
+    found = torch.stack([logits.argmax(-1) for logits in text.read(tokens)], -1).numpy()
+    said = data["said"].reshape(found.shape)
+    right = found == data["classes"].reshape(found.shape)
+    shares = [right[:, part][said[:, part]].mean() for part in (slice(2), slice(2, None))]
+    return float(shares[0]), float(shares[1])
