@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from diffitm.core import images
-from diffitm.core.schema import Example, PairRow
+from diffitm.core.schema import SCORES, Example, PairRow
 from diffitm.scoring.image_reader import THREADS, ImageReader
 
 AT_ONCE = THREADS
@@ -64,7 +64,8 @@ class SleepSpec:
 
     def store_config(self) -> dict[str, Any]:
         kind = "diffusion" if self.timesteps else "clip"
-        return {"kind": kind, "seconds": self.seconds, "timesteps": self.timesteps}
+        timesteps = {"timesteps": list(range(self.timesteps))} if self.timesteps else {}
+        return {"kind": kind, "seconds": self.seconds} | timesteps
 
     def build(self, device: str) -> Sleeper:
         return Sleeper(self)
@@ -100,7 +101,7 @@ class Sleeper:
 
     def _one(self, row: PairRow, text: str) -> dict[str, Any]:
         time.sleep(self.spec.seconds)
-        line = {"row": row.row, "image": row.image, "text": text, "failure": None}
+        line = dict.fromkeys(SCORES.names) | {"row": row.row, "image": row.image, "text": text}
         value = similarity(row.image, text)
         if not self.spec.timesteps:
             return {**line, "similarity": value}
