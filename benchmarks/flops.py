@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,29 +25,19 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from PIL import Image
-from pyarrow import parquet
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-)
+from torch import Tensor
 
-from diffitm.commands.stages.score import _block_rows
+from benchmarks.published import MODELS, Part, count_flops
 from diffitm.core import storage
-from diffitm.core.schema import Example, PairRow
-from diffitm.distributed.session import ActorPool
+from diffitm.core.schema import Example, block_rows
 from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.noise_schedule import NoiseSchedule
 from diffitm.scoring.diffusion import DiffusionScorer
+from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import make_plan, plan_timesteps
-from diffitm.scoring.scorer import Loaded
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES
+from diffitm.store.blocks import Cost, Sizes, cut, read_blocks
 from diffitm.store.pair_table import write_examples
 from diffitm.store.score_store import open_store
 from diffitm.store.work_table import open_pairs
@@ -57,10 +47,10 @@ from diffitm.tasks.winoground import Winoground
 from tests import tiny
 from tests.plain import BATCH, Plain, list_pairs
 
-TOKENS, T5_TOKENS = 77, 256  # of a CLIP's text; of a T5's in diffusers' pipeline of SD 3
 FP16 = 2  # bytes
 ASKED = (10, 50)  # timesteps; the published grid makes 10 and 49 of them
 ACTORS = (1, 8)
+RATE = 400.0  # forwards a second of an actor, as an H100 has with SD 2.1, for the size of blocks
 TASKS: dict[str, Task] = {
     "Flickr30K text retrieval": Flickr30kText(),
     "Flickr30K image retrieval": Flickr30kImage(),
@@ -85,178 +75,6 @@ class Counts:
 
     def times(self, factor: float) -> Counts:
         return Counts(self.images * factor, self.texts * factor, self.forwards * factor)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a model: `item` is what it is called with, one of the fields of Counts; `known` is how many
-    parameters the published weights have."""
-
-    name: str
-    item: str
-    make: Callable[[], nn.Module]
-    call: Callable[[Any], object]
-    known: int | None = None
-
-
-@dataclass(frozen=True)
-class Model:
-    """A published model's parts; `text` is how many numbers the condition of a text has."""
-
-    parts: tuple[Part, ...]
-    text: int
-
-
-def unet(side: int, width: int, known: int, **config: Any) -> Part:
-    """A U-Net on latents of this side, which attends to texts of this width; SDXL's is told more."""
-    more = {"text_embeds": (1, 1280), "time_ids": (1, 6)} if "addition_embed_type" in config else {}
-
-    def call(network: Any) -> object:
-        latents, hidden = torch.zeros(1, 4, side, side), torch.zeros(1, TOKENS, width)
-        added = {name: torch.zeros(shape) for name, shape in more.items()}
-        return network(latents, torch.zeros(1), hidden, added_cond_kwargs=added or None)
-
-    shared = {"sample_size": side, "cross_attention_dim": width, "use_linear_projection": True}
-    return Part("U-Net", "forwards", partial(UNet2DConditionModel, **shared, **config), call, known)
-
-
-def vae(pixels: int, known: int | None, **config: Any) -> Part:
-    """A VAE, whose encoder alone is called."""
-    make = partial(
-        AutoencoderKL,
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        **config,
-    )
-
-    def call(network: Any) -> object:
-        return network.encode(torch.zeros(1, 3, pixels, pixels))
-
-    return Part("VAE, encode", "images", make, call, known)
-
-
-def encoder(name: str, kind: type, config: Any, tokens: int, known: int) -> Part:
-    """A text encoder of transformers."""
-
-    def call(network: Any) -> object:
-        return network(torch.zeros(1, tokens, dtype=torch.long))
-
-    return Part(name, "texts", partial(kind, config), call, known)
-
-
-def clip(name: str, width: int, layers: int, known: int, projected: bool = True) -> Part:
-    """The text model of a CLIP with heads of 64."""
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        projection_dim=width,
-    )
-    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-    return encoder(name, kind, config, TOKENS, known)
-
-
-def t5(known: int) -> Part:
-    """The encoder of T5 v1.1 XXL."""
-    config = T5Config(
-        vocab_size=32128,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-    )
-    return encoder("T5-XXL", T5EncoderModel, config, T5_TOKENS, known)
-
-
-def mmdit(known: int) -> Part:
-    """SD 3-medium's transformer."""
-    make = partial(
-        SD3Transformer2DModel,
-        sample_size=128,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=24,
-        num_attention_heads=24,
-        attention_head_dim=64,
-        joint_attention_dim=4096,
-        caption_projection_dim=1536,
-        pooled_projection_dim=2048,
-        pos_embed_max_size=192,
-    )
-
-    def call(network: Any) -> object:
-        hidden, pooled = torch.zeros(1, TOKENS + T5_TOKENS, 4096), torch.zeros(1, 2048)
-        return network(torch.zeros(1, 16, 128, 128), hidden, pooled, torch.zeros(1))
-
-    return Part("MMDiT", "forwards", make, call, known)
-
-
-# Written in the terms of diffusers and transformers, after the authors' configs: sd_2_1.yaml and
-# sd_xl_base.yaml of Stability-AI/generative-models; diffusers' scripts/convert_sd3_to_diffusers.py; ViT-H-14
-# (without its last layer, which SD 2 does not use) and ViT-bigG-14 of open_clip; CLIP ViT-L/14 and
-# T5 v1.1 XXL from memory. `known` numbers are those that others' logs, code and tests on GitHub give of the
-# published weights; a config that makes another number ends the run. None was found of SD 3's VAE.
-MODELS = {
-    "SD 2.1-base": Model(
-        (
-            unet(
-                64,
-                1024,
-                865_910_724,
-                block_out_channels=(320, 640, 1280, 1280),
-                attention_head_dim=(5, 10, 20, 20),
-            ),
-            vae(512, 83_653_863, latent_channels=4),
-            clip("OpenCLIP ViT-H", 1024, 23, 340_387_840, projected=False),
-        ),
-        TOKENS * 1024,
-    ),
-    "SDXL-base": Model(
-        (
-            unet(
-                128,
-                2048,
-                2_567_463_684,
-                block_out_channels=(320, 640, 1280),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                transformer_layers_per_block=(1, 2, 10),
-                attention_head_dim=(5, 10, 20),
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-            ),
-            vae(1024, 83_653_863, latent_channels=4),
-            clip("CLIP ViT-L", 768, 12, 123_060_480, projected=False),
-            clip("OpenCLIP ViT-bigG", 1280, 32, 694_659_840),
-        ),
-        TOKENS * 2048 + 1280,
-    ),
-    "SD 3-medium": Model(
-        (
-            mmdit(2_028_328_000),
-            vae(1024, None, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
-            clip("CLIP ViT-L", 768, 12, 123_650_304),
-            clip("OpenCLIP ViT-bigG", 1280, 32, 694_659_840),
-            t5(4_762_310_656),
-        ),
-        (TOKENS + T5_TOKENS) * 4096 + 2048,
-    ),
-}
-
-
-def count_flops(module: nn.Module, call: Callable[[Any], object]) -> int:
-    """FLOPs of a call by torch's counter, which takes a multiply-add as 2."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode(), torch.device("meta"):
-        call(module)
-    return counter.get_total_flops()
 
 
 @dataclass(frozen=True)
@@ -349,10 +167,11 @@ def done(
         store = open_store(out, "counting", {"kind": "diffusion", "timesteps": list(steps)})
         written, _ = write_examples("counted", examples, f"{out}/examples", None)
         work = open_pairs(out, store, [written], [])
-        rows = _block_rows(work, len(steps), ActorPool(actors, actors, 1.0, 0.0))
-        lines = [PairRow(**line) for line in parquet.read_table(work.table.uri).to_pylist()]
-    for number, start in enumerate(range(0, len(lines), rows)):
-        block = lines[start : start + rows]
+        cost = Cost(len(steps))
+        total = cost.total(work.table.pairs, work.table.images, work.table.stored)
+        cut(work.table.uri, cost, total, Sizes(actors, RATE).next)
+        blocks = [block_rows(table.to_pylist()[0]) for table in read_blocks(work.table.uri)]
+    for number, block in enumerate(blocks):
         scorers[number % actors].score_loaded(block, [[loaded] * len(block)])
     return sum((model.counts for model in models), Counts())
 

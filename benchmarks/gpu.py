@@ -1,10 +1,9 @@
 """diffitm on a machine with one NVIDIA GPU, in one call: python -m benchmarks.gpu --out out/gpu
 
 The GPU tests; gdbench on the shapes world through Ray in three precisions, its decisions beside those of
-the processor in fp32; a few updates of finetune and diva in each; and how fast a Stable Diffusion
-2.1-base of random weights is scored (what it scores means nothing). Each part has its own clock, and
-one that fails does not keep the next from running. `--numbers` runs it all on the processor, with a
-Ray whose GPUs are numbers and a small model, to try the script itself.
+the processor in fp32; a few updates of finetune and diva in each. Each part has its own clock, and one
+that fails does not keep the next from running. `--numbers` runs it all on the processor, with a Ray whose
+GPUs are numbers, to try the script itself. How fast models of published sizes are, gpu_speed.py measures.
 """
 
 from __future__ import annotations
@@ -13,26 +12,24 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.gpu_speed import describe_machine
+
 ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = ("fp32", "fp16", "bf16")
 TASKS = ("winoground", "clevr", "flickr30k", "flickr30k_text", "mmvp_vlm")
 SCENES, TIMESTEPS = 60, 10
 NEAR = 1e-3  # of the larger score: decisions closer than that are near-ties
-BATCHES = (8, 16, 32, 64, 128)
 Report = dict[str, Any]
 
 
@@ -137,125 +134,6 @@ def train(out: Path, numbers: bool) -> Report:
     return found
 
 
-def write_stable_diffusion(folder: Path, small: bool) -> None:
-    """A Stable Diffusion 2.1-base of random weights in fp16; `small` one for the processor."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from diffitm.models.loading import SHAPES
-
-    scale, width = (10, 64) if small else (1, 1024)
-    device = "cpu" if small else "cuda"
-    with torch.device(device):
-        unet = UNet2DConditionModel(
-            sample_size=64 // (4 if small else 1),
-            block_out_channels=tuple(c // scale for c in (320, 640, 1280, 1280)),
-            attention_head_dim=(1, 1, 2, 2) if small else (5, 10, 20, 20),
-            cross_attention_dim=width,
-            use_linear_projection=True,
-            norm_num_groups=8 if small else 32,
-        )
-        vae = AutoencoderKL(
-            sample_size=512 // (4 if small else 1),
-            block_out_channels=tuple(c // scale // 4 * 4 for c in (128, 256, 512, 512)),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            norm_num_groups=4 if small else 32,
-        )
-        sizes = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=16)
-        layers = 2 if small else 23
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, num_hidden_layers=layers, **sizes))
-    for part, model in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-        model.half().save_pretrained(folder / part, safe_serialization=True)
-    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    DDIMScheduler(**betas, prediction_type="epsilon").save_pretrained(folder / "scheduler")
-    tokenizer = SHAPES / "diffusion" / "tokenizer"
-    (folder / "tokenizer").mkdir()
-    for file in tokenizer.iterdir():
-        (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.0"}
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-def measure_throughput(out: Path, numbers: bool) -> Report:
-    """Forwards a second of the U-Net by precision and batch size, images and texts a second, beside the
-    rate at which the card multiplies matrices."""
-    from diffitm.models.loading import load_denoiser, resolve
-
-    device = "cpu" if numbers else "cuda"
-    write_stable_diffusion(out / "model", numbers)
-    source, found = resolve(str(out / "model")), Report()
-    for dtype in PRECISIONS:
-        sizes = BATCHES[:1] if numbers else BATCHES
-        found[dtype] = measure_model(load_denoiser(source, dtype, device), sizes, device)
-        if not numbers:
-            found[dtype]["GB"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
-    return found | {"matmul TFLOP/s": {d: matmul_rate(d, device) for d in PRECISIONS}}
-
-
-def measure_model(model: Any, sizes: Sequence[int], device: str) -> Report:
-    """Forwards a second at each batch size, as long as they fit; images and texts a second."""
-    from diffitm.scoring.batching import Batch
-    from diffitm.scoring.noise_plan import make_plan
-    from diffitm.scoring.pair_errors import pair_errors
-
-    line, few = Report(), device == "cpu"
-    latents = torch.randn(4, *model.latent_shape, device=device)
-    condition = model.encode_texts([f"text {i}" for i in range(8)])
-    plan = make_plan(list(range(10, 990, 100)), model.latent_shape)
-    pairs = torch.tensor([(i, t) for i in range(4) for t in range(8)])[: 2 if few else None]
-    for size in sizes:
-        batch = Batch(size)
-        score = partial(pair_errors, model, latents, condition, plan, pairs, batch)
-        score()
-        line[f"forwards/s at {size}"] = len(pairs) * len(plan) / clock(score, device, 1)
-        if batch.size < size:
-            break
-    pixels = torch.rand(4, 3, model.resolution, model.resolution) * 2 - 1
-    model.encode_images(pixels)
-    seconds = clock(partial(model.encode_images, pixels), device, 1 if few else 5)
-    line["images/s"] = len(pixels) / seconds
-    texts = [f"text {i}" for i in range(64)]
-    line["texts/s"] = len(texts) / clock(partial(model.encode_texts, texts), device, 2)
-    return line
-
-
-def clock(call: Callable[[], object], device: str, times: int) -> float:
-    """Seconds of a call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(times):
-        call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / times
-
-
-def matmul_rate(dtype: str, device: str) -> float:
-    """TFLOP/s of one large product."""
-    side = 256 if device == "cpu" else 8192
-    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    a = torch.randn(side, side, device=device, dtype=kind)
-    a @ a
-    return 2 * side**3 / clock(lambda: a @ a, device, 10) / 1e12
-
-
-def describe_machine() -> Report:
-    has_gpu = torch.cuda.is_available()
-    return {
-        "card": torch.cuda.get_device_name() if has_gpu else None,
-        "memory GB": torch.cuda.get_device_properties(0).total_memory / 2**30 if has_gpu else None,
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def show(report: Report) -> str:
     """The report as a Markdown table: a line a figure."""
     lines = ["| part | what | figure |", "|---|---|---|"]
@@ -276,13 +154,12 @@ def show(report: Report) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
-    parser.add_argument("--numbers", action="store_true", help="GPUs are numbers; a small model")
+    parser.add_argument("--numbers", action="store_true", help="GPUs are numbers")
     given = parser.parse_args()
     if not given.numbers and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --numbers tries the script without one")
     given.out.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Callable[[], Report]] = {
-        "throughput": lambda: measure_throughput(given.out, given.numbers),
         "gdbench": lambda: compare_decisions(given.out, given.numbers),
         "training": lambda: train(given.out, given.numbers),
         "tests": lambda: run_tests(given.numbers),

@@ -160,8 +160,8 @@ def idle(texts: int, steps: int, images: int) -> dict[str, float]:
     from diffitm.core import images as files
     from diffitm.core.schema import PairRow
     from diffitm.scoring.diffusion import DiffusionScorer
+    from diffitm.scoring.image_reader import load_images
     from diffitm.scoring.noise_plan import make_plan
-    from diffitm.scoring.scorer import load_images
     from tests import tiny
 
     class Sleeping(tiny.Fixed):

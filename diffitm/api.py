@@ -19,11 +19,12 @@ from diffitm.core import images as image_files
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.schema import SCORES, PairRow, read_block
-from diffitm.metrics.score import averaged, conditional_score, normalised_score
+from diffitm.metrics.score import averaged, conditional_score, normalised_score, other_dtype
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
-from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.image_reader import Loaded
+from diffitm.scoring.noise_plan import choose_protocol, planned
 from diffitm.scoring.racing import RacePlan, Racing
-from diffitm.scoring.scorer import Loaded, RowScorer
+from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ImageTextScorer:
         self.spec, self.device = spec, device
         self.rows: RowScorer = spec.build(device)
         self.name: str = spec.label
-        self.timesteps: tuple[int, ...] = getattr(spec, "timesteps", ())
+        self.timesteps: tuple[float, ...] = getattr(spec, "timesteps", ())
 
     def __call__(
         self,
@@ -158,9 +159,15 @@ class ImageTextScorer:
         found = []
         for run in races.run():
             if not run.finite:
-                raise InputError(f"{self.name} gives errors that are not finite", "scorer")
+                raise InputError(
+                    f"{self.name} gives errors that are not finite{self._hint}", "scorer"
+                )
             found.append(run.race.best())
         return np.array(found, int).reshape(len(found), len(found[0]) if found else k)
+
+    @property
+    def _hint(self) -> str:
+        return other_dtype(getattr(self.spec, "dtype", None), "dtype")
 
     def _check(self, texts: list[str]) -> None:
         """Raises InputError for what is no text; logs what is cut."""
@@ -188,6 +195,10 @@ class ImageTextScorer:
             for number in block:
                 values = [_value(lines[number, text], kind, text) for text in unique]
                 out[number] = np.stack(values)[place]
+        wrong = np.argwhere(~np.isfinite(out).all(2))
+        if len(wrong):
+            text = "%s: %d of %d pairs are NaN or infinite%s; such as images[%d] with texts[%d]"
+            log.warning(text, self.name, len(wrong), out[..., 0].size, self._hint, *wrong[0])
         return out
 
     def _load(self, picture: Picture, number: int) -> Loaded:
@@ -233,14 +244,19 @@ def load_scorer(
     *,
     device: str | None = None,
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    protocol: Literal["diffusionitm", "paper", "diffusion-classifier"] = "diffusionitm",
-    timesteps: int | Sequence[int] = 10,
+    protocol: Literal[
+        "auto", "diffusionitm", "paper", "diffusion-classifier", "snr", "selfbench", "sigma"
+    ] = "auto",
+    timesteps: int | Sequence[float] = 10,
     seed: int = 0,
     resize: Literal["auto", "squash", "crop"] = "auto",
     lora: str | None = None,
     variant: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+    resolution: int | None = None,
+    empty: Literal["text", "zeros"] = "text",
     batch_size: int = 64,
+    compile: bool = False,
 ) -> ImageTextScorer:
     """Load what scores images against texts.
 
@@ -249,15 +265,20 @@ def load_scorer(
             'NAME:FILE' of open_clip, 'hf-hub:org/name', a folder with open_clip_config.json, 'clip:' and any
             of these, such as 'clip:shapes'), or a scorer of one's own ('file.py:Class').
         device: torch's; a GPU where there is one.
-        dtype: of a diffusion model; 'auto' is fp16 on a GPU, else fp32.
+        dtype: of a diffusion model; 'auto' is fp16 on a GPU, bf16 of transformers, else fp32.
         protocol: how timesteps and noise are chosen, as in gdbench.
-        timesteps: how many to ask the protocol for, or these.
+        timesteps: how many to ask the protocol for, or these; of flow models 1000 sigma.
         seed: of the noise.
         resize: 'squash' to a square or 'crop' the centre; 'auto' crops for diffusion-classifier.
         lora: a LoRA file for a diffusion model's U-Net.
         variant: of a diffusion model's files, such as 'fp16'.
         prediction_type: what a diffusion model predicts, where its scheduler's config does not say it.
+        resolution: side of images in pixels, of flow models; None for the model's own.
+        empty: what no text is to a diffusion model: the encoded empty text, or zeros.
         batch_size: of forwards; one that does not fit a GPU's memory is halved.
+        compile: a diffusion model by torch.compile, for batches of that size, which takes a minute or more at
+            the first; smaller ones are filled up to it, so it is to be what a call has (images x texts x
+            timesteps).
 
     Raises:
         InputError: a name that means nothing, weights that cannot be loaded, or an option out of range.
@@ -270,27 +291,31 @@ def load_scorer(
 
         clip = resolve_clip(name.removeprefix("clip:")).fetched()
         return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
-    from diffitm.models.loading import resolve
+    from diffitm.models.loading import FAMILIES, resolve
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
 
-    source = settled(resolve(name, variant=variant).fetched(), prediction_type)
+    source = settled(resolve(name, variant=variant).fetched(), prediction_type, resolution)
     check_loadable(source, [locate(lora)] if lora else [], variant)
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"
-    count = timesteps if isinstance(timesteps, int) else None
+    family = FAMILIES[source.family]
+    chosen = choose_protocol(protocol, family.flow)
+    steps = planned(chosen, timesteps, seed) if isinstance(timesteps, int) else tuple(timesteps)
     spec = DiffusionSpec(
         source=source,
         root="",
-        protocol=protocol,
-        timesteps=tuple(plan_timesteps(protocol, count, seed) if count is not None else timesteps),  # type: ignore[arg-type]
+        protocol=chosen,
+        timesteps=tuple(map(float, steps)) if family.flow else steps,
         seed=seed,
-        dtype=dtype if dtype != "auto" else ("fp16" if device.startswith("cuda") else "fp32"),
+        dtype=dtype if dtype != "auto" else (family.half if device.startswith("cuda") else "fp32"),
         resize=resize,
         variant=variant,
         lora=locate(lora) if lora else None,
         lora_name=lora,
         batch_size=batch_size,
+        compiled=compile,
+        empty=empty,
     )
     return ImageTextScorer(spec, device)
 
@@ -329,7 +354,7 @@ def evaluate(
 
     Args:
         scorer: what load_scorer gives, or a name for it.
-        tasks: names of tasks, or 'file.py:Class' of one's own.
+        tasks: names of tasks or suites, 'file.py:Class' of one's own, or the file of one, 'mine.jsonl'.
         data: the data root; 'shapes' draws the embedded world.
         out: a folder or URI that keeps examples and scores: what it holds is not scored again. Without
             one, nothing is kept.
@@ -371,14 +396,18 @@ def _evaluate(
 ) -> pd.DataFrame:
     import pandas as pd
 
+    from diffitm.evaluation.cut_texts import count_cut
     from diffitm.evaluation.evaluate import error_of
     from diffitm.evaluation.evaluate import evaluate as figures
     from diffitm.evaluation.examples import data_root, write_examples
     from diffitm.report.table import raced_note
+    from diffitm.store.compaction import tidy
     from diffitm.store.score_store import open_store
-    from diffitm.tasks.registry import find_task
+    from diffitm.store.work_table import is_open
+    from diffitm.tasks.registry import find_task, named
 
-    root = data_root(data, scenes, out)
+    tasks = named(tasks)
+    root = data_root(data, scenes, out, tasks)
     examples = write_examples(tasks, root, out, limit)
     spec: Any = scorer.spec
     spec = dataclasses.replace(spec, root=root)
@@ -392,8 +421,11 @@ def _evaluate(
 
         races = Races(options, plan, {name: find_task(name)() for name in examples})
         _race_missing(scorer, examples, store, out, races)
+    if not is_open(out, store):
+        tidy(store)
     files = {name: part.uri for name, part in examples.items()}
     evaluation = figures(files, [store], racing=options)
+    count_cut([spec], files)  # which warns
     if evaluation.races:
         log.info("%s", raced_note(evaluation.races))
     for line in evaluation.failures:
@@ -405,14 +437,12 @@ def _score_missing(
     scorer: ImageTextScorer, examples: Sequence[Examples], store: Store, out: str
 ) -> None:
     """Score the pairs that the store lacks."""
+    from diffitm.store.blocks import read_images
     from diffitm.store.pair_table import write_work
-
-    def score(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return scorer.rows.score([PairRow(**line) for line in lines])
 
     work = f"api-{time.time_ns():x}.parquet"
     table = write_work([e.uri for e in examples], store, storage.join(out, "work", work))
-    _through(scorer, table.uri, AT_ONCE, score, store)
+    _through(scorer, table.uri, read_images, AT_ONCE, scorer.rows.score, store)
 
 
 def _race_missing(
@@ -426,7 +456,11 @@ def _race_missing(
     from diffitm.evaluation.race_table import full_part, write_races
     from diffitm.scoring.race_block import BlockRaces
 
-    def race(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def read(uri: str) -> list[dict[str, Any]]:
+        found, path = storage.filesystem(uri)
+        return parquet.read_table(path, filesystem=found).to_pylist()
+
+    def race(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (line,) = lines
         block = BlockRaces(cast("DiffusionScorer", scorer.rows), read_block(line), races.plan)
         block.run()
@@ -436,21 +470,21 @@ def _race_missing(
         _score_missing(scorer, full, store, out)
     work = f"api-{time.time_ns():x}.parquet"
     table = write_races(examples, store, races, 1, storage.join(out, "work", work))
-    _through(scorer, table.uri, 1, race, store)
+    _through(scorer, table.uri, read, 1, race, store)
 
 
 def _through(
     scorer: ImageTextScorer,
     work: str,
+    read: Callable[[str], list[T]],
     size: int,
-    score: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    score: Callable[[Sequence[T]], list[dict[str, Any]]],
     store: Store,
 ) -> None:
     """Score a work table, so many rows at once; each block is a file of its own, whole or not there."""
     name = storage.name(work).removesuffix(".parquet")
     try:
-        found, path = storage.filesystem(work)
-        rows = parquet.read_table(path, filesystem=found).to_pylist()
+        rows = read(work)
         blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
         for number, block in enumerate(progress(blocks, scorer.name, len(rows))):
             sink = pa.BufferOutputStream()

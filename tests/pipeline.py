@@ -104,7 +104,7 @@ def scores(out: Path, model: str = "shapes") -> pa.Table:
 
 
 def committed(out: Path) -> set[int]:
-    """Work rows that Ray Data's checkpoint holds."""
+    """Blocks that Ray Data's checkpoint holds."""
     found: set[int] = set()
     for path in out.glob("work/*/*/checkpoint/*.parquet"):
         if not path.name.endswith(".pending.parquet"):
@@ -113,6 +113,16 @@ def committed(out: Path) -> set[int]:
             except (pa.ArrowInvalid, OSError):
                 continue  # being written or renamed right now
     return found
+
+
+def images_done(out: Path) -> int:
+    """How many images the blocks in the checkpoint have."""
+    done, count = committed(out), 0
+    for path in out.glob("work/*/*/blocks.parquet"):
+        table = pq.read_table(path)
+        each = zip(table["row"].to_pylist(), table["images"].to_pylist(), strict=True)
+        count += sum(images for row, images in each if row in done)
+    return count
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

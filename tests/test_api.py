@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 import diffitm
 from diffitm.core import images
@@ -20,6 +23,7 @@ from diffitm.models.loading import SHAPES
 from diffitm.shapes.layouts import write_world
 from diffitm.store.join import read_scored
 from diffitm.store.score_store import read_store
+from tests.scoring.test_compiled import stand_in
 from tests.scoring.test_custom import CODE
 
 STEPS = 3
@@ -123,6 +127,38 @@ def test_the_mean_squared_error_of_diffusion_classifier(files: list[str]) -> Non
     errors = scorer.errors(files, TEXTS, "mse").astype(float).mean(-1)
     np.testing.assert_allclose(scorer(files, TEXTS, "conditional"), -errors, atol=1e-6)
     assert scorer.spec.resize == "crop"  # type: ignore[attr-defined]
+
+
+def test_errors_that_are_no_numbers(
+    scorer: diffitm.ImageTextScorer,
+    files: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Are told with another dtype and the first of them."""
+    rows: Any = scorer.rows
+    real = rows.denoiser.predict
+
+    def overflow(noised: Tensor, steps: Tensor, condition: Any) -> Tensor:
+        found: Tensor = real(noised, steps, condition)
+        return torch.where(steps[:, None, None, None] > 100, found / 0, found)
+
+    monkeypatch.setattr(rows.denoiser, "predict", overflow)
+    monkeypatch.setattr(scorer, "spec", dataclasses.replace(scorer.spec, dtype="fp16"))  # type: ignore[type-var]
+    assert not np.isfinite(scorer(files[:1], TEXTS[:2])).any()
+    hint = "3 of 3 pairs are NaN or infinite in fp16: try dtype bf16 or fp32"
+    assert caplog.messages == [f"shapes: {hint}; such as images[0] with texts[0]"]
+    with pytest.raises(InputError, match="not finite in fp16: try dtype bf16 or fp32"):
+        scorer.best(files[:1], TEXTS[:2])
+
+
+def test_compiled(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors are those without it."""
+    sizes = stand_in(monkeypatch)
+    compiled = diffitm.load_scorer("shapes", timesteps=STEPS, batch_size=4, compile=True)
+    plain = diffitm.load_scorer("shapes", timesteps=STEPS, batch_size=4)
+    np.testing.assert_allclose(compiled.errors(files, TEXTS), plain.errors(files, TEXTS), rtol=1e-5)
+    assert set(sizes) == {4}
 
 
 def test_nothing(scorer: diffitm.ImageTextScorer, files: list[str]) -> None:

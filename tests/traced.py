@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 import ray
 
-from diffitm.commands.stages.score import _block_rows, score
+from diffitm.commands.stages.score import score
 from diffitm.core.schema import PairRow
 from diffitm.distributed import session
 from diffitm.models.loading import resolve
 from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import write_world
+from diffitm.store.blocks import SECONDS as SECONDS_OF_A_BLOCK
 from diffitm.store.pair_table import write_examples
 from diffitm.store.score_store import open_store
 from diffitm.store.work_table import finish, open_pairs
@@ -36,15 +37,16 @@ from tests.faults.sleeping import SleepSpec
 # A block's least time: as with a real model, one is written long before the next is done.
 SECONDS = 1.5
 STEPS = (10, 260, 510, 760)
+PAIRS = 30  # of a block
 
 
 class Block(NamedTuple):
-    """What an actor computes or has computed: its process, its node, and the work rows."""
+    """What an actor computes or has computed: its process, its node, and the pairs."""
 
     time: int  # nanoseconds
     process: int
     node: str
-    rows: list[int]
+    pairs: list[tuple[str, str]]
 
 
 class Tracer:
@@ -54,21 +56,23 @@ class Tracer:
     block gets done.
     """
 
-    def __init__(self, scorer: RowScorer, trace: str, poison: int | None = None) -> None:
+    def __init__(self, scorer: RowScorer, trace: str, poison: str | None = None) -> None:
         self.scorer, self.trace, self.cost = scorer, Path(trace), scorer.cost
         self.poison = poison
         self.node = ray.get_runtime_context().get_node_id()
 
     def measure_rate(self) -> float:
-        return self.scorer.measure_rate()
+        """So slow that a block is of a few images."""
+        return PAIRS * self.cost / SECONDS_OF_A_BLOCK
 
     def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
-        block = Block(time.time_ns(), os.getpid(), self.node, [row.row for row in rows])
+        pairs = [(row.image, text) for row in rows for text in row.texts]
+        block = Block(time.time_ns(), os.getpid(), self.node, pairs)
         busy = self.trace / f"{block.time}-{block.process}.busy"
         part = busy.with_suffix(".part")
         part.write_text(json.dumps(block))
         part.rename(busy)
-        if self.poison in block.rows:
+        if self.poison in dict(pairs):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(SECONDS)
         while (self.trace / "hold").exists():
@@ -83,7 +87,8 @@ def read_trace(trace: Path, kind: str = "json") -> list[Block]:
     found = []
     for path in sorted(trace.glob(f"*.{kind}")):
         try:
-            found.append(Block(*json.loads(path.read_text())))
+            *block, pairs = json.loads(path.read_text())
+            found.append(Block(*block, [(image, text) for image, text in pairs]))
         except FileNotFoundError:
             continue  # done right now
     return found
@@ -92,7 +97,7 @@ def read_trace(trace: Path, kind: str = "json") -> list[Block]:
 @dataclass(frozen=True)
 class TracedSpec(DiffusionSpec):
     trace: str = ""
-    poison: int | None = None  # a row that ends its actor's process
+    poison: str | None = None  # an image that ends its actor's process
 
     def build(self, device: str) -> RowScorer:
         return Tracer(super().build(device), self.trace, self.poison)
@@ -114,7 +119,7 @@ def main() -> None:
     parser.add_argument("--ray", default="local")
     parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--asleep", type=int)
-    parser.add_argument("--poison", type=int)
+    parser.add_argument("--poison")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     root = f"{given.out}/world"
@@ -131,9 +136,6 @@ def main() -> None:
     session.connect(given.ray)
     pool = session.choose_pool(given.actors, given.max_actors, given.cpus, 0.0)
     work = open_pairs(given.out, store, [examples], ["clevr"])
-    block = Path(given.out, "block")
-    if not block.exists():
-        block.write_text(str(_block_rows(work, spec.cost, pool)))
     finish(work, score(spec, work, store, pool))
 
 

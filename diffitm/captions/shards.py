@@ -117,7 +117,7 @@ def _keyed(shard: str, reading: Reading) -> Iterator[tuple[str, CaptionRow]]:
     broken = None
     with_texts = reading.texts is None or reading.columns.source is not None
     try:
-        for key, stem, member in _members(shard, with_texts):
+        for key, stem, member in read_members(shard, with_texts):
             keys.setdefault(key, {}).setdefault(stem, []).append(member)
     except tarfile.TarError as error:
         broken = f"it is no whole, uncompressed tar: {error}"
@@ -181,7 +181,7 @@ def _first(values: list[str | bytes | None]) -> bytes | None:
     return values[0] if values and isinstance(values[0], bytes) else None
 
 
-def _members(shard: str, texts: bool) -> Iterator[tuple[str, str, Member]]:
+def read_members(shard: str, texts: bool) -> Iterator[tuple[str, str, Member]]:
     """(name up to the first dot, up to the last, member) of a shard's members, those of archives that
     were written one behind the other too.
 

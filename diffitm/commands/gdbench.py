@@ -30,6 +30,7 @@ from diffitm.commands.stages.probe import add_probes
 from diffitm.core import storage
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
+from diffitm.evaluation.cut_texts import count_cut
 from diffitm.evaluation.evaluate import error_of, evaluate, speeds, titles, write_results
 from diffitm.evaluation.examples import Examples, data_root, write_examples
 from diffitm.evaluation.options import (
@@ -42,6 +43,7 @@ from diffitm.evaluation.options import (
 )
 from diffitm.evaluation.race_table import Races
 from diffitm.report.html import write_report
+from diffitm.report.means import means_latex, means_table
 from diffitm.report.table import latex, make_table, markdown
 from diffitm.report.terminal import print_results, print_state, print_summary
 from diffitm.scoring.specs import Spec
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diffitm")
 WORLD = "world.json"  # what marks a data root of drawn scenes
+ALL = (GdbenchConfig().tasks, ["all"])  # what of a report stands for all that it has
 
 
 class Prepared(NamedTuple):
@@ -103,6 +106,7 @@ def score_and_report(config: GdbenchConfig, out: str) -> None:
         drawn=storage.exists(storage.join(prepared.root, WORLD)),
         artifacts=extras.artifacts,
         provenance=record(asdict(config)) | {"stores": {s.name: s.config for s in prepared.stores}},
+        cut_texts=tuple(count_cut(prepared.specs, prepared.files)),
     )
     run_record.write()
     score_all([prepared], out)
@@ -113,7 +117,7 @@ def score_and_report(config: GdbenchConfig, out: str) -> None:
 def report_again(config: GdbenchConfig, out: str) -> None:
     """--report-only: the last run's examples and stores, with the chosen tasks and error."""
     last = read_record(out)
-    tasks = list(last.examples) if config.tasks == ["all"] else task_names(config)
+    tasks = list(last.examples) if config.tasks in ALL else task_names(config)
     if lacking := sorted(set(tasks) - set(last.examples)):
         raise InputError(f"--report-only: {out} holds no examples of {', '.join(lacking)}")
     config = _like_last(config, last.provenance["config"])
@@ -148,10 +152,16 @@ def report(config: GdbenchConfig, record: RunRecord) -> None:
     evaluation = evaluate(record.examples, record.stores, config.error, weights, racing)
     add_probes(evaluation, out, artifacts.probes)
     evaluation.speeds = speeds(out, record.stores)
+    chosen = {find_task(name).name for name in record.examples}
+    evaluation.cut_texts = [part for part in record.cut_texts if part.task in chosen]
     table = make_table(evaluation, not record.drawn, config.published_bias)
     results = write_results(evaluation, record.provenance, out)
-    storage.write_text(storage.join(out, "table.md"), markdown(table))
-    storage.write_text(storage.join(out, "table.tex"), latex(table))
+    means = means_table(table)
+    texts = markdown(table), latex(table)
+    if means is not None:
+        texts = f"{texts[0]}\n{markdown(means)}", f"{texts[1]}\n{means_latex(means)}"
+    for name, text in zip(("table.md", "table.tex"), texts, strict=True):
+        storage.write_text(storage.join(out, name), text)
     shown = (read_images(out, artifacts), read_curves(artifacts), read_pictures(artifacts))
     page = write_report(evaluation, table, record.provenance, record.root, out, *shown)
     print_results(evaluation, table)
@@ -179,11 +189,12 @@ def prepare(config: GdbenchConfig) -> Prepared:
     Raises InputError for bad input.
     """
     out = storage.absolute(config.out)
-    timesteps = check_options(config)
+    check_options(config)
     sources = find_sources(config)
-    root = data_root(config.data, config.scenes, out)
-    examples = write_examples(task_names(config), root, out, config.limit)
-    specs, pool = make_specs(config, sources, timesteps, root, out)
+    tasks = task_names(config)
+    root = data_root(config.data, config.scenes, out, tasks)
+    examples = write_examples(tasks, root, out, config.limit)
+    specs, pool = make_specs(config, sources, root, out)
     stores = open_stores(specs, root, out)
     return Prepared(config, out, root, examples, specs, stores, pool)
 
@@ -216,7 +227,7 @@ def _print_check(config: GdbenchConfig, out: str) -> None:
     problems = task_problems(config)
     if problems:
         raise InputError("\n".join(problems))
-    root = data_root(config.data, config.scenes, out)
+    root = data_root(config.data, config.scenes, out, task_names(config))
     states = []
     for name in task_names(config):
         states.append(check(find_task(name)(), root))

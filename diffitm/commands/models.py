@@ -9,17 +9,20 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffitm.core import storage
-from diffitm.evaluation.evaluate import other_dtype
+from diffitm.core.errors import InputError
 from diffitm.evaluation.examples import Examples
-from diffitm.evaluation.options import ModelOptions, lora_names
+from diffitm.evaluation.options import ModelOptions, lora_names, plans
 from diffitm.evaluation.race_table import Races, full_part, write_races
 from diffitm.evaluation.races import describe
-from diffitm.models.loading import ModelSource, resolve
+from diffitm.metrics.score import other_dtype
+from diffitm.models.loading import FAMILIES, ModelSource, resolve
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
+from diffitm.scoring.noise_plan import choose_protocol
 from diffitm.scoring.racing import RacePlan
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+from diffitm.store.compaction import tidy
 from diffitm.store.pair_table import WorkTable, distinct_texts
 from diffitm.store.roots import take_over
 from diffitm.store.run_summary import Done
@@ -45,6 +48,11 @@ def find_sources(config: ModelOptions) -> Sources:
     for lora in filter(None, lora_names(config)):
         locate(lora)
     models = [resolve(name, variant=config.variant) for name in dict.fromkeys(config.model)]
+    for source in models:
+        try:
+            plans(config, FAMILIES[source.family].flow)
+        except InputError as error:
+            raise InputError(f"{error.message} ({source.name!r})", error.field) from error
     return Sources(models, _clips(config.clip))
 
 
@@ -59,7 +67,7 @@ def paths_read(config: ModelOptions) -> list[tuple[str, str | None]]:
 
 
 def make_specs(
-    config: ModelOptions, sources: Sources, timesteps: list[tuple[int, ...]], root: str, out: str
+    config: ModelOptions, sources: Sources, root: str, out: str
 ) -> tuple[list[Spec], ActorPool]:
     """Start or join Ray, bring weights of the Hub to its nodes, check them; what scores the images below
     `root`, and the actors for it.
@@ -75,17 +83,19 @@ def make_specs(
     )
     work = storage.join(out, "work")
     clips = [share(source, work) for source in sources.clips]
-    models = [settled(share(source, work), config.prediction_type) for source in sources.models]
+    models = [
+        settled(share(source, work), config.prediction_type, config.resolution)
+        for source in sources.models
+    ]
     loras = [locate(name) for name in lora_names(config) if name]
     for source in models:  # all of them, before a GPU is asked for and anything is scored
         check_loadable(source, loras, config.variant)
     _check_clips(clips)
-    dtype = config.dtype if config.dtype != "auto" else ("fp16" if pool.gpus else "fp32")
     specs: list[Spec] = [
-        _diffusion(config, source, lora, root, steps, dtype)
+        _diffusion(config, source, lora, root, steps, bool(pool.gpus))
         for source in models
         for lora in lora_names(config)
-        for steps in timesteps
+        for steps in plans(config, FAMILIES[source.family].flow)
     ]
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
     scorers = dict.fromkeys(config.scorer)
@@ -115,16 +125,18 @@ def _diffusion(
     source: ModelSource,
     lora: str | None,
     root: str,
-    timesteps: tuple[int, ...],
-    dtype: str,
+    timesteps: tuple[float, ...],
+    gpu: bool,
 ) -> DiffusionSpec:
-    resize = config.resize
+    family, resize, dtype = FAMILIES[source.family], config.resize, str(config.dtype)
     if resize == "auto":
         resize = "crop" if config.protocol == "diffusion-classifier" else "squash"
+    if dtype == "auto":
+        dtype = family.half if gpu else "fp32"
     return DiffusionSpec(
         source=source,
         root=root,
-        protocol=config.protocol,
+        protocol=choose_protocol(config.protocol, family.flow),
         timesteps=timesteps,
         seed=config.seed,
         dtype=dtype,
@@ -134,6 +146,8 @@ def _diffusion(
         lora=locate(lora) if lora else None,
         lora_name=storage.without_query(lora) if lora else None,
         batch_size=config.batch_size,
+        compiled=config.compile,
+        empty=config.empty,
     )
 
 
@@ -179,8 +193,9 @@ def score_missing(
 
     identity = [part.identity for part in examples.values()]
     work = open_work(out, store, write, [*identity, json.dumps(plan.identity)])
-    if work.left.rows == 0:
+    if work.left.pairs == 0:
         log.info("%s: every contest is decided already, 0 forwards needed", store.model)
+        tidy(store)
         return done
     _tell_long(spec, examples.values())
     _tell_resumed(work, store)
@@ -196,13 +211,14 @@ def _score_in_full(
 ) -> Done:
     """Score the pairs that the store lacks."""
     work = open_pairs(out, store, [e.uri for e in examples], [e.identity for e in examples])
-    if work.left.rows == 0:
+    if work.left.pairs == 0:
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
+        tidy(store)
         return Done()
     _tell_long(spec, examples)
     _tell_resumed(work, store)
     unit = "scores" if store.similarity else f"U-Net forwards ({spec.cost} timesteps)"
-    needed = f"{work.left.pairs:,} pairs of {work.left.rows:,} images need"
+    needed = f"{work.left.pairs:,} pairs of {work.left.images:,} images need"
     count = work.left.pairs * spec.cost - work.left.stored
     log.info("%s: %s %s %s", store.model, needed, f"{count:,}", unit)
     return _score(spec, work, store, pool)
@@ -225,12 +241,15 @@ def _score(
     """Score a work table, close it and tell what was done."""
     from diffitm.commands.stages.score import score
 
+    if isinstance(spec, DiffusionSpec) and spec.compiled:
+        log.info("%s: actors compile it before they score, for a minute or more", store.model)
     done = score(spec, work, store, pool, plan)
     finish(work, done)
+    tidy(store)
     made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
     log.info("%s: %s", store.model, made)
     if done.not_finite:
-        text = "%s: %s of %s pairs have a score that is NaN or infinite%s"
-        hint = other_dtype(store.config.get("dtype"))
-        log.warning(text, store.model, f"{done.not_finite:,}", f"{done.pairs:,}", hint)
+        text = "%s: %s of %s pairs have a score that is NaN or infinite%s; such as %s"
+        hint, pairs = other_dtype(store.config.get("dtype")), ", ".join(done.strange)
+        log.warning(text, store.model, f"{done.not_finite:,}", f"{done.pairs:,}", hint, pairs)
     return done

@@ -98,4 +98,4 @@ def _needed(chosen: dict[str, DatasetRecipe], root: Path) -> list[Download | Hub
             steps += [step for step in source.steps if step not in own]
         else:
             steps += source.steps
-    return steps
+    return list(dict.fromkeys(steps))  # images that several sets share are one step

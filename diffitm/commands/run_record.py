@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
+from diffitm.evaluation.cut_texts import CutTexts
 from diffitm.store.score_store import Store, read_store
 
 log = logging.getLogger("diffitm")
@@ -34,7 +35,7 @@ class RunArtifacts(NamedTuple):
 @dataclass(frozen=True)
 class RunRecord:
     """What a report is made of: the examples' files by task, the stores, the data root (`drawn`: it is
-    the shapes world)."""
+    the shapes world), texts that models cut."""
 
     out: str
     examples: dict[str, str]
@@ -43,6 +44,7 @@ class RunRecord:
     drawn: bool
     artifacts: RunArtifacts
     provenance: dict[str, Any]
+    cut_texts: tuple[CutTexts, ...] = ()
 
     def write(self) -> None:
         """What --report-only needs to find; from here on it reports on this run."""
@@ -53,6 +55,7 @@ class RunRecord:
             "root": storage.below(self.root, self.out),
             "drawn": self.drawn,
             **self.artifacts.noted(),
+            "cut_texts": [asdict(part) for part in self.cut_texts],
             "provenance": self.provenance,
         }
         storage.write_text(storage.join(self.out, RUN), json.dumps(note, indent=2))
@@ -79,6 +82,7 @@ def read_record(out: str) -> RunRecord:
         drawn=note["drawn"],
         artifacts=RunArtifacts(*(note.get(name, {}) for name in RunArtifacts._fields)),
         provenance=note["provenance"],
+        cut_texts=tuple(CutTexts(**part) for part in note.get("cut_texts", [])),
     )
 
 

@@ -26,7 +26,13 @@ from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import record
 from diffitm.evaluation.evaluate import error_of
 from diffitm.evaluation.examples import Examples
-from diffitm.evaluation.options import ModelOptions, check_models, lora_names, race_options
+from diffitm.evaluation.options import (
+    ModelOptions,
+    asked_timesteps,
+    check_models,
+    lora_names,
+    race_options,
+)
 from diffitm.evaluation.race_table import Races
 from diffitm.evaluation.top import Top, TopRaces, write_groups
 from diffitm.report.pairs import write_report
@@ -72,12 +78,13 @@ def run(config: ScoreConfig) -> None:
 
     Raises InputError for bad input before anything is scored, Incomplete at the end if rows have no score.
     """
-    problems, timesteps = check_models(config)
+    problems = check_models(config)
     if not problems and race_options(config) and config.top_k is None:
         problems.append("--racing finds the best and scores the others no further: give --top-k")
     if not config.data:
         problems.append("give --data, such as --data captions.csv")
-    diffusion = len(config.model) * len(lora_names(config)) * len(timesteps)
+    counts = 1 if config.timestep_list else len(set(asked_timesteps(config)))
+    diffusion = len(config.model) * len(lora_names(config)) * counts
     if diffusion + len(config.clip) + len(config.scorer) > 1:
         problems.append("score takes one model, --lora and number of --timesteps a run")
     if problems:
@@ -86,15 +93,15 @@ def run(config: ScoreConfig) -> None:
     root = image_root(storage.absolute(config.data), config.images)
     paths = [("--data", config.data), ("--images", root), *paths_read(config)]
     with entered(config, out, paths):
-        _run(config, timesteps, root, out)
+        _run(config, root, out)
 
 
-def _run(config: ScoreConfig, timesteps: list[tuple[int, ...]], root: str, out: str) -> None:
+def _run(config: ScoreConfig, root: str, out: str) -> None:
     """See run; OUT is held."""
     sources = find_sources(config)
     uri, total, unusable = write_own(own_rows(config), storage.join(out, "examples"))
     log.info("%s: %s rows, %s of them unusable", config.data, f"{total:,}", f"{unusable:,}")
-    specs, pool = make_specs(config, sources, timesteps, root, out)
+    specs, pool = make_specs(config, sources, root, out)
     (spec,) = specs
     (store,) = open_stores(specs, root, out)
     weights = np.array(config.timestep_weights) if config.timestep_weights else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from dataclasses import dataclass, replace
@@ -14,12 +13,12 @@ from diffitm.core.config import make
 from diffitm.core.errors import InputError
 from diffitm.evaluation.evaluate import error_of
 from diffitm.evaluation.options import GdbenchConfig
-from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.noise_plan import planned
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.sweep.options import Sweep, values_of
 from diffitm.sweep.result import Tried, open_sweep
 from diffitm.sweep.score_settings import Key, Table, parse_range, read_errors
-from diffitm.tasks.registry import TASKS, find_task
+from diffitm.tasks.registry import SUITES, find_task, named
 
 log = logging.getLogger("diffitm")
 OF_SCORE = ("model", "lora", "protocol", "error", "number", "range", "weighting")
@@ -43,7 +42,7 @@ def check(sweep: Sweep, out: str) -> Sweep:
         raise InputError(
             f"{other[0]}: give one value; scores are stored for one, and {', '.join(OF_SCORE)} are swept"
         )
-    _graded(fixed.get("tasks", ["all"]))
+    _graded(fixed.get("tasks", ["gdbench"]))
     store = sweep.config.store
     if store and not storage.exists(storage.join(storage.absolute(store), "scores")):
         raise InputError(f"store: {store} holds no scores; give the OUT of a run of gdbench")
@@ -54,9 +53,9 @@ def check(sweep: Sweep, out: str) -> Sweep:
     for text in values_of(sweep, fixed, "range"):
         low, high = parse_range(text)
         for protocol in values_of(sweep, fixed, "protocol"):
-            planned = plan_timesteps(protocol, fixed["timesteps"][0], fixed.get("seed", 0))
-            if not any(low <= step < high for step in planned):
-                raise InputError(f"range: none of the {len(planned)} of {protocol} lies in {text}")
+            steps = planned(protocol, fixed["timesteps"][0], fixed.get("seed", 0))
+            if not any(low <= step < high for step in steps):
+                raise InputError(f"range: none of the {len(steps)} of {protocol} lies in {text}")
     if min(numbers) < 1:
         raise InputError(f"number: {min(numbers)} must be at least 1")
     return replace(sweep, fixed=fixed)
@@ -64,18 +63,17 @@ def check(sweep: Sweep, out: str) -> Sweep:
 
 def _graded(tasks: list[str]) -> list[str]:
     """The tasks that tell a better setting from a worse one. Raises InputError for one that cannot."""
-    every = [name for name in TASKS if find_task(name).graded]
     for name in tasks:
-        if name != "all" and not find_task(name).graded:
+        if name not in SUITES and not find_task(name).graded:
             raise InputError(f"tasks: {name} has no right and wrong answers to choose a setting by")
-    return list(itertools.chain.from_iterable(every if name == "all" else [name] for name in tasks))
+    return [name for name in named(tasks) if find_task(name).graded]
 
 
 def gdbench_config(sweep: Sweep, protocol: str, out: str) -> GdbenchConfig:
     """What the stored errors are of, under a protocol."""
     values = {k: v for k, v in sweep.fixed.items() if k not in OF_SCORE}
     values |= {
-        "tasks": _graded(values.get("tasks", ["all"])),
+        "tasks": _graded(values.get("tasks", ["gdbench"])),
         "model": list(values_of(sweep, sweep.fixed, "model")),
         "lora": list(values_of(sweep, sweep.fixed, "lora")),
         "protocol": protocol,

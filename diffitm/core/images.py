@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pyarrow import parquet
 
 from diffitm.core import storage
+from diffitm.core.zip_file import zip_member
 
 CROP = re.compile(r"(.*)#xywh=(-?\d+),(-?\d+),(-?\d+),(-?\d+)", re.DOTALL)
 
@@ -25,12 +26,26 @@ def member_of(archive: str, offset: int, size: int) -> str:
     return f"{archive}#bytes={offset},{size}"
 
 
-ROW = re.compile(r"(.*)#row=(\d+)", re.DOTALL)
+ROW = re.compile(r"(.*)#row=(\d+)(?:,column=(.+?))?(?:,item=(\d+))?", re.DOTALL)
 
 
-def row_of(table: str, row: int) -> str:
-    """The reference of an image inside of a Parquet file."""
-    return f"{table}#row={row}"
+def row_of(table: str, row: int, column: str = "image", item: int | None = None) -> str:
+    """The reference of an image inside of a Parquet file; `item` is its place in a column of lists."""
+    named = "" if column == "image" else f",column={column}"
+    return f"{table}#row={row}{named}" + ("" if item is None else f",item={item}")
+
+
+IN_ZIP = re.compile(r"(.*?\.zip)/(.+)", re.DOTALL | re.IGNORECASE)
+ARRAY = b"\x93NUMPY"  # how a .npy file begins
+
+
+def holder(reference: str) -> str:
+    """The path of the file that holds an image: its own, or that of the archive or table that it is in."""
+    path = split_crop(reference)[0]
+    for form in (MEMBER, ROW, IN_ZIP):
+        found = form.fullmatch(path)
+        path = found[1] if found is not None else path
+    return path
 
 
 ENDINGS = (
@@ -117,19 +132,25 @@ def opened(data: bytes, reference: str) -> tuple[Image.Image, str]:
 
 
 def encoded(root: str, path: str) -> bytes:
-    """The file of an image, or its bytes inside of a Parquet file or a tar. Raises OSError or ValueError."""
+    """The file of an image, or its bytes inside of a Parquet file, a tar or a zip ('x.zip/folder/y.jpg').
+
+    Raises OSError or ValueError.
+    """
     _check_inside(path)
     if "://" in root and "?" in path:  # it would become options of the connection
         raise ValueError("a name with '?' cannot be read from a URI")
     member, row = MEMBER.fullmatch(path), ROW.fullmatch(path)
     if row is not None:
-        return _cell(storage.join(root, row[1]), int(row[2]))
+        item = None if row[4] is None else int(row[4])
+        return _cell(storage.join(root, row[1]), int(row[2]), row[3] or "image", item)
     if member is not None:
         return storage.read_range(storage.join(root, member[1]), int(member[2]), int(member[3]))
+    if (zipped := IN_ZIP.fullmatch(path)) is not None:
+        return zip_member(storage.join(root, zipped[1]), zipped[2])
     return storage.read_bytes(storage.join(root, path))
 
 
-def _cell(uri: str, row: int) -> bytes:
+def _cell(uri: str, row: int, column: str, item: int | None) -> bytes:
     """The encoded image in a row of a Parquet file; one row group is read."""
     found, path = storage.filesystem(uri)
     with found.open_input_file(path) as stream:
@@ -137,7 +158,8 @@ def _cell(uri: str, row: int) -> bytes:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if row < rows:
-                value = file.read_row_group(group, columns=["image"])["image"][row].as_py()
+                value = file.read_row_group(group, columns=[column])[column][row].as_py()
+                value = value if item is None else value[item]
                 return (value["bytes"] if isinstance(value, dict) else value) or b""
             row -= rows
     raise ValueError("the file has no such row")
@@ -164,7 +186,8 @@ def problem(root: str, path: str, crops: Iterable[tuple[int, int, int, int]] = (
     read at an eighth of their size, which is enough to find a truncated one."""
     try:
         _check_inside(path)
-        image = Image.open(io.BytesIO(storage.read_bytes(storage.join(root, path))))
+        data = encoded(root, path)
+        image = _array(data) if data.startswith(ARRAY) else Image.open(io.BytesIO(data))
         for crop in crops:
             _check_crop(crop, image.size)
         image.draft("RGB", (image.width // 8, image.height // 8))
@@ -175,15 +198,25 @@ def problem(root: str, path: str, crops: Iterable[tuple[int, int, int, int]] = (
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode whole, upright, as RGB: palettes, alpha (on white), grey, CMYK and 16 bits included."""
+    """Decode whole, upright, as RGB: palettes, alpha (on white), grey, CMYK and 16 bits included; a .npy
+    file as OpenCV's arrays are, uint8 [H, W, 3] in the order blue, green, red."""
     if not data:
         raise ValueError("the file is empty")
+    if data.startswith(ARRAY):
+        return _array(data)
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise ValueError("the file is not an image of a known kind") from None
     image.load()
     return to_rgb(image)
+
+
+def _array(data: bytes) -> Image.Image:
+    values = np.load(io.BytesIO(data), allow_pickle=False)
+    if values.dtype != np.uint8 or values.ndim != 3 or values.shape[-1] != 3:
+        raise ValueError(f"an array is uint8 [H, W, 3], not {values.dtype} {values.shape}")
+    return Image.fromarray(np.ascontiguousarray(values[..., ::-1]))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

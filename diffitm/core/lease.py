@@ -209,8 +209,8 @@ class _Lease:
         with contextlib.suppress(OSError, InputError):
             found = self.file.read()
             other = _parse(found.data) if found is not None else None
-            if other is not None and other.id == self.holder.id:
-                self.file.delete()
+            if found is not None and other is not None and other.id == self.holder.id:
+                self.file.delete(found)
 
     def _data(self) -> bytes:
         return json.dumps(asdict(self.holder), indent=1).encode()

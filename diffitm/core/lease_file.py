@@ -1,12 +1,14 @@
-"""A small file that one of several writers makes or replaces: by links and renames on a disk, by conditional
+"""A small file that one of several writers makes or replaces: by links and locks on a disk, by conditional
 writes in S3 and Google's storage, and elsewhere by a second look."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qs
@@ -38,8 +40,8 @@ class LeaseFile(Protocol):
     def replace(self, data: bytes, found: Content) -> bool:
         """Whether it was replaced, and was still what was found."""
 
-    def delete(self) -> None:
-        """Where it is."""
+    def delete(self, found: Content) -> None:
+        """Unless it is no more what was found, or gone."""
 
 
 def open_file(uri: str) -> LeaseFile:
@@ -54,7 +56,8 @@ def open_file(uri: str) -> LeaseFile:
 
 
 class OnDisk:
-    """A file of a disk, shared ones too: a hard link is made by one alone, and a name renamed by one."""
+    """A file of a disk, shared ones too: a hard link is made by one alone, and who replaces or deletes
+    the file holds its lock, so that it is never away in between."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,22 +81,47 @@ class OnDisk:
         return True
 
     def replace(self, data: bytes, found: Content) -> bool:
-        aside = self._part()
+        part = self._part()
+        part.write_bytes(data)
         try:
-            self.path.rename(aside)
-        except FileNotFoundError:
-            return False
-        try:
-            if aside.read_bytes() == found.tag:
-                return self.create(data)
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)
-            return False
+            with self._locked(found) as locked:
+                if locked is None:
+                    return False
+                part.replace(self.path)
         finally:
-            aside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
+        if not locked:
+            time.sleep(SETTLES)
+            now = self.read()
+            return now is not None and now.data == data
+        return True
 
-    def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def delete(self, found: Content) -> None:
+        with self._locked(found) as locked:
+            if locked is not None:
+                self.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self, found: Content) -> Iterator[bool | None]:
+        """Whether the file could be locked, on a disk that knows no locks it could not; None where it
+        is not what was found."""
+        try:
+            file = self.path.open("r+b")
+        except FileNotFoundError:
+            yield None
+            return
+        with file:
+            locked = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                locked = False
+            try:
+                # Another may have put a new file there while this one waited for the old one's lock.
+                is_there = os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+            except FileNotFoundError:
+                is_there = False
+            yield locked if is_there and file.read() == found.data else None
 
     def _part(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,8 +152,10 @@ class Plain:
         now = self.read()
         return now is not None and now.data == found.data and self.create(data)
 
-    def delete(self) -> None:
-        storage.delete(self.uri)
+    def delete(self, found: Content) -> None:
+        now = self.read()
+        if now is not None and now.data == found.data:
+            storage.delete(self.uri)
 
 
 class InStore:
@@ -166,8 +196,8 @@ class InStore:
         now = self.read()  # a server may not know conditions and say nothing
         return now is not None and now.data == data
 
-    def delete(self) -> None:
-        self.plain.delete()
+    def delete(self, found: Content) -> None:
+        self.plain.delete(found)
 
 
 def _conditional(uri: str) -> tuple[Any, str]:

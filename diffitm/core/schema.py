@@ -58,7 +58,7 @@ def fault(example: Example) -> str | None:
 
 
 class PairRow(NamedTuple):
-    """One row of the pair table: an image and the texts that need a score against it.
+    """An image of a block and the texts that need a score against it.
 
     `stored` are, text by text, the places in the plan whose errors are in the store already; none where
     no text has any.
@@ -126,15 +126,25 @@ def read_block(line: dict[str, Any]) -> RaceBlock:
     return RaceBlock(**{**line, "contests": contests})
 
 
+def block_rows(line: dict[str, Any]) -> list[PairRow]:
+    """The images of a row of BLOCK."""
+    stored = line["stored"] or [None] * len(line["images"])
+    each = zip(line["images"], line["texts"], stored, strict=True)
+    return [PairRow(line["row"], *image) for image in each]
+
+
 PLACES = pa.list_(pa.int16())  # in a plan of timesteps
 
-# One row an image: the texts that still need a score. The empty text is the unconditional one.
-WORK = pa.schema(
+# One row a pair that still needs a score, by image. The empty text is the unconditional one.
+WORK = pa.schema([("image", pa.string()), ("text", pa.string()), ("stored", PLACES)])
+
+# One row a block of such pairs: images with their texts.
+BLOCK = pa.schema(
     [
         ("row", pa.int64()),
-        ("image", pa.string()),
-        ("texts", pa.list_(pa.string())),
-        ("stored", pa.list_(PLACES)),
+        ("images", pa.list_(pa.string())),
+        ("texts", pa.list_(pa.list_(pa.string()))),
+        ("stored", pa.list_(pa.list_(PLACES))),
     ]
 )
 
@@ -175,6 +185,10 @@ SCORES = pa.schema(
         ("image", pa.string()),
         ("text", pa.string()),
         ("timesteps", pa.list_(pa.int32())),
+        (
+            "sigmas",
+            pa.list_(pa.float32()),
+        ),  # a flow model's, which has no timesteps in whole numbers
         ("positions", PLACES),
         ("l2", pa.list_(pa.float32())),
         ("l1", pa.list_(pa.float32())),

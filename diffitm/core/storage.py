@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -389,28 +389,57 @@ def delete(uri: str) -> None:
     found.delete_file(path)
 
 
+def delete_files(uri: str, names: Iterable[str]) -> None:
+    """Delete files of a folder, many at once; one that is not there is passed over."""
+    found, path = filesystem(uri)
+
+    def delete_one(name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            found.delete_file(f"{path}/{name}")
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(delete_one, names))
+
+
+def delete_folder(uri: str) -> None:
+    """Delete a folder with all that is in it, if there is one."""
+    found, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        found.delete_dir(path)
+
+
+def footers(uri: str, names: Iterable[str]) -> dict[str, parquet.FileMetaData]:
+    """What the Parquet files of these names in a folder hold, in order; those that a kill cut off are left
+    out.
+
+    Raises OSError if an object store does not give a file.
+    """
+    found, folder = filesystem(uri)
+    spoilt: tuple[type[Exception], ...] = (pa.ArrowInvalid, FileNotFoundError)
+    if isinstance(found, fs.LocalFileSystem):
+        spoilt = (pa.ArrowInvalid, OSError)
+
+    def read(name: str) -> parquet.FileMetaData | None:
+        try:
+            with found.open_input_file(f"{folder}/{name}") as stream:
+                return parquet.read_metadata(stream)
+        except spoilt:
+            return None
+
+    asked = list(names)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        answers = list(pool.map(read, asked))
+    return {name: a for name, a in zip(asked, answers, strict=True) if a is not None}
+
+
 def readable_parquet(uri: str) -> tuple[list[str], list[str]]:
     """The Parquet files in a folder that are whole, and those that a kill left cut off.
 
     Raises OSError if an object store does not give a file.
     """
-    found, _ = filesystem(uri)
-    spoilt = (
-        (pa.ArrowInvalid, OSError) if isinstance(found, fs.LocalFileSystem) else pa.ArrowInvalid
-    )
-
-    def is_whole(path: str) -> bool:
-        try:
-            with found.open_input_file(path) as stream:
-                parquet.read_metadata(stream)
-        except spoilt:
-            return False
-        return True
-
     paths = files(uri, ".parquet")
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        whole = list(pool.map(is_whole, paths))
+    whole = footers(uri, [path.rsplit("/", 1)[-1] for path in paths])
     return (
-        [path for path, good in zip(paths, whole, strict=True) if good],
-        [path for path, good in zip(paths, whole, strict=True) if not good],
+        [path for path in paths if path.rsplit("/", 1)[-1] in whole],
+        [path for path in paths if path.rsplit("/", 1)[-1] not in whole],
     )

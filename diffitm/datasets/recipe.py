@@ -71,7 +71,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Named:
-    """The images that an annotation file names: its rows' `field`, or its keys without one."""
+    """The images that an annotation file names: `field` of its rows or values, or its keys without one."""
 
     file: str
     folder: str
@@ -116,6 +116,8 @@ def _lack(need: Need, root: Path) -> str | None:
 def _unnamed(need: Named, root: Path) -> str | None:
     try:
         entries = json.loads((root / need.file).read_text("utf-8-sig"))
+        if need.field is not None and isinstance(entries, dict):
+            entries = entries.values()
         names = {entry if need.field is None else entry[need.field] for entry in entries}
     except FileNotFoundError:
         return f"{need.file} is not there"

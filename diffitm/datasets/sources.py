@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diffitm.core.errors import InputError, suggest
 from diffitm.datasets.recipe import DatasetRecipe, Download, Hub, ImageList, Named, Need, Rule
+from diffitm.datasets.set_sources import DRIVE, GIB, SET_SOURCES
 
 GDBENCH = (
     "https://raw.githubusercontent.com/McGill-NLP/diffusion-itm/"
@@ -29,9 +30,7 @@ SVO = (
     "https://raw.githubusercontent.com/deepmind/svo_probes/"
     "206219e2afd9640b8bbe6ef95f49b52b0d4ed350/"
 )
-DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 KARPATHY = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
-GIB = 2**30
 # Size in bytes and sha256 of the files that are pinned to a commit.
 PINNED = """
 clevr/captions/binding_color_shape.json 60895 f4b548a2ad9e6aa858262a2c7c9ae7162b6a3d3fbd7ae234c08ff1c8167ce930
@@ -262,6 +261,7 @@ SOURCES: dict[str, DatasetRecipe] = {
         needs=(Need("mmvp_vlm/Questions.csv"), Need("mmvp_vlm/MLLM_VLM_Images/*", 270)),
         licence="see the data set's page on the Hub",
     ),
+    **SET_SOURCES,
 }
 
 

@@ -39,6 +39,15 @@ class WorkerSpec(NamedTuple):
     gpus: float
 
 
+def describe(table: pa.Table, column: str) -> str:
+    """What people can know some rows by: the id of the first, and the images where a row has several."""
+    first = table[column][0]
+    if "images" in table.schema.names:
+        images = table["images"][0].as_py()
+        return f"block {first} of {len(images)} images from {images[0]} on"
+    return f"{column} {first} and the {len(table) - 1} after it"
+
+
 class StageActor:
     """Passes blocks on to the worker that it builds.
 
@@ -76,7 +85,9 @@ class StageActor:
         that Ray starts another, perhaps elsewhere; a restarted one, for which blocks wait, has none."""
         for number in range(STARTS):
             try:
-                self.worker = self.spec.build(devices.actor_device(self.spec.gpus))
+                device = devices.actor_device(self.spec.gpus)
+                devices.take_processors(self.spec.gpus)
+                self.worker = self.spec.build(device)
             except Exception as error:
                 verdict = self._fail(self.start, error)
                 if self.ending is not None:
@@ -102,10 +113,9 @@ class StageActor:
         """What the worker makes of a block."""
         if self.ending is not None:
             raise self.ending
-        ids = table[self.spec.column][:1].to_pylist()
-        if not ids:
+        if len(table) == 0:
             return self.spec.schema.empty_table()
-        what = f"{self.spec.column} {ids[0]} and the {len(table) - 1} after it"
+        what = describe(table, self.spec.column)
         while True:
             verdict = self._ask("begin", what)
             if verdict.why is not None:

@@ -15,6 +15,9 @@ PATIENCE = 300.0  # seconds that all actors may fail for an outside reason befor
 ALONE = (
     120.0  # seconds that one node may fail for a cause of its own while others are still awaited
 )
+STARTING = (
+    60.0  # seconds of failures, with nothing done, after which a block waits no more for an actor
+)
 SHORT = 30.0  # seconds at most until a block is left: others may have nothing else to do by then
 LONGEST = 300.0  # seconds between two tries at a place that fails
 
@@ -70,12 +73,14 @@ class Attempts:
         self.working: dict[str, str] = {}  # actor -> node, unless its last news is a failure
         self.did_well: dict[str, float] = {}  # name of a place -> when it ended a block
         self.error: Exception | None = None  # that ends the run
+        self.refused = False  # an actor was told to end the run, which it does with its next block
         self.since: float | None = None  # of the first failure since anything went well
 
     def start(self, what: str, actor: str, place: Place) -> Verdict:
         """An actor starts. At a place in trouble it waits, so that others get the blocks."""
         self.started.add(actor)
         verdict = self.begin(what, actor, place)
+        self.refused |= verdict.why is not None
         trouble = self.troubles.get(place.name)
         if verdict.why is None and trouble and trouble.in_a_row and self._others(actor):
             return Verdict(delay(trouble.in_a_row, 5.0))
@@ -132,6 +137,7 @@ class Attempts:
         if trouble.in_a_row > RETRIES and not self._is_worth_waiting(
             actor, place, cause, transient
         ):
+            self.refused = True
             return Verdict(why=f"{what} failed {trouble.in_a_row} times on {place.name}: {cause}")
         seconds = delay(trouble.in_a_row, 5.0 if transient else 1.0)
         leave = self._is_for_others(what, actor, place)
@@ -148,6 +154,11 @@ class Attempts:
     def read_troubles(self) -> dict[str, Trouble]:
         """What went wrong, by place."""
         return self.troubles
+
+    def has_trouble(self) -> bool:
+        """Whether actors fail for good, or for so long that a block should not wait for one."""
+        failing = self.since is not None and time.monotonic() - self.since > STARTING
+        return self.refused or failing
 
     def _is_for_others(self, what: str, actor: str, place: Place) -> bool:
         """Whether a thing that failed here is left to others, who do well: after HERE failures, or after

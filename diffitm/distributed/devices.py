@@ -63,9 +63,24 @@ def processors(given: float | None) -> float:
     """Those of this worker: as many as it was given, else its share of the node's."""
     if given is not None:
         return given
+    return _here()[0] / ray.train.get_context().get_local_world_size()
+
+
+def take_processors(gpus: float) -> None:
+    """Give torch in this actor the part of its node's processors that goes with its share of GPUs; an
+    actor without one has what Ray gave it."""
+    if gpus:
+        import torch
+
+        cpus, there = _here()
+        torch.set_num_threads(max(1, int(cpus * gpus / max(there, gpus))))
+
+
+def _here() -> tuple[float, float]:
+    """Processors and GPUs of this node."""
     context = ray.get_runtime_context()
     (node,) = (n for n in ray.nodes() if n["NodeID"] == context.get_node_id())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Ray knows of a container's share, the system of the machine.
-    both = min(float(usable or 1), node["Resources"].get("CPU", 1.0))
-    return both / ray.train.get_context().get_local_world_size()
+    cpus = min(float(usable or 1), node["Resources"].get("CPU", 1.0))
+    return cpus, node["Resources"].get("GPU", 0.0)

@@ -44,7 +44,7 @@ def checkpoint(uri: str, column: str) -> CheckpointConfig:
     return config
 
 
-def read_rows(paths: str | list[str], found: FileSystem) -> ray.data.Dataset:
+def read_table(paths: str | list[str], found: FileSystem) -> ray.data.Dataset:
     """Parquet files for a repartition: Ray would cut them into blocks so small that it cannot join."""
     return ray.data.read_parquet(paths, filesystem=found, override_num_blocks=1)
 
@@ -182,7 +182,7 @@ def _execute(stage: Stage, build: Build, pool: ActorPool, attempts: Any) -> None
     """Whatever of the stage is left, once through the actors."""
     before = len(_positions(stage))
     found, folder = storage.filesystem(stage.out)
-    table = read_rows(stage.inputs, found)
+    table = read_table(stage.inputs, found)
     checkpoints = storage.join(storage.parent(stage.out), "checkpoint")
     mend(checkpoints)
     table.context.checkpoint_config = checkpoint(checkpoints, stage.column)

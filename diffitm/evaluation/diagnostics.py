@@ -87,14 +87,14 @@ class Case:
     pairs: list[CasePair]
 
 
-def right_pairs(item: ScoredExample) -> np.ndarray:
-    """bool [images, texts]: which pairs of an example belong together."""
+def right_pairs(item: ScoredExample, right: int = 1) -> np.ndarray:
+    """bool [images, texts]: which pairs of an example belong together, `right` ones from the gold one on."""
     example = item.example
     mask = np.zeros((len(example.images), len(example.texts)), bool)
     if example.direction == "both":
         np.fill_diagonal(mask, True)
     else:
-        mask.flat[example.gold] = True
+        mask.flat[example.gold : example.gold + right] = True
     return mask
 
 
@@ -108,8 +108,9 @@ def spread_weights(steps: int) -> dict[int, np.ndarray]:
     return found
 
 
-def _pair_places(batch: ScoredBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Places [n, right] and [n, wrong] among each example's pairs, image by image."""
+def _pair_places(batch: ScoredBatch, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places [n, right] and [n, wrong] among each example's pairs, image by image; `count` are right where
+    candidates are compared."""
     images, texts = batch.shape
     pairs = np.arange(images * texts)
     if batch.direction == "both":
@@ -119,8 +120,8 @@ def _pair_places(batch: ScoredBatch) -> tuple[np.ndarray, np.ndarray]:
             np.broadcast_to(pairs[part], (len(batch), part.sum()))
             for part in (mask.ravel(), ~mask.ravel())
         )
-    right = pairs[batch.golds][:, None]
-    return right, pairs[:-1] + (pairs[:-1] >= right)
+    right, others = pairs[batch.golds][:, None], pairs[: len(pairs) - count]
+    return right + np.arange(count), others + count * (others >= right)
 
 
 def _of_pairs(values: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -132,7 +133,8 @@ def _of_pairs(values: np.ndarray, places: np.ndarray) -> np.ndarray:
 class ErrorCurves:
     """Adds up the errors of right and wrong pairs."""
 
-    def __init__(self) -> None:
+    def __init__(self, right: int = 1) -> None:
+        self.right = right
         self.sums: dict[str, np.ndarray] = {}
         self.n = 0
 
@@ -144,7 +146,7 @@ class ErrorCurves:
         """Each example weighs the same, however many wrong pairs it has."""
         found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         for batch in part.batches:
-            right, wrong = _pair_places(batch)
+            right, wrong = _pair_places(batch, self.right)
             if batch.similarity is not None or not wrong.shape[1]:
                 continue
             kinds = {"conditional": batch.conditional}
@@ -179,7 +181,8 @@ class ErrorCurves:
 class DenoisingStats:
     """Keeps each example's error of its right pairs and of the empty text, NaN without one."""
 
-    def __init__(self) -> None:
+    def __init__(self, right: int = 1) -> None:
+        self.right = right
         self._values: list[np.ndarray] = []
         self._clusters: list[np.ndarray] = []
 
@@ -203,7 +206,7 @@ class DenoisingStats:
         for batch in part.batches:
             if batch.similarity is not None:
                 continue
-            right, _ = _pair_places(batch)
+            right, _ = _pair_places(batch, self.right)
             for column, errors in enumerate((batch.conditional, batch.unconditional)):
                 chosen = _of_pairs(errors, right).reshape(len(batch), -1)
                 values[batch.places, column] = chosen.mean(1)
@@ -272,6 +275,7 @@ class Counts:
 class Cases:
     """Keeps the examples with the largest margins and the nearest misses."""
 
+    right: int = 1
     kept: dict[str, list[tuple[float, int, ScoredExample, str]]] = field(default_factory=dict)
     seen: int = 0
 
@@ -285,11 +289,11 @@ class Cases:
         owners: dict[int, tuple[ScoredBatch, int]] = {}
         chosen = set[int]()
         for batch in part.batches:
-            if not _pair_places(batch)[1].shape[1]:
+            if not _pair_places(batch, self.right)[1].shape[1]:
                 continue
             values = list(batch.scores().values())[-1]
             finite = np.isfinite(values).all((1, 2))
-            margins[batch.places[finite]] = _margins(batch, values)[finite]
+            margins[batch.places[finite]] = _margins(batch, values, self.right)[finite]
         order = np.flatnonzero(~np.isnan(margins))
         numbers = np.zeros(part.size, int)
         numbers[order] = self.seen + 1 + np.arange(len(order))
@@ -325,15 +329,15 @@ class Cases:
                     continue
                 shown.add(number)
                 margin = rank if name == "surest wrong" else -rank
-                pairs = _pairs(item, item.scores()[kind])
+                pairs = _pairs(item, item.scores()[kind], self.right)
                 found.append(Case(model, task, name, item.example.id, margin, kind, pairs))
         return found
 
 
-def _margins(batch: ScoredBatch, scores: np.ndarray) -> np.ndarray:
-    """The right answers' scores less those of the best wrong ones [n]; of a Winoground pair, the lesser of
-    both captions' margins between the images."""
-    right, wrong = _pair_places(batch)
+def _margins(batch: ScoredBatch, scores: np.ndarray, count: int) -> np.ndarray:
+    """The scores of the worst right answers less those of the best wrong ones [n]; of a Winoground pair, the
+    lesser of both captions' margins between the images."""
+    right, wrong = _pair_places(batch, count)
     with np.errstate(invalid="ignore"):  # scores that are not finite
         if batch.direction == "both":
             others = scores.copy()
@@ -341,18 +345,18 @@ def _margins(batch: ScoredBatch, scores: np.ndarray) -> np.ndarray:
             others[:, own_image, own_text] = -np.inf
             own = np.diagonal(scores, axis1=1, axis2=2)
             return np.asarray((own - others.max(1)).min(1))
-        return np.asarray(_of_pairs(scores, right)[:, 0] - _of_pairs(scores, wrong).max(1))
+        return np.asarray(_of_pairs(scores, right).min(1) - _of_pairs(scores, wrong).max(1))
 
 
-def _pairs(item: ScoredExample, scores: np.ndarray) -> list[CasePair]:
-    """The right pair and the best wrong one; all four of a Winoground pair."""
-    right = right_pairs(item)
+def _pairs(item: ScoredExample, scores: np.ndarray, count: int) -> list[CasePair]:
+    """The worst right pair and the best wrong one; all four of a Winoground pair."""
+    right = right_pairs(item, count)
     places: Sequence[tuple[int, int]]
     if item.example.direction == "both":
         places = list(np.ndindex(scores.shape))
     else:
-        best = np.where(right, -np.inf, scores)
-        places = [divmod(int(a.argmax()), a.shape[1]) for a in (right, best)]
+        worst, best = np.where(right, -scores, -np.inf), np.where(right, -np.inf, scores)
+        places = [divmod(int(a.argmax()), a.shape[1]) for a in (worst, best)]
     images, texts = item.example.images, item.example.texts
     return [
         CasePair(images[i], texts[j], float(scores[i, j]), bool(right[i, j])) for i, j in places
@@ -367,7 +371,8 @@ class Diagnostics:
 
     def __init__(self, task: Task, timesteps: Sequence[int]) -> None:
         self.task, self.timesteps = task, timesteps
-        self.denoising, self.curves, self.cases = DenoisingStats(), ErrorCurves(), Cases()
+        self.denoising, self.curves = DenoisingStats(task.right), ErrorCurves(task.right)
+        self.cases = Cases(task.right)
         self.counts = Counts(task, len(timesteps))
         self.incomplete = False
 

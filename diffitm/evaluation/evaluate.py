@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from diffitm.core import storage
-from diffitm.core.images import split_crop
+from diffitm.core.images import holder
 from diffitm.core.schema import Contest, Example
+from diffitm.evaluation.cut_texts import CutTexts
 from diffitm.evaluation.diagnostics import (
     Case,
     Count,
@@ -27,20 +28,45 @@ from diffitm.metrics.columns import Columns
 from diffitm.metrics.credit import LOST, Credit, Credits
 from diffitm.metrics.figures import Decision, Decisions, Figure, Groups, Labels
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
+from diffitm.metrics.score import other_dtype
 from diffitm.scoring.racing import hold
 from diffitm.store.join import ScoredExample, ScoredPart, read_items, read_labels, read_parts
 from diffitm.store.pair_table import connect, examples_dataset
 from diffitm.store.score_store import Store
-from diffitm.store.stored_lines import UNSCORED, StoredLines
+from diffitm.store.stored_lines import UNSCORED, LinesByTask
 from diffitm.store.work_table import finished
 from diffitm.tasks.base import Task
 from diffitm.tasks.registry import find_task
 
 # What tells two stores of one model apart, in the words of a table.
-SETTINGS = ("protocol", "dtype", "resize", "seed", "latent_seed", "variant", "root")
+SETTINGS = (
+    "protocol",
+    "dtype",
+    "resize",
+    "seed",
+    "latent_seed",
+    "empty",
+    "resolution",
+    "variant",
+    "root",
+)
+UNSAID = {
+    "empty": "text",
+    "resolution": "its own",
+}  # what a setting is where a store does not say it
 
 # What errors must share to be compared.
-MEASURED = ("weights", "protocol", "timesteps", "seed", "resize", "latent_seed", "root")
+MEASURED = (
+    "weights",
+    "protocol",
+    "timesteps",
+    "seed",
+    "resize",
+    "latent_seed",
+    "empty",
+    "resolution",
+    "root",
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +126,8 @@ class Evaluation:
     cases: list[Case] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     races: list[RaceFigure] = field(default_factory=list)
+    cut_texts: list[CutTexts] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # of models, on all of their figures
 
 
 @dataclass(frozen=True)
@@ -128,7 +156,12 @@ def evaluate(
     """
     evaluation = Evaluation()
     names = titles(stores)
-    connection, read = connect(), dict[int, StoredLines]()
+    evaluation.notes = [
+        f"{name} {store.config['unconditional']}: its normalised scores are less the error of no text anyway."
+        for name, store in zip(names, stores, strict=True)
+        if "unconditional" in store.config
+    ]
+    connection, read = connect(), dict[int, LinesByTask]()
     for name, uri in examples.items():
         task: Task = find_task(name)()
         columns: list[Column] = []
@@ -138,12 +171,13 @@ def evaluate(
             kind = error_of(store, error)
             part = Part(task, store, title, weights, (racing, kind) if racing else None)
             if number not in read:
-                read[number] = StoredLines(store, kind, connection)
+                read[number] = LinesByTask(store, kind, connection)
+            lines = read[number].of(uri)
             if part.races:
-                for item in read_items(uri, read[number], partial=True):
+                for item in read_items(uri, lines, partial=True):
                     part.add(item)
             else:
-                for some in read_parts(uri, read[number], labels[0].codes):
+                for some in read_parts(uri, lines, labels[0].codes):
                     part.add_part(some)
             part.finish(*labels)
             part.put_into(evaluation)
@@ -158,17 +192,14 @@ def evaluate(
     return evaluation
 
 
+OF_NORM = ("diffusionitm", "snr", "selfbench")  # protocols whose error is the l2 norm
+
+
 def error_of(store: Store, error: str) -> str:
     """The kind of error that is averaged: `error`, or for 'auto' the protocol's own."""
     if error != "auto":
         return error
-    return "l2" if store.config.get("protocol", "diffusionitm") == "diffusionitm" else "mse"
-
-
-def other_dtype(dtype: str | None) -> str:
-    """What to say of scores that are not finite: which dtype may give some that are."""
-    wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(dtype or "")
-    return f" in {dtype}: try --dtype {wider}" if wider else ""
+    return "l2" if store.config.get("protocol", "diffusionitm") in OF_NORM else "mse"
 
 
 def titles(stores: Sequence[Store]) -> list[str]:
@@ -182,7 +213,7 @@ def titles(stores: Sequence[Store]) -> list[str]:
             if len({len(c.get("timesteps", [])) for c in others}) > 1:
                 told.append(f"{len(store.config['timesteps'])} timesteps")
             differ = [k for k in SETTINGS if len({str(c.get(k)) for c in others}) > 1]
-            told += [f"{k} {store.config.get(k)}" for k in differ]
+            told += [f"{k} {store.config.get(k, UNSAID.get(k))}" for k in differ]
         found.append(", ".join([store.model, *told]))
     return found
 
@@ -426,6 +457,7 @@ def _told(metric: str, first: Column, second: Column, main: dict[str, Column]) -
         return np.array_equal(first.credits[metric], second.credits[metric], equal_nan=True)
     return all(
         column is not main[column.model]
+        and metric in main[column.model].credits  # a task of one's own may have others by kind
         and np.array_equal(
             column.credits[metric], main[column.model].credits[metric], equal_nan=True
         )
@@ -471,7 +503,17 @@ def speeds(out: str, stores: Sequence[Store]) -> list[Speed]:
 
 def write_results(evaluation: Evaluation, provenance: dict[str, Any], out: str) -> str:
     """results.json, provenance.json and failures.json below `out`; the path of the first."""
-    kinds = ("rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases", "races")
+    kinds = (
+        "rows",
+        "comparisons",
+        "counts",
+        "curves",
+        "denoising",
+        "speeds",
+        "cases",
+        "races",
+        "cut_texts",
+    )
     found = {kind: [asdict(line) for line in getattr(evaluation, kind)] for kind in kinds}
     path = storage.join(out, "results.json")
     storage.write_text(storage.join(out, "provenance.json"), json.dumps(provenance, indent=2))
@@ -486,7 +528,7 @@ def present(root: str, uri: str) -> str | None:
     first, listed = None, dict[str, set[str]]()
     for batch in examples_dataset([uri]).to_batches(columns=["images"]):
         for image in batch["images"].flatten().to_pylist():
-            path = split_crop(image)[0]
+            path = holder(image)
             folder, _, name = path.rpartition("/")
             if folder not in listed:  # a request a folder, not one an image
                 where = storage.join(root, folder) if folder else root

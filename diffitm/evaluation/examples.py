@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.evaluation.evaluate import present
 from diffitm.store import pair_table
-from diffitm.tasks.registry import find_task
+from diffitm.tasks.registry import SETS, find_task
 
 log = logging.getLogger("diffitm")
 
@@ -22,8 +22,9 @@ class Examples(NamedTuple):
     identity: str
 
 
-def data_root(data: str, scenes: int, out: str) -> str:
-    """The data root: a folder or URI, or for 'shapes' the world, drawn below `out` if it is not there.
+def data_root(data: str, scenes: int, out: str, tasks: Iterable[str] = ()) -> str:
+    """The data root: a folder or URI, or for 'shapes' the world, drawn below `out` if it is not there, with
+    the files of `tasks`.
 
     Raises InputError if there is none.
     """
@@ -33,9 +34,12 @@ def data_root(data: str, scenes: int, out: str) -> str:
             raise InputError(f": there is no folder {root}", "data")
         return root
     from diffitm.shapes.layouts import VERSION, write_world
+    from diffitm.shapes.sets import write_sets
 
     root = storage.join(out, f"shapes-{scenes}-v{VERSION}")
     write_world(root, scenes)
+    if not SETS.keys().isdisjoint(tasks):
+        write_sets(root, scenes)
     return root
 
 
@@ -45,8 +49,12 @@ def write_examples(
     """The examples of every task, by its name; at most `limit` of each. Raises InputError with all that
     is missing."""
     examples, problems = {}, []
+    chosen = dict[str, str]()
     for name in tasks:
         task = find_task(name)()
+        if (other := chosen.setdefault(task.name, name)) != name:
+            problems.append(f"tasks {other} and {name} are both named {task.name}; rename one")
+            continue
         folder = storage.join(out, "examples")
         try:
             uri, count = pair_table.write_examples(task.name, task.examples(root), folder, limit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -12,9 +11,9 @@ from diffitm.core.errors import InputError
 from diffitm.evaluation.races import RaceOptions
 from diffitm.models.lora import lora_file
 from diffitm.scoring.custom import find_scorer
-from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.noise_plan import FLOW_PROTOCOLS, choose_protocol, planned
 from diffitm.scoring.racing import Racing, Rounds
-from diffitm.tasks.registry import TASKS, find_task
+from diffitm.tasks.registry import find_task, named
 
 TRAINED = 1000  # timesteps that diffusion models are trained with, and slices of the noise table
 MOST = 2**63 - 1  # what a generator takes as a seed
@@ -34,14 +33,18 @@ class ModelOptions(OnActors):
         [],
         "other scorers: vqa:MODEL, itm:MODEL, file.py:Class or package.module:Class[:ARGUMENT] of your own",
     )
-    protocol: Literal["diffusionitm", "paper", "diffusion-classifier"] = option(
-        "diffusionitm", "how timesteps and noise are chosen"
+    protocol: Literal[
+        "auto", "diffusionitm", "paper", "diffusion-classifier", "snr", "selfbench", "sigma"
+    ] = option(
+        "auto",
+        "how timesteps and noise are chosen; auto: diffusionitm, of flow models (SD3, FLUX, ..) snr",
     )
     timesteps: list[int] = option(
         [10], "how many timesteps to ask the protocol for; several are compared"
     )
-    timestep_list: list[int] = option(
-        [], "these timesteps instead of the protocol's, such as a sweep's best"
+    timestep_list: list[float] = option(
+        [],
+        "these timesteps instead of the protocol's, such as a sweep's best; of flow models 1000 sigma",
     )
     timestep_weights: list[float] = option(
         [],
@@ -51,7 +54,8 @@ class ModelOptions(OnActors):
         0, "seed of the noise (and of the timesteps of 'paper')", at_least=0, at_most=MOST
     )
     error: Literal["auto", "l2", "mse", "l1", "huber"] = option(
-        "auto", "error that is averaged; auto: l2 norm for diffusionitm, mse otherwise"
+        "auto",
+        "error that is averaged; auto: l2 norm for diffusionitm, snr and selfbench, mse otherwise",
     )
     resize: Literal["auto", "squash", "crop"] = option(
         "auto", "squash to a square, or crop the centre; auto: crop for diffusion-classifier"
@@ -72,7 +76,18 @@ class ModelOptions(OnActors):
         [],
         "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",
     )
+    resolution: int | None = option(
+        None, "side of images in pixels for flow models: 512 costs a quarter of 1024", at_least=1
+    )
+    empty: Literal["text", "zeros"] = option(
+        "text", "what no text is: the encoded empty text, or zeros, which SD3 was trained with"
+    )
     batch_size: int = option(64, "forwards of the model in one batch", at_least=1)
+    compile: bool = option(
+        False,
+        "compile the diffusion models (torch.compile) for batches of that size: takes a minute or more when "
+        "an actor starts",
+    )
     racing: float | None = option(
         None,
         "score candidates only as far as their decision needs: the probability, such as 0.01, that one comes "
@@ -96,7 +111,8 @@ class GdbenchConfig(ModelOptions):
     """Options of pipelines/gdbench.py."""
 
     tasks: list[str] = option(
-        ["all"], "which tasks: names, package.module:Class or file.py:Class of your own"
+        ["gdbench"],
+        "which tasks: names; of your own mine.jsonl (.csv, .parquet, .tar), module:Class or file.py:Class",
     )
     data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
     out: str = option("out/gdbench", "folder or URI for scores, results and the report")
@@ -134,25 +150,22 @@ def lora_names(config: ModelOptions) -> list[str | None]:
 
 
 def task_names(config: GdbenchConfig) -> list[str]:
-    """The chosen tasks, each once; 'all' stands for every task of ours."""
-    named = [TASKS if name == "all" else [name] for name in config.tasks]
-    return list(dict.fromkeys(itertools.chain.from_iterable(named)))
+    """The chosen tasks, each once; a suite stands for its tasks."""
+    return named(config.tasks)
 
 
-def check_options(config: GdbenchConfig) -> list[tuple[int, ...]]:
-    """The timesteps really used, for each --timesteps. Raises InputError with all problems of the options."""
-    problems, timesteps = check_models(config)
+def check_options(config: GdbenchConfig) -> None:
+    """Raises InputError with all problems of the options."""
+    problems = check_models(config)
     if not config.clip and (config.segmentation or config.clip_benchmark or config.mllm):
         problems.append("--segmentation, --clip-benchmark and --mllm measure CLIPs: give a --clip")
     problems += task_problems(config)
     if problems:
         raise InputError("\n".join(problems))
-    return timesteps
 
 
-def check_models(config: ModelOptions) -> tuple[list[str], list[tuple[int, ...]]]:
-    """All problems of the options of what scores, and of the numbers; the timesteps really used, for each
-    --timesteps."""
+def check_models(config: ModelOptions) -> list[str]:
+    """All problems of the options of what scores, and of the numbers."""
     problems = []
     if not config.model and not config.clip and not config.scorer:
         what = "--model, --clip or --scorer"
@@ -169,14 +182,35 @@ def check_models(config: ModelOptions) -> tuple[list[str], list[tuple[int, ...]]
         except InputError as error:
             problems.append(error.on_command_line())
     problems += _list_problems(config) + _race_problems(config)
-    timesteps = {}
+    if config.compile and not config.model:
+        problems.append("--compile is of diffusion models: give a --model")
     for count in asked_timesteps(config):
         try:
-            timesteps[tuple(plan_timesteps(config.protocol, count, config.seed))] = count
+            _planned(config, count, config.protocol in FLOW_PROTOCOLS)
         except InputError as error:
             problems.append(error.on_command_line())
-    listed = [tuple(config.timestep_list)] if config.timestep_list else list(timesteps)
-    return problems, listed
+    return problems
+
+
+def plans(config: ModelOptions, flow: bool) -> list[tuple[float, ...]]:
+    """The timesteps that a model, of flow or not, is really scored at, for each --timesteps.
+
+    Raises InputError for a protocol or a --timestep-list of the other kind of model.
+    """
+    if not config.timestep_list:
+        counts = asked_timesteps(config)
+        return list(dict.fromkeys(_planned(config, count, flow) for count in counts))
+    choose_protocol(config.protocol, flow)
+    if flow:
+        return [tuple(config.timestep_list)]
+    for step in config.timestep_list:
+        if not step.is_integer():
+            raise InputError(f"{step:g}: models with a table take whole timesteps", "timestep_list")
+    return [tuple(map(int, config.timestep_list))]
+
+
+def _planned(config: ModelOptions, count: int, flow: bool) -> tuple[float, ...]:
+    return planned(choose_protocol(config.protocol, flow), count, config.seed)
 
 
 def asked_timesteps(config: ModelOptions) -> list[int]:
@@ -225,7 +259,7 @@ def _list_problems(config: ModelOptions) -> list[str]:
     """What is wrong with --timestep-list and --timestep-weights."""
     listed, weights = config.timestep_list, config.timestep_weights
     found = [
-        f"--timestep-list {step}: must be 0 to {TRAINED - 1}"
+        f"--timestep-list {step:g}: must be 0 to {TRAINED - 1}"
         for step in listed
         if not 0 <= step < TRAINED
     ]

@@ -19,9 +19,15 @@ from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.races import RaceOptions, pair_values
 from diffitm.scoring.racing import RacePlan, hold
 from diffitm.store.join import read_examples, read_items
-from diffitm.store.pair_table import WorkTable, batched, connect, write_examples, write_rows
+from diffitm.store.pair_table import (
+    WorkTable,
+    batched,
+    connect,
+    write_examples,
+    write_race_blocks,
+)
 from diffitm.store.score_store import Store
-from diffitm.store.stored_lines import StoredLines
+from diffitm.store.stored_lines import LinesByTask
 
 # A block is what a kill costs an actor; contests in one share their images' latents and empty text.
 FORWARDS_PER_BLOCK = 20_000
@@ -88,17 +94,17 @@ def write_races(
         query = "SELECT * FROM contests ORDER BY images[1], task, position"
         batches = connection.sql(query).to_arrow_reader(100)
         lines = (line for batch in batches for line in batch.to_pylist())
-        return write_rows(_blocks(lines, most / guess), RACES, uri)
+        return write_race_blocks(_blocks(lines, most / guess), uri)
 
 
 def _undecided(
     examples: Mapping[str, Examples], store: Store, races: Races
 ) -> Iterator[dict[str, Any]]:
     """A line of RACES an example with contests that are not decided."""
-    plan, stored = races.plan, StoredLines(store, races.plan.error)
+    plan, stored = races.plan, LinesByTask(store, races.plan.error)
     for number, (name, part) in enumerate(examples.items()):
         task = races.tasks[name]
-        for position, item in enumerate(read_items(part.uri, stored, partial=True)):
+        for position, item in enumerate(read_items(part.uri, stored.of(part.uri), partial=True)):
             contests = [] if item.example.failure else task.contests(item.example)
             errors = pair_values(item)
             runs = hold(contests, errors, plan)

@@ -35,3 +35,9 @@ def normalised_score(conditional: np.ndarray, unconditional: np.ndarray) -> np.n
     """-(d(x, w) - d(x)) (DiffusionITM, eq. 5): what the text explains beyond the image's own ease."""
     with np.errstate(invalid="ignore"):  # two infinite ones give NaN
         return -(conditional - unconditional)
+
+
+def other_dtype(dtype: str | None, option: str = "--dtype") -> str:
+    """What to say of scores that are not finite: which dtype may give some that are."""
+    wider = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(dtype or "")
+    return f" in {dtype}: try {option} {wider}" if wider else ""

@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diffitm.core.errors import InputError
-from diffitm.models.noise_schedule import NoiseSchedule
+from diffitm.models.noise_schedule import NoiseSchedule, Schedule
 
 # What the model is conditioned on, by name; every tensor is [B, ...]. Stable Diffusion needs
-# {"hidden": [B, L, D]}; a model with pooled text adds its own.
+# {"hidden": [B, L, D]}; a model with pooled text adds its own. A model that looks away from padding adds
+# "mask", bool [B, L], of the tokens that are a text's: the others can be left out or added at will.
 Condition = dict[str, Tensor]
 
 
 class Denoiser(ABC):
     """A latent diffusion model, frozen and in eval mode.
 
-    Subclasses set the attributes and the abstract methods. Latents are float32 [B, C, h, w], already
-    multiplied by the model's scaling factor.
+    Subclasses set the attributes and the abstract methods. Latents are float32 [B, C, h, w], shifted and
+    scaled as the model was trained on them.
     """
+
+    # Tokenizer -> tokens that are read of a text, where that is not what the tokenizer's settings say. Texts
+    # are read as far as the longest of them reaches.
+    lengths: ClassVar[Mapping[str, int]] = {}
+
+    takes_lora: ClassVar[bool] = True
 
     resolution: int  # side of the input image in pixels
     latent_shape: tuple[int, int, int]  # C, h, w
-    schedule: NoiseSchedule
+    schedule: Schedule
     device: torch.device
     dtype: torch.dtype
 
+    @classmethod  # noqa: B027, most have nothing to check
+    def check_part(cls, name: str, config: Any) -> None:
+        """Raises OSError where a part of these settings is none that the model can be had with."""
+
+    @classmethod  # noqa: B027
+    def check_together(cls, configs: Mapping[str, Any]) -> None:
+        """Raises OSError where parts, of which these are the settings by name, are not of one model."""
+
     @abstractmethod
     def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels float32 [B, 3, H, W] in [-1, 1] to mean and deviation of their latents, [B, C, h, w]."""
+        """Pixels float32 [B, 3, H, W] in [-1, 1] to mean and deviation of their latents, [B, C, h, w]. Of an
+        autoencoder without a posterior the deviation is 0."""
 
     def encode_images(self, pixels: Tensor, seed: int | None = None) -> Tensor:
         """Pixels float32 [B, 3, H, W] in [-1, 1] to latents: the posterior's mean.
@@ -53,7 +71,18 @@ class Denoiser(ABC):
     def take_prediction(self, prediction: str) -> None:
         """Read the network's output as this (one of noise_schedule.PREDICTIONS), whatever its folder
         says."""
-        self.schedule = replace(self.schedule, prediction=prediction)
+        if isinstance(self.schedule, NoiseSchedule):
+            self.schedule = replace(self.schedule, prediction=prediction)
+
+    def take_resolution(self, side: int) -> None:
+        """Take images of `side` pixels from now on.
+
+        Raises InputError for a side, or a kind of model, that cannot.
+        """
+        raise InputError(
+            f"{side}: {type(self).__name__} takes images of {self.resolution} pixels alone",
+            "resolution",
+        )
 
     def refuses(self, text: str) -> str | None:
         """Why a text cannot be a condition of this model; None if it can, as every text here."""
@@ -72,7 +101,8 @@ class Denoiser(ABC):
 
     @abstractmethod
     def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The model's output float32 [B, C, h, w] for noised latents, timesteps [B], condition [B].
+        """What the schedule calls the prediction, float32 [B, C, h, w], whatever sign, scale and channels
+        the network's output has, for noised latents, timesteps [B], condition [B].
 
         Gradients reach the condition.
         """
@@ -94,3 +124,48 @@ class Denoiser(ABC):
 def select(condition: Condition, index: Tensor) -> Condition:
     """Rows `index` [B] of a condition."""
     return {name: value[index.to(value.device)] for name, value in condition.items()}
+
+
+def encode_with_zeros(denoiser: Denoiser, texts: Sequence[str]) -> Condition:
+    """As its encode_texts, but '' is zeros: what some were trained with where a text was dropped."""
+    empty, condition = torch.tensor([not text for text in texts]), denoiser.encode_texts(texts)
+
+    def zeros(value: Tensor) -> Tensor:
+        rows = empty.to(value.device).view(-1, *(1,) * (value.dim() - 1))
+        return value.masked_fill(rows, 0) if value.is_floating_point() else value  # a mask stays
+
+    return {name: zeros(value) for name, value in condition.items()}
+
+
+def rows_of(condition: Condition) -> list[Condition]:
+    """Each row as a condition [1, ...] of its own memory; of a masked one without its padding."""
+    rows = [
+        {k: value[i : i + 1] for k, value in condition.items()} for i in range(_count(condition))
+    ]
+    if "mask" in condition:
+        rows = [_without_padding(row) for row in rows]
+    return [{name: value.clone() for name, value in row.items()} for row in rows]
+
+
+def stack(rows: Sequence[Condition]) -> Condition:
+    """One condition of many; masked ones are padded to the longest."""
+    if "mask" in rows[0]:
+        longest = max(row["mask"].shape[1] for row in rows)
+        rows = [padded(row, longest) for row in rows]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def padded(condition: Condition, length: int) -> Condition:
+    """A masked condition with `length` tokens."""
+    more = length - condition["mask"].shape[1]
+    added = {"mask": (0, more), "hidden": (0, 0, 0, more)}
+    return condition | {name: pad(condition[name], by) for name, by in added.items()}
+
+
+def _without_padding(row: Condition) -> Condition:
+    kept = row["mask"][0]
+    return row | {name: row[name][:, kept] for name in ("mask", "hidden")}
+
+
+def _count(condition: Condition) -> int:
+    return len(next(iter(condition.values())))

@@ -23,6 +23,8 @@ class Dit(LatentDiffusion):
     Raises OSError if a part cannot be read, there are no labels or the blocks' class tables differ.
     """
 
+    takes_lora = False
+
     def __init__(
         self,
         folder: str,

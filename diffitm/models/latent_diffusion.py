@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
@@ -15,10 +15,18 @@ from transformers import CLIPTokenizer
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.hub_weights import choose_variant
-from diffitm.models.noise_schedule import NoiseSchedule
+from diffitm.models.noise_schedule import NoiseSchedule, Schedule
 from diffitm.models.parts import read_json, read_schedule, read_tokenizer
 
 INDEX = "model_index.json"
+HALF = (torch.float16, torch.bfloat16)
+
+
+def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """How convolutions' weights lie in memory: as tensor cores take them, channels last, where those are
+    used. It changes nothing but the rounding, and in float32, without TF32, gains nothing."""
+    is_tensor_core = device.type == "cuda" and dtype in HALF
+    return torch.channels_last if is_tensor_core else torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Folder:
     device: torch.device
     revision: str | None
     variant: str | None
+    configs: dict[str, Any] = field(default_factory=dict)  # of the parts that were read, by name
 
     def index(self) -> dict[str, Any]:
         """model_index.json."""
@@ -55,17 +64,29 @@ class Folder:
             raise OSError(error.message) from error
 
     def model(self, kind: Any, part: str, dtype: torch.dtype | None = None) -> Any:
-        """A model of diffusers, in another dtype than the others if one is given."""
+        """A model of diffusers, in another dtype than the others if one is given.
+
+        Its attention is torch's scaled_dot_product_attention, which adds products of queries and keys up in
+        float32 and never holds them in fp16. So `upcast_attention` in the config of Stable Diffusion 2, whose
+        products overflow there, is met without a step of its own.
+        """
+        dtype = dtype or self.dtype
         loaded = kind.from_pretrained(
             self.location,
             subfolder=part,
             revision=self.revision,
-            torch_dtype=dtype or self.dtype,
+            torch_dtype=dtype,
             variant=self.variant_of(part),
         )
-        return loaded.to(self.device).eval().requires_grad_(False)
+        self.configs[part] = loaded.config
+        loaded = loaded.to(self.device, memory_format=layout(self.device, dtype))
+        return loaded.eval().requires_grad_(False)
 
-    def vae(self, upcast: bool = False) -> AutoencoderKL:
+    def has(self, part: str) -> bool:
+        """Whether model_index.json names a part, and not null."""
+        return bool((self.index().get(part) or [None])[0])
+
+    def vae(self, upcast: bool = False) -> Any:
         """The VAE: in float32 where its config says `force_upcast`, as it would overflow in fp16, else in
         the dtype of the others; `upcast` is what a config means that does not say it."""
         config = AutoencoderKL.load_config(self.location, subfolder="vae", revision=self.revision)
@@ -84,18 +105,27 @@ class Folder:
         )
         if missing := sorted(report["missing_keys"]):  # transformers would make them up
             raise OSError(f"the weights of {part} lack {', '.join(missing[:5])}")
+        self.configs[part] = loaded.config
         return loaded.to(self.device).eval().requires_grad_(False)
 
-    def tokenizer(self, part: str, encoder: Any) -> CLIPTokenizer:
+    def tokenizer(self, part: str, encoder: Any, kind: Any = CLIPTokenizer) -> Any:
         """The tokenizer of a text encoder, which it has to fit."""
-        return read_tokenizer(self.location, part, self.revision, encoder.config.to_dict())
+        return read_tokenizer(self.location, part, self.revision, encoder.config.to_dict(), kind)
 
 
-def check_width(unet: Any, width: int) -> None:
-    """Raises OSError if texts of this width are not what the U-Net attends to."""
-    found = unet.config.cross_attention_dim
+def check_width(config: Any, width: int) -> None:
+    """Raises OSError if texts of this width are not what the U-Net of these settings attends to."""
+    found = config.cross_attention_dim
     if set(found if isinstance(found, list | tuple) else [found]) != {width}:
         raise OSError(f"its texts are {width} wide, its U-Net takes {found}: parts of two models")
+
+
+def check_text_width(width: int, taken: int) -> None:
+    """Raises OSError if texts of this width are not what a transformer takes."""
+    if width != taken:
+        raise OSError(
+            f"its texts are {width} wide, its transformer takes {taken}: parts of two models"
+        )
 
 
 def check_network(config: Any, latent_channels: int) -> None:
@@ -112,8 +142,9 @@ def check_network(config: Any, latent_channels: int) -> None:
         )
 
 
-def check_vae(config: Any) -> None:
-    """Raises OSError for settings of a VAE (config.json) that its latents cannot be had with."""
+def check_vae(config: Any, shifts: bool = False) -> None:
+    """Raises OSError for settings of a VAE (config.json) that its latents cannot be had with; `shifts` is
+    whether its family takes its shift_factor off."""
     sides = len(config.block_out_channels)
     for key in ("down_block_types", "up_block_types"):
         if len(config[key]) != sides:
@@ -121,13 +152,8 @@ def check_vae(config: Any) -> None:
                 f"vae/config.json gives {len(config[key])} {key}, its block_out_channels are {sides}: is "
                 f"{key} missing?"
             )
-    scale = config.scaling_factor
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-        raise OSError(
-            f"vae/config.json gives scaling_factor {scale!r}, not a number above 0 (Stable Diffusion's "
-            "is 0.18215)"
-        )
-    for key in ("shift_factor", "latents_mean", "latents_std"):
+    check_scale(config.scaling_factor)
+    for key in ("shift_factor", "latents_mean", "latents_std")[shifts:]:
         if config.get(key):
             raise OSError(
                 f"vae/config.json gives {key} {str(config[key])[:60]}, which is not supported: latents are "
@@ -135,22 +161,54 @@ def check_vae(config: Any) -> None:
             )
 
 
+def check_scale(scale: Any) -> None:
+    """Raises OSError for a VAE's scaling_factor that is no number above 0."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+        raise OSError(
+            f"vae/config.json gives scaling_factor {scale!r}, not a number above 0 (Stable Diffusion's "
+            "is 0.18215)"
+        )
+
+
 class LatentDiffusion(Denoiser):
     """A network (`network`) on the latents of a VAE; the prediction is what the scheduler's config
-    says."""
+    says. Parts that are not of one model raise OSError."""
 
-    def __init__(self, folder: Folder, network: Any, vae: AutoencoderKL) -> None:
+    shifts: ClassVar[bool] = False  # whether latents are less the VAE's shift_factor
+
+    def __init__(self, folder: Folder, network: Any, vae: Any) -> None:
         self.device, self.dtype = folder.device, folder.dtype
         self.network, self.vae = network, vae
+        self.check_part("vae", vae.config)
+        self.check_together(folder.configs)
+        self.schedule = self.read_schedule(folder)
+        channels, side, factor = self.geometry(network.config, vae.config)
+        self.latent_shape, self.resolution = (channels, side, side), side * factor
+
+    @classmethod
+    def check_part(cls, name: str, config: Any) -> None:
+        """See Denoiser."""
+        if name == "vae":
+            check_vae(config, cls.shifts)
+
+    @classmethod
+    def check_together(cls, configs: Mapping[str, Any]) -> None:
+        """See Denoiser."""
+        network = configs.get("unet") or configs["transformer"]
+        check_network(network, configs["vae"].latent_channels)
+
+    @staticmethod
+    def geometry(network: Any, vae: Any) -> tuple[int, int, int]:
+        """Channels and side of latents, and pixels to a latent's side, by the settings of both."""
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        return int(network.in_channels), int(network.sample_size), factor
+
+    def read_schedule(self, folder: Folder) -> Schedule:
+        """The training schedule, DDPM's."""
         self.scheduler = read_schedule(folder.location, folder.revision)
-        check_vae(vae.config)
-        check_network(network.config, vae.config.latent_channels)
-        self.schedule = NoiseSchedule.from_alphas_cumprod(
+        return NoiseSchedule.from_alphas_cumprod(
             self.scheduler.alphas_cumprod, self.scheduler.config.prediction_type
         )
-        side = int(network.config.sample_size)
-        self.latent_shape = (int(network.config.in_channels), side, side)
-        self.resolution = side * 2 ** (len(vae.config.block_out_channels) - 1)
 
     def take_prediction(self, prediction: str) -> None:
         """See Denoiser."""
@@ -163,14 +221,18 @@ class LatentDiffusion(Denoiser):
         """See Denoiser."""
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         scale = self.vae.config.scaling_factor
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+        return (posterior.mean.float() - self._shift) * scale, posterior.std.float() * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See Denoiser."""
-        unscaled = latents.to(self.device) / self.vae.config.scaling_factor
+        unscaled = latents.to(self.device) / self.vae.config.scaling_factor + self._shift
         pixels = self.vae.decode(unscaled.to(self.vae.dtype), return_dict=False)[0]
         return pixels.float().clamp(-1, 1)
+
+    @property
+    def _shift(self) -> float:
+        return float(self.vae.config.get("shift_factor") or 0) if self.shifts else 0.0
 
     def checkpoint_gradients(self) -> None:
         """See Denoiser."""
@@ -181,17 +243,29 @@ class LatentDiffusion(Denoiser):
         return DPMSolverMultistepScheduler.from_config(self.scheduler.config)
 
 
-def is_cut(tokenizer: CLIPTokenizer, text: str) -> bool:
-    """Whether tokenize leaves out the text's end."""
-    return len(tokenizer(text).input_ids) > tokenizer.model_max_length
+def is_cut(tokenizer: Any, text: str, length: int | None = None) -> bool:
+    """Whether a text's end is left out by tokenize, or where `length` tokens are read."""
+    return len(tokenizer(text).input_ids) > (length or tokenizer.model_max_length)
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids [B, L]. Longer texts than the encoder takes are cut, as Stable Diffusion does."""
+def tokenize_masked(
+    tokenizer: Any, texts: Sequence[str], length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids int64 and mask bool, [B, L] with L that of the longest, at most `length`, padded at the
+    end."""
+    found = tokenizer(
+        list(texts), padding="longest", max_length=length, truncation=True, return_tensors="pt",
+        padding_side="right",
+    ).to(device)  # fmt: skip
+    return found.input_ids, found.attention_mask.bool()
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> Tensor:
+    """Token ids [B, L], L the tokenizer's or `length`. Longer texts are cut, as Stable Diffusion does."""
     return tokenizer(
         list(texts),
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=length or tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     ).input_ids

@@ -41,25 +41,94 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's Denoiser is, and what of a folder its scores depend on: parts, and settings of
-    model_index.json with what they are if absent."""
+    """Where a family's Denoiser is, and what of a folder its scores depend on.
+
+    `parts` are its folders, each with the class that is read of it, None of the scheduler, of which the
+    settings are read alone. `optional` parts may be null in model_index.json. `settings` are those of
+    model_index.json with what they are if absent. `flow` is whether its noise is that of rectified flow.
+    `half` is the dtype on a GPU unless told. `told` is what else a store says of its scores: choices that
+    are made for all of the family and, as 'unconditional', why its errors of no text are none.
+    """
 
     denoiser: str
-    parts: tuple[str, ...]
+    parts: Mapping[str, str | None]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    flow: bool = False
+    half: str = "fp16"
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
-_UNET = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_VAE = {"vae": "diffusers:AutoencoderKL", "scheduler": None}
+_CLIP = {"text_encoder": "transformers:CLIPTextModel", "tokenizer": "transformers:CLIPTokenizer"}
+_UNET = {"unet": "diffusers:UNet2DConditionModel", **_VAE, **_CLIP}
+_PROJECTED = "transformers:CLIPTextModelWithProjection"
+_FLOW: dict[str, Any] = {"flow": True, "half": "bf16", "told": {"prediction": "flow"}}
+_PIXART = {
+    "transformer": "diffusers:PixArtTransformer2DModel",
+    **_VAE,
+    "text_encoder": "transformers:T5EncoderModel",
+    "tokenizer": "transformers:T5TokenizerFast",
+}
 # The pipeline class that a diffusers folder names in model_index.json -> what runs it.
 FAMILIES = {
     "StableDiffusionPipeline": Family("diffitm.models.stable_diffusion:StableDiffusion", _UNET),
     "StableDiffusionXLPipeline": Family(
         "diffitm.models.sdxl:StableDiffusionXL",
-        (*_UNET, "text_encoder_2", "tokenizer_2"),
+        {
+            **_UNET,
+            "text_encoder_2": _PROJECTED,
+            "tokenizer_2": "transformers:CLIPTokenizer",
+        },
         {"force_zeros_for_empty_prompt": True},
     ),
     "DiTPipeline": Family(
-        "diffitm.models.dit:Dit", ("transformer", "vae", "scheduler"), {"id2label": None}
+        "diffitm.models.dit:Dit",
+        {"transformer": "diffusers:DiTTransformer2DModel", **_VAE},
+        {"id2label": None},
+    ),
+    "PixArtAlphaPipeline": Family("diffitm.models.pixart:PixArt", _PIXART, half="bf16"),
+    "PixArtSigmaPipeline": Family("diffitm.models.pixart:PixArtSigma", _PIXART, half="bf16"),
+    "StableDiffusion3Pipeline": Family(
+        "diffitm.models.sd3:StableDiffusion3",
+        {
+            "transformer": "diffusers:SD3Transformer2DModel",
+            **_VAE,
+            **{f"text_encoder{end}": _PROJECTED for end in ("", "_2")},
+            **{f"tokenizer{end}": "transformers:CLIPTokenizer" for end in ("", "_2")},
+            "text_encoder_3": "transformers:T5EncoderModel",
+            "tokenizer_3": "transformers:T5TokenizerFast",
+        },
+        optional=("text_encoder_3", "tokenizer_3"),
+        **_FLOW,
+    ),
+    "SanaPipeline": Family(
+        "diffitm.models.sana:Sana",
+        {
+            "transformer": "diffusers:SanaTransformer2DModel",
+            "vae": "diffusers:AutoencoderDC",
+            "scheduler": None,
+            "text_encoder": "transformers:Gemma2Model",
+            "tokenizer": "transformers:GemmaTokenizerFast",
+        },
+        **_FLOW,
+    ),
+    "FluxPipeline": Family(
+        "diffitm.models.flux:Flux",
+        {
+            "transformer": "diffusers:FluxTransformer2DModel",
+            **_VAE,
+            **_CLIP,
+            "text_encoder_2": "transformers:T5EncoderModel",
+            "tokenizer_2": "transformers:T5TokenizerFast",
+        },
+        flow=True,
+        half="bf16",
+        told={
+            "prediction": "flow",
+            "guidance": 1.0,  # of dev, which takes one
+            "unconditional": "is distilled and was not trained without a text",
+        },
     ),
 }
 
@@ -72,6 +141,11 @@ def family_of(index: Mapping[str, Any], name: str, field: str) -> Family:
             f"{name!r}: unknown kind of diffusion model {kind!r}{suggest(kind, FAMILIES)}", field
         )
     return FAMILIES[kind]
+
+
+def _absent(family: Family, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The optional parts that a model_index.json has not."""
+    return tuple(part for part in family.optional if not (index.get(part) or [None])[0])
 
 
 @dataclass(frozen=True)
@@ -89,12 +163,21 @@ class ModelSource:
     weights: Weights | None = None  # of the Hub, once they are fetched
     prediction: str | None = None  # what the network predicts, where its folder says something else
     upcast: bool = False  # its VAE stays in float32, though not all of its family's do
+    resolution: int | None = (
+        None  # side of images in pixels, where another than its own was asked for
+    )
+    absent: tuple[str, ...] = ()  # optional parts of its family that it does without
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What of its folder is read."""
+        return tuple(p for p in FAMILIES[self.family].parts if p not in self.absent)
 
     def fetched(self) -> ModelSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
         if self.revision is None:
             return self
-        parts = FAMILIES[self.family].parts
+        parts = self.parts
 
         def choose(names: list[str]) -> list[str]:
             try:
@@ -123,13 +206,16 @@ def resolve(name: str, field: str = "model", variant: str | None = None) -> Mode
             raise InputError(f"{name!r}: {_no_index(folder)}", field)
         settings = _read_index(index, name, field)
         family = family_of(settings, name, field)
-        missing = [part for part in family.parts if not (folder / part).is_dir()]
+        absent = _absent(family, settings)
+        missing = [p for p in family.parts if p not in absent and not (folder / p).is_dir()]
         if missing:
             raise InputError(f"{name!r}: the folder lacks {', '.join(missing)}", field)
         location = given if name == "shapes" or "://" in given else str(folder.absolute())
         digest = _digest(folder, family, settings, variant)
         kind = str(settings["_class_name"])
-        return ModelSource(name, location, None, kind, digest, field, variant=variant)
+        return ModelSource(
+            name, location, None, kind, digest, field, variant=variant, absent=absent
+        )
     if folder.is_file():
         raise InputError(f"{name!r}: {_of_one_file(folder)}", field)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
@@ -139,9 +225,9 @@ def resolve(name: str, field: str = "model", variant: str | None = None) -> Mode
     index = from_hub(name, INDEX, field)
     commit = index.parent.name
     settings = _read_index(index, name, field)
-    family_of(settings, name, field)
+    absent = _absent(family_of(settings, name, field), settings)
     kind = str(settings["_class_name"])
-    return ModelSource(name, name, commit, kind, commit, field, variant=variant)
+    return ModelSource(name, name, commit, kind, commit, field, variant=variant, absent=absent)
 
 
 def load_denoiser(
@@ -164,7 +250,7 @@ def load_denoiser(
     folder, revision = on_machine(source)
     try:
         if revision is None:
-            check_variant(files_of(Path(folder)), FAMILIES[source.family].parts, variant)
+            check_variant(files_of(Path(folder)), source.parts, variant)
         denoiser: Denoiser = build(folder, DTYPES[dtype], device, revision, variant)
     except InputError as error:
         raise InputError(
@@ -175,6 +261,8 @@ def load_denoiser(
         raise InputError(f"{source.name!r} cannot be loaded: {text}", source.field) from error
     if source.prediction is not None:
         denoiser.take_prediction(source.prediction)
+    if source.resolution is not None:
+        denoiser.take_resolution(source.resolution)
     if lora is not None:
         merge_file(denoiser, lora)
     return denoiser
@@ -255,7 +343,8 @@ def _copy(uri: str, field: str, variant: str | None, digest: str | None = None) 
         storage.read_text(storage.join(uri, INDEX)), storage.without_query(uri), field
     )
     family = family_of(settings, storage.without_query(uri), field)
-    wanted = {name: there[name] for name in (INDEX, *needed(there, family.parts, variant))}
+    parts = [part for part in family.parts if part not in _absent(family, settings)]
+    wanted = {name: there[name] for name in (INDEX, *needed(there, parts, variant))}
     copy, _ = on_disk(
         uri, wanted, lambda folder: _digest(folder, family, settings, variant), digest
     )
@@ -295,7 +384,8 @@ def _digest(
     if family.settings:
         used = {key: index.get(key, absent) for key, absent in family.settings.items()}
         total.update(json.dumps(used, sort_keys=True).encode())
-    read = filter(_is_loaded, needed(files_of(folder), family.parts, variant))
+    parts = [part for part in family.parts if part not in _absent(family, index)]
+    read = filter(_is_loaded, needed(files_of(folder), parts, variant))
     for name in sorted(read, key=Path):
         total.update(name.encode())
         with (folder / name).open("rb") as file:

@@ -1,4 +1,4 @@
-"""LoRA weights of a U-Net and its text encoders, merged into their weights."""
+"""LoRA weights of a U-Net or transformer and its text encoders, merged into their weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -20,11 +21,13 @@ from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.lora_formats import (
     PARTS,
+    TRANSFORMER,
     Place,
     find_module,
     from_kohya,
     place_of,
     refuse_others,
+    refuse_transformers,
 )
 from diffitm.models.weight_cache import on_disk
 from diffitm.models.weight_files import WeightsError, few, read_weights, tensors_of
@@ -174,7 +177,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 def _stated_scale(settings: dict[str, object], file: Path) -> float | None:
     """What an adapter_config.json states, or the metadata, there for each part."""
     scales = set[float]()
-    for start in ("", *(f"{part}." for part in PARTS)):
+    for start in ("", *(f"{part}." for part in (*PARTS, TRANSFORMER))):
         own = {k.removeprefix(start): v for k, v in settings.items() if k.startswith(start)}
         for key in ("use_dora", "rank_pattern", "alpha_pattern"):
             if own.get(key):
@@ -202,7 +205,7 @@ def _number(value: object, key: str, file: Path) -> float:
 
 
 def lora_unet(denoiser: Denoiser) -> nn.Module:
-    """The U-Net whose weights a LoRA changes.
+    """The U-Net whose LoRA is trained.
 
     Raises InputError for a model without one.
     """
@@ -210,7 +213,7 @@ def lora_unet(denoiser: Denoiser) -> nn.Module:
     if unet is None:
         name = type(denoiser).__name__
         raise InputError(
-            f": a {name} takes no LoRA and cannot be tuned, only Stable Diffusion's U-Net can",
+            f": a {name} cannot be tuned, only Stable Diffusion's U-Net can",
             "model",
         )
     return unet
@@ -218,10 +221,12 @@ def lora_unet(denoiser: Denoiser) -> nn.Module:
 
 def merge_file(denoiser: Denoiser, path: str) -> None:
     """Merge a LoRA file into a model. Raises InputError that names the file."""
-    unet = lora_unet(denoiser)
+    network: nn.Module | None = getattr(denoiser, "network", None)
+    if network is None or not denoiser.takes_lora:
+        raise InputError(f": a {type(denoiser).__name__} takes no LoRA", "model")
     tensors, scale = read_lora(path)
     with naming(path):
-        merge_lora(unet, tensors, scale, text_encoders(denoiser))
+        merge_lora(network, tensors, scale, text_encoders(denoiser))
 
 
 @contextlib.contextmanager
@@ -245,7 +250,7 @@ def merge_lora(
     scale: float | None = None,
     encoders: Sequence[nn.Module] = (),
 ) -> int:
-    """Add scale * up @ down to each weight of the U-Net and its text encoders; how many tensors were used,
+    """Add scale * up @ down to each weight of the network and its text encoders; how many tensors were used,
     which is all of them.
 
     `scale` None means alpha / r where the file holds alpha, else 1 (the old files carry no alpha).
@@ -272,6 +277,8 @@ def match_lora(
     Raises InputError that lists the keys which do not fit.
     """
     refuse_others(tensors)
+    if isinstance(unet, UNet2DConditionModel):
+        refuse_transformers(tensors)
     tensors = from_kohya(unet, tensors)
     parts = dict(zip(PARTS, [unet, *encoders], strict=False))
     pairs: dict[Key, dict[str, Tensor]] = {}
@@ -299,10 +306,14 @@ def match_lora(
     if strange or not pairs:
         shown = few(strange, 5) or "no LoRA tensor at all"
         raise InputError(
-            f"the LoRA weights do not fit this U-Net or its text encoders: {len(strange)} of "
+            f"the LoRA weights do not fit this {_kind(unet)} or its text encoders: {len(strange)} of "
             f"{len(tensors)} keys, such as {shown}"
         )
     return pairs, alphas
+
+
+def _kind(network: nn.Module) -> str:
+    return "U-Net" if isinstance(network, UNet2DConditionModel) else "transformer"
 
 
 def _check_values(key: str, tensor: Tensor, side: str) -> None:

@@ -16,6 +16,7 @@ from diffitm.models.weight_files import few
 log = logging.getLogger("diffitm")
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
+TRANSFORMER = "transformer"  # what stands in place of 'unet' in a LoRA of one
 # diffusers ('unet.<module>.lora_A.weight', '.lora.down.weight', for texts '.lora_linear_layer.down.weight')
 # and PEFT ('base_model.model.<module>...').
 _PLAIN = re.compile(
@@ -42,7 +43,7 @@ OTHERS = {
     "OFT": r"\.oft_|\.boft_",
     "full-difference (LyCORIS)": r"\.diff(_b)?$|\.[wb]_norm$",
     "cloneofsimo": r"^(unet|text_encoder):\d+:(up|down)$",
-    "transformer (SD3, Flux, ..)": r"^(lora_)?transformer[._]|^lora_unet_(double|single|joint)_blocks_",
+    "kohya's transformer": r"^lora_transformer_|^lora_unet_(double|single|joint)_blocks_",
     "VeRA": r"vera_lambda|\.vera_[AB]\b",
     "AdaLoRA": r"\.lora_E\b|\.ranknum\b",
     "IP-Adapter": r"^(image_proj|ip_adapter)\.|_ip\.weight$",
@@ -73,6 +74,16 @@ def refuse_others(tensors: Mapping[str, Any]) -> None:
                 f"is {article} {name} file ({len(keys):,} of {len(tensors):,} keys: {few(keys, 1)}), which "
                 f"is not merged here; {READ}"
             )
+
+
+def refuse_transformers(tensors: Mapping[str, Any]) -> None:
+    """Raises InputError for the LoRA of a transformer, which no U-Net takes."""
+    keys = [key for key in tensors if key.startswith(f"{TRANSFORMER}.")]
+    if keys:
+        raise InputError(
+            f"it is a LoRA of a transformer (SD3, FLUX, ..; {len(keys):,} of {len(tensors):,} keys: "
+            f"{few(keys, 1)}), which a U-Net does not take"
+        )
 
 
 def _refuse_mixed(tensors: Mapping[str, Any]) -> None:
@@ -133,11 +144,13 @@ def from_kohya(unet: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, T
 
 
 def place_of(key: str) -> Place | None:
-    """What the tensor of this key is of, by the names of diffusers and PEFT; None if it is none of them."""
+    """What the tensor of this key is of, by the names of diffusers and PEFT; None if it is none of them. The
+    network is 'unet', also where it is a transformer."""
     part, rest = "unet", key.removeprefix("base_model.model.")
-    for name in PARTS:
+    for name in (*PARTS, TRANSFORMER):
         if key.startswith(f"{name}."):
-            part, rest = name, key.removeprefix(f"{name}.")
+            part = "unet" if name == TRANSFORMER else name
+            rest = key.removeprefix(f"{name}.")
     if match := _PROCESSOR.fullmatch(rest):
         name = match["name"]
         if part == "unet":

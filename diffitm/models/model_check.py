@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,14 +13,17 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import CLIPTextConfig
 
+from diffitm.core import registry
 from diffitm.core.errors import InputError
-from diffitm.models.hub_weights import check_variant, needed
-from diffitm.models.latent_diffusion import check_network, check_vae, check_width
+from diffitm.models.denoiser import Denoiser
+from diffitm.models.hub_weights import WITHOUT_WEIGHTS, check_variant, needed
 from diffitm.models.loading import FAMILIES, ModelSource, files_of, on_machine
 from diffitm.models.lora import match_lora, naming, read_lora
 from diffitm.models.parts import (
     check_settings,
+    read_flow,
     read_json,
     read_schedule,
     read_tokenizer,
@@ -51,6 +54,7 @@ LITTER = (
     r"^(vision_model|visual_projection)\.",
     r"^(logit_scale|text_projection\.weight)$",
 )
+DISTILLED = re.compile(r"turbo|schnell|lightning|hyper-sd|\blcm\b", re.I)
 # Attention of older VAEs, which diffusers renames.
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -67,35 +71,57 @@ def check_loadable(
     location, revision = on_machine(source)
     if revision is not None:  # of the Hub, and not here
         return
+    _tell_unconditional(source)
     try:
-        parts = _check_parts(Path(location), FAMILIES[source.family].parts, variant)
+        parts = _check_parts(source, Path(location), variant)
         _tell_defaults(source, Path(location), parts)
     except InputError as error:
         raise InputError(f"{source.name!r}: {error.message}", source.field) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         text = " ".join(str(error).split())
         raise InputError(f"{source.name!r}: {text}", source.field) from error
-    if "unet" in parts:
+    network = parts.get("unet") or parts.get("transformer")
+    if network is not None and registry.load(FAMILIES[source.family].denoiser).takes_lora:
         encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
         for lora in loras:
             tensors = read_lora(lora)[0]
             with naming(lora):
-                match_lora(parts["unet"], tensors, encoders)
+                match_lora(network, tensors, encoders)
     elif loras:
         raise InputError(
-            f"{source.name!r} takes no LoRA, only Stable Diffusion's U-Net does", "lora"
+            f"{source.name!r} takes no LoRA, U-Nets and transformers of texts do", "lora"
         )
 
 
-def settled(source: ModelSource, prediction: str | None = None) -> ModelSource:
+def _tell_unconditional(source: ModelSource) -> None:
+    """Log that a model has no true unconditional, as far as family and name tell."""
+    why = FAMILIES[source.family].told.get("unconditional")
+    if why is None and DISTILLED.search(source.name):
+        why = "is named as step-distilled ones are, which are trained at few timesteps and without guidance"
+    if why is not None:
+        log.warning("%s %s: its error of no text is no unconditional one", source.name, why)
+
+
+def settled(
+    source: ModelSource, prediction: str | None = None, resolution: int | None = None
+) -> ModelSource:
     """The source with what of its folder, whose weights are on this machine, a score depends on beside
-    them: whether its VAE stays in float32, and what its network predicts, where `prediction` is given and
-    is not what the folder says; that is logged. Raises InputError."""
+    them: whether its VAE stays in float32; what its network predicts, where `prediction` is given and
+    is not what the folder says, which is logged; the `resolution` that a flow model is asked for.
+
+    Raises InputError.
+    """
     location, revision = on_machine(source)
+    if resolution is not None and not FAMILIES[source.family].flow:
+        text = f"{resolution}: {source.name!r} takes the images that it was trained on; flow models"
+        raise InputError(f"{text} take others", "resolution")
     try:
-        source = replace(source, upcast=_is_upcast(source, location, revision))
+        upcast = _is_upcast(source, location, revision)
+        source = replace(source, upcast=upcast, resolution=resolution)
         if prediction is None:
             return source
+        if FAMILIES[source.family].flow:
+            raise InputError(f"{prediction}: {source.name!r} is a flow model", "prediction_type")
         there = read_schedule(location, revision).config.prediction_type
     except (OSError, ValueError) as error:
         raise InputError(f"{source.name!r}: {error}", source.field) from error
@@ -113,50 +139,46 @@ def _is_upcast(source: ModelSource, location: str, revision: str | None) -> bool
     return bool(read_json(file).get("force_upcast"))
 
 
-def _check_parts(folder: Path, names: tuple[str, ...], variant: str | None) -> dict[str, nn.Module]:
+def _check_parts(source: ModelSource, folder: Path, variant: str | None) -> dict[str, nn.Module]:
     """The parts without weights, by name, once their files are found to be theirs."""
-    files = files_of(folder)
+    files, names, family = files_of(folder), source.parts, FAMILIES[source.family]
+    denoiser: type[Denoiser] = registry.load(family.denoiser)
     check_variant(files, names, variant)
     check_settings(folder, names)
     parts: dict[str, nn.Module] = {}
     for name in names:
         weights = [folder / n for n in needed(files, (name,), variant) if n.endswith(ENDINGS)]
-        if (part := _empty(folder, name)) is not None:
+        if (part := _empty(folder, name, family.parts[name])) is not None:
             parts[name] = part
-            if name == "vae":
-                check_vae(cast("Any", part).config)
+            denoiser.check_part(name, part.config)
             _check_shapes(part, name, weights)
         else:
             for file in weights:
                 check_whole(file)
-    _check_together(folder, names, parts)
+    configs = {name: cast("Any", part).config for name, part in parts.items()}
+    for name in names:
+        if name.startswith("tokenizer"):
+            encoder = configs[encoder_of(name)].to_dict()
+            read_tokenizer(str(folder), name, None, encoder, registry.load(str(family.parts[name])))
+    denoiser.check_together(configs)
+    if "scheduler" in names:
+        (read_flow if family.flow else read_schedule)(str(folder), None)
     return parts
 
 
-def _makers() -> dict[str, Callable[[Any], nn.Module]]:
-    """A part's name -> what makes it of its settings."""
-    from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    def text(kind: Any) -> Callable[[Any], nn.Module]:
-        return lambda settings: kind(CLIPTextConfig.from_dict(of_text(settings)))
-
-    return {
-        "unet": UNet2DConditionModel.from_config,
-        "vae": AutoencoderKL.from_config,
-        "transformer": DiTTransformer2DModel.from_config,
-        "text_encoder": text(CLIPTextModel),
-        "text_encoder_2": text(CLIPTextModelWithProjection),
-    }
-
-
-def _empty(folder: Path, name: str) -> nn.Module | None:
-    """A part without memory for its weights; None of what has none."""
-    make = _makers().get(name)
-    if make is None:
+def _empty(folder: Path, name: str, kind: str | None) -> nn.Module | None:
+    """A part of that class without memory for its weights; None of what has none."""
+    if kind is None or name.startswith(WITHOUT_WEIGHTS):
         return None
+    made, settings = registry.load(kind), read_json(folder / name / "config.json")
     with torch.device("meta"):
-        return make(read_json(folder / name / "config.json"))
+        if not kind.startswith("transformers:"):
+            part: nn.Module = made.from_config(settings)
+        elif made.config_class is CLIPTextConfig:
+            part = made(CLIPTextConfig.from_dict(of_text(settings)))
+        else:
+            part = made(made.config_class.from_dict(settings))
+    return part
 
 
 def _check_shapes(part: nn.Module, name: str, files: Sequence[Path]) -> None:
@@ -164,7 +186,12 @@ def _check_shapes(part: nn.Module, name: str, files: Sequence[Path]) -> None:
     for file in files:
         found |= {_plain(key): shape for key, shape in read_shapes(file).items()}
     expected = {_plain(key): tuple(value.shape) for key, value in part.state_dict().items()}
-    missing = [key for key in expected if key not in found and not key.endswith("position_ids")]
+    tied = _tied(part)
+    missing = [
+        key
+        for key in expected
+        if key not in found and tied.get(key) not in found and not key.endswith("position_ids")
+    ]
     other = [
         f"{key} {list(found[key])} instead of {list(expected[key])}"
         for key in expected
@@ -182,6 +209,13 @@ def _check_shapes(part: nn.Module, name: str, files: Sequence[Path]) -> None:
         )
 
 
+def _tied(part: nn.Module) -> dict[str, str]:
+    """Tensors that are another's and lie in a file once, each with that other."""
+    pairs = getattr(part, "_tied_weights_keys", None) or {}
+    both = dict(pairs) if isinstance(pairs, dict) else {}
+    return both | {other: key for key, other in both.items()}
+
+
 def _plain(key: str) -> str:
     """A tensor's name as all versions of the libraries have it."""
     key = key.removeprefix("text_model.")
@@ -190,48 +224,29 @@ def _plain(key: str) -> str:
     return key
 
 
-def _check_together(folder: Path, names: tuple[str, ...], parts: Mapping[str, nn.Module]) -> None:
-    """Whether the parts are of one model."""
-    widths = 0
-    for name in names:
-        if name.startswith("tokenizer"):
-            encoder = _encoder_settings(folder, name)
-            read_tokenizer(str(folder), name, None, encoder)
-            widths += int(encoder["hidden_size"])
-    if "unet" in parts and widths:
-        check_width(parts["unet"], widths)
-    network: Any = parts.get("unet") or parts.get("transformer")
-    vae: Any = parts.get("vae")
-    if network is not None and vae is not None:
-        check_network(network.config, vae.config.latent_channels)
-    if "scheduler" in names:
-        read_schedule(str(folder), None)
-
-
 def of_text(settings: dict[str, Any]) -> dict[str, Any]:
     """A text encoder's settings, also where the config is that of a whole CLIP."""
     return dict(settings.get("text_config") or settings)
 
 
-def _encoder_settings(folder: Path, tokenizer: str) -> dict[str, Any]:
-    from transformers import CLIPTextConfig
-
-    name = tokenizer.replace("tokenizer", "text_encoder")
-    settings = of_text(read_json(folder / name / "config.json"))
-    return dict(CLIPTextConfig.from_dict(settings).to_dict())
+def encoder_of(tokenizer: str) -> str:
+    """The part that a tokenizer is of."""
+    return tokenizer.replace("tokenizer", "text_encoder")
 
 
 def _tell_defaults(source: ModelSource, folder: Path, parts: Mapping[str, nn.Module]) -> None:
     """Log what the folder does not say, and what is taken."""
-    names = FAMILIES[source.family].parts
+    names, family = source.parts, FAMILIES[source.family]
     for name, part in parts.items():
         settings, config = read_json(folder / name / "config.json"), cast("Any", part).config
-        lacking = [key for key in UNSEEN.get(name, ()) if key not in settings]
+        lacking = [
+            key for key in UNSEEN.get(name, ()) if key not in settings and hasattr(config, key)
+        ]
         if lacking:
             values = ", ".join(f"{key} {getattr(config, key)}" for key in lacking)
             text = "%s: %s/config.json does not say all, so there is taken: %s"
             log.warning(text, source.name, name, values)
-    if "scheduler" in names:
+    if "scheduler" in names and not family.flow:
         if (kind := strange_scheduler(read_json(folder / SCHEDULE))) is not None:
             text = "%s: its scheduler %s is not known here; DDPM's schedule of its betas is taken"
             log.warning(text, source.name, kind)
@@ -244,6 +259,7 @@ def _tell_defaults(source: ModelSource, folder: Path, parts: Mapping[str, nn.Mod
             text = "%s: its scheduler_config.json does not say all, so there is taken: %s%s"
             log.warning(text, source.name, values, option)
     for name in names:
-        if name.startswith("tokenizer"):
-            for line in tokenizer_defaults(folder, name, _encoder_settings(folder, name)):
+        if str(family.parts[name]).endswith(":CLIPTokenizer"):
+            encoder = cast("Any", parts[encoder_of(name)]).config.to_dict()
+            for line in tokenizer_defaults(folder, name, encoder):
                 log.warning("%s: %s", source.name, line)

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+FLOW_TIME = 1000  # a flow model's timestep where there is noise alone
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """z_t = signal[t] z0 + sigma[t] eps, independent of any sampling scheduler.
+class Schedule(ABC):
+    """z_t = signal(t) z0 + sigma(t) eps, independent of any sampling scheduler.
 
-    `signal` and `sigma` are float32 [T]. `prediction` is one of PREDICTIONS.
+    `prediction` is one of PREDICTIONS.
     """
 
-    signal: Tensor
-    sigma: Tensor
     prediction: str
 
-    def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction {self.prediction!r} is not one of {PREDICTIONS}")
-
-    @classmethod
-    def from_alphas_cumprod(cls, alphas_cumprod: Tensor, prediction: str) -> NoiseSchedule:
-        """DDPM (Ho et al. 2020): signal sqrt(abar_t), sigma sqrt(1 - abar_t)."""
-        kept = alphas_cumprod.to(torch.float32)
-        return cls(kept.sqrt(), (1 - kept).sqrt(), prediction)
-
     @property
+    @abstractmethod
     def timesteps(self) -> int:
-        """How many training timesteps there are (T)."""
-        return len(self.signal)
+        """T: timesteps are below it, those of a flow model at most it."""
 
+    @abstractmethod
     def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and sigma of each timestep [B], shaped to multiply `like` [B, ...]."""
-        shape = (-1,) + (1,) * (like.dim() - 1)
-        index = timesteps.to(self.signal.device)
-        signal = self.signal[index].to(like.device).view(shape)
-        return signal, self.sigma[index].to(like.device).view(shape)
+
+    @abstractmethod
+    def check(self, timesteps: Tensor) -> None:
+        """Raises ValueError for a timestep, of [N], that the model was not trained at."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t [B, C, h, w] from latents z0 and noise of that shape, timesteps [B]."""
@@ -69,3 +59,73 @@ class NoiseSchedule:
             return noise - latents
         signal, sigma = self.at(timesteps, latents)
         return signal * noise - sigma * latents
+
+
+@dataclass(frozen=True)
+class NoiseSchedule(Schedule):
+    """A timestep is a whole number, whose signal and sigma stand in tables, float32 [T]."""
+
+    signal: Tensor
+    sigma: Tensor
+    prediction: str
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction {self.prediction!r} is not one of {PREDICTIONS}")
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor, prediction: str) -> NoiseSchedule:
+        """DDPM (Ho et al. 2020): signal sqrt(abar_t), sigma sqrt(1 - abar_t)."""
+        kept = alphas_cumprod.to(torch.float32)
+        return cls(kept.sqrt(), (1 - kept).sqrt(), prediction)
+
+    @property
+    def timesteps(self) -> int:
+        """See Schedule."""
+        return len(self.signal)
+
+    def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """See Schedule."""
+        shape = (-1,) + (1,) * (like.dim() - 1)
+        index = timesteps.to(self.signal.device)
+        signal = self.signal[index].to(like.device).view(shape)
+        return signal, self.sigma[index].to(like.device).view(shape)
+
+    def check(self, timesteps: Tensor) -> None:
+        """See Schedule."""
+        if timesteps.is_floating_point():
+            raise ValueError("a model with a table of timesteps takes whole numbers")
+        if int(timesteps.max()) >= self.timesteps:
+            last = self.timesteps - 1
+            raise ValueError(f"timestep {int(timesteps.max())} is beyond the model's last, {last}")
+
+
+@dataclass(frozen=True)
+class FlowSchedule(Schedule):
+    """Rectified flow (Liu et al. 2023; Esser et al. 2024): z = (1 - sigma) z0 + sigma eps.
+
+    A timestep is 1000 sigma, a real number above 0 and at most 1000. There is no table: whichever sigmas a
+    sampler steps through, noise of one sigma is the same.
+    """
+
+    prediction: str = "flow"
+
+    @property
+    def timesteps(self) -> int:
+        """See Schedule."""
+        return FLOW_TIME
+
+    def at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """See Schedule."""
+        sigma = timesteps.to(like.device, torch.float32) / FLOW_TIME
+        sigma = sigma.view((-1,) + (1,) * (like.dim() - 1))
+        return 1 - sigma, sigma
+
+    def check(self, timesteps: Tensor) -> None:
+        """See Schedule."""
+        wrong = timesteps[(timesteps <= 0) | (timesteps > FLOW_TIME)]
+        if len(wrong):
+            text = (
+                f"timestep {float(wrong[0]):g} is no noise of a flow model: above 0, to {FLOW_TIME}"
+            )
+            raise ValueError(text)

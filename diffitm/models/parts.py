@@ -12,12 +12,15 @@ from typing import Any
 from diffusers import DDPMScheduler
 from transformers import CLIPTokenizer
 
-from diffitm.models.noise_schedule import PREDICTIONS
+from diffitm.models.noise_schedule import FLOW_TIME, PREDICTIONS
 from diffitm.models.weight_files import WeightsError, check_whole, few
 
 log = logging.getLogger("diffitm")
+# Files of a tokenizer that is no CLIP's, one of which it has.
+VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 UNBOUND = 10**9  # transformers gives a tokenizer without a length one above
 PADDING = 128  # rows that an embedding may have beyond its tokenizer's words
+MORE_PADDING = 1024  # the same of language models
 # Their configs hold no betas, or such as mean something else.
 _OTHER_SCHEDULES = (
     *("EDM", "FlowMatch", "ScoreSde", "KarrasVe", "VQDiffusion", "DDPMWuerstchen", "CogVideoX"),
@@ -61,25 +64,37 @@ def check_settings(folder: Path, parts: tuple[str, ...]) -> None:
 
 
 def read_tokenizer(
-    location: str, part: str, revision: str | None, encoder: Mapping[str, Any]
-) -> CLIPTokenizer:
-    """A tokenizer, and whether it fits the settings (config.json) of its text encoder.
+    location: str,
+    part: str,
+    revision: str | None,
+    encoder: Mapping[str, Any],
+    kind: Any = CLIPTokenizer,
+) -> Any:
+    """A tokenizer of a kind of transformers', and whether it fits the settings (config.json) of its text
+    encoder.
 
     Raises OSError where it lacks its words, or has others than the encoder has embeddings for.
     """
-    folder = Path(location) / part
+    folder, is_clip = Path(location) / part, kind is CLIPTokenizer
     if Path(location).is_dir():
-        _check_tokenizer_files(folder)
+        _check_tokenizer_files(folder, is_clip)
         _check_length(folder / TOKENIZER_CONFIG)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(location, subfolder=part, revision=revision)
+        tokenizer = kind.from_pretrained(location, subfolder=part, revision=revision)
+    except ImportError as error:  # of what reads a vocabulary of sentencepiece
+        raise OSError(f"its {part} cannot be read here: {error}") from error
     except (TypeError, AttributeError, KeyError) as error:  # of settings that are of another kind
         raise OSError(f"its {part} cannot be read: {type(error).__name__}: {error}") from error
+    encoder = encoder.get("text_config") or encoder
     words, rows = len(tokenizer), int(encoder["vocab_size"])
-    if not words <= rows < words + PADDING:
+    if not words <= rows < words + (PADDING if is_clip else MORE_PADDING):
         raise OSError(
             f"its {part} has {words} words, its text encoder embeddings for {rows}: parts of two models"
         )
+    if not is_clip:
+        if tokenizer.pad_token is None:
+            raise OSError(f"its {part} has no pad_token, which fills short texts")
+        return tokenizer
     length, places = tokenizer.model_max_length, int(encoder["max_position_embeddings"])
     if UNBOUND > length > places:
         raise OSError(
@@ -90,8 +105,14 @@ def read_tokenizer(
     return tokenizer
 
 
-def _check_tokenizer_files(folder: Path) -> None:
+def _check_tokenizer_files(folder: Path, is_clip: bool) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    if not is_clip:
+        if names.isdisjoint(VOCABULARIES):
+            raise OSError(
+                f"{folder} has none of {', '.join(VOCABULARIES)}: a download that broke off?"
+            )
+        return
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         there = ", ".join(sorted(names)) or "nothing"
         raise OSError(
@@ -145,6 +166,21 @@ def read_schedule(location: str, revision: str | None) -> DDPMScheduler:
         given = ", ".join(f"{key} {scheduler.config[key]}" for key in BETAS)
         raise OSError(f"its scheduler's betas are not all between 0 and 1: {given}")
     return scheduler
+
+
+def read_flow(location: str, revision: str | None) -> None:
+    """Whether the scheduler is that of a rectified flow of 1000 steps. Its shift, which spreads a sampler's
+    steps, changes no noise. Raises OSError."""
+    config = DDPMScheduler.load_config(location, subfolder="scheduler", revision=revision)
+    name, steps = str(config.get("_class_name")), config.get("num_train_timesteps", FLOW_TIME)
+    if not name.startswith("FlowMatch") and not config.get("use_flow_sigmas"):
+        raise OSError(f"the scheduler {name} is not that of a flow model (FlowMatch..)")
+    if steps != FLOW_TIME:
+        raise OSError(
+            f"its scheduler_config.json gives num_train_timesteps {steps!r}, flow models have {FLOW_TIME}"
+        )
+    if config.get("invert_sigmas"):
+        raise OSError("its scheduler_config.json gives invert_sigmas, which is not supported")
 
 
 def _check_schedule(config: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
@@ -56,11 +57,17 @@ class StableDiffusionXL(LatentDiffusion):
             for name, encoder in zip(("tokenizer", "tokenizer_2"), self.text_encoders, strict=True)
         ]
         self.unet = parts.model(UNet2DConditionModel, "unet")
-        check_width(self.unet, sum(e.config.hidden_size for e in self.text_encoders))
         super().__init__(parts, self.unet, parts.vae(upcast=True))
         side = float(self.resolution)
         # Original size, crop's corner and target size.
         self.time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
+
+    @classmethod
+    def check_together(cls, configs: Mapping[str, Any]) -> None:
+        """See Denoiser."""
+        super().check_together(configs)
+        encoders = (configs[name] for name in ("text_encoder", "text_encoder_2"))
+        check_width(configs["unet"], sum(encoder.hidden_size for encoder in encoders))
 
     def cuts(self, text: str) -> bool:
         """See Denoiser."""

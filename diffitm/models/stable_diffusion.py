@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -40,8 +41,13 @@ class StableDiffusion(LatentDiffusion):
         self.text_encoder = parts.text_encoder(CLIPTextModel, "text_encoder")
         self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder)
         self.unet = parts.model(UNet2DConditionModel, "unet")
-        check_width(self.unet, self.text_encoder.config.hidden_size)
         super().__init__(parts, self.unet, parts.vae())
+
+    @classmethod
+    def check_together(cls, configs: Mapping[str, Any]) -> None:
+        """See Denoiser."""
+        super().check_together(configs)
+        check_width(configs["unet"], configs["text_encoder"].hidden_size)
 
     def cuts(self, text: str) -> bool:
         """See Denoiser."""

@@ -109,7 +109,8 @@ def check_whole(file: Path) -> None:
     if head.startswith(POINTER):
         text = f"{file} is a pointer of Git LFS, not the weights themselves"
         raise WeightsError(f"{text}: run `git lfs pull` in its folder, or fetch the file again")
-    if head.lstrip().startswith((b"<", b'{"error"')):
+    # A safetensors file begins with its header's length, whose bytes can read as a space and '<'.
+    if head[8:9] != b"{" and head.lstrip().startswith((b"<", b'{"error"')):
         raise WeightsError(f"{file} is a page of a web site, not weights: fetch the file again")
 
 

@@ -17,6 +17,8 @@ from diffitm.metrics.figures import SECONDARY
 from diffitm.report import charts, wide_charts
 from diffitm.report.gallery import QUALITIES, Gallery, Thumbnails
 from diffitm.report.looks import NAIVE_SCORE, PALETTE, Looks
+from diffitm.report.means import NOTE as MEANS
+from diffitm.report.means import heat, means_table
 from diffitm.report.published_figures import LABEL
 from diffitm.report.table import NOTE, RACES, Table, TableLine, columns, race_texts
 from diffitm.report.terminal import comparison_texts
@@ -57,7 +59,9 @@ def write_report(
         "chart": chart if overview else None,
         "patterns": looks.patterns,
         "main": _sortable(table, [line for line in table.lines if _is_main(line)]),
-        "note": " ".join(filter(None, (NOTE, table.raced))),
+        "note": " ".join([NOTE, *table.notes]),
+        "means": _means(table),
+        "means_note": MEANS,
         "races": _races(evaluation),
         "published": f"{LABEL}: Krojer et al. 2023, table 2." if table.published else "",
         "tests": _tests(evaluation.comparisons[:SHOWN_TESTS]),
@@ -381,6 +385,22 @@ def _races(evaluation: Evaluation) -> Cells:
         values = [None, None, None, race.contests, race.forwards, race.share, race.agreement]
         rows.append({"key": "", "cells": _cells(race_texts(race), values)})
     return {"head": list(RACES), "texts": 3, "rows": rows}
+
+
+def _means(table: Table) -> Cells | None:
+    """The means of groups as a heat map, and all their figures below."""
+    means = means_table(table)
+    if means is None:
+        return None
+    shown = _sortable(means, means.lines)
+    shown["head"] = ["group", *shown["head"][1:]]
+    shown["shown"] = ["group", *shown["shown"][1:]]
+    for line, row in zip(means.lines, shown["rows"], strict=True):
+        row["key"] = ""
+        for name, cell in zip(means.columns, row["cells"][3:], strict=False):
+            found = line.cells[name]
+            cell["heat"] = heat(found.value if found else None, line.chance)
+    return shown
 
 
 def _cases(evaluation: Evaluation, gallery: Gallery) -> dict[str, Any]:

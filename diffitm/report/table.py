@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from diffitm.evaluation.cut_texts import cut_note
 from diffitm.evaluation.evaluate import Evaluation, ResultRow
 from diffitm.evaluation.races import RaceFigure
 from diffitm.metrics.figures import Unit
@@ -46,12 +47,20 @@ class TableLine:
 @dataclass(frozen=True)
 class Table:
     """Column titles and lines; `published` adds the column of published figures, `raced` says what of the
-    figures was raced."""
+    figures was raced, `cut` which texts were not read to their end, `about` more of the
+    models."""
 
     columns: list[str]
     lines: list[TableLine]
     published: bool
     raced: str = ""
+    cut: str = ""
+    about: str = ""
+
+    @property
+    def notes(self) -> list[str]:
+        """What stands below it."""
+        return [text for text in (self.raced, self.cut, self.about) if text]
 
     def head(self) -> list[str]:
         """Titles of all columns."""
@@ -105,7 +114,9 @@ def make_table(
     protocols = {row.protocol for row in diffusion}
     comparable = steps == {TIMESTEPS} and protocols == {"diffusionitm"}
     shown = real_data and comparable and any(published(x.task, x.metric, x.group) for x in lines)
-    return Table([title for title, _, _ in titles], lines, shown, raced_note(evaluation.races))
+    about = " ".join(evaluation.notes)
+    notes = raced_note(evaluation.races), cut_note(evaluation.cut_texts), about
+    return Table([title for title, _, _ in titles], lines, shown, *notes)
 
 
 def raced_note(races: Sequence[RaceFigure]) -> str:
@@ -202,8 +213,8 @@ def markdown(table: Table) -> str:
     rows = [table.head(), ["---"] * 2 + ["---:"] * (len(table.head()) - 2)]
     rows += [table.texts(line) for line in table.lines]
     lines = ["| " + " | ".join(t.translate(MARKDOWN) for t in row) + " |" for row in rows]
-    if table.raced:
-        lines += ["", table.raced.translate(MARKDOWN)]
+    for note in table.notes:
+        lines += ["", note.translate(MARKDOWN)]
     return "\n".join(lines) + "\n"
 
 
@@ -215,5 +226,5 @@ def latex(table: Table) -> str:
     ]
     form = "ll" + "r" * (len(table.head()) - 2)
     parts = [rf"\begin{{tabular}}{{{form}}}", r"\toprule", head, r"\midrule", *rows]
-    note = ["", r"\smallskip", table.raced.translate(LATEX)] if table.raced else []
-    return "\n".join([*parts, r"\bottomrule", r"\end{tabular}", *note, ""])
+    notes = [line for note in table.notes for line in ("", r"\smallskip", note.translate(LATEX))]
+    return "\n".join([*parts, r"\bottomrule", r"\end{tabular}", *notes, ""])

@@ -11,6 +11,8 @@ from rich.table import Table as RichTable
 
 from diffitm.evaluation.evaluate import Comparison, Evaluation
 from diffitm.evaluation.races import RaceFigure
+from diffitm.report.means import NOTE as MEANS
+from diffitm.report.means import means_table
 from diffitm.report.table import NOTE, OF_ERRORS, RACES, Table, group_label, p_text, race_texts
 from diffitm.store.run_summary import Summary
 from diffitm.tasks.check import TaskState
@@ -45,6 +47,12 @@ def print_results(evaluation: Evaluation, table: Table) -> None:
         shown.add_row(f"  {group_label(line.group)}" if below else label, *cells)
     console.print(shown)
     console.print(NOTE)
+    if (means := means_table(table)) is not None:
+        _print_means(console, means)
+    if table.cut:
+        console.print(table.cut)
+    if table.about:
+        console.print(table.about)
     _print_races(console, evaluation.races)
     _print_tests(console, evaluation.comparisons)
     for speed in evaluation.speeds:
@@ -54,6 +62,16 @@ def print_results(evaluation: Evaluation, table: Table) -> None:
     console.print(
         f"ties {ties} (each counts its expected value), failures {len(evaluation.failures)}"
     )
+
+
+def _print_means(console: Console, means: Table) -> None:
+    shown = RichTable(title="Means by group, in %", box=box.SIMPLE_HEAD, title_justify="left")
+    for i, name in enumerate(means.head()):
+        shown.add_column("group" if i == 0 else name, justify="left" if i < 2 else "right")
+    for line in means.lines:
+        shown.add_row(*means.texts(line))
+    console.print(shown)
+    console.print(MEANS)
 
 
 def _print_races(console: Console, races: Sequence[RaceFigure]) -> None:
@@ -127,6 +145,8 @@ def print_state(state: TaskState) -> None:
     """A task's line of --check, with what is wrong and where the files come from."""
     console = Console(width=WIDTH, highlight=False, soft_wrap=True)
     counts = f"{state.examples:,} examples, {state.images:,} images" if state.images else ""
+    if counts and state.published not in (None, state.examples):
+        counts += f" (published are {state.published:,} examples)"
     console.print(f"{state.task:20} {state.state:11} {counts}", markup=False)
     if state.problem:
         console.print(f"    {state.problem}", markup=False)

@@ -12,9 +12,21 @@ import torch
 from diffitm.core.errors import InputError
 
 T = TypeVar("T")
+LONG = 5.0  # seconds of a measurement beside which warming up is nothing
 HELP = "--dtype fp16, a smaller model, fewer actors on a GPU or one with more memory would help"
 # How the libraries below torch, and the driver of a GPU that is shared, tell that memory is spent.
 TOLD = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def measured(count: int, work: Callable[[], object]) -> float:
+    """Items a second of work on so many, the second time; the first is enough where it was long."""
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+        if seconds > LONG:
+            break
+    return count / seconds
 
 
 class Stopwatch:
@@ -92,6 +104,12 @@ def _fitting(work: Callable[[int, int], T], start: int, end: int) -> list[T]:
     try:
         return [work(start, end)]
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or any(t in str(error) for t in TOLD):
+        if is_out_of_memory(error):
             return []
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was too small."""
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in TOLD)
+    return told or isinstance(error, torch.OutOfMemoryError)

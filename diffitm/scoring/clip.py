@@ -14,8 +14,9 @@ from torch.nn.functional import normalize
 
 from diffitm.core.schema import PairRow
 from diffitm.models.clip import ClipSource, LoadedClip, load_clip
-from diffitm.scoring.batching import Batch
-from diffitm.scoring.scorer import Loaded, RowScorer, similarity_lines
+from diffitm.scoring.batching import Batch, measured
+from diffitm.scoring.image_reader import Loaded
+from diffitm.scoring.scorer import CLIP_IMAGE_COST, RowScorer, similarity_lines
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 
 
@@ -24,6 +25,8 @@ class ClipScorer(RowScorer):
 
     Raises InputError if the weights of a source cannot be loaded.
     """
+
+    image_cost = CLIP_IMAGE_COST
 
     def __init__(
         self,
@@ -64,6 +67,12 @@ class ClipScorer(RowScorer):
             )
 
         return [number for number, text in enumerate(texts) if count(text) > length]
+
+    def measure_rate(self) -> float:
+        """Of embedding images, as nothing else costs a CLIP much."""
+        count = self.at_once
+        pixels = [self.prepare(Image.new("RGB", (8, 8)))] * count
+        return measured(count * self.image_cost, lambda: list(self._embedded(pixels)))
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Pixels [3, H, W] as CLIP takes them."""

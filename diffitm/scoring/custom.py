@@ -17,7 +17,8 @@ from diffitm.core.errors import InputError, suggest
 from diffitm.core.registry import load
 from diffitm.core.schema import PairRow
 from diffitm.core.storage import without_query
-from diffitm.scoring.scorer import Loaded, RowScorer, Scorer, similarity_lines
+from diffitm.scoring.image_reader import Loaded
+from diffitm.scoring.scorer import RowScorer, Scorer, similarity_lines
 
 ENTRY_POINTS = "diffitm.scorers"
 VERSION = 1  # grows when the same settings would give other scores
@@ -117,6 +118,7 @@ class CustomSpec:
     source: CustomSource
     root: str
     cost = 1
+    image_cost = 0
 
     @property
     def label(self) -> str:

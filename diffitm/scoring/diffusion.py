@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from diffitm.core import images
 from diffitm.core.schema import PairRow
-from diffitm.models.denoiser import Condition, Denoiser, select
-from diffitm.scoring.batching import Batch
+from diffitm.models.denoiser import Condition, Denoiser, encode_with_zeros, select
+from diffitm.models.noise_schedule import FLOW_TIME
+from diffitm.scoring.batching import Batch, measured
+from diffitm.scoring.compiled import CompiledPredict
+from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import NoisePlan
 from diffitm.scoring.pair_errors import error_batches
-from diffitm.scoring.scorer import Loaded, RowScorer, blank
+from diffitm.scoring.scorer import RowScorer, blank
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 
 PIXEL_SCALE = 127.5
@@ -40,6 +43,8 @@ class DiffusionScorer(RowScorer):
     """Scores pairs with a diffusion model: every image and text encoded once, every pair once.
 
     `root` is the data root, `resize` 'squash' or 'crop', `latent_seed` None for the posterior mean.
+    `compiled` has the denoiser's forwards compiled (scoring/compiled.py). `empty` is what no text is: 'text',
+    the encoded '', or 'zeros'.
     """
 
     def __init__(
@@ -51,16 +56,21 @@ class DiffusionScorer(RowScorer):
         batch_size: int = 64,
         latent_seed: int | None = None,
         text_cache_bytes: int = TEXT_CACHE_BYTES,
+        compiled: bool = False,
+        empty: str = "text",
     ) -> None:
         self.denoiser, self.root, self.device = denoiser, root, denoiser.device
         self.plan = replace(plan, noise=plan.noise.to(self.device))
         self.resize, self.latent_seed = resize, latent_seed
-        self.texts = TextCache(denoiser.encode_texts, text_cache_bytes, batch_size)
+        encode = denoiser.encode_texts if empty == "text" else partial(encode_with_zeros, denoiser)
+        self.texts = TextCache(encode, text_cache_bytes, batch_size)
         # VAE batches are small: at 512 px an encode weighs more than a forward of the U-Net.
         images = Batch(max(1, batch_size // 4), "batch size of images")
         self.batches = [Batch(batch_size), images, self.texts.batch]
+        self.compiled = CompiledPredict(denoiser, self.batches[0]) if compiled else None
         self.cost = len(plan)
-        self.timesteps = plan.timesteps.tolist()
+        self.timesteps: list[float] = plan.timesteps.tolist()
+        self.is_flow = plan.timesteps.is_floating_point()
         self.elements = int(np.prod(denoiser.latent_shape))
 
     def cut(self, texts: Sequence[str]) -> list[int]:
@@ -117,8 +127,10 @@ class DiffusionScorer(RowScorer):
         """The line of the store for a pair that was measured."""
         is_whole = pair.places == list(range(len(self.plan)))
         l2, l1, huber = pair.errors
+        steps = [self.timesteps[place] for place in pair.places]
         return pair.line | {
-            "timesteps": [self.timesteps[place] for place in pair.places],
+            "timesteps": None if self.is_flow else steps,
+            "sigmas": [step / FLOW_TIME for step in steps] if self.is_flow else None,
             "positions": None if is_whole else pair.places,
             "l2": l2,
             "l1": l1,
@@ -128,19 +140,18 @@ class DiffusionScorer(RowScorer):
 
     @torch.inference_mode()
     def measure_rate(self) -> float:
-        """The first of the two rounds warms up, and finds a batch that fits."""
+        """The first of two rounds warms up, and finds a batch that fits; a slow model has one."""
         device, total = self.denoiser.device, self.batches[0].size
         condition = self.texts([""])
 
         def forward(start: int, end: int) -> Tensor:
             zeros = torch.zeros(end - start, dtype=torch.long, device=device)
+            at = self.plan.timesteps.to(device)[zeros]
             noised = torch.zeros(end - start, *self.denoiser.latent_shape, device=device)
-            return self.denoiser.predict(noised, zeros, select(condition, zeros)).cpu()
+            predict = self.compiled or self.denoiser.predict
+            return predict(noised, at, select(condition, zeros)).cpu()
 
-        for _ in range(2):
-            start = time.perf_counter()
-            list(self.batches[0].run(total, forward))
-        return total / (time.perf_counter() - start)
+        return measured(total, lambda: list(self.batches[0].run(total, forward)))
 
     def latents(self, pixels: list[Tensor]) -> Tensor:
         def encode(start: int, end: int) -> Tensor:
@@ -187,7 +198,13 @@ class _Forwards:
         now, self.left = self.left[:count], self.left[count:]
         scorer, items = self.scorer, torch.tensor(now).view(-1, 3)
         self.found += error_batches(
-            scorer.denoiser, self.latents, self.condition, scorer.plan, items, scorer.batches[0]
+            scorer.denoiser,
+            self.latents,
+            self.condition,
+            scorer.plan,
+            items,
+            scorer.batches[0],
+            scorer.compiled,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +69,11 @@ def error_batches(
     plan: NoisePlan,
     items: Tensor,
     batch: Batch | None = None,
+    predict: Callable[[Tensor, Tensor, Condition], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """l2, l1 and huber errors of items int64 [M, 3]: (image, text, place in the plan). A batch's are float32
-    [3, B] on the model's device: who fetches each makes a GPU wait.
+    [3, B] on the model's device: who fetches each makes a GPU wait. `predict` is called instead of the
+    denoiser's, as it is.
 
     Raises ValueError if the plan's noise has another shape than a latent, one of its timesteps is not a
     training timestep of the model, or an item names a row that is not there, such as a negative one;
@@ -80,15 +82,14 @@ def error_batches(
     if plan.noise.shape[1:] != latents.shape[1:]:
         wrong, right = tuple(plan.noise.shape[1:]), tuple(latents.shape[1:])
         raise ValueError(f"the plan's noise has shape {wrong}, the latents {right}")
-    if int(plan.timesteps.max()) >= denoiser.schedule.timesteps:
-        last = denoiser.schedule.timesteps - 1
-        raise ValueError(f"timestep {int(plan.timesteps.max())} is beyond the model's last, {last}")
+    denoiser.schedule.check(plan.timesteps)
     if len(items) == 0:
         return
     _check_rows(items[:, :2], len(latents), len(next(iter(condition.values()))))
     device, used = denoiser.device, batch or Batch(64)
     latents, noise = latents.to(device), plan.noise.to(device)
     steps, items = plan.timesteps.to(device), items.to(device)
+    predict = predict or denoiser.predict
 
     def forward(start: int, end: int) -> Tensor:
         image, text, place = items[start:end].T
@@ -96,7 +97,7 @@ def error_batches(
         at, eps, z0 = steps[place], noise[place], latents[image]
         noised, chosen = denoiser.schedule.add_noise(z0, eps, at), select(condition, text)
         with used.timed(device):
-            predicted = denoiser.predict(noised, at, chosen)
+            predicted = predict(noised, at, chosen)
         target = denoiser.schedule.target(z0, eps, at)
         return torch.stack(_kinds(predicted, target))
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from diffitm.core.schema import Contest, PairRow, RaceBlock
 from diffitm.metrics.score import column, error_values
 from diffitm.scoring.diffusion import DiffusionScorer, MeasuredPair
+from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.racing import RacePlan, Run, hold
-from diffitm.scoring.scorer import Loaded, blank
+from diffitm.scoring.scorer import blank
 
 COLUMNS = ("l2", "l1", "huber")
 IMAGES_AT_ONCE = 64  # whose pixels are held, and those of as many that come next

@@ -41,7 +41,7 @@ class Dropped(NamedTuple):
 class Rules(Protocol):
     """What of a plan a race scores first, and who drops out."""
 
-    def order(self, timesteps: Sequence[int]) -> list[int]:
+    def order(self, timesteps: Sequence[float]) -> list[int]:
         """The places of the plan in the order in which they are scored."""
 
     def lengths(self, total: int) -> list[int]:
@@ -70,7 +70,7 @@ class Racing:
         if self.first < 2 or self.growth <= 1:
             raise ValueError(f"{self}: first is at least 2, growth above 1")
 
-    def order(self, timesteps: Sequence[int]) -> list[int]:
+    def order(self, timesteps: Sequence[float]) -> list[int]:
         """spread_order over the sorted timesteps."""
         by_size = sorted(range(len(timesteps)), key=lambda place: timesteps[place])
         return [by_size[number] for number in spread_order(len(timesteps))]
@@ -139,7 +139,7 @@ class Rounds:
                 found.setdefault(grid.index(step), number)
         return [[p for p, at in found.items() if at == i] for i in range(len(self.samples))]
 
-    def order(self, timesteps: Sequence[int]) -> list[int]:
+    def order(self, timesteps: Sequence[float]) -> list[int]:
         """Round after round. Raises InputError for a plan that is not the grid of the largest round."""
         if list(timesteps) != rounds(self.samples)[-1]:
             text = f"{self.samples[-1]}: rounds take the timesteps of the diffusion-classifier protocol"
@@ -174,7 +174,7 @@ class RacePlan:
     """
 
     rules: Racing | Rounds
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     error: str = "l2"
     weights: tuple[float, ...] | None = None
 

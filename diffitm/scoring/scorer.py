@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import threading
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffitm.core import images, storage
-from diffitm.core.errors import InputError, Unavailable
-from diffitm.core.outside import is_outside, patiently
 from diffitm.core.schema import PairRow
 from diffitm.scoring.batching import Batch, Stopwatch
+from diffitm.scoring.image_reader import DECODED, THREADS, ImageReader, Loaded
 
-THREADS = 16  # read: most of them wait for a store or a disk
-DECODED = 4  # images that are decoded at a time: they are large until they are prepared
+CLIP_IMAGE_COST = 64  # pairs whose cosines cost as much as an image's embedding
 
 
 class Scorer(Protocol):
@@ -39,15 +32,6 @@ class Scorer(Protocol):
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
         """Scores [images, texts], higher is better, of upright RGB images."""
-
-
-class Loaded(NamedTuple):
-    """A prepared image or why there is none; `outside`: the network or a server is to blame."""
-
-    value: Any
-    digest: str | None
-    failure: str | None
-    outside: bool = False
 
 
 class RowScorer(ABC):
@@ -97,7 +81,8 @@ class RowScorer(ABC):
         """The rows' images in order, `at_once` at a time, as ImageReader reads them. Reading begins now."""
         # No thread is without work where the model takes few at once.
         ahead = max(at_once, THREADS)
-        reader = ImageReader(rows, self.root, self.prepare, ahead, THREADS)
+        decoded = max(DECODED, torch.get_num_threads())
+        reader = ImageReader(rows, self.root, self.prepare, ahead, THREADS, decoded)
         return self._taken(reader, at_once)
 
     def _taken(self, reader: ImageReader, at_once: int) -> Iterator[list[Loaded]]:
@@ -110,95 +95,6 @@ class RowScorer(ABC):
                 yield found
 
 
-class ImageReader:
-    """Reads, decodes and prepares the images of rows in a few threads, some ahead of who takes them.
-
-    An image that cannot be read is a failure of its own. `ahead` are those that are asked for at first.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[PairRow],
-        root: str,
-        prepare: Callable[[Any], Any],
-        ahead: int,
-        threads: int,
-    ) -> None:
-        self.rows, self.root, self.prepare = rows, root, prepare
-        self.away = False  # once an image was waited for in vain, the others are asked for once
-        self.failed: list[Loaded] = []
-        self.left = iter(rows)
-        self.asked: deque[Future[Loaded]] = deque()
-        self.decoding = threading.Semaphore(DECODED)
-        self.pool = ThreadPoolExecutor(max(1, min(threads, len(rows))))
-        self._ask(ahead)
-
-    def __enter__(self) -> ImageReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # One that hangs must not hold up an error on its way.
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-    def take(self, count: int) -> list[Loaded]:
-        """The next `count` images, none after the last; asks for as many more before it waits.
-
-        Raises Unavailable with the last of them if the network or a server kept all from being read.
-        """
-        self._ask(count)
-        found = [self.asked.popleft().result() for _ in range(min(count, len(self.asked)))]
-        self.failed += [item for item in found if item.failure is not None]
-        if found and len(self.failed) == len(self.rows):
-            _check_reachable(self.root, self.rows, self.failed)
-        return found
-
-    def _ask(self, count: int) -> None:
-        for row in itertools.islice(self.left, count):
-            self.asked.append(self.pool.submit(self._read, row))
-
-    def _read(self, row: PairRow) -> Loaded:
-        read = functools.partial(images.read, self.root, row.image)
-        try:
-            data = read() if self.away else patiently(read)
-            with self.decoding:
-                image, digest = images.opened(data, row.image)
-                return Loaded(self.prepare(image), digest, None)
-        except Exception as error:  # whatever a decoder raises is that image's failure
-            outside = is_outside(error)
-            self.away = self.away or outside
-            return Loaded(None, None, _reason(error), outside)
-
-
-def load_images(
-    rows: Sequence[PairRow], root: str, prepare: Callable[[Any], Any], threads: int = THREADS
-) -> list[Loaded]:
-    """Read, decode and prepare the rows' images in a few threads.
-
-    Raises Unavailable where the network or a server keeps all of them from being read.
-    """
-    with ImageReader(rows, root, prepare, len(rows), threads) as reader:
-        return reader.take(len(rows))
-
-
-def _check_reachable(root: str, rows: Sequence[PairRow], loaded: Sequence[Loaded]) -> None:
-    """Raises Unavailable where no image could be read for a reason that is not their own."""
-    text = f"none of {len(rows)} images could be read, such as {rows[0].image}: {loaded[0].failure}"
-    if all(item.outside for item in loaded) and len(loaded) > 1:
-        raise Unavailable(text)
-    try:
-        gone = not storage.exists(root)
-    except InputError as error:
-        raise Unavailable(f"{text}; {error}") from error
-    if gone:
-        raise Unavailable(f"{text}; there is no folder {storage.without_query(root)} here")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
-    return f"unreadable image: {type(error).__name__}: {error}"
-
-
 def blank(row: PairRow, text: str, digest: str | None) -> dict[str, Any]:
     """A line of the store without any score yet."""
     return {
@@ -206,6 +102,7 @@ def blank(row: PairRow, text: str, digest: str | None) -> dict[str, Any]:
         "image": row.image,
         "text": text,
         "timesteps": None,
+        "sigmas": None,
         "positions": None,
         "l2": None,
         "l1": None,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from diffitm.core.errors import InputError
 from diffitm.core.storage import without_query
-from diffitm.models.loading import ModelSource, load_denoiser, lora_digest
+from diffitm.models.loading import FAMILIES, ModelSource, load_denoiser, lora_digest
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
-from diffitm.scoring.scorer import RowScorer
+from diffitm.scoring.scorer import CLIP_IMAGE_COST, RowScorer
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from diffitm.models.clip import ClipSource
@@ -29,6 +29,10 @@ class Spec(Protocol):
     def cost(self) -> int:
         """Forwards of the model a pair."""
 
+    @property
+    def image_cost(self) -> int:
+        """What an image costs beside them, in forwards."""
+
     def store_config(self) -> dict[str, Any]:
         """Everything that a score depends on."""
 
@@ -43,7 +47,7 @@ class DiffusionSpec:
     source: ModelSource
     root: str
     protocol: str
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     seed: int = 0
     dtype: str = "fp32"
     resize: str = "squash"
@@ -52,6 +56,9 @@ class DiffusionSpec:
     lora: str | None = None
     lora_name: str | None = None  # as the user typed it, for tables
     batch_size: int = 64
+    compiled: bool = False
+    empty: str = "text"
+    image_cost = 0
 
     @property
     def label(self) -> str:
@@ -83,7 +90,13 @@ class DiffusionSpec:
             config["prediction_type"] = self.source.prediction
         if self.source.upcast and self.dtype != "fp32":
             config["vae"] = "fp32"
-        return config
+        if self.compiled and self.dtype != "fp32":  # in fp32 it changes less than 1e-5 of an error
+            config["compiled"] = True
+        if self.source.resolution is not None:
+            config["resolution"] = self.source.resolution
+        if self.empty != "text":
+            config["empty"] = self.empty
+        return {**config, **FAMILIES[self.source.family].told}
 
     def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""
@@ -91,12 +104,20 @@ class DiffusionSpec:
             text = f": {list(self.timesteps)}: give at least one timestep, none of them below 0"
             raise InputError(text, "timesteps")
         denoiser = load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
-        if max(self.timesteps) >= denoiser.schedule.timesteps:
-            last = denoiser.schedule.timesteps - 1
-            raise InputError(f"timestep {max(self.timesteps)} is beyond the model's last, {last}")
-        plan = make_plan(list(self.timesteps), denoiser.latent_shape, self.seed)
+        plan = make_plan(self.timesteps, denoiser.latent_shape, self.seed)
+        try:
+            denoiser.schedule.check(plan.timesteps)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         return DiffusionScorer(
-            denoiser, plan, self.root, self.resize, self.batch_size, self.latent_seed
+            denoiser,
+            plan,
+            self.root,
+            self.resize,
+            self.batch_size,
+            self.latent_seed,
+            compiled=self.compiled,
+            empty=self.empty,
         )
 
 
@@ -108,6 +129,7 @@ class ClipSpec:
     root: str
     batch_size: int = 64
     cost = 1
+    image_cost = CLIP_IMAGE_COST
 
     @property
     def label(self) -> str:

@@ -6,9 +6,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
+from diffitm.models.denoiser import Condition, rows_of, stack
 from diffitm.scoring.batching import Batch
 
 TEXT_CACHE_BYTES = 512 * 2**20
@@ -17,31 +15,32 @@ TEXT_CACHE_BYTES = 512 * 2**20
 class TextCache:
     """Encodes each text once while it stays among the most recently used `limit_bytes`.
 
-    `encode` maps texts to a dictionary of tensors [B, ...]. `encoded` counts the texts encoded.
+    `encode` maps texts to a condition [B, ...]; of a masked one the texts' own tokens alone are kept.
+    `encoded` counts the texts encoded.
     `batch` is how many texts are encoded at once.
     """
 
     def __init__(
-        self, encode: Callable[[Sequence[str]], dict[str, Tensor]], limit_bytes: int, batch: int
+        self, encode: Callable[[Sequence[str]], Condition], limit_bytes: int, batch: int
     ) -> None:
         self.encode, self.limit = encode, limit_bytes
         self.batch = Batch(batch, "batch size of texts")
-        self.kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self.kept: OrderedDict[str, Condition] = OrderedDict()
         self.used = 0
         self.encoded = 0
 
-    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, texts: Sequence[str]) -> Condition:
         """The encoded texts in order, [B, ...] each; `texts` are distinct."""
         missing = [text for text in texts if text not in self.kept]
         found = {text: self.kept[text] for text in texts if text in self.kept}
-        parts = self.batch.run(len(missing), lambda i, j: _rows(self.encode(missing[i:j]), j - i))
+        parts = self.batch.run(len(missing), lambda i, j: rows_of(self.encode(missing[i:j])))
         found |= zip(missing, itertools.chain.from_iterable(parts), strict=True)
         self.encoded += len(missing)
         for text in texts:
             self._keep(text, found[text])
-        return {name: torch.cat([found[t][name] for t in texts]) for name in found[texts[0]]}
+        return stack([found[text] for text in texts])
 
-    def _keep(self, text: str, value: dict[str, Tensor]) -> None:
+    def _keep(self, text: str, value: Condition) -> None:
         if text in self.kept:
             self.kept.move_to_end(text)
             return
@@ -52,10 +51,5 @@ class TextCache:
             self.used -= _size(dropped)
 
 
-def _rows(encoded: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """Each row as a copy, so that a kept one does not keep its whole batch alive."""
-    return [{k: value[i : i + 1].clone() for k, value in encoded.items()} for i in range(count)]
-
-
-def _size(value: dict[str, Tensor]) -> int:
+def _size(value: Condition) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in value.values())

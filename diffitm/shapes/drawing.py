@@ -58,16 +58,27 @@ class World:
         return {"bbox_x": x, "bbox_y": y, "bbox_w": inner.shape[1], "bbox_h": inner.shape[0]}
 
     def save_pixels(self, path: str, pixels: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        kind: dict[str, Any] = {"format": "PNG"} if path.endswith(".png") else JPEG
-        Image.fromarray(pixels).save(buffer, **kind)
-        storage.write_bytes(storage.join(self.root, path), buffer.getvalue())
+        self.save_bytes(path, encoded(path, pixels))
+
+    def save_bytes(self, path: str, data: bytes) -> None:
+        storage.write_bytes(storage.join(self.root, path), data)
 
     def save_text(self, path: str, text: str) -> None:
         storage.write_text(storage.join(self.root, path), text)
 
     def save_json(self, path: str, value: object) -> None:
         storage.write_text(storage.join(self.root, path), json.dumps(value, indent=1))
+
+
+def encoded(path: str, pixels: np.ndarray) -> bytes:
+    """An image file of the kind that its name says; a .npy as OpenCV keeps pictures."""
+    buffer = io.BytesIO()
+    if path.endswith(".npy"):
+        np.save(buffer, pixels[..., ::-1])
+    else:
+        kind: dict[str, Any] = {"format": "PNG"} if path.endswith(".png") else JPEG
+        Image.fromarray(pixels).save(buffer, **kind)
+    return buffer.getvalue()
 
 
 def repainted(scene: Scene, things: Things, rng: np.random.Generator) -> Scene:

@@ -18,6 +18,7 @@ from diffitm.core import storage
 from diffitm.shapes import probes
 from diffitm.shapes.drawing import SEED, Things, World, absent, exchanged
 from diffitm.shapes.language import Caption, Mention, full, mention, reordered, swapped
+from diffitm.shapes.sets import write_sets
 from diffitm.shapes.world import Scene
 
 VERSION = 2
@@ -204,7 +205,8 @@ def main() -> None:
         "--held-out", action="store_true", help="scenes with a combination that training never saw"
     )
     args = parser.parse_args()
-    write_world(storage.absolute(args.root), args.scenes, args.held_out, args.seed)
+    for write in (write_world, write_sets):
+        write(storage.absolute(args.root), args.scenes, args.held_out, args.seed)
 
 
 if __name__ == "__main__":

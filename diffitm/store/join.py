@@ -15,7 +15,7 @@ from diffitm.metrics.figures import Groups, Labels
 from diffitm.metrics.score import averaged, conditional_score, normalised_score
 from diffitm.store.pair_table import examples_dataset
 from diffitm.store.score_store import Store
-from diffitm.store.stored_lines import ScoredPairs, StoredLines, rows_at_once
+from diffitm.store.stored_lines import LinesByTask, ScoredPairs, StoredLines, rows_at_once
 
 NOTHING = np.zeros((0, 0, 0))
 ITEMS = pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())]))
@@ -146,7 +146,7 @@ def read_scored(
     failure for errors that are not scored yet. Errors that are not there are NaN, those of a pair that
     failed `lost`.
     """
-    return read_items(uri, StoredLines(store, error), partial, lost)
+    return read_items(uri, LinesByTask(store, error).of(uri), partial, lost)
 
 
 def read_items(

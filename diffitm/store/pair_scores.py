@@ -15,10 +15,10 @@ import pyarrow.dataset as ds
 from pyarrow import parquet
 
 from diffitm.core import storage
-from diffitm.metrics.score import averaged, normalised_score
+from diffitm.metrics.score import averaged, normalised_score, other_dtype
 from diffitm.store.pair_table import batched, connect, examples_dataset
 from diffitm.store.score_store import Store
-from diffitm.store.stored_lines import ScoredPairs, StoredLines, rows_at_once
+from diffitm.store.stored_lines import LinesByTask, ScoredPairs, rows_at_once
 
 BINS = 40
 PAIRS = [
@@ -71,7 +71,7 @@ def write_pairs(
     path = storage.join(out, "pairs.parquet")
     storage.make_folder(out)
     rows = max(1000, rows_at_once(store.steps) // 2)
-    lines = StoredLines(store, error)
+    lines = LinesByTask(store, error).of(examples)
     with (
         storage.replacing(path) as sink,
         parquet.ParquetWriter(sink, schema, compression="zstd") as writer,
@@ -116,7 +116,8 @@ def _columns(pairs: ScoredPairs, store: Store, weights: np.ndarray | None) -> di
     lost = failed | ~np.isfinite(values.astype(float))
     columns["score"] = pa.array(values.astype(np.float32), mask=lost)
     odd = pa.array(lost & ~failed)
-    columns["failure"] = pc.if_else(odd, "the score is not finite", pairs.failure)
+    why = f"the score is not finite{other_dtype(store.config.get('dtype'))}"
+    columns["failure"] = pc.if_else(odd, why, pairs.failure)
     return columns
 
 

@@ -17,19 +17,20 @@ from typing import Any, NamedTuple, TypeVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from pyarrow import parquet
 
 from diffitm.captions.row import CaptionRow
 from diffitm.core import storage
 from diffitm.core.limits import limits
-from diffitm.core.schema import EXAMPLES, WORK, Example, encodable, fault
+from diffitm.core.schema import EXAMPLES, RACES, WORK, Example, encodable, fault
+from diffitm.store.blocks import read_index
 from diffitm.store.score_store import Store
 
 T = TypeVar("T")
 BATCH = 1000
-# More texts of one image are split into several rows: a row is the smallest unit of a resume.
-MAX_TEXTS = 64
+ROW_GROUP = 2**16
 # DuckDB's part of the memory that this process may use; actors on this machine need most of it.
 SHARE = 0.15
 LEAST_MEMORY = 512 * 2**20
@@ -43,18 +44,18 @@ PAIRS = """
 
 @dataclass(frozen=True)
 class WorkTable:
-    """A written work table: how many rows and pairs it holds."""
+    """A written work table: how many images and pairs it holds."""
 
     uri: str
-    rows: int
+    images: int
     pairs: int
     stored: int = 0  # errors that these pairs have already
 
 
 class Left(NamedTuple):
-    """What of a work table is still to do: rows, their pairs, and errors that these have already."""
+    """What of a work table is still to do: images, their pairs, and errors that these have already."""
 
-    rows: int
+    images: int
     pairs: int
     stored: int
 
@@ -194,7 +195,7 @@ def distinct_texts(uris: list[str]) -> Iterator[str]:
 
 
 def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:
-    """Write the pairs that the examples need and the store lacks, one row an image, by image path.
+    """Write the pairs that the examples need and the store lacks, by image path and text.
 
     A pair that failed before is tried again; of one that was raced the rest is scored. Where a pair has a
     single score, no unconditional pair is needed.
@@ -219,61 +220,51 @@ def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:
         WHERE places IS NULL OR len(places) < {store.steps}
         ORDER BY image, text
     """
-    lines = (
-        {
-            "row": row,
-            "image": image,
-            "texts": [text for text, _ in texts],
-            "stored": [p or [] for _, p in texts] if any(p for _, p in texts) else None,
-        }
-        for row, (image, texts) in enumerate(_rows(connection, query))
-    )
-    return write_rows(lines, WORK, uri)
-
-
-def write_rows(lines: Iterable[dict[str, Any]], schema: pa.Schema, uri: str) -> WorkTable:
-    """Write the rows of a work table, of images (WORK) or of races (RACES)."""
     found, path = storage.filesystem(uri)
     storage.make_folder(storage.parent(uri))
-    rows = pairs = stored = 0
-    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, schema) as writer:
+    images, pairs, stored, last = 0, 0, 0, None
+    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, WORK) as writer:
+        for batch in connection.sql(query).to_arrow_reader(ROW_GROUP):
+            table = pa.Table.from_batches([batch]).rename_columns(WORK.names).cast(WORK)
+            writer.write_table(table)
+            names = table["image"].combine_chunks()
+            images += pc.count_distinct(names).as_py() - (names[0].as_py() == last)
+            pairs, last = pairs + len(table), names[-1].as_py()
+            stored += pc.sum(pc.list_value_length(table["stored"])).as_py() or 0
+    return WorkTable(uri, images, pairs, stored)
+
+
+def write_race_blocks(lines: Iterable[dict[str, Any]], uri: str) -> WorkTable:
+    """Write the rows of a table of races."""
+    found, path = storage.filesystem(uri)
+    storage.make_folder(storage.parent(uri))
+    images = pairs = stored = 0
+    with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, RACES) as writer:
         for batch in map(list, batched(lines, BATCH)):
-            writer.write_table(pa.Table.from_pylist(batch, schema))
-            rows += len(batch)
+            writer.write_table(pa.Table.from_pylist(batch, RACES))
             for line in batch:
-                pairs += len(line["texts"] if schema is WORK else line["image_of"])
-                stored += sum(map(len, line["stored"] or ()))
-    return WorkTable(uri, rows, pairs, stored)
+                images += len(line["images"])
+                pairs += len(line["image_of"])
+                stored += sum(map(len, line["stored"]))
+    return WorkTable(uri, images, pairs, stored)
 
 
-def remaining(work: str, checkpoint: str) -> Left:
+def remaining(table: WorkTable, checkpoint: str) -> Left:
     """What of a work table its checkpoint does not hold."""
-    found, path = storage.filesystem(work)
-    table = ds.dataset(path, filesystem=found, format="parquet")
+    found, path = storage.filesystem(table.uri)
+    blocks: Any = ds.dataset(path, filesystem=found, format="parquet")
+    counts = "len(images), len(image_of), len(flatten(stored))"
+    if "image_of" not in blocks.schema.names:
+        blocks, counts = read_index(table.uri), "images, pairs, stored"
+        if blocks is None:
+            return Left(table.images, table.pairs, table.stored)
     ids = pa.schema([("row", pa.int64())])
     whole, _ = storage.readable_parquet(checkpoint)
     committed = [p for p in whole if not p.endswith(".pending.parquet")]
     where = storage.filesystem(checkpoint)[0]
     done = ds.dataset(committed, schema=ids, filesystem=where, format="parquet")
-    pairs = "image_of" if "image_of" in table.schema.names else "texts"
     query = f"""
-        SELECT count(*), coalesce(sum(len({pairs})), 0), coalesce(sum(len(flatten(stored))), 0)
-        FROM work ANTI JOIN done USING (row)"""
-    left = connect(work=table, done=done).execute(query).fetchone() or (0, 0, 0)
+        SELECT coalesce(sum(i), 0), coalesce(sum(p), 0), coalesce(sum(s), 0)
+        FROM (SELECT row, {counts} FROM blocks) AS b(row, i, p, s) ANTI JOIN done USING (row)"""
+    left = connect(blocks=blocks, done=done).execute(query).fetchone() or (0, 0, 0)
     return Left(*map(int, left))
-
-
-def _rows(
-    connection: duckdb.DuckDBPyConnection, query: str
-) -> Iterator[tuple[str, list[tuple[str, list[int] | None]]]]:
-    """Image by image, texts with the places of their errors that are stored."""
-    for image, group in itertools.groupby(_lines(connection, query), key=lambda line: line[0]):
-        for texts in batched((line[1:] for line in group), MAX_TEXTS):
-            yield image, list(texts)
-
-
-def _lines(
-    connection: duckdb.DuckDBPyConnection, query: str
-) -> Iterator[tuple[str, str, list[int] | None]]:
-    for batch in connection.sql(query).to_arrow_reader(BATCH):
-        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)

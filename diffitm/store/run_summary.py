@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 
 from diffitm.core import storage
 
+SHOWN = 3  # of many
+
 
 @dataclass(frozen=True)
 class Done:
@@ -28,11 +30,14 @@ class Done:
     seconds: float = 0.0  # from the start of scoring to its end
     smaller: tuple[str, ...] = ()  # a line for each time that an actor ran out of GPU memory
     not_finite: int = 0  # pairs whose score is NaN or infinite
+    strange: tuple[str, ...] = ()  # a few of these
     loading: float = 0.0  # waiting for a block's images, with nothing else to do
+    not_compiled: tuple[str, ...] = ()  # the cause for each actor whose --compile failed
 
     def __add__(self, other: Done) -> Done:
         both = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         both["memory"] = max(self.memory, other.memory)
+        both["strange"] = both["strange"][:SHOWN]
         both["batch_size"] = min(filter(None, (self.batch_size, other.batch_size)), default=0)
         return Done(**both)
 
@@ -55,6 +60,7 @@ class Summary:
     gpu_memory_bytes: int
     batch_size: int | None
     out_of_memory: int  # times that an actor made its batches smaller
+    not_compiled: int  # actors whose --compile failed
 
 
 def summarise(model: str, done: Done) -> Summary:
@@ -75,6 +81,7 @@ def summarise(model: str, done: Done) -> Summary:
         gpu_memory_bytes=done.memory,
         batch_size=done.batch_size or None,
         out_of_memory=len(done.smaller),
+        not_compiled=len(done.not_compiled),
     )
 
 

@@ -1,4 +1,5 @@
-"""The score store: a folder of append-only Parquet files for one model under one protocol.
+"""The score store: a folder of Parquet files for one model under one protocol; manifest.py says which of them
+hold its rows.
 
 Scores of other settings lie in other folders, because the folder's name holds the fingerprint of
 everything that a score depends on; _config.json in it says what that is.
@@ -6,19 +7,23 @@ everything that a score depends on; _config.json in it says what that is.
 
 from __future__ import annotations
 
+import bisect
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as ds
+from pyarrow import parquet
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint
 from diffitm.core.schema import SCORES
+from diffitm.store.manifest import Contents, look
 
 log = logging.getLogger("diffitm")
 
@@ -51,14 +56,69 @@ class Store:
     @property
     def has_parts(self) -> bool:
         """Whether races left pairs with a part of their errors."""
-        raced = ds.field("positions").is_valid()
-        return not self.similarity and self.dataset().head(1, ["row"], filter=raced).num_rows > 0
+        if self.similarity:
+            return False
+        contents, raced = look(self.uri), ds.field("positions").is_valid()
+        if any(file.raced for file in contents.listed):
+            return True
+        return self._files(contents.appended).head(1, ["row"], filter=raced).num_rows > 0
 
-    def dataset(self) -> ds.Dataset:
-        """All rows written so far; files that a kill cut off are left out."""
-        found, _ = storage.filesystem(self.uri)
-        whole, _ = storage.readable_parquet(self.uri)
-        return ds.dataset(whole, schema=SCORES, filesystem=found, format="parquet")
+    @property
+    def rows(self) -> int:
+        """How many rows were written so far."""
+        return look(self.uri).rows
+
+    def dataset(self, images: pa.LargeStringArray | None = None) -> ds.Dataset:
+        """All rows written so far, in the order in which they count; files that a kill cut off are left out.
+
+        Of `images`, sorted, it holds at least all rows, and leaves out those row groups in which none of them
+        can be. Raises InputError as manifest.look does, and for a file of the manifest that cannot be read.
+        """
+        contents = look(self.uri)
+        try:
+            return self._files(contents.names) if images is None else self._of(contents, images)
+        except FileNotFoundError:
+            if look(self.uri).manifest == contents.manifest:
+                raise
+            return self.dataset(images)  # it was compacted meanwhile
+
+    def _of(self, contents: Contents, images: pa.LargeStringArray) -> ds.Dataset:
+        found, folder = storage.filesystem(self.uri)
+        footers = storage.footers(self.uri, (file.name for file in contents.listed))
+        if lost := [file.name for file in contents.listed if file.name not in footers]:
+            where = storage.join(self.uri, lost[0])
+            if not storage.exists(where):
+                raise FileNotFoundError(where)
+            raise InputError(f"{where} cannot be read: restore the file")
+        form, parts = ds.ParquetFileFormat(), []
+        for name, footer in {**footers, **contents.appended}.items():
+            if groups := _groups(footer, images):
+                part = form.make_fragment(f"{folder}/{name}", found, row_groups=groups)
+                parts.append(part)
+        return ds.FileSystemDataset(parts, SCORES, form, found)
+
+    def _files(self, names: Iterable[str]) -> ds.Dataset:
+        found, folder = storage.filesystem(self.uri)
+        paths = [f"{folder}/{name}" for name in names]
+        return ds.dataset(paths, schema=SCORES, filesystem=found, format="parquet")
+
+
+def _groups(footer: parquet.FileMetaData, images: pa.LargeStringArray) -> list[int]:
+    """The row groups in which one of the sorted images may be, by their statistics."""
+    column = footer.schema.names.index("image")
+    found = []
+    for group in range(footer.num_row_groups):
+        about = footer.row_group(group).column(column).statistics
+        if about is None or not about.has_min_max or among(images, about.min, about.max):
+            found.append(group)
+    return found
+
+
+def among(images: pa.LargeStringArray, first: str, last: str) -> pa.LargeStringArray:
+    """Those of the sorted images that are not before `first` and not behind `last`."""
+    name = pa.LargeStringScalar.as_py
+    start = bisect.bisect_left(images, first, key=name)
+    return images[start : bisect.bisect_right(images, last, start, key=name)]
 
 
 def open_store(out: str, model: str, config: dict[str, Any], known: Sequence[Store] = ()) -> Store:

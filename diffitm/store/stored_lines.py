@@ -12,15 +12,19 @@ from typing import NamedTuple
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
+from diffitm.core.errors import Unavailable
 from diffitm.metrics.score import column, error_values
 from diffitm.store.dense_errors import ErrorTable, dense
 from diffitm.store.pair_table import PAIRS, connect, examples_dataset
-from diffitm.store.score_store import Store
+from diffitm.store.score_store import Store, among
 
 UNSCORED = "not scored yet"
 HELD = 4_000_000  # values of errors that are held at once, whatever the number of timesteps
 MOST_ROWS = 100_000
+AT_ONCE = 1_000_000  # rows of a store that is read as a whole, for all tasks
 WHOLE, PART, FAILED = 0, 1, 2  # what a line is
 KEYS = pa.schema(
     [("image", pa.string()), ("text", pa.string()), ("line", pa.int64()), ("is", pa.int8())]
@@ -62,19 +66,24 @@ class StoredLines:
     """The lines of a store, read once. `error` is l2, mse, l1 or huber.
 
     A pair's line is its whole plan, else what races stored of it, else why it failed; of equal ones the
-    first.
+    first. With `images`, sorted, lines are of these alone.
     """
 
     def __init__(
-        self, store: Store, error: str, connection: duckdb.DuckDBPyConnection | None = None
+        self,
+        store: Store,
+        error: str,
+        connection: duckdb.DuckDBPyConnection | None = None,
+        images: pa.LargeStringArray | None = None,
     ) -> None:
-        self.store, self.error = store, error
+        self.store, self.error, self.images = store, error, images
         self.connection = connection or connect()
         self.name = f"lines{next(_NAMES)}"
         self.errors = ErrorTable(0 if store.similarity else store.steps)
         self._elements, self._similarity = [np.zeros(0)], [np.zeros(0)]
         self._failures: dict[int, str] = {}
         self._parts: list[pa.RecordBatch] = []
+        self._gone = False
         self._read()
         self.elements = np.concatenate(self._elements)
         self.similarity = np.concatenate(self._similarity)
@@ -104,32 +113,38 @@ class StoredLines:
         for batch in reader:
             yield self._scored(batch, partial)
 
+    def close(self) -> None:
+        """Give back what DuckDB holds of them."""
+        self.connection.execute(f"DROP TABLE IF EXISTS {self.name}")
+
     def _read(self) -> None:
         """Put the keys of all lines into DuckDB, and what they hold into arrays."""
-        reader = pa.RecordBatchReader.from_batches(KEYS, self._keys())
+        keys = self._keys(self.store.dataset(self.images))
+        reader = pa.RecordBatchReader.from_batches(KEYS, keys)
         connection, source = self.connection.cursor(), f"{self.name}_read"
         connection.register(source, reader)
         lines = (f'min(line) FILTER (WHERE "is" = {kind})' for kind in (WHOLE, PART, FAILED))
-        connection.execute(
-            f"CREATE TABLE {self.name} AS SELECT {_key('image', 'text')} AS key, "
-            f"coalesce({', '.join(lines)}) AS line FROM {source} GROUP BY key"
-        )
+        try:
+            connection.execute(
+                f"CREATE TABLE {self.name} AS SELECT {_key('image', 'text')} AS key, "
+                f"coalesce({', '.join(lines)}) AS line FROM {source} GROUP BY key"
+            )
+        except duckdb.Error as error:
+            if not self._gone:
+                raise
+            text = "another run compacted it while it was read; the same command reads it whole"
+            raise Unavailable(f"{self.store.uri}: {text}") from error
         connection.unregister(source)
 
-    def _keys(self) -> Iterator[pa.RecordBatch]:
+    def _keys(self, data: ds.Dataset) -> Iterator[pa.RecordBatch]:
         store, start = self.store, 0
         wanted = ["image", "text", "failure"]
         if store.similarity:
             wanted += ["similarity"]
         else:
             wanted += ["positions", "elements", column(self.error)]
-        batches = store.dataset().to_batches(
-            columns=wanted,
-            batch_size=rows_at_once(store.steps),
-            batch_readahead=2,
-            fragment_readahead=2,
-        )
-        for batch in batches:
+        for whole in self._batches(data, wanted):
+            batch = whole if self.images is None else _of(whole, self.images)
             count = len(batch)
             failed = _flags(batch["failure"].is_valid())
             part = np.zeros(count, bool)
@@ -151,6 +166,19 @@ class StoredLines:
                 found = found.filter(pa.array(~(part & failed)))
                 self._parts.append(found.filter(pa.array(kinds[~(part & failed)] == PART)))
             yield found
+
+    def _batches(self, data: ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The store's rows. A file of it is deleted only where another one has its rows."""
+        try:
+            yield from data.to_batches(
+                columns=columns,
+                batch_size=rows_at_once(self.store.steps),
+                batch_readahead=2,
+                fragment_readahead=2,
+            )
+        except FileNotFoundError:
+            self._gone = True
+            raise
 
     def _join_parts(self) -> np.ndarray:
         """Put what races stored of each pair into its line; the numbers of such lines. Where races of two
@@ -206,6 +234,50 @@ class StoredLines:
             for place in np.flatnonzero(np.isin(numbers, self.failed)):
                 reasons[place] = self._failures[int(numbers[place])]
         return pa.array(reasons, pa.string())
+
+
+class LinesByTask:
+    """The lines of a store for one task after another. A store of up to AT_ONCE rows is read once, and of a
+    larger one what the task's images have."""
+
+    def __init__(
+        self, store: Store, error: str, connection: duckdb.DuckDBPyConnection | None = None
+    ) -> None:
+        self.store, self.error = store, error
+        self.connection = connection or connect()
+        self.by_task = store.rows > AT_ONCE
+        self._lines: StoredLines | None = None
+
+    def of(self, examples: str) -> StoredLines:
+        """The lines for a file of examples, until the next one is asked for."""
+        if self._lines is not None and not self.by_task:
+            return self._lines
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
+        images = _images(examples, self.connection) if self.by_task else None
+        self._lines = StoredLines(self.store, self.error, self.connection, images)
+        return self._lines
+
+
+def _images(examples: str, connection: duckdb.DuckDBPyConnection) -> pa.LargeStringArray:
+    """The images of the examples that can be scored, sorted."""
+    cursor = connection.cursor()
+    cursor.register("examples", examples_dataset([examples]))
+    query = (
+        "SELECT DISTINCT unnest(images) AS image FROM examples WHERE failure IS NULL ORDER BY image"
+    )
+    found = cursor.sql(query).to_arrow_table()["image"].cast(pa.large_string()).combine_chunks()
+    return found.chunk(0) if isinstance(found, pa.ChunkedArray) else found
+
+
+def _of(batch: pa.RecordBatch, images: pa.LargeStringArray) -> pa.RecordBatch:
+    """The rows of some sorted images. Where rows are sorted, few of them have to be looked for."""
+    if not len(batch):
+        return batch
+    ends = pc.min_max(batch["image"])
+    wanted = among(images, ends["min"].as_py(), ends["max"].as_py())
+    return batch.filter(pc.is_in(batch["image"], wanted.cast(pa.string())))
 
 
 def _flags(values: pa.BooleanArray) -> np.ndarray:

@@ -13,7 +13,7 @@ from diffitm.store import pair_table
 from diffitm.store.score_store import Store
 
 PENDING = ".pending.parquet"
-FORMAT = "2"  # of work tables: an unfinished one of another format is closed
+FORMAT = "3"  # of work tables: an unfinished one of another format is closed
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class OpenWork:
 
     @property
     def resumed(self) -> bool:
-        return self.left.rows < self.table.rows
+        return self.left.pairs < self.table.pairs
 
 
 def open_work(
@@ -50,16 +50,18 @@ def open_work(
             state = json.loads(storage.read_text(note))
             mend(storage.join(folder, "checkpoint"))
             if state["examples"] == wanted:
-                counts = (state[name] for name in ("rows", "pairs", "stored"))
+                counts = (state[name] for name in ("images", "pairs", "stored"))
                 table = pair_table.WorkTable(storage.join(folder, "work.parquet"), *counts)
-                left = pair_table.remaining(table.uri, storage.join(folder, "checkpoint"))
-                if left.rows:
+                left = pair_table.remaining(table, storage.join(folder, "checkpoint"))
+                if left.pairs:
                     return OpenWork(folder, table, left)
             _close(folder, store)
+        else:
+            storage.delete_folder(storage.join(folder, "checkpoint"))
         number += 1
     table = write(storage.join(folder, "work.parquet"))
-    left = pair_table.Left(table.rows, table.pairs, table.stored)
-    if table.rows:
+    left = pair_table.Left(table.images, table.pairs, table.stored)
+    if table.pairs:
         state = {"examples": wanted, **left._asdict()}
         storage.write_text(storage.join(folder, "table.json"), json.dumps(state))
     return OpenWork(folder, table, left)
@@ -90,8 +92,9 @@ def mend(checkpoint: str) -> None:
 
 
 def finish(work: OpenWork, done: Any) -> None:
-    """Mark a table as done, with the dataclass that says what was done."""
+    """Mark a table as done, with the dataclass that says what was done. Its checkpoint has no use then."""
     storage.write_text(storage.join(work.folder, "done"), json.dumps(asdict(done)))
+    storage.delete_folder(work.checkpoint)
 
 
 def finished(out: str, store: Store) -> list[dict[str, Any]]:
@@ -114,3 +117,15 @@ def _close(folder: str, store: Store) -> None:
         if names and path.rsplit("/", 1)[-1].startswith(names):
             found.delete_file(path)
     storage.write_text(storage.join(folder, "done"), json.dumps({"closed": True}))
+    storage.delete_folder(storage.join(folder, "checkpoint"))
+
+
+def is_open(out: str, store: Store) -> bool:
+    """Whether a table of the store is unfinished: a run of it may take back what it wrote last."""
+    base, number = storage.join(out, "work", store.name), 0
+    while storage.exists(folder := storage.join(base, f"{number:04d}")):
+        begun = storage.exists(storage.join(folder, "table.json"))
+        if begun and not storage.exists(storage.join(folder, "done")):
+            return True
+        number += 1
+    return False

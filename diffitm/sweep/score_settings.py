@@ -20,6 +20,7 @@ from diffitm.core.schema import Example
 from diffitm.evaluation.diagnostics import right_pairs
 from diffitm.metrics.figures import SECONDARY
 from diffitm.metrics.intervals import interval
+from diffitm.metrics.score import other_dtype
 from diffitm.store.join import ScoredExample, read_scored
 from diffitm.store.score_store import Store
 from diffitm.sweep.timestep_weights import Contrasts, learn, spread
@@ -61,7 +62,7 @@ class TaskErrors:
 
 
 Key = tuple[str, str, str, str]  # model, LoRA, protocol, kind of error
-Table = tuple[list[int], list[TaskErrors]]  # timesteps, and the tasks' errors at them
+Table = tuple[list[float], list[TaskErrors]]  # timesteps, and the tasks' errors at them
 
 
 def half_of(cluster: str) -> tuple[bool, int]:
@@ -82,10 +83,10 @@ def read_errors(task: Task, uri: str, store: Store, error: str) -> TaskErrors | 
     for item in read_scored(uri, store, error):
         reason = item.failure
         if reason is None and not np.isfinite(_main(item)).all():
-            reason = "an error is not finite"
+            reason = f"an error is not finite{other_dtype(store.config.get('dtype'))}"
         if reason is not None:
             failures[item.example.id] = reason
-        elif not right_pairs(item).all():
+        elif not right_pairs(item, task.right).all():
             kept.append(item)
     halves = [half_of(item.example.cluster) for item in kept]
     chooses = np.array([half for half, _ in halves], bool)
@@ -105,7 +106,7 @@ def read_errors(task: Task, uri: str, store: Store, error: str) -> TaskErrors | 
         task,
         [item.example for item in kept],
         values.astype(np.float32),
-        _contrasts(kept, main, halves),
+        _contrasts(kept, main, halves, task.right),
         chooses,
         np.array([item.example.cluster for item in kept]),
         failures,
@@ -120,14 +121,17 @@ def _main(item: ScoredExample) -> np.ndarray:
 
 
 def _contrasts(
-    items: Sequence[ScoredExample], errors: Sequence[np.ndarray], halves: Sequence[tuple[bool, int]]
+    items: Sequence[ScoredExample],
+    errors: Sequence[np.ndarray],
+    halves: Sequence[tuple[bool, int]],
+    count: int,
 ) -> Contrasts:
     """The decisions of the half that chooses; each image's and each text's where both are asked."""
     blocks, folds, clusters = [], [], []
     for item, found, (chooses, fold) in zip(items, errors, halves, strict=True):
         if not chooses:
             continue
-        right = right_pairs(item)
+        right = right_pairs(item, count)
         if item.example.direction == "both":
             rows = [(found[i], right[i]) for i in range(len(found))]
             rows += [(found[:, j], right[:, j]) for j in range(found.shape[1])]
@@ -152,7 +156,11 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def measure(
-    tables: Sequence[TaskErrors], timesteps: Sequence[int], number: int, bounds: str, weighting: str
+    tables: Sequence[TaskErrors],
+    timesteps: Sequence[float],
+    number: int,
+    bounds: str,
+    weighting: str,
 ) -> dict[str, Any]:
     """What a setting reaches on the tasks: mean accuracy of the half that chooses (`accuracy`) and of
     the other (`measured`), each task's values with the 95% interval of the latter, and the timesteps

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 
+from diffitm.captions.lines import Line, read_lines
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Contest, Example
-from diffitm.metrics.credit import Credit, Credits, recall, recall_chance, recalls, together
-from diffitm.metrics.figures import Decision, Figure, means
+from diffitm.core.zip_file import zip_members
+from diffitm.metrics.credit import (
+    Credit,
+    Credits,
+    raced_winoground,
+    recall,
+    recall_chance,
+    recalls,
+    together,
+    winoground,
+    winoground_chance,
+    winogrounds,
+)
+from diffitm.metrics.figures import Decision, Figure, macro, means
 from diffitm.tasks.csv_files import csv_rows, csv_table
 
 
@@ -23,6 +38,8 @@ class Task(ABC):
 
     `folder` is where its files lie below the data root, `source` where they come from and what
     licence or login they need. `graded`: its credits are decisions, 1 for right and 0 for wrong.
+    `published` is how many examples its authors tell of, where that is known. `right`: so many candidates,
+    from the gold one on, are right; diagnostics and learned weights compare them with the others.
     """
 
     name: str
@@ -30,6 +47,8 @@ class Task(ABC):
     source: str
     version = 1
     graded: ClassVar[bool] = True
+    published: ClassVar[int | None] = None
+    right: ClassVar[int] = 1
 
     @abstractmethod
     def examples(self, root: str) -> Iterator[Example]:
@@ -95,6 +114,27 @@ class Task(ABC):
             raise InputError(
                 f"{storage.join(root, self.folder, name)}: not JSON: {error}"
             ) from error
+
+    def lines(self, root: str, name: str, columns: Sequence[str] = ()) -> Iterator[Line]:
+        """The lines of a file of the task's folder, as read_lines gives them. Raises InputError."""
+        path = storage.join(root, self.folder, name)
+        if not storage.exists(path):
+            raise InputError(f"task {self.name} needs {path} (from {self.source})")
+        return read_lines(path, root, columns)
+
+    def parquet_lines(self, root: str, split: str) -> Iterator[Line]:
+        """The lines of a split as the Hub has it: data/<split>-*.parquet, or without data/. Raises
+        InputError."""
+        folders = [storage.join(root, self.folder, "data"), storage.join(root, self.folder)]
+        for folder in folders:
+            names = [storage.name(path) for path in storage.files(folder, ".parquet")]
+            if kept := [name for name in names if name.startswith(f"{split}-")]:
+                files = (read_lines(storage.join(folder, name), root) for name in kept)
+                for number, line in enumerate(itertools.chain.from_iterable(files)):
+                    yield replace(line, key=str(number))  # each file counts from 0
+                return
+        wanted = f"{folders[0]}/{split}-*.parquet"
+        raise InputError(f"task {self.name} needs {wanted} (from {self.source})")
 
     def read_rows(self, root: str, name: str) -> list[list[str]]:
         """The rows of a CSV file that are not empty, its header too. Raises InputError."""
@@ -165,6 +205,85 @@ class RetrievalTask(Task):
         """k of n candidates."""
         count = len(example.images) * len(example.texts)
         return {name: recall_chance(count, k) for name, k in self.recalls.items()}
+
+
+class PairTask(Task):
+    """Two images and two texts, image i with text i: Winoground's metrics."""
+
+    def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
+        """Text, image and group credit."""
+        return winoground(scores)
+
+    def credits_each(
+        self, examples: Sequence[Example], golds: np.ndarray, scores: np.ndarray
+    ) -> dict[str, Credits]:
+        """All at once, unless a task has credits of its own."""
+        if not self._is_same(PairTask, "credits"):
+            return super().credits_each(examples, golds, scores)
+        return winogrounds(scores)
+
+    def chance_each(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """All at once, unless a task has its own."""
+        same = self._is_same(PairTask, "chance")
+        return self._chance_of_all(examples) if same else super().chance_each(examples)
+
+    def contests(self, example: Example) -> list[Contest]:
+        """Both texts of either image, and both images of either text; a task with credits of its own has
+        none."""
+        return self.pair_contests() if type(self).credits is PairTask.credits else []
+
+    @staticmethod
+    def pair_contests() -> list[Contest]:
+        """Those of two images and two texts."""
+        return [*(Contest([2 * i, 2 * i + 1], 1) for i in (0, 1)), *image_contests()]
+
+    def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:
+        """Text, image and group credit."""
+        return raced_winoground(standings[:2], standings[2:])
+
+    def chance(self, example: Example) -> dict[str, float]:
+        """Of continuous random scores."""
+        return winoground_chance()
+
+
+def image_contests() -> list[Contest]:
+    """Of two images and two texts: both images of either text, by what the text explains."""
+    return [Contest([j, 2 + j], 1, [4, 5]) for j in (0, 1)]
+
+
+def pair_of(
+    line: Line,
+    images: tuple[str, str],
+    texts: tuple[str, str],
+    groups: dict[str, str] | None = None,
+    folder: str = "",
+) -> Example:
+    """The example of a line with two images and their texts in these fields. Raises InputError."""
+    first, second = (line.image(name, folder) for name in images)
+    said = tuple(line.text(name) for name in texts)
+    return Example(line.key, (first, second), said, "both", cluster=first, groups=groups or {})
+
+
+def with_macro(decisions: Sequence[Decision], key: str) -> list[Figure]:
+    """The accuracy over all, the mean of the parts' accuracies, and each group's."""
+    whole, *groups = means(decisions)
+    kept = {decision.groups[key] for decision in decisions}
+    return [whole, macro(decisions, "accuracy", key, kept), *groups]
+
+
+def pictures(root: str, folder: str) -> str:
+    """Where the images of a folder lie below the data root: in it or, where it is not there, in the zip of
+    its name, which may have that folder inside. Raises InputError for a broken zip."""
+    archive = storage.join(root, f"{folder}.zip")
+    if storage.exists(storage.join(root, folder)) or not storage.exists(archive):
+        return folder
+    last = folder.rpartition("/")[2]
+    try:
+        names = zip_members(archive)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{archive} cannot be read: {error}") from error
+    inside = any(name.startswith(f"{last}/") for name in names)
+    return f"{folder}.zip/{last}" if inside else f"{folder}.zip"
 
 
 def entry(line: Any, **kinds: type | tuple[type, ...]) -> list[Any] | None:

@@ -25,7 +25,7 @@ REPORT_EVERY = 10.0
 class TaskState:
     """What a data root has of a task. `problem` says which file is missing or wrong; `missing` and
     `unreadable` count images, `failed` the examples that their file itself spoils, `first` names one
-    of all these with the reason."""
+    of all these with the reason. `published` is how many examples there should be, where that is known."""
 
     task: str
     state: Literal["ready", "incomplete", "absent"]
@@ -37,6 +37,7 @@ class TaskState:
     failed: int = 0
     problem: str = ""
     first: str = ""
+    published: int | None = None
 
     @property
     def can_run(self) -> bool:
@@ -72,15 +73,16 @@ def check(task: Task, root: str) -> TaskState:
         unreadable=len(unreadable),
         failed=len(failures),
         first=bad[0] if bad else "",
+        published=task.published,
     )
 
 
 def _look(task: str, root: str, crops: dict[str, set[Crop]]) -> tuple[list[str], list[str]]:
     """Images that are missing and images that are unreadable, with reasons."""
-    paths = sorted(crops)
-    there = set(_listed(root, {path.rpartition("/")[0] for path in paths}))
-    missing = [f"{path}: there is no such file" for path in paths if path not in there]
-    present = [path for path in paths if path in there]
+    files = {path: images.holder(path) for path in sorted(crops)}
+    there = set(_listed(root, {file.rpartition("/")[0] for file in files.values()}))
+    missing = [f"{p}: there is no such file" for p, file in files.items() if file not in there]
+    present = [path for path, file in files.items() if file in there]
     unreadable: list[str] = []
     told = time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:

@@ -9,8 +9,7 @@ import numpy as np
 from diffitm.core import storage
 from diffitm.core.schema import Contest, Example
 from diffitm.metrics.credit import Credit, Credits, raced_winoground, winoground, winogrounds
-from diffitm.tasks.base import Task
-from diffitm.tasks.winoground import image_contests
+from diffitm.tasks.base import Task, image_contests
 
 FILE = "Questions.csv"
 FOLDERS = ("MLLM_VLM_Images", "MLLM_VLM Images")

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from pyarrow import parquet
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Contest, Example
-from diffitm.metrics.credit import (
-    Credit,
-    Credits,
-    raced_winoground,
-    winoground,
-    winoground_chance,
-    winogrounds,
-)
-from diffitm.tasks.base import Task, entry
+from diffitm.core.schema import Example
+from diffitm.tasks.base import PairTask, entry, pair_of
 
 FIELDS = ["id", "caption_0", "caption_1", "collapsed_tag", "num_main_preds"]
 FILES = ("data.json", "examples.jsonl", "data/examples.jsonl", "data.parquet")
 IMAGE_FOLDERS = ("images", ".", "data/images")
 
 
-class Winoground(Task):
-    """data.json (or examples.jsonl, or Parquet) and images named ex_{id}_img_{0,1}.png."""
+class Winoground(PairTask):
+    """data.json (or examples.jsonl, or Parquet) and images named ex_{id}_img_{0,1}.png; or
+    data/test-*.parquet with the images inside, as the Hub's image_0 and image_1."""
 
     name = "winoground"
     folder = "winoground"
@@ -37,6 +30,9 @@ class Winoground(Task):
 
     def examples(self, root: str) -> Iterator[Example]:
         """One example an entry, by collapsed tag and by number of main predicates."""
+        if not any(storage.exists(storage.join(root, self.folder, file)) for file in FILES):
+            yield from self._embedded(root)
+            return
         name, entries = self._entries(root)
         images, seen = None, set[int]()
         for line in entries:
@@ -57,12 +53,29 @@ class Winoground(Task):
                 groups=groups,
             )
 
-    def _entries(self, root: str) -> tuple[str, list[dict[str, Any]]]:
-        found = [f for f in FILES if storage.exists(storage.join(root, self.folder, f))]
-        if not found:
+    def _embedded(self, root: str) -> Iterator[Example]:
+        """The same of Parquet that holds the images. Raises InputError."""
+        where = storage.join(root, self.folder, "data")
+        if not any(
+            path.rpartition("/")[2].startswith("test-") for path in storage.files(where, ".parquet")
+        ):
             path = storage.join(root, self.folder, FILES[0])
             raise InputError(f"task {self.name} needs {path} (from {self.source})")
-        name = found[0]
+        seen = set[int]()
+        for line in self.parquet_lines(root, "test"):
+            number = line.number("id")
+            if number in seen:
+                raise line.wrong("id", "there once")
+            seen.add(number)
+            groups = {
+                "collapsed_tag": line.text("collapsed_tag"),
+                "num_main_preds": str(line.number("num_main_preds")),
+            }
+            found = pair_of(line, ("image_0", "image_1"), ("caption_0", "caption_1"), groups)
+            yield replace(found, id=str(number), cluster=str(number))
+
+    def _entries(self, root: str) -> tuple[str, list[dict[str, Any]]]:
+        name = next(f for f in FILES if storage.exists(storage.join(root, self.folder, f)))
         path = storage.join(root, self.folder, name)
         if name.endswith(".json"):
             entries = self.read_json(root, name)
@@ -85,40 +98,3 @@ class Winoground(Task):
             if storage.exists(storage.join(root, below, f"ex_{number}_img_0.png")):
                 return below
         return f"{self.folder}/images"
-
-    def credits(self, example: Example, scores: np.ndarray) -> dict[str, Credit]:
-        """Text, image and group credit."""
-        return winoground(scores)
-
-    def credits_each(
-        self, examples: Sequence[Example], golds: np.ndarray, scores: np.ndarray
-    ) -> dict[str, Credits]:
-        """All at once, unless a subclass has its own."""
-        if not self._is_same(Winoground, "credits"):
-            return super().credits_each(examples, golds, scores)
-        return winogrounds(scores)
-
-    def chance_each(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        """All at once, unless a subclass has its own."""
-        same = self._is_same(Winoground, "chance")
-        return self._chance_of_all(examples) if same else super().chance_each(examples)
-
-    def contests(self, example: Example) -> list[Contest]:
-        """Both texts of either image, and both images of either text; a task with credits of its own has
-        none."""
-        if type(self).credits is not Winoground.credits:
-            return []
-        return [*(Contest([2 * i, 2 * i + 1], 1) for i in (0, 1)), *image_contests()]
-
-    def raced_credits(self, example: Example, standings: Sequence[np.ndarray]) -> dict[str, Credit]:
-        """Text, image and group credit."""
-        return raced_winoground(standings[:2], standings[2:])
-
-    def chance(self, example: Example) -> dict[str, float]:
-        """Of continuous random scores."""
-        return winoground_chance()
-
-
-def image_contests() -> list[Contest]:
-    """Of two images and two texts: both images of either text, by what the text explains."""
-    return [Contest([j, 2 + j], 1, [4, 5]) for j in (0, 1)]

@@ -9,12 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-from diffitm.core.schema import PairRow
 from diffitm.models.loading import resolve
 from diffitm.scoring.specs import DiffusionSpec
+from diffitm.store.blocks import read_images
 from tests import pipeline
 from tests.faults.disturb import assert_same, scores
 from tests.traced import STEPS, read_trace
@@ -53,7 +52,7 @@ def test_from_zero_workers_and_back(tmp_path: Path) -> None:
 def _without_ray(out: Path) -> dict:
     (table,) = out.glob("work/*/*/work.parquet")
     spec = DiffusionSpec(resolve("shapes"), str(out / "world"), "diffusionitm", STEPS)
-    rows = [PairRow(**line) for line in pq.read_table(table).to_pylist()]
+    rows = read_images(str(table))
     return {(s["image"], s["text"]): s["l2"] for s in spec.build("cpu").score(rows)}
 
 

@@ -63,7 +63,7 @@ def test_nodes_that_fail(
     and the wait for nodes, are longer than Ray Data's time-out. No pair is lost, and the log names
     nodes and causes."""
     caplog.set_level(logging.INFO, "diffitm")
-    faults = {"without": "bad", "away": "far", "fails": 301, "long": TIME_OUT + 4}
+    faults = {"without": "bad", "away": "far", "fails": "images/0000301.jpg", "long": TIME_OUT + 4}
     spec = BrokenSpec(str(tmp_path / "trace"), 0.001, **faults)
     with ThreadPoolExecutor() as pool:  # Ray adds nodes from the main thread alone
         running = pool.submit(run, cluster, tmp_path / "out", spec)

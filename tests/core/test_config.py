@@ -16,7 +16,7 @@ from diffitm.core.provenance import fingerprint, record, redact
 from diffitm.evaluation.options import GdbenchConfig
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.loading import FAMILIES
-from diffitm.scoring.noise_plan import PROTOCOLS
+from diffitm.scoring.noise_plan import FLOW_PROTOCOLS, PROTOCOLS
 from diffitm.tasks.base import Task
 from diffitm.tasks.registry import TASKS
 
@@ -188,7 +188,11 @@ def test_every_registered_denoiser_loads(name: str) -> None:
 
 def test_pipeline_knows_every_protocol() -> None:
     """The choices that the user sees are those that exist."""
-    assert set(get_args(get_type_hints(GdbenchConfig)["protocol"])) == set(PROTOCOLS)
+    assert set(get_args(get_type_hints(GdbenchConfig)["protocol"])) == {
+        "auto",
+        *PROTOCOLS,
+        *FLOW_PROTOCOLS,
+    }
 
 
 @dataclass(frozen=True)

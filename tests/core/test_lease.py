@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -66,6 +67,10 @@ class Refusing:
 def refuses(out: str, why: str) -> None:
     with pytest.raises(InputError, match=why), lease.held(out):
         pass
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 def another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +147,34 @@ def test_many_at_once(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(one, range(8))) == 1
+
+
+@pytest.mark.parametrize("knows_locks", [True, False])
+def test_the_file_on_a_disk_is_never_away_while_it_is_replaced(
+    knows_locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight that replace it again and again one has it, and none finds it gone."""
+    file = lease_file.OnDisk(tmp_path / "lease.json")
+    rounds = 200
+    if not knows_locks:
+        rounds = 3
+        monkeypatch.setattr(lease_file, "SETTLES", 0.5)
+        monkeypatch.setattr(lease_file.fcntl, "flock", no_locks)
+
+    def one(number: int) -> bool:
+        found = file.read()
+        start.wait()
+        assert found is not None
+        has = file.replace(f"{number} of {turn}".encode(), found)
+        assert file.read() is not None
+        return has
+
+    assert file.create(b"dead")
+    start = threading.Barrier(8)
+    with ThreadPoolExecutor(8) as pool:
+        for turn in range(rounds):
+            assert sum(pool.map(one, range(8))) == 1, turn
+    assert [path.name for path in tmp_path.iterdir()] == ["lease.json"]
 
 
 def test_a_killed_run_on_this_machine_is_dead_at_once(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from diffitm.models.clip import load_clip, resolve_clip
 from diffitm.models.loading import SHAPES, load_denoiser, lora_digest, resolve
 from diffitm.models.lora import add_lora, locate, lora_file, lora_weights, save_lora, unpinned
 from diffitm.models.weight_cache import cache_folder, content_digest, on_disk
-from diffitm.scoring.scorer import load_images
+from diffitm.scoring.image_reader import load_images
 from diffitm.scoring.specs import ClipSpec
 from diffitm.store.roots import take_over
 from diffitm.store.score_store import open_store, stores_of

@@ -30,9 +30,9 @@ def test_the_table_is_sane() -> None:
         for step in source.steps:
             if not isinstance(step, Download):
                 continue
-            assert step.to.partition("/")[0] in (name, "coco_neg")
+            assert step.to.partition("/")[0] in (name, "coco", "coco_neg")
             for url in step.urls:
-                assert url.startswith("https://") or step.to == "coco/val2014.zip"
+                assert url.startswith("https://") or step.to.startswith("coco/val20")
             if step.urls[0].startswith("http://"):
                 assert step.checksum
             assert bool(step.rules) == bool(step.unpacked) == step.to.endswith((".zip", ".gz"))
@@ -50,6 +50,11 @@ def test_the_table_is_sane() -> None:
         ("coco", "val2014/COCO_val2014_000000000042.jpg", "coco/val2014/COCO_val2014_000000000042.jpg"),
         ("mmbias", "Religion/Jewish/3.jpg", "mmbias/data/Images/Religion/Jewish/3.jpg"),
         ("mmbias", "__MACOSX/Religion/Jewish/._3.jpg", None),
+        ("sugarcrepe", "val2017/000000000139.jpg", "coco/val2017/000000000139.jpg"),
+        ("whatsup", "controlled_images/mug_on_desk.jpeg", "whatsup/controlled_images/mug_on_desk.jpeg"),
+        ("eqben", "eqben_vllm/all_select.json", "eqben/eqben_vllm/all_select.json"),
+        ("eqben", "images/eqbensd/1_0.png", "eqben/eqben_vllm/images/eqbensd/1_0.png"),
+        ("colorswap", "data/images.zip", "colorswap/data/images.zip"),
     ],
 )  # fmt: skip
 def test_members_go_to_their_places(task: str, member: str, place: str | None) -> None:
@@ -60,13 +65,21 @@ def test_members_go_to_their_places(task: str, member: str, place: str | None) -
     assert place in found
 
 
+def test_images_that_sets_share_are_fetched_once(tmp_path: Path) -> None:
+    """SugarCrepe and SugarCrepe++ together need COCO's images one time."""
+    chosen = sources.find(["sugarcrepe", "sugarcrepe_pp"])
+    steps = [s.to for s in prepare._needed(chosen, tmp_path) if isinstance(s, Download)]
+    assert steps.count("coco/val2017.zip") == 1
+    assert len(steps) == 7 + 5 + 1
+
+
 def test_tasks_stand_for_their_data() -> None:
     assert list(sources.find(["svo_verb", "svo", "vg_relation"])) == ["svo", "aro"]
     with pytest.raises(InputError, match="unknown task 'pest'; did you mean 'pets'"):
         sources.find(["pest"])
 
 
-def test_every_task_of_gdbench_has_a_source() -> None:
+def test_every_task_has_a_source() -> None:
     from diffitm.tasks.registry import TASKS
 
     for task in TASKS:

@@ -355,3 +355,30 @@ def test_nodes_that_are_up(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_times_in_words(seconds: float, text: str) -> None:
     assert progress.clock(seconds) == text
+
+
+def test_blocks_wait_for_an_actor_that_may_yet_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure or two do not cut all blocks by an unknown rate; a refusal, or a minute of failures, does."""
+    now = [1000.0]
+    monkeypatch.setattr(attempts.time, "monotonic", lambda: now[0])
+    known = Attempts(2, lambda: {"node A", "node B"})
+    known.start("a's start", "a", A)
+    assert not known.has_trouble()
+    assert known.fail("a's start", "a", A, "the Hub is away", True, False).why is None
+    now[0] += attempts.STARTING
+    assert not known.has_trouble()
+    now[0] += 1
+    assert known.has_trouble()
+    known.end("a block", "a", A)
+    assert not known.has_trouble()
+    known = Attempts(1, lambda: {"node A"})
+    known.start("a's start", "a", A)
+    for _ in range(RETRIES):
+        assert known.fail("a's start", "a", A, "no such weights", False, False).why is None
+        assert not known.has_trouble()
+    assert known.fail("a's start", "a", A, "no such weights", False, False).why
+    assert known.has_trouble()
+    known = Attempts(1, lambda: {"node A"})
+    for _ in range(1 + RETRIES):
+        assert known.start("a's start", "a", A).why is None and not known.has_trouble()
+    assert known.start("a's start", "a", A).why and known.has_trouble()

@@ -22,6 +22,7 @@ from diffitm.distributed.actors import StageActor, WorkerSpec
 from diffitm.distributed.attempts import RETRIES, Trouble
 from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import Build, ItemCounter, Stage, in_rounds, run_stage
+from diffitm.store.blocks import Cost
 from diffitm.store.pair_table import Left
 from diffitm.store.run_summary import Done
 from tests.ranks import Handle
@@ -249,7 +250,11 @@ def read_blocks(monkeypatch: pytest.MonkeyPatch, module: Any) -> Blocks:
         blocks.asked["read"] = (paths, how)
         return blocks
 
+    def read_datasource(source: Any, **how: Any) -> Blocks:
+        return read_parquet(source, **how)
+
     monkeypatch.setattr(stages.ray.data, "read_parquet", read_parquet)
+    monkeypatch.setattr(stages.ray.data, "read_datasource", read_datasource)
 
     def watch(*given: Any, **more: Any) -> Any:
         blocks.asked["watch"] = given
@@ -313,8 +318,8 @@ def test_what_scoring_asks_for(
     asked: list[tuple[str, str]] = []
     counts = [Left(1, 3, 0), Left(0, 0, 0)]
 
-    def remaining(table: str, checkpoint: str) -> Left:
-        asked.append((table, checkpoint))
+    def remaining(table: Any, checkpoint: str) -> Left:
+        asked.append((table.uri, checkpoint))
         return counts[min(len(asked) - 1, 1)]
 
     monkeypatch.setattr(score, "remaining", remaining)
@@ -328,12 +333,13 @@ def test_what_scoring_asks_for(
     monkeypatch.setattr(blocks, "write_parquet", write_parquet)
     where = SimpleNamespace(uri=str(tmp_path / "work.parquet"))
     work: Any = SimpleNamespace(table=where, checkpoint=f"{tmp_path}/c", left=Left(80, 240, 0))
-    spec: Any = SimpleNamespace(cost=7)
+    spec: Any = SimpleNamespace(cost=7, image_cost=3)
     store: Any = SimpleNamespace(model="m", uri=str(tmp_path / "scores"))
     pool = ActorPool(2, 5, 0.5, 0.25)
     assert score.score(spec, work, store, pool) == replace(done, seconds=8.0)
-    assert_blocks_stay_whole(blocks, pool, 5)
-    assert blocks.asked["read"][0] == where.uri
+    assert_blocks_stay_whole(blocks, pool, 1)
+    source = blocks.asked["read"][0]
+    assert (source.table, source.cost, source.actors) == (where, Cost(7, 3), 2)
     config = blocks.context.checkpoint_config
     assert (config.checkpoint_path, config.id_column) == (f"{tmp_path}/c", "row")
     spec_of_actor = blocks.asked["map_batches"][1]["fn_constructor_args"][0]

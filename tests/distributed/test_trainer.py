@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 import ray.train
+import torch
 
 from diffitm.core.errors import InputError
 from diffitm.distributed import devices, session, trainer
@@ -214,7 +215,7 @@ def test_processors_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(get_node_id=lambda: "b")
     nodes = [
         {"NodeID": "a", "Resources": {"CPU": 64.0}},
-        {"NodeID": "b", "Resources": {"CPU": 6.0}},
+        {"NodeID": "b", "Resources": {"CPU": 6.0, "GPU": 2.0}},
     ]
     local = SimpleNamespace(get_local_world_size=lambda: 4)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
@@ -224,5 +225,10 @@ def test_processors_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.processors(2.5) == 2.5
     assert devices.processors(0.0) == 0.0
     assert devices.processors(None) == 6 / 4
+    given = list[int]()
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    for gpus in (0.0, 1.0, 0.5, 0.1):
+        devices.take_processors(gpus)
+    assert given == [3, 1, 1], "a scoring actor's go with its GPUs"
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: {0, 1})
     assert devices.processors(None) == 2 / 4

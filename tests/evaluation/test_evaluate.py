@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -263,3 +264,15 @@ def test_no_score_is_finite(tmp_path: Path, dtype: str, hint: str) -> None:
     lines[3:] = [score_row("i1", text, [1.0, 2.0]) for text in ("x", "y", "")]
     found = evaluate.evaluate(examples, [stored(tmp_path / "one", lines, dtype=dtype)])
     assert {row.n for row in found.rows} == {2} and None not in {row.value for row in found.rows}
+
+
+def test_a_metric_that_one_kind_of_score_has_alone_is_compared() -> None:
+    """A task of one's own may give credits under the naive score that it has not under the normalised."""
+
+    def column(model: str, **credits: list[float]) -> Any:
+        return SimpleNamespace(model=model, credits={k: np.array(v) for k, v in credits.items()})
+
+    main = {name: column(name, accuracy=[1.0, 0.0]) for name in "ab"}
+    naive = [column(name, accuracy=[1.0, 0.0], spread=[0.5, 0.5]) for name in "ab"]
+    assert evaluate._told("accuracy", *naive, main)
+    assert not evaluate._told("spread", *naive, main)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffitm.captions.row import CaptionRow
 from diffitm.core.errors import InputError
-from diffitm.core.schema import Example, PairRow, read_block
+from diffitm.core.schema import Example, read_block
 from diffitm.evaluation.evaluate import Evaluation, evaluate
 from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.race_table import Races, full_part, write_races
@@ -31,6 +31,7 @@ from diffitm.scoring.noise_plan import make_plan, plan_timesteps
 from diffitm.scoring.race_block import BlockRaces
 from diffitm.scoring.racing import Racing, Rounds, hold
 from diffitm.store import pair_table
+from diffitm.store.blocks import read_images
 from diffitm.store.join import read_scored
 from diffitm.store.pair_scores import summarise, write_pairs, write_raced_top, write_top
 from diffitm.store.score_store import Store, open_store
@@ -85,7 +86,7 @@ class World:
         """Score in full what is missing; how many forwards that took."""
         before, uris = self.forwards, [e.uri for e in examples or self.examples.values()]
         work = pair_table.write_work(uris, store, f"{self.out}/work.parquet")
-        rows = [PairRow(**line) for line in parquet.read_table(work.uri).to_pylist()]
+        rows = read_images(work.uri)
         if rows:
             self.put(store, self.scorer.score(rows))
         assert self.forwards - before <= work.pairs * len(self.scorer.timesteps) - work.stored
@@ -382,7 +383,7 @@ def test_the_best_of_no_more_than_are_asked_for(world: World) -> None:
     races = Races(RULES, plan, {Top.name: Top(2)})
     (full,) = full_part({Top.name: groups}, races, world.out)
     assert world.score(store, [full]) == 3 * 2 * len(STEPS)
-    assert write_races({Top.name: groups}, store, races, 1, f"{world.out}/r.parquet").rows == 0
+    assert write_races({Top.name: groups}, store, races, 1, f"{world.out}/r.parquet").pairs == 0
     pairs = write_pairs(world.out, own, store, "l2", raced=True)
     top = write_raced_top(pairs, world.out, "text", TopRaces(groups, store, races))
     found = [

@@ -19,11 +19,11 @@ from tests.faults.sleeping import Sleeper, SleepSpec
 @dataclass(frozen=True)
 class BrokenSpec(SleepSpec):
     """A node with the resource `without` cannot load, one with `away` cannot read an image; the block
-    with row `fails` meets a CUDA error the first time, the first block of all takes `long` seconds."""
+    with the image `fails` meets a CUDA error the first time, the first block of all takes `long` seconds."""
 
     without: str = "none"
     away: str = "none"
-    fails: int = -1
+    fails: str = ""
     long: float = 0.0
 
     def build(self, device: str) -> Sleeper:
@@ -49,8 +49,7 @@ class Broken(Sleeper):
     def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         if self.away:
             raise Unavailable("none of 32 images could be read")
-        numbers = [row.row for row in rows]
-        if self.spec.fails in numbers and self._first("failed"):
+        if self.spec.fails in [row.image for row in rows] and self._first("failed"):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if self.spec.long and self._first("long"):
             time.sleep(self.spec.long)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from pyarrow import parquet
 from ray.cluster_utils import Cluster
 
 from tests import pipeline
@@ -72,14 +73,14 @@ class Disturbed:
         """Wait for the run's end, which must be a good one."""
         assert self.process.wait(WAIT) == 0, self.log.read_text()
 
-    def committed(self, rows: int) -> None:
-        """Wait until that many rows are in the checkpoint."""
+    def committed(self, images: int) -> None:
+        """Wait until the checkpoint has that many images."""
 
         def enough() -> bool:
             assert self.process.poll() is None, f"the run ended\n{self.log.read_text()}"
-            return len(pipeline.committed(self.out)) >= rows
+            return pipeline.images_done(self.out) >= images
 
-        until(enough, f"no {rows} rows\n{self.log.read_text()}")
+        until(enough, f"no {images} images\n{self.log.read_text()}")
 
     def busy(self) -> list[Block]:
         """The blocks that living actors compute now."""
@@ -125,14 +126,20 @@ class Disturbed:
             self.process.wait(30)
         return block
 
-    def computed(self) -> list[int]:
-        """Every row that was computed, as often as it was."""
-        return [row for block in read_trace(self.trace) for row in block.rows]
+    def computed(self) -> list[tuple[str, str]]:
+        """Every pair that was computed, as often as it was."""
+        return [pair for block in read_trace(self.trace) for pair in block.pairs]
 
     @property
     def block(self) -> int:
-        """Rows of a block."""
-        return int((self.out / "block").read_text())
+        """Pairs of the largest block."""
+        return largest_block(self.out)
+
+
+def largest_block(out: Path) -> int:
+    """How many pairs the largest block of a run has."""
+    (index,) = out.glob("work/*/*/blocks.parquet")
+    return max(parquet.read_table(index)["pairs"].to_pylist())
 
 
 def scores(out: Path) -> dict[tuple[str, str], np.ndarray]:

@@ -45,6 +45,7 @@ class Figures:
     start_up: float  # before, until all actors are up
     waiting: float
     written: float  # after the last pair, until the run has ended
+    driver: float  # processors that the driver used while actors scored
     curve: list[tuple[int, float]]
 
     @property
@@ -60,6 +61,7 @@ class Figures:
             f"start-up {self.start_up:.0f} s, scoring {self.seconds:.0f} s "
             f"({self.pairs / self.seconds:.0f} pairs/s), then {self.written:.0f} s to the end",
             f"waiting: {100 * self.waiting:.1f}% of the actors' time",
+            f"the driver used {self.driver:.2f} of a processor",
             f"driver's memory from {FIRST:,} pairs on: {self.growth:+.0f} MiB",
             *(f"{done:>12,} pairs {memory:6.0f} MiB" for done, memory in self.curve[::step]),
         ]
@@ -83,10 +85,13 @@ class Memory(threading.Thread):
         self.curve.append((done, psutil.Process().memory_info().rss / 2**20))
 
 
-def waiting(actors: list[Actor], start: float, end: float) -> float:
-    """The share of the time between `start` and `end` in which the actors were not scoring."""
-    blocks = [block for actor in actors for block in actor.blocks]
-    busy = sum(max(0.0, min(b.end, end) - max(b.start, start)) for b in blocks)
+def waiting(actors: list[Actor], start: float, end: float, seconds: float) -> float:
+    """The share of the time between `start` and `end` in which the model, of so many seconds a pair, had
+    nothing to do."""
+    busy = 0.0
+    for block in (block for actor in actors for block in actor.blocks):
+        within = max(0.0, min(block.end, end) - max(block.start, start))
+        busy += seconds * block.pairs * within / (block.end - block.start)
     return 1 - busy / (len(actors) * (end - start))
 
 
@@ -113,18 +118,18 @@ def measure(out: str, spec: SleepSpec, given: argparse.Namespace, address: str) 
     pool = session.choose_pool(given.actors, None, CPUS, given.gpus)
     memory = Memory(trace)
     memory.start()
-    begin = time.time()
+    begin, used = time.time(), time.process_time()
     finish(work, score(spec, work, store, pool))  # type: ignore[arg-type]
-    end = time.time()
+    end, used = time.time(), time.process_time() - used
     memory.stopped.set()
     memory.join()
     memory.note()
     found = read_trace(trace)
     up, last = max(a.up for a in found), max(b.end for a in found for b in a.blocks)
-    share = waiting(found, up, last)
+    share = waiting(found, up, last, spec.seconds)
     check(store, given.pairs)
     size = ray.cluster_resources()["object_store_memory"] / 2**20
-    times = (last - up, up - begin, share, end - last)
+    times = (last - up, up - begin, share, end - last, used / (end - up))
     return Figures(len(found), given.pairs, size, *times, memory.curve)
 
 
@@ -136,6 +141,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.05, help="that a pair takes")
     parser.add_argument("--timesteps", type=int, default=0, help="errors of a pair")
+    parser.add_argument("--read", type=float, default=0.06, help="seconds that an image takes")
     parser.add_argument("--gpus", type=float, default=0.0, help="of an actor, as numbers")
     parser.add_argument("--object-store", type=int, default=200, help="MiB a node")
     parser.add_argument("--out", type=Path, help="folder of the run, kept; figures.json lies in it")
@@ -153,7 +159,7 @@ def main() -> None:
         try:
             for _ in range(given.nodes - 1):
                 cluster.add_node(**node)
-            spec = SleepSpec(str(out / "trace"), given.seconds, given.timesteps)
+            spec = SleepSpec(str(out / "trace"), given.seconds, given.timesteps, given.read)
             figures = measure(str(out), spec, given, cluster.address)
         finally:
             ray.shutdown()

@@ -47,11 +47,11 @@ def disturb(run: Disturbed, each: int, seed: int) -> tuple[Counter[str], Counter
     tried, survived, begin = Counter[str](), Counter[str](), time.monotonic()
     for kind in kinds:
         tried[kind] += 1
-        what, done = hit(run, kind), len(pipeline.committed(run.out))
+        what, done = hit(run, kind), pipeline.images_done(run.out)
         run.committed(done + 1)
         survived[kind] += 1
         seconds = time.monotonic() - begin
-        sys.stdout.write(f"{seconds:5.0f} s  {done:6,} rows  {kind}: {what}\n")
+        sys.stdout.write(f"{seconds:5.0f} s  {done:6,} images  {kind}: {what}\n")
         sys.stdout.flush()
     return tried, survived
 
@@ -79,8 +79,8 @@ def main() -> None:
             sys.stdout.write(f"{kind}: {survived[kind]} of {tried[kind]} survived\n")
         sys.stdout.write(
             f"{given.pairs:,} pairs in {time.monotonic() - begin:.0f} s, each once in the store and "
-            f"with the right score; {len(set(computed)):,} rows, {again:,} of them finished twice; "
-            f"{lost} blocks of {run.block} rows were cut off\n"
+            f"with the right score; {len(set(computed)):,} pairs, {again:,} of them finished twice; "
+            f"{lost} blocks of up to {run.block} pairs were cut off\n"
         )
 
 

@@ -1,10 +1,11 @@
-"""A model that is a fixed sleep a pair, and what its actors write down of their time.
+"""A model that is a fixed sleep a pair, images that take a while to be read, and what actors write down.
 
 It imports no torch, so that 64 actors fit on a small machine.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from diffitm.core import images
 from diffitm.core.schema import Example, PairRow
+from diffitm.scoring.image_reader import THREADS, ImageReader
+
+AT_ONCE = THREADS
+
+
+def _picture() -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+PICTURE = _picture()
 
 
 class Block(NamedTuple):
@@ -34,11 +49,14 @@ class Actor(NamedTuple):
 
 @dataclass(frozen=True)
 class SleepSpec:
-    """Actors write to files below `trace`; a pair takes `seconds` and has errors of `timesteps`."""
+    """Actors write to files below `trace`; a pair takes `seconds` and has errors of `timesteps`, reading
+    an image takes `read` seconds."""
 
     trace: str
     seconds: float = 0.05
     timesteps: int = 0
+    read: float = 0.0
+    image_cost = 0
 
     @property
     def cost(self) -> int:
@@ -65,10 +83,20 @@ class Sleeper:
 
     def score(self, rows: Sequence[PairRow]) -> list[dict[str, Any]]:
         start = time.time()
-        lines = [self._one(row, text) for row in rows for text in row.texts]
+        images.read = self._read
+        lines, left = list[dict[str, Any]](), iter(rows)
+        with ImageReader(rows, "", lambda image: image, AT_ONCE, THREADS) as reader:
+            while found := reader.take(AT_ONCE):
+                for item, row in zip(found, left):  # noqa: B905  # left has those of the next images, too
+                    assert item.failure is None, item.failure
+                    lines += [self._one(row, text) for text in row.texts]
         with self.file.open("a") as file:
             file.write(f"{start} {time.time()} {len(lines)}\n")
         return lines
+
+    def _read(self, *place: str) -> bytes:
+        time.sleep(self.spec.read)
+        return PICTURE
 
     def _one(self, row: PairRow, text: str) -> dict[str, Any]:
         time.sleep(self.spec.seconds)

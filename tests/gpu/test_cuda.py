@@ -5,18 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from diffitm.distributed.devices import actor_device
 from diffitm.models.clip import load_clip, resolve_clip
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import add_lora
 from diffitm.scoring.batching import Batch
+from diffitm.scoring.compiled import CompiledPredict
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.pair_errors import pair_errors
+from tests.models.test_precision import overflowing
 from tests.pipeline import ROOT, environment
 
 pytestmark = [
@@ -56,6 +60,42 @@ def test_errors_are_those_of_the_processor() -> None:
     np.testing.assert_allclose(errors("cuda", "fp32", 1), errors("cuda", "fp32", 18), rtol=1e-5)
     np.testing.assert_allclose(errors("cuda", "fp16"), reference, rtol=0.02)
     np.testing.assert_allclose(errors("cuda", "bf16"), reference, rtol=0.05)
+
+
+def test_products_of_attention_beyond_fp16(tmp_path: Path) -> None:
+    """As those of Stable Diffusion 2: the GPU's fused attention holds none of them in fp16."""
+    model: Any = load_denoiser(resolve(str(overflowing(tmp_path))), "fp16", "cuda")
+    noised = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    given = (
+        noised.to("cuda"),
+        torch.tensor([100, 900], device="cuda"),
+        model.encode_texts(TEXTS[:2]),
+    )
+    found = model.predict(*given)
+    assert found.isfinite().all()
+    model.unet.set_attn_processor(AttnProcessor())  # with its upcast
+    torch.testing.assert_close(found, model.predict(*given), rtol=0.02, atol=0.02)
+
+
+def test_channels_come_last_in_half_precision() -> None:
+    """And the errors are the same each time."""
+    model: Any = load_denoiser(resolve("shapes"), "fp16", "cuda")
+    for weight in (model.unet.conv_in.weight, model.vae.encoder.conv_in.weight):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(errors("cuda", "fp16"), errors("cuda", "fp16"))
+
+
+def test_compiled_errors() -> None:
+    """Those without it, to fp16's rounding, and of batches that are filled up."""
+    model = load_denoiser(resolve("shapes"), "fp16", "cuda")
+    batch = Batch(8)
+    predict = CompiledPredict(model, batch)
+    predict.tell = pytest.fail
+    noised = torch.randn(6, *model.latent_shape, device="cuda")
+    given = (noised, torch.arange(6, device="cuda") * 150, model.encode_texts(TEXTS * 2))
+    with torch.inference_mode():
+        found, expected = predict(*given), model.predict(*given)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
 def test_clip_is_that_of_the_processor() -> None:

@@ -18,6 +18,7 @@ from diffitm.core.errors import InputError
 from diffitm.models.loading import SHAPES, load_denoiser, resolve
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.models.parts import _check_merges
+from diffitm.models.weight_files import read_shapes
 from diffitm.scoring.specs import DiffusionSpec
 from tests import tiny
 
@@ -545,3 +546,13 @@ def test_the_config_of_a_whole_clip(folder: Path) -> None:
     inner = json.loads(file.read_text())
     file.write_text(json.dumps({"model_type": "clip", "text_config": inner}))
     check_loadable(resolve(str(folder)))
+
+
+def test_a_header_whose_length_reads_as_a_tag(tmp_path: Path) -> None:
+    """15,392 bytes of header are b' <' to the eye, and no page of a web site."""
+    file = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(2)}, file, metadata={"about": "x" * 15_392})
+    more = int.from_bytes(file.read_bytes()[:8], "little") - 15_392
+    save_file({"w": torch.ones(2)}, file, metadata={"about": "x" * (15_392 - more)})
+    assert file.read_bytes()[:2] == b" <"
+    assert read_shapes(file) == {"w": (2,)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from diffitm.models.noise_schedule import NoiseSchedule
+from diffitm.models.noise_schedule import FlowSchedule, NoiseSchedule
 from tests import tiny
 
 
@@ -104,3 +104,25 @@ def test_numbers_by_hand(prediction: str, target: float, clean: float) -> None:
 def test_unknown_prediction() -> None:
     with pytest.raises(ValueError, match="'noise' is not one of"):
         NoiseSchedule(torch.ones(2), torch.ones(2), "noise")
+
+
+def test_a_flow_without_a_table(drawn: tuple[torch.Tensor, ...]) -> None:
+    """Timesteps are 1000 sigma, real numbers that are not rounded; z0 comes back of the true velocity."""
+    z0, eps, _ = drawn
+    schedule, steps = FlowSchedule(), torch.tensor([0.5, 65.9656, 500, 1000])
+    s = (steps / 1000).view(-1, 1, 1, 1)
+    noised, target = schedule.add_noise(z0, eps, steps), schedule.target(z0, eps, steps)
+    torch.testing.assert_close(noised, (1 - s) * z0 + s * eps)
+    torch.testing.assert_close(target, eps - z0)
+    torch.testing.assert_close(schedule.clean(noised, target, steps), z0, atol=1e-5, rtol=0)
+    schedule.check(steps)
+
+
+def test_timesteps_that_a_schedule_has_not() -> None:
+    for step in (0.0, -1.0, 1000.5):
+        with pytest.raises(ValueError, match="is no noise of a flow model"):
+            FlowSchedule().check(torch.tensor([500, step]))
+    with pytest.raises(ValueError, match="timestep 1000 is beyond the model's last, 999"):
+        tiny.schedule().check(torch.tensor([1000]))
+    with pytest.raises(ValueError, match="takes whole numbers"):
+        tiny.schedule().check(torch.tensor([10.5]))

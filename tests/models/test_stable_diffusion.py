@@ -317,9 +317,9 @@ def rename_family(folder: Path, name: str) -> None:
 
 def test_unknown_family(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What can be run is listed, before anything is hashed; of a Hub id, too."""
-    rename_family(broken, "StableDifusion3Pipeline")
+    rename_family(broken, "StableDifusionPipeline")
     text = (
-        "unknown kind of diffusion model 'StableDifusion3Pipeline'; did you mean "
+        "unknown kind of diffusion model 'StableDifusionPipeline'; did you mean "
         "'StableDiffusionPipeline'"
     )
     with pytest.raises(InputError, match=text):
@@ -333,7 +333,7 @@ def test_a_family_of_ones_own(broken: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """One line tells which class runs it and of which parts a score depends; other weights are another
     model."""
     rename_family(broken, "OurPipeline")
-    family = loading.Family("tests.tiny:Ours", ("unet", "vae"))
+    family = loading.Family("tests.tiny:Ours", dict.fromkeys(("unet", "vae")))
     monkeypatch.setitem(loading.FAMILIES, "OurPipeline", family)
     monkeypatch.setattr(tiny, "Ours", StableDiffusion, raising=False)
     first = loading.resolve(str(broken))

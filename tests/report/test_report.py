@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from pyarrow import parquet
 
 from diffitm.evaluation import evaluate
 from diffitm.evaluation.evaluate import Evaluation, ResultRow
@@ -23,8 +22,9 @@ from diffitm.report.published_figures import LABEL
 from diffitm.report.table import TableLine, cell, latex, make_table, markdown
 from diffitm.shapes.layouts import write_world
 from diffitm.store import pair_table
+from diffitm.store.blocks import read_images
 from diffitm.store.score_store import Store, open_store
-from diffitm.tasks.registry import TASKS, find_task
+from diffitm.tasks.registry import GDBENCH, find_task
 from tests import browser
 from tests.tiny import score_row, write_scores
 
@@ -38,7 +38,7 @@ def scored_world(root: Path) -> tuple[dict[str, str], list[Store]]:
     write_world(str(data), 12)
     examples = {
         name: pair_table.write_examples(name, find_task(name)().examples(str(data)), out, None)[0]
-        for name in TASKS
+        for name in GDBENCH
     }
     base = {"kind": "diffusion", "protocol": "diffusionitm", "seed": 0, "root": str(data)}
     stores = [
@@ -53,15 +53,15 @@ def scored_world(root: Path) -> tuple[dict[str, str], list[Store]]:
         )
         steps = len(store.config.get("timesteps", []))
         lines = []
-        for row in parquet.read_table(work.uri).to_pylist():
-            for text in row["texts"]:
-                if row["image"].startswith("pets/images/Blue_circle"):
-                    lines.append(score_row(row["image"], text, failure="unreadable <image>"))
+        for row in read_images(work.uri):
+            for text in row.texts:
+                if row.image.startswith("pets/images/Blue_circle"):
+                    lines.append(score_row(row.image, text, failure="unreadable <image>"))
                 elif store.similarity:
                     value = float(rng.normal())
-                    lines.append(score_row(row["image"], text, similarity=value))
+                    lines.append(score_row(row.image, text, similarity=value))
                 else:
-                    lines.append(score_row(row["image"], text, rng.uniform(1, 9, steps).tolist()))
+                    lines.append(score_row(row.image, text, rng.uniform(1, 9, steps).tolist()))
         write_scores(store, lines)
     return examples, stores
 
@@ -443,7 +443,7 @@ def test_terminal_shows_tasks_tests_and_failures(
     evaluation = written[1]
     terminal.print_results(evaluation, make_table(evaluation))
     text = capsys.readouterr().out
-    for name in TASKS:
+    for name in GDBENCH:
         assert name in text
     assert f"failures {len(evaluation.failures)}" in text
     assert "Paired tests" in text

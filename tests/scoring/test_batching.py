@@ -23,6 +23,8 @@ from diffitm.scoring.clip import ClipScorer
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.scorer import RowScorer
+from diffitm.store.blocks import Cost
+from diffitm.store.pair_table import Left
 from diffitm.store.run_summary import Done
 from tests import tiny
 
@@ -207,6 +209,7 @@ class Remote:
     def __init__(self) -> None:
         self.counter, self.add = ScoringCounter(), self
         self.remote = self.counter.add
+        self.read = SimpleNamespace(remote=lambda: Done)
 
 
 class Spec:
@@ -227,13 +230,14 @@ def test_the_driver_is_told(
 ) -> None:
     """From an actor over the counter into the log, each change once however many actors it was."""
     limit(monkeypatch, sd, "predict", 4)
-    remote, lines = Remote(), _Lines("SD", 12, 3, 2)
+    monkeypatch.setattr("ray.get", lambda found: found())
+    remote, lines = Remote(), _Lines("SD", Left(4, 12, 0), Cost(3), 2)
     with caplog.at_level(logging.WARNING, "diffitm"):
         for _ in range(2):
             ScoringActor(Spec(scorer(sd, root, 8)), "SD", "cpu", remote)  # type: ignore[arg-type]
-            lines.tell_smaller(remote.counter.read())
+            lines.tell_troubles(remote.counter.read())
         remote.remote(Done(smaller=("batch size 4 -> 2",)))
-        lines.tell_smaller(remote.counter.read())
+        lines.tell_troubles(remote.counter.read())
     told = [record.message for record in caplog.records]
     assert told == [
         f"SD: an actor ran out of GPU memory, batch size {change}"
@@ -246,6 +250,7 @@ def test_a_model_that_never_fits_fails_in_words(
 ) -> None:
     """While it measures its rate, before its first block."""
     limit(monkeypatch, sd, "predict", 0)
+    monkeypatch.setattr("ray.get", lambda found: found())
     with pytest.raises(InputError, match="memory is too small"):
         ScoringActor(Spec(scorer(sd, root, 8)), "SD", "cpu", Remote())  # type: ignore[arg-type]
 

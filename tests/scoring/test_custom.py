@@ -17,7 +17,8 @@ from diffitm.core.schema import PairRow
 from diffitm.evaluation.evaluate import evaluate
 from diffitm.evaluation.examples import data_root, write_examples
 from diffitm.scoring.custom import CustomScorer, CustomSpec, find_scorer
-from diffitm.scoring.scorer import Loaded
+from diffitm.scoring.image_reader import Loaded
+from diffitm.store.blocks import read_images
 from diffitm.store.pair_table import write_work
 from diffitm.store.score_store import open_store
 
@@ -209,7 +210,7 @@ def test_from_examples_to_rows(file: Path, tmp_path: Path) -> None:
     spec = CustomSpec(find_scorer(f"{file}:Red"), root)
     store = open_store(out, spec.label, spec.store_config())
     work = write_work([e.uri for e in examples.values()], store, f"{out}/work.parquet")
-    asked = [PairRow(**line) for line in parquet.read_table(work.uri).to_pylist()]
+    asked = read_images(work.uri)
     assert not [row for row in asked if "" in row.texts]
     lines = spec.build("cpu").score(asked)
     parquet.write_table(pa.Table.from_pylist(lines, SCORES), f"{store.uri}/a.parquet")

@@ -6,9 +6,20 @@ import hashlib
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffitm.core.errors import InputError
-from diffitm.scoring.noise_plan import NoisePlan, make_plan, plan_timesteps, standard_noise
+from diffitm.models.noise_schedule import FlowSchedule
+from diffitm.scoring.noise_plan import (
+    FLOW_PROTOCOLS,
+    NoisePlan,
+    choose_protocol,
+    make_plan,
+    plan_flow,
+    plan_timesteps,
+    planned,
+    standard_noise,
+)
 from diffitm.scoring.pair_errors import pair_errors
 from tests import tiny
 
@@ -155,6 +166,51 @@ def test_make_plan_joins_both() -> None:
 def test_plan_rejects(timesteps: torch.Tensor, noise: torch.Tensor, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         NoisePlan(timesteps, noise)
+
+
+def test_self_bench_has_the_published_thirty() -> None:
+    """Places 20, 53, .. 977 of the shift-3 schedule, which a sampler of diffusers has, too."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    expected = scheduler.timesteps[torch.arange(20, 980, 33)]
+    found = plan_flow("selfbench", 30)
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-3)
+    assert (len(found), found[0], found[-1]) == (30, 993.2432, 65.9656)
+
+
+def test_snr_is_that_of_stable_diffusion() -> None:
+    """signal / sigma of each timestep of the diffusionitm grid, in the flow's own way to noise."""
+    schedule = tiny.schedule()
+    steps = plan_timesteps("diffusionitm", 10)
+    sigma = torch.tensor(plan_flow("snr", 10), dtype=torch.float64) / 1000
+    expected = (schedule.signal[steps] / schedule.sigma[steps]).double()
+    torch.testing.assert_close((1 - sigma) / sigma, expected, rtol=1e-4, atol=0)
+    assert len(plan_flow("snr", 250)) == 245
+
+
+def test_sigma_has_mid_points() -> None:
+    assert plan_flow("sigma", 4) == [125.0, 375.0, 625.0, 875.0]
+
+
+@pytest.mark.parametrize("protocol", FLOW_PROTOCOLS)
+def test_flow_plans_are_real_numbers(protocol: str) -> None:
+    """Of noise, none of them clean; the same digits on every machine."""
+    for count in (1, 7, 1000):
+        steps = planned(protocol, count)
+        assert steps == tuple(round(step, 4) for step in steps)
+        FlowSchedule().check(torch.tensor(steps))
+    assert make_plan(planned(protocol, 3), (1, 2, 2)).timesteps.dtype == torch.float32
+    with pytest.raises(InputError, match="timesteps: 0 is out of range"):
+        planned(protocol, 0)
+
+
+def test_protocols_are_of_one_kind_of_model() -> None:
+    assert choose_protocol("auto", True) == "snr"
+    assert choose_protocol("auto", False) == "diffusionitm"
+    assert choose_protocol("sigma", True) == "sigma"
+    with pytest.raises(InputError, match="paper is not for a model that is a flow model: give snr"):
+        choose_protocol("paper", True)
+    with pytest.raises(InputError, match="snr is not for a model that has a table of timesteps"):
+        choose_protocol("snr", False)
 
 
 def test_callers_own_timesteps_and_noise() -> None:

@@ -12,8 +12,8 @@ import torch
 from diffitm.core import images, outside
 from diffitm.core.errors import Unavailable
 from diffitm.core.schema import RaceBlock
-from diffitm.scoring import race_block
-from diffitm.scoring import scorer as scorers
+from diffitm.scoring import image_reader, race_block
+from diffitm.scoring import scorer as scorer_module
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.race_block import BlockRaces, all_with_all
@@ -57,7 +57,7 @@ def races(found: DiffusionScorer, **how: Any) -> BlockRaces:
 def test_the_next_images_are_read_while_these_are_encoded(
     found: DiffusionScorer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorers, "THREADS", 2)
+    monkeypatch.setattr(scorer_module, "THREADS", 2)
     fifth, real, encode = threading.Event(), images.read, found.latents
 
     def load(folder: str, name: str) -> Any:
@@ -81,9 +81,9 @@ def test_images_of_the_caller_are_read_no_sooner_than_they_are_held(found: Diffu
     read = list[tuple[str, int]]()
     sizes: list[int] = found.denoiser.sizes  # type: ignore[attr-defined]
 
-    def load(name: str) -> scorers.Loaded:
+    def load(name: str) -> image_reader.Loaded:
         read.append((name, len(sizes)))
-        return scorers.Loaded(found.prepare(images.load(found.root, name)[0]), None, None)
+        return image_reader.Loaded(found.prepare(images.load(found.root, name)[0]), None, None)
 
     mine = races(found, load=lambda names: map(load, names))
     torch.testing.assert_close(mine.latents, races(found).latents, rtol=0, atol=0)
@@ -96,7 +96,7 @@ def test_a_block_of_which_all_images_are_away(
 ) -> None:
     """All of the block, not of those that are held; only the first is waited for."""
     monkeypatch.setattr(outside, "DELAYS", (0.0, 0.0))
-    monkeypatch.setattr(scorers, "THREADS", 1)
+    monkeypatch.setattr(scorer_module, "THREADS", 1)
     asked, there, real = list[str](), set[str](), images.read
 
     def load(folder: str, name: str) -> Any:

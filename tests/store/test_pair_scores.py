@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from diffitm.captions.row import CaptionRow
 from diffitm.core.schema import SCORES
+from diffitm.store.blocks import read_images
 from diffitm.store.pair_scores import summarise, write_pairs, write_top
 from diffitm.store.pair_table import distinct_texts, write_own, write_work
 from diffitm.store.score_store import Store, open_store
@@ -56,12 +57,12 @@ def test_each_pair_is_asked_for_once_with_its_empty_text(
 ) -> None:
     empty = open_store(str(tmp_path / "empty"), "model", CONFIG)
     work = write_work([examples], empty, str(tmp_path / "work.parquet"))
-    asked = {r["image"]: r["texts"] for r in parquet.read_table(work.uri).to_pylist()}
+    asked = {row.image: row.texts for row in read_images(work.uri)}
     assert asked == {
         "a.jpg": ["", "blue", "red"], "b.jpg": ["", "red"], "gone.jpg": ["", "red"]
     }  # fmt: skip
     done = write_work([examples], store, str(tmp_path / "work2.parquet"))
-    assert (done.rows, done.pairs) == (1, 2), "what failed is tried again"
+    assert (done.images, done.pairs) == (1, 2), "what failed is tried again"
 
 
 def test_scores_by_hand(tmp_path: Path, examples: str, store: Store) -> None:
@@ -107,6 +108,17 @@ def test_a_single_score_a_pair(tmp_path: Path, examples: str) -> None:
     assert table["score"].to_pylist() == [0.25, None, 0.5, 0.5, None, None]
     assert table["failure"].to_pylist()[1] == "the score is not finite"
     assert table["failure"].to_pylist()[4] == "not scored yet"
+
+
+def test_an_error_that_is_not_finite(tmp_path: Path, examples: str) -> None:
+    """Its pair has no score, and another dtype is named."""
+    store = open_store(str(tmp_path), "m", {**CONFIG, "dtype": "fp16"})
+    pairs = [("a.jpg", "red"), ("a.jpg", "blue"), ("b.jpg", "red"), ("a.jpg", ""), ("b.jpg", "")]
+    infinite = [float("inf"), 1.0]
+    fill(store, [score_row(i, t, infinite if t == "blue" else [1.0, 1.0]) for i, t in pairs])
+    table = parquet.read_table(write_pairs(str(tmp_path), examples, store, "l2"))
+    failure = table["failure"].to_pylist()[1]
+    assert failure == "the score is not finite in fp16: try --dtype bf16 or fp32"
 
 
 def test_the_summary(tmp_path: Path, examples: str, store: Store) -> None:

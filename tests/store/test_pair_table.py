@@ -18,7 +18,8 @@ from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
 from diffitm.evaluation import evaluate
 from diffitm.metrics.intervals import wilson
-from diffitm.store import pair_table
+from diffitm.store import blocks, pair_table
+from diffitm.store.blocks import read_images
 from diffitm.store.join import read_examples
 from diffitm.store.score_store import Store, open_store, read_store
 from diffitm.store.stored_lines import StoredLines
@@ -162,10 +163,9 @@ def written(tmp_path: Path, task: str, *examples: Example, limit: int | None = N
 
 
 def work_rows(work: pair_table.WorkTable) -> list[tuple[str, list[str]]]:
-    lines = parquet.read_table(work.uri).to_pylist()
-    assert [line["row"] for line in lines] == list(range(work.rows))
-    assert sum(len(line["texts"]) for line in lines) == work.pairs
-    return [(line["image"], line["texts"]) for line in lines]
+    rows = read_images(work.uri)
+    assert (len(rows), sum(len(row.texts) for row in rows)) == (work.images, work.pairs)
+    return [(row.image, row.texts) for row in rows]
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_shared_pairs_are_scored_once(tmp_path: Path, two_tasks: list[str]) -> N
         ("b", ["", "w", "x"]),
         ("c", ["x", "z"]),
     ]
-    assert (work.rows, work.pairs) == (3, 9)
+    assert (work.images, work.pairs) == (3, 9)
 
 
 def test_clip_needs_no_unconditional_pair(tmp_path: Path, two_tasks: list[str]) -> None:
@@ -224,23 +224,8 @@ def test_nothing_left(tmp_path: Path) -> None:
     store = open_store(str(tmp_path), "m", DIFFUSION)
     write_scores(store, [score_row("a", "x", [1.0]), score_row("a", "y", [1.0])])
     work = pair_table.write_work([uri], store, str(tmp_path / "work.parquet"))
-    assert (work.rows, work.pairs) == (0, 0)
+    assert (work.images, work.pairs) == (0, 0)
     assert work_rows(work) == []
-
-
-def test_many_texts_are_split(tmp_path: Path) -> None:
-    """One row holds at most MAX_TEXTS texts, so that a resume loses little."""
-    texts = [f"text {i:04d}" for i in range(2 * pair_table.MAX_TEXTS + 5)]
-    uri = written(tmp_path, "one", text_example("0", "a", *texts), text_example("1", "b", "x"))
-    store = open_store(str(tmp_path), "m", DIFFUSION)
-    rows = work_rows(pair_table.write_work([uri], store, str(tmp_path / "work.parquet")))
-    assert [(image, len(found)) for image, found in rows] == [
-        ("a", pair_table.MAX_TEXTS),
-        ("a", pair_table.MAX_TEXTS),
-        ("a", 5),
-        ("b", 1),
-    ]
-    assert [text for image, found in rows for text in found if image == "a"] == texts
 
 
 def test_texts_are_pairs_of_their_own_whatever_they_hold(tmp_path: Path) -> None:
@@ -277,6 +262,7 @@ def test_a_failure_of_its_own_is_kept_and_an_example_alone_is_its_own_cluster(
 def test_tables_are_written_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions and rows are counted on; the name depends on every batch."""
     monkeypatch.setattr(pair_table, "BATCH", 2)
+    monkeypatch.setattr(pair_table, "ROW_GROUP", 3)
     folder, examples = (
         str(tmp_path / "examples"),
         [text_example(str(n), f"i{n}", "x", "y") for n in range(5)],
@@ -291,7 +277,7 @@ def test_tables_are_written_in_batches(tmp_path: Path, monkeypatch: pytest.Monke
     store = open_store(str(tmp_path), "m", DIFFUSION)
     work = pair_table.write_work([uri], store, str(tmp_path / "work.parquet"))
     assert work_rows(work) == [(f"i{n}", ["x", "y"]) for n in range(5)]
-    assert (work.rows, work.pairs) == (5, 10)
+    assert (work.images, work.pairs) == (5, 10)
 
 
 def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
@@ -328,19 +314,21 @@ def test_examples_are_named_by_their_content(tmp_path: Path) -> None:
 
 
 def test_remaining_counts_what_the_checkpoint_lacks(tmp_path: Path, two_tasks: list[str]) -> None:
-    """Pending and cut checkpoint files do not count as done."""
+    """All of it until there are blocks; pending and cut checkpoint files do not count as done."""
     store = open_store(str(tmp_path), "m", DIFFUSION)
     work = pair_table.write_work(two_tasks, store, str(tmp_path / "work.parquet"))
     folder = tmp_path / "checkpoint"
-    assert pair_table.remaining(work.uri, str(folder)) == (3, 9, 0)
+    assert pair_table.remaining(work, str(folder)) == (3, 9, 0)
+    blocks.cut(work.uri, blocks.Cost(1, 100), 309, lambda left: 110)
+    assert pair_table.remaining(work, str(folder)) == (3, 9, 0)
     folder.mkdir()
     parquet.write_table(pa.table({"row": [1]}), folder / "a.parquet")
-    assert pair_table.remaining(work.uri, str(folder)) == (2, 6, 0)
+    assert pair_table.remaining(work, str(folder)) == (2, 6, 0)
     parquet.write_table(pa.table({"row": [0]}), folder / "b.pending.parquet")
     (folder / "c.parquet").write_bytes((folder / "a.parquet").read_bytes()[:-9])
-    assert pair_table.remaining(work.uri, str(folder)) == (2, 6, 0)
+    assert pair_table.remaining(work, str(folder)) == (2, 6, 0)
     parquet.write_table(pa.table({"row": [0, 1, 2]}), folder / "d.parquet")
-    assert pair_table.remaining(work.uri, str(folder)) == (0, 0, 0)
+    assert pair_table.remaining(work, str(folder)) == (0, 0, 0)
 
 
 def read_pairs(uri: str, store: Store, error: str = "l2") -> list[dict[str, Any]]:
@@ -643,7 +631,7 @@ def test_written_results(tmp_path: Path) -> None:
     written_rows = json.loads(Path(path).read_text())
     assert Path(path).name == "results.json"
     assert set(written_rows) == {
-        "rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases", "races",
+        "rows", "comparisons", "counts", "curves", "denoising", "speeds", "cases", "races", "cut_texts",
     }  # fmt: skip
     for row in written_rows["rows"]:
         assert set(row) == {

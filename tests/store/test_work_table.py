@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from diffitm.core.schema import Example
-from diffitm.store import pair_table, work_table
+from diffitm.store import blocks, pair_table, work_table
 from diffitm.store.run_summary import Done, summarise, write_summary
 from diffitm.store.score_store import Store, open_store
 from diffitm.store.work_table import OpenWork, finish, finished, open_pairs
@@ -32,7 +32,8 @@ def examples(tmp_path: Path) -> list[str]:
 
 
 def commit(work: OpenWork, name: str, *rows: int) -> Path:
-    """A file of the checkpoint, as Ray Data leaves it."""
+    """A file of the checkpoint, as Ray Data leaves it, of blocks that are an image each."""
+    blocks.cut(work.table.uri, blocks.Cost(1), work.table.pairs, lambda left: 2)
     folder = Path(work.checkpoint)
     folder.mkdir(exist_ok=True)
     parquet.write_table(pa.table({"row": list(rows)}), folder / name)
@@ -49,12 +50,12 @@ def test_an_unfinished_table_is_gone_on_with(
     """The same examples in any order; what its checkpoint holds is not done again."""
     first = open_pairs(str(tmp_path), store, examples, ["one", "two"])
     assert first.folder == str(tmp_path / "work" / store.name / "0000")
-    assert (first.table.rows, first.table.pairs) == (3, 6)
-    assert (first.left.rows, first.left.pairs, first.resumed) == (3, 6, False)
+    assert (first.table.images, first.table.pairs) == (3, 6)
+    assert (first.left.images, first.left.pairs, first.resumed) == (3, 6, False)
     commit(first, "a.parquet", 1)
     again = open_pairs(str(tmp_path), store, examples, ["two", "one"])
     assert (again.folder, again.table) == (first.folder, first.table)
-    assert (again.left.rows, again.left.pairs, again.resumed) == (2, 4, True)
+    assert (again.left.images, again.left.pairs, again.resumed) == (2, 4, True)
     assert not (Path(first.folder) / "done").exists()
 
 
@@ -66,7 +67,7 @@ def test_a_commit_that_a_kill_cut_is_taken_back(
     committed = commit(work, "a.parquet", 0)
     both, pending = commit(work, "a.pending.parquet", 0), commit(work, "b.pending.parquet", 1)
     again = open_pairs(str(tmp_path), store, examples, ["one"])
-    assert (again.folder, again.left.rows) == (work.folder, 2)
+    assert (again.folder, again.left.images) == (work.folder, 2)
     assert (committed.exists(), both.exists(), pending.exists()) == (True, False, True)
 
 
@@ -84,8 +85,8 @@ def test_a_table_of_other_examples_is_closed(
     assert json.loads((Path(old.folder) / "done").read_text()) == {"closed": True}
     assert score_files(store) == ["b1-0.parquet", "earlier-b2.parquet"]
     assert Path(new.folder).name == "0001"
-    lines = parquet.read_table(new.table.uri).to_pylist()
-    assert [(line["image"], line["texts"]) for line in lines] == [("b", ["x", "y"]), ("c", ["y"])]
+    asked = [(row.image, row.texts) for row in blocks.read_images(new.table.uri)]
+    assert asked == [("b", ["x", "y"]), ("c", ["y"])]
     back = open_pairs(str(tmp_path), store, examples, ["one"])
     assert Path(back.folder).name == "0002"
 
@@ -117,12 +118,33 @@ def test_tables_that_are_done_or_were_never_begun_are_passed_over(
     assert [note.get("pairs") for note in finished(str(tmp_path), store)] == [1, None, 5]
 
 
+def test_a_checkpoint_ends_with_its_table(
+    tmp_path: Path, store: Store, examples: list[str]
+) -> None:
+    """One that a kill left is cleared away by the next run; that of an open table stays."""
+    assert not work_table.is_open(str(tmp_path), store)
+    first = open_pairs(str(tmp_path), store, examples, ["one"])
+    path = commit(first, "a.parquet", 0)
+    assert work_table.is_open(str(tmp_path), store) and path.exists()
+    finish(first, Done(pairs=1))
+    assert not Path(first.checkpoint).exists() and not work_table.is_open(str(tmp_path), store)
+    commit(first, "a.parquet", 0)
+    second = open_pairs(str(tmp_path), store, examples, ["two"])
+    assert not Path(first.checkpoint).exists()
+    path = commit(second, "b.parquet", 0)
+    open_pairs(str(tmp_path), store, examples, ["two"])
+    assert path.exists()
+    open_pairs(str(tmp_path), store, examples, ["three"])
+    assert not Path(second.checkpoint).exists()
+    assert work_table.is_open(str(tmp_path), store)
+
+
 def test_nothing_to_do_leaves_no_table_to_go_on_with(
     tmp_path: Path, store: Store, examples: list[str]
 ) -> None:
     write_scores(store, [score_row(image, text, [1.0]) for image in "abc" for text in "xy"])
     work = open_pairs(str(tmp_path), store, examples, ["one"])
-    assert (work.left.rows, work.left.pairs, work.resumed) == (0, 0, False)
+    assert (work.left.images, work.left.pairs, work.resumed) == (0, 0, False)
     assert not (Path(work.folder) / "table.json").exists()
 
 
@@ -137,16 +159,50 @@ def test_only_what_is_both_is_mended(tmp_path: Path) -> None:
     work_table.mend(str(tmp_path / "absent"))
 
 
-ONE = Done(2, 3, 5, 7.0, 11, 13.0, 17.0, 19.0, 23, 29, 31, 0, 37.0, ("8 -> 4",), 89, 97.0)
+ONE = Done(2, 3, 5, 7.0, 11, 13.0, 17.0, 19.0, 23, 29, 31, 0, 37.0, ("8 -> 4",), 89, ("x",), 97.0)
 TWO = Done(
-    41, 43, 47, 53.0, 59, 61.0, 67.0, 71.0, 73, 79, 37, 16, 83.0, ("4 -> 2", "2 -> 1"), 103, 103.0
+    41,
+    43,
+    47,
+    53.0,
+    59,
+    61.0,
+    67.0,
+    71.0,
+    73,
+    79,
+    37,
+    16,
+    83.0,
+    ("4 -> 2", "2 -> 1"),
+    103,
+    ("y",),
+    103.0,
 )
 
 
 def test_what_was_done_adds_up() -> None:
     """But for the most memory and the smallest batch, of which 0 means none."""
     smaller = ("8 -> 4", "4 -> 2", "2 -> 1")
-    both = Done(43, 46, 52, 60.0, 70, 74.0, 84.0, 90.0, 96, 108, 37, 16, 120.0, smaller, 192, 200.0)
+    both = Done(
+        43,
+        46,
+        52,
+        60.0,
+        70,
+        74.0,
+        84.0,
+        90.0,
+        96,
+        108,
+        37,
+        16,
+        120.0,
+        smaller,
+        192,
+        ("x", "y"),
+        200.0,
+    )
     assert both == ONE + TWO
     assert (TWO + ONE).memory == 37 and (TWO + ONE).batch_size == 16
     assert (TWO + Done(batch_size=4)).batch_size == 4

@@ -12,9 +12,10 @@ import pytest
 from diffitm.commands.gdbench import GdbenchConfig, run
 from diffitm.core.errors import InputError
 from diffitm.shapes.layouts import write_world
+from diffitm.shapes.sets import write_sets
 from diffitm.tasks.base import Task
 from diffitm.tasks.check import check
-from diffitm.tasks.registry import TASKS, find_task
+from diffitm.tasks.registry import GDBENCH, TASKS, find_task
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN_TASK = '''
@@ -43,7 +44,7 @@ def world(tmp_path: Path) -> Path:
     return tmp_path / "world"
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", sorted(GDBENCH))
 def test_ready(world: Path, name: str) -> None:
     state = check(find_task(name)(), str(world))
     assert (state.state, state.missing, state.unreadable) == ("ready", 0, 0)
@@ -168,6 +169,7 @@ def test_everything_missing_is_told_at_once(world: Path, tmp_path: Path) -> None
 
 
 def test_all_stands_for_every_task(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sets(str(world), 10)
     run(GdbenchConfig(data=str(world), out=str(world / "out"), check=True, tasks=["all", "clevr"]))
     assert f"all {len(TASKS)} tasks can run" in capsys.readouterr().out
     assert json.loads((world / "world.json").read_text())["scenes"] == 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from diffitm.core import images
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
 from diffitm.tasks.base import is_strings
@@ -87,6 +89,24 @@ def test_winoground_in_other_forms(tmp_path: Path, form: str) -> None:
         lines = [json.dumps(ENTRY), json.dumps({**ENTRY, "id": 5})]
         put(tmp_path, f"winoground/{form}", "\n".join(lines) + "\n\n")
     assert list(Winoground().examples(str(tmp_path))) == expected
+
+
+def test_winoground_with_its_images_inside(tmp_path: Path) -> None:
+    """As mirrors on the Hub have it: the same entries, with references into the file."""
+    put(tmp_path, "winoground/data.json", [ENTRY, {**ENTRY, "id": 5}])
+    plain = list(Winoground().examples(str(tmp_path)))
+    (tmp_path / "winoground" / "data.json").unlink()
+    held = {f"image_{k}": {"bytes": bytes([k]), "path": f"ex_{k}.png"} for k in (0, 1)}
+    rows = [{**ENTRY, **held}, {**ENTRY, "id": 5, **held}]
+    file = tmp_path / "winoground/data/test-00000-of-00001.parquet"
+    file.parent.mkdir()
+    parquet.write_table(pa.Table.from_pylist(rows), file)
+    found = list(Winoground().examples(str(tmp_path)))
+    assert [replace(e, images=()) for e in found] == [replace(e, images=()) for e in plain]
+    assert [images.read(str(tmp_path), name) for name in found[1].images] == [b"\x00", b"\x01"]
+    parquet.write_table(pa.Table.from_pylist([rows[0], rows[0]]), file)
+    with pytest.raises(InputError, match="row 1: id is '4', it must be there once"):
+        list(Winoground().examples(str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 from diffitm.core import images
 from diffitm.core.schema import Example
 from diffitm.shapes.layouts import write_world
-from diffitm.tasks.registry import TASKS, find_task
+from diffitm.tasks.registry import GDBENCH, find_task
 
 MOST_IMAGES, MOST_TEXTS = 10, 6
 TILE, ROW = 0.72, 1.25  # inches
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", help="picture to write (.png, .svg, .pdf)")
     parser.add_argument("--data", help="data root (default: a small world drawn for the purpose)")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="which tasks")
+    parser.add_argument("--tasks", nargs="+", default=list(GDBENCH), help="which tasks")
     args = parser.parse_args()
     Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     if args.data:

@@ -24,7 +24,7 @@ from diffitm.distributed.stages import Stage, run_stage, whole_files
 from diffitm.retrieval import exact_knn
 from diffitm.retrieval.candidate_lists import FOUND
 from diffitm.retrieval.exact_knn import EMBEDDINGS
-from diffitm.scoring.scorer import load_images
+from diffitm.scoring.image_reader import load_images
 from diffitm.store import pair_table
 
 if TYPE_CHECKING:

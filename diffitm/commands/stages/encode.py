@@ -19,7 +19,7 @@ from diffitm.distributed.item_stage import ItemStage, run_items, work_folder
 from diffitm.distributed.session import ActorPool
 from diffitm.models.loading import ModelSource, load_denoiser
 from diffitm.scoring.diffusion import to_input
-from diffitm.scoring.scorer import load_images
+from diffitm.scoring.image_reader import load_images
 from diffitm.training.latent_cache import CACHED, ROW_GROUP
 
 log = logging.getLogger("diffitm")

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 
 from diffitm.core import storage
-from diffitm.core.schema import RACES, SCORES, WORK, PairRow, read_block
+from diffitm.core.schema import BLOCK, RACES, SCORES, block_rows, read_block
 from diffitm.distributed.actors import WorkerSpec
 from diffitm.distributed.progress import REPORT_EVERY, Watch, clock
 from diffitm.distributed.prometheus import Metrics, gpu_memory
 from diffitm.distributed.session import ActorPool, standing, start_here
-from diffitm.distributed.stages import Build, checkpoint, in_rounds, read_rows, through_actors
+from diffitm.distributed.stages import Build, checkpoint, in_rounds, read_table, through_actors
+from diffitm.store.blocks import Cost, Sizes, cut, read_blocks, read_index
 from diffitm.store.pair_table import remaining
-from diffitm.store.run_summary import Done
+from diffitm.store.run_summary import SHOWN, Done
 
 if TYPE_CHECKING:  # an actor imports this module, and its spec what else it needs
     from diffitm.scoring.batching import Batch, Stopwatch
     from diffitm.scoring.diffusion import DiffusionScorer
     from diffitm.scoring.racing import RacePlan
     from diffitm.scoring.specs import Spec
+    from diffitm.store.pair_table import Left, WorkTable
     from diffitm.store.score_store import Store
     from diffitm.store.work_table import OpenWork
 
 log = logging.getLogger("diffitm")
-# A block is what a kill costs an actor, and what moves the progress on.
-ROWS_PER_BLOCK = 32
-FORWARDS_PER_BLOCK = 5000
-BLOCKS_PER_ACTOR = 8
+LOOKS = 0.2  # seconds between two looks whether an actor is up
 PATIENCE = 20  # half seconds that the estimate waits for the other actors
 
 
@@ -60,8 +63,14 @@ class ScoringActor:
         self.loading: Stopwatch | None = getattr(self.scorer, "loading", None)
         for batch in self.batches:
             batch.tell = lambda line: counter.add.remote(Done(smaller=(line,)))
-        rate = self.scorer.measure_rate()
+        compiled = getattr(self.scorer, "compiled", None)
+        if compiled:
+            compiled.tell = lambda cause: counter.add.remote(Done(not_compiled=(cause,)))
         self.metrics = Metrics(name)
+        others = ray.get(counter.read.remote())
+        # One that compiles does so here, not in a block's time.
+        known = others.actors and not compiled
+        rate = others.rate / others.actors if known else self.scorer.measure_rate()
         counter.add.remote(Done(actors=1, rate=rate))
         self.free = time.perf_counter()
 
@@ -74,8 +83,8 @@ class ScoringActor:
         return pa.Table.from_pylist(lines, SCORES)
 
     def _score(self, table: pa.Table) -> list[dict[str, Any]]:
-        rows = [PairRow(**line) for line in table.select(WORK.names).to_pylist()]
-        return self.scorer.score(rows)
+        (line,) = table.select(BLOCK.names).to_pylist()
+        return self.scorer.score(block_rows(line))
 
     def _loading(self) -> float:
         """Seconds since the last call in which there was nothing to do but to wait for images."""
@@ -84,12 +93,14 @@ class ScoringActor:
     def _tell(self, lines: list[dict[str, Any]], start: float) -> None:
         """Count a block that was begun at `start`."""
         failed = sum(line["failure"] is not None for line in lines)
+        strange = [line for line in lines if not is_finite(line)]
         end, loading = time.perf_counter(), self._loading()
         done = Done(
             pairs=len(lines),
             forwards=sum(forwards(line, self.scorer.cost) for line in lines),
             failures=failed,
-            not_finite=sum(not is_finite(line) for line in lines),
+            not_finite=len(strange),
+            strange=tuple(f"{x['image']} with {x['text']!r:.60}" for x in strange[:SHOWN]),
             busy=end - start - loading,
             waited=start - self.free,
             inside=self.batches[0].spent() if self.batches else 0.0,
@@ -143,56 +154,95 @@ def score(
     Raises whatever ended the run; every block written before stays and is not done again.
     """
     start, counter = time.monotonic(), start_here(ScoringCounter)
+    cost = Cost(spec.cost, spec.image_cost)
     build = Build(ScoringActor, (spec, store.model), counter)
     if plan:
         build = Build(RacingActor, (spec, store.model, plan), counter)
-    rows = 1 if plan else _block_rows(work, spec.cost, pool)
-    lines = _Lines(store.model, work.left.pairs, spec.cost, pool.min_actors)
+    lines = _Lines(store.model, work.left, cost, pool.min_actors)
 
     def execute(attempts: Any) -> None:
-        found, path = storage.filesystem(work.table.uri)
-        table = read_rows(path, found)
+        if plan:
+            found, path = storage.filesystem(work.table.uri)
+            table = read_table(path, found)
+        else:
+            source = BlockSource(work.table, cost, pool.min_actors, counter, attempts)
+            table = ray.data.read_datasource(source, override_num_blocks=1)
         table.context.checkpoint_config = checkpoint(work.checkpoint, "row")
-        blocks = table.repartition(target_num_rows_per_block=rows)
+        blocks = table.repartition(target_num_rows_per_block=1)
         worker = WorkerSpec(build, SCORES, "row", pool.gpus)
-        scored = through_actors(blocks, worker, attempts, pool, rows)
+        scored = through_actors(blocks, worker, attempts, pool, 1)
         out, folder = storage.filesystem(store.uri)
         with Watch(counter, lines.tell, 0.5, lambda: standing(pool)):
             scored.write_parquet(folder, filesystem=out, try_create_dir=False)
 
     def left() -> int:
-        return remaining(work.table.uri, work.checkpoint).rows
+        return remaining(work.table, work.checkpoint).pairs
 
     in_rounds(store.model, execute, left, pool.min_actors)
     done = ray.get(counter.read.remote())
-    lines.tell_smaller(done)
+    lines.tell_troubles(done)
     return replace(done, seconds=time.monotonic() - start)
 
 
-def _block_rows(work: OpenWork, cost: int, pool: ActorPool) -> int:
-    """Rows of a block: enough blocks for every actor, none of them too long."""
-    per_actor = -(-work.left.rows // (BLOCKS_PER_ACTOR * pool.min_actors))
-    affordable = FORWARDS_PER_BLOCK * work.left.rows // (work.left.pairs * cost)
-    return max(1, min(ROWS_PER_BLOCK, per_actor, affordable))
+class BlockSource(Datasource):
+    """The blocks of a work table, a row each. Who reads it first waits for an actor's rate and cuts them."""
+
+    def __init__(
+        self, table: WorkTable, cost: Cost, actors: int, counter: Any, attempts: Any
+    ) -> None:
+        super().__init__()
+        self.table, self.cost, self.actors = table, cost, actors
+        self.counter, self.attempts = counter, attempts
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        """One, as blocks lie behind each other."""
+        about = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(self._read, about, BLOCK)]
+
+    def _read(self) -> Iterator[pa.Table]:
+        if read_index(self.table.uri) is None:
+            total = self.cost.total(self.table.pairs, self.table.images, self.table.stored)
+            cut(self.table.uri, self.cost, total, Sizes(self.actors, self._rate()).next)
+        yield from read_blocks(self.table.uri)
+
+    def _rate(self) -> float:
+        """Forwards a second of an actor that is up, 0 where they cannot be known."""
+        while True:
+            done = ray.get(self.counter.read.remote())
+            if done.actors:
+                return done.rate / done.actors
+            # Then a block is to come, which an actor can end the run with.
+            if ray.get(self.attempts.has_trouble.remote()):
+                return 0.0
+            time.sleep(LOOKS)
 
 
 class _Lines:
     """The estimate when the actors are up, then the rate and the time left."""
 
-    def __init__(self, name: str, pairs_left: int, cost: int, actors: int) -> None:
-        self.name, self.total, self.cost, self.actors = name, pairs_left, cost, actors
+    def __init__(self, name: str, left: Left, cost: Cost, actors: int) -> None:
+        self.name, self.total, self.cost, self.actors = name, left.pairs, cost.pair, actors
+        self.forwards = cost.total(left.pairs, left.images, left.stored)
+        # What a rate is told in: an actor measures forwards, whatever costs them.
+        self.unit, self.each = ("images", cost.image) if cost.image else ("forwards", 1)
         self.waited, self.first, self.next_line = 0, 0.0, 0.0
         self.told = set[str]()
 
-    def tell_smaller(self, done: Done) -> None:
-        """Log batches that got smaller, each change once, however many actors it was."""
-        for line in dict.fromkeys(done.smaller):
-            if line not in self.told:
-                log.warning("%s: an actor ran out of GPU memory, %s", self.name, line)
-                self.told.add(line)
+    def tell_troubles(self, done: Done) -> None:
+        """Log batches that got smaller and models that were not compiled, each change and cause once,
+        however many actors it was."""
+        texts = [f"an actor ran out of GPU memory, {line}" for line in done.smaller]
+        texts += [f"--compile failed, so it runs without: {cause}" for cause in done.not_compiled]
+        for text in dict.fromkeys(texts):
+            if text not in self.told:
+                log.warning("%s: %s", self.name, text)
+                self.told.add(text)
 
     def tell(self, done: Done) -> None:
-        self.tell_smaller(done)
+        self.tell_troubles(done)
         now = time.monotonic()
         self.waited += done.actors > 0
         enough = done.actors >= self.actors or self.waited > PATIENCE
@@ -210,7 +260,8 @@ class _Lines:
 
     def _estimate(self, done: Done) -> None:
         if done.rate:
-            rate = done.rate / done.actors * self.actors
-            text = "%s: %d of %d actors up, %.0f forwards/s each: about %s"
-            left = clock(self.total * self.cost / rate)
-            log.info(text, self.name, done.actors, self.actors, done.rate / done.actors, left)
+            rate = done.rate / done.actors
+            text = "%s: %d of %d actors up, %.0f %s/s each: about %s"
+            left = clock(self.forwards / (rate * self.actors))
+            each = rate / self.each
+            log.info(text, self.name, done.actors, self.actors, each, self.unit, left)

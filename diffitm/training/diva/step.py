@@ -64,6 +64,9 @@ class Diva:
             self.patches, self.side = patches, side
             found = teacher.encode_texts([prompt])
             self.text = {key: value.clone() for key, value in found.items()}
+        if "mask" in found or teacher.schedule.prediction == "flow":
+            kind = type(teacher).__name__
+            raise InputError(f": a {kind} cannot teach yet, U-Nets and DiT can", "teacher")
         kept, length = 1 + recap.kept(patches), self.text["hidden"].shape[1]
         if add == "tokens" and kept != length:
             raise InputError(

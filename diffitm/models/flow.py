@@ -1,0 +1,51 @@
+"""What rectified-flow models in the diffusers layout share."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from diffitm.core.errors import InputError
+from diffitm.models.latent_diffusion import Folder, LatentDiffusion
+from diffitm.models.noise_schedule import FlowSchedule, Schedule
+from diffitm.models.parts import read_flow
+
+PATCH = 2  # a network's token is so many latents high and wide
+
+
+class FlowDiffusion(LatentDiffusion):
+    """A network that predicts eps - z0 of z = (1 - sigma) z0 + sigma eps on latents of a shifted VAE.
+
+    Its predict takes timesteps of 1000 sigma, whatever the network itself is given.
+    """
+
+    shifts: ClassVar[bool] = True
+    patch: ClassVar[int] = PATCH
+
+    def read_schedule(self, folder: Folder) -> Schedule:
+        """See LatentDiffusion."""
+        read_flow(folder.location, folder.revision)
+        return FlowSchedule()
+
+    def take_resolution(self, side: int) -> None:
+        """See Denoiser."""
+        factor = self.resolution // self.latent_shape[-1]
+        cell = factor * self.patch
+        if side < cell or side % cell:
+            raise InputError(f"{side}: this model takes multiples of {cell} pixels", "resolution")
+        self.resolution = side
+        self.latent_shape = (self.latent_shape[0], side // factor, side // factor)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] to tokens of 2 x 2, [B, hw / 4, 4 C]."""
+    b, c, h, w = latents.shape
+    cells = latents.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
+    return cells.reshape(b, h * w // PATCH**2, c * PATCH**2)
+
+
+def unpack(tokens: Tensor, side: int) -> Tensor:
+    """Square latents [B, C, side, side] of what pack gives."""
+    cells = tokens.view(len(tokens), side // PATCH, side // PATCH, -1, PATCH, PATCH)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, side, side)

@@ -1,0 +1,103 @@
+"""FLUX.1 dev and schnell in the diffusers layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
+
+from diffitm.models.denoiser import Condition
+from diffitm.models.flow import PATCH, FlowDiffusion, pack, unpack
+from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
+from diffitm.models.noise_schedule import FLOW_TIME
+
+SIDE = 128  # of latents, where the network's settings do not say it: the pipeline's
+SCHNELL_LENGTH = 256  # tokens of a text that schnell was trained with
+GUIDANCE = 1.0  # what dev is told, as it is when it is trained further
+
+
+class Flux(FlowDiffusion):
+    """A transformer over packed latents and T5 tokens (Black Forest Labs 2024).
+
+    The condition is {"hidden": [B, L, D], "pooled": [B, P]}: the T5's tokens with their padding, which the
+    network was trained to see, and CLIP's pooled embedding. A network that takes a guidance (dev) is told 1.
+    Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
+    """
+
+    lengths = {"tokenizer_2": 512}  # noqa: RUF012
+
+    def __init__(
+        self,
+        folder: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        self.text_encoder = parts.text_encoder(CLIPTextModel, "text_encoder")
+        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder)
+        self.t5 = parts.text_encoder(T5EncoderModel, "text_encoder_2")
+        self.t5_tokenizer = parts.tokenizer("tokenizer_2", self.t5, T5TokenizerFast)
+        self.transformer = parts.model(FluxTransformer2DModel, "transformer")
+        super().__init__(parts, self.transformer, parts.vae())
+        is_guided = self.transformer.config.guidance_embeds
+        self.length = self.lengths["tokenizer_2"] if is_guided else SCHNELL_LENGTH
+        self.guidance = GUIDANCE if is_guided else None
+
+    @classmethod
+    def check_together(cls, configs: Mapping[str, Any]) -> None:
+        """See Denoiser."""
+        network, channels = configs["transformer"], PATCH**2 * configs["vae"].latent_channels
+        if network.in_channels != channels:
+            raise OSError(
+                f"its network takes {network.in_channels} channels, its VAE gives {channels} packed: parts "
+                "of two models, or one that also takes an image"
+            )
+        check_text_width(configs["text_encoder_2"].d_model, network.joint_attention_dim)
+        check_text_width(configs["text_encoder"].hidden_size, network.pooled_projection_dim)
+
+    @staticmethod
+    def geometry(network: Any, vae: Any) -> tuple[int, int, int]:
+        """See LatentDiffusion."""
+        factor = 2 ** (len(vae.block_out_channels) - 1)
+        return int(vae.latent_channels), int(network.get("sample_size") or SIDE), factor
+
+    def cuts(self, text: str) -> bool:
+        """See Denoiser."""
+        return is_cut(self.t5_tokenizer, text, self.length)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Condition:
+        """See Denoiser. Longer texts are cut, by each encoder at its own length."""
+        pooled = self.text_encoder(tokenize(self.tokenizer, texts).to(self.device)).pooler_output
+        ids = tokenize(self.t5_tokenizer, texts, self.length).to(self.device)
+        return {"hidden": self.t5(ids).last_hidden_state, "pooled": pooled}
+
+    def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See Denoiser."""
+        hidden = condition["hidden"].to(self.dtype)
+        side, guidance = noised.shape[-1], None
+        if self.guidance is not None:
+            guidance = torch.full((len(noised),), self.guidance, device=self.device)
+        out = self.transformer(
+            hidden_states=pack(noised.to(self.dtype)),
+            timestep=timesteps / FLOW_TIME,
+            guidance=guidance,
+            pooled_projections=condition["pooled"].to(self.dtype),
+            encoder_hidden_states=hidden,
+            txt_ids=torch.zeros(hidden.shape[1], 3, device=self.device, dtype=self.dtype),
+            img_ids=_places(side // PATCH).to(self.device, self.dtype),
+            return_dict=False,
+        )[0]
+        return unpack(out, side).float()
+
+
+def _places(side: int) -> Tensor:
+    """[side * side, 3]: (0, row, column) of each packed token."""
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], -1).view(-1, 3)

@@ -1,0 +1,95 @@
+"""PixArt-alpha and PixArt-Sigma in the diffusers layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+from transformers import T5EncoderModel, T5TokenizerFast
+
+from diffitm.models.denoiser import Condition
+from diffitm.models.latent_diffusion import (
+    Folder,
+    LatentDiffusion,
+    check_text_width,
+    is_cut,
+    tokenize_masked,
+)
+
+
+class PixArt(LatentDiffusion):
+    """A transformer that attends to a T5's tokens (Chen et al. 2024), epsilon on DDPM's schedule.
+
+    The condition is {"hidden": [B, L, D], "mask": [B, L]}. Texts are in lower case and without space around
+    them, as the pipeline has them where it does not clean them further. Where the network takes the image's
+    size (alpha at 1024 pixels), it is that of the model. Parameters as of StableDiffusion. Raises OSError if
+    a part cannot be read.
+    """
+
+    lengths = {"tokenizer": 120}  # noqa: RUF012
+
+    def __init__(
+        self,
+        folder: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        self.text_encoder = parts.text_encoder(T5EncoderModel, "text_encoder")
+        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, T5TokenizerFast)
+        self.transformer = parts.model(PixArtTransformer2DModel, "transformer")
+        super().__init__(parts, self.transformer, parts.vae())
+        side = float(self.resolution)
+        self.size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.transformer.use_additional_conditions:
+            given = {"resolution": [[side, side]], "aspect_ratio": [[1.0]]}
+            self.size = {k: torch.tensor(v, device=self.device) for k, v in given.items()}
+
+    @classmethod
+    def check_together(cls, configs: Mapping[str, Any]) -> None:
+        """See Denoiser."""
+        super().check_together(configs)
+        check_text_width(configs["text_encoder"].d_model, configs["transformer"].caption_channels)
+
+    def cuts(self, text: str) -> bool:
+        """See Denoiser."""
+        return is_cut(self.tokenizer, _plain(text), self.lengths["tokenizer"])
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Condition:
+        """See Denoiser. Longer texts are cut, as PixArt does."""
+        plain, length = [_plain(text) for text in texts], self.lengths["tokenizer"]
+        ids, mask = tokenize_masked(self.tokenizer, plain, length, self.device)
+        hidden = self.text_encoder(ids, attention_mask=mask).last_hidden_state
+        return {"hidden": hidden, "mask": mask}
+
+    def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See Denoiser. The learned variance, the output's other channels, is left out."""
+        size = {
+            k: v if v is None else v.to(self.dtype).expand(len(noised), -1)
+            for k, v in self.size.items()
+        }
+        out = self.transformer(
+            noised.to(self.dtype),
+            encoder_hidden_states=condition["hidden"].to(self.dtype),
+            encoder_attention_mask=condition["mask"],
+            timestep=timesteps,
+            added_cond_kwargs=size,
+            return_dict=False,
+        )[0]
+        return out[:, : self.latent_shape[0]].float()
+
+
+class PixArtSigma(PixArt):
+    """PixArt-Sigma, which reads longer texts."""
+
+    lengths = {"tokenizer": 300}  # noqa: RUF012
+
+
+def _plain(text: str) -> str:
+    return text.lower().strip()

@@ -1,0 +1,218 @@
+"""Tiny models of transformer families in diffusers' own layout, as its pipelines' tests build them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import AddedToken
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from tests import tiny
+from tools.shapes.architecture import write_tokenizer
+
+WIDTH = 32  # of texts
+LETTERS = [chr(code) for code in range(33, 127)]
+
+
+def t5_tokenizer() -> Any:
+    """Letters, each a token, with the marks of T5."""
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    return T5TokenizerFast(vocab=[*marks, *((letter, -3.0) for letter in LETTERS)], extra_ids=0)
+
+
+def t5(words: int) -> T5EncoderModel:
+    settings = T5Config(
+        vocab_size=words, d_model=WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5EncoderModel(settings)
+
+
+def gemma_tokenizer() -> Any:
+    """Letters, each a token, with the marks of Gemma."""
+    marks = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = {word: i for i, word in enumerate([*marks, *bytes_, *LETTERS])}
+    made = GemmaTokenizerFast(vocab=words, merges=[], add_bos_token=True)
+    made.add_tokens([AddedToken("<bos>", special=True)])
+    return made
+
+
+def vae(channels: int = 4, shift: float | None = None) -> AutoencoderKL:
+    """A VAE from 32 to 8 pixels a side."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=0.7,
+        shift_factor=shift,
+        use_quant_conv=shift is None,
+        use_post_quant_conv=shift is None,
+    )
+
+
+def _lively(module: torch.nn.Module) -> None:
+    """Give what begins as zeros values, so that every input changes the output."""
+    for value in module.parameters():
+        if not value.any():
+            torch.nn.init.normal_(value, std=0.1)
+
+
+def write_pixart(folder: Path, kind: Any = PixArtAlphaPipeline, sized: bool = False) -> Path:
+    """Save a random PixArt; `sized` for one that takes the image's size."""
+    tokenizer = t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3,
+        caption_channels=WIDTH, in_channels=4, cross_attention_dim=24, out_channels=8,
+        attention_bias=True, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
+        use_additional_conditions=sized,
+    )  # fmt: skip
+    _lively(transformer)
+    betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    kind(
+        tokenizer=tokenizer, text_encoder=t5(len(tokenizer)), vae=vae(), transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(**betas),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_sd3(folder: Path, with_t5: bool = True) -> Path:
+    """Save a random Stable Diffusion 3.5: its first block attends twice."""
+    tokenizers = [write_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+    long = t5_tokenizer()
+    clips = [CLIPTextModelWithProjection(tiny.text_config(tokenizer)) for tokenizer in tokenizers]
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=2 * WIDTH, caption_projection_dim=32,
+        pooled_projection_dim=2 * tiny.POOLED, out_channels=16, pos_embed_max_size=16,
+        qk_norm="rms_norm", dual_attention_layers=(0,),
+    )  # fmt: skip
+    _lively(transformer)
+    settings = T5Config(
+        vocab_size=len(long), d_model=2 * WIDTH, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(16, 0.06),
+        text_encoder=clips[0],
+        text_encoder_2=clips[1],
+        text_encoder_3=T5EncoderModel(settings) if with_t5 else None,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        tokenizer_3=long if with_t5 else None,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_sana(folder: Path) -> Path:
+    """Save a random Sana, with the published scheduler."""
+    tokenizer = gemma_tokenizer()
+    transformer = SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+        attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4,
+        cross_attention_dim=8, caption_channels=WIDTH, sample_size=16, qk_norm=None,
+    )  # fmt: skip
+    _lively(transformer)
+    blocks = {
+        "attention_head_dim": 2,
+        "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "encoder_qkv_multiscales": ((), (5,)),
+        "decoder_qkv_multiscales": ((), (5,)),
+        "encoder_layers_per_block": (1, 1),
+        "decoder_layers_per_block": (1, 1),
+        "upsample_block_type": "interpolate",
+        "downsample_block_type": "stride_conv",
+        "decoder_act_fns": "silu",
+    }
+    encoder = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096,
+        hidden_activation="gelu_pytorch_tanh",
+    )  # fmt: skip
+    SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(encoder),
+        vae=AutoencoderDC(in_channels=3, latent_channels=4, scaling_factor=0.41407, **blocks),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_flux(folder: Path, guided: bool = True) -> Path:
+    """Save a random FLUX.1, guided as dev, else as schnell; at 32 pixels, not at the published 1,024."""
+    clip, long = write_tokenizer(folder / "tokenizer"), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=tiny.WIDTH,
+        axes_dims_rope=(4, 4, 8), guidance_embeds=guided,
+    )  # fmt: skip
+    _lively(transformer)
+    transformer.register_to_config(sample_size=8)
+    shift = {"use_dynamic_shifting": True, "shift": 3.0} if guided else {"shift": 1.0}
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+        vae=vae(4, 0.1),
+        text_encoder=CLIPTextModel(tiny.text_config(clip)),
+        tokenizer=clip,
+        text_encoder_2=t5(len(long)),
+        tokenizer_2=long,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
+WRITERS: dict[str, Any] = {
+    "PixArt-alpha": write_pixart,
+    "PixArt-Sigma": lambda folder: write_pixart(folder, PixArtSigmaPipeline),
+    "SD3": write_sd3,
+    "SD3 without T5": lambda folder: write_sd3(folder, with_t5=False),
+    "Sana": write_sana,
+    "FLUX.1-dev": write_flux,
+    "FLUX.1-schnell": lambda folder: write_flux(folder, guided=False),
+}
+
+
+def write(name: str, folder: Path) -> Path:
+    """Save a tiny model of a family, always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Path(WRITERS[name](folder))

@@ -1,0 +1,489 @@
+"""Transformer families against diffusers' own pipelines, and a plain reference of their errors."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from diffitm.core import registry
+from diffitm.core.errors import InputError
+from diffitm.core.schema import PairRow
+from diffitm.evaluation.evaluate import evaluate
+from diffitm.models.denoiser import Denoiser
+from diffitm.models.flow import FlowDiffusion, pack, unpack
+from diffitm.models.loading import FAMILIES, load_denoiser, resolve
+from diffitm.models.lora import lora_unet
+from diffitm.models.model_check import check_loadable, settled
+from diffitm.models.text_limits import tell_long_texts
+from diffitm.scoring.batching import Batch
+from diffitm.scoring.compiled import CompiledPredict
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring.pair_errors import pair_errors
+from diffitm.scoring.specs import DiffusionSpec
+from diffitm.scoring.text_cache import TextCache
+from diffitm.store.score_store import open_store
+from diffitm.training.diva.recap import parse_recap
+from diffitm.training.diva.step import Diva
+from tests import families, tiny, tiny_clip
+
+TEXTS = ["A red cube", "a small blue sphere, left of it", ""]
+# What the pipelines are asked so that they draw one square of the model's own size, unguided.
+ASKED: dict[str, dict[str, Any]] = {
+    "PixArt": {"use_resolution_binning": False, "clean_caption": False},
+    "Sana": {"use_resolution_binning": False, "guidance_scale": 1.0},
+    "SD3": {"guidance_scale": 1.0},
+    "FLUX": {"guidance_scale": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Do not write into them."""
+    above = tmp_path_factory.mktemp("families")
+    return {name: families.write(name, above / name.replace(" ", "-")) for name in families.WRITERS}
+
+
+@pytest.fixture(scope="module")
+def models(folders: dict[str, Path]) -> dict[str, Any]:
+    """Do not change them."""
+    return {name: load_denoiser(resolve(str(folder))) for name, folder in folders.items()}
+
+
+def asked(name: str) -> dict[str, Any]:
+    given = next(value for start, value in ASKED.items() if name.startswith(start))
+    return {"guidance_scale": 1.0, **given}
+
+
+def latents_of(model: Denoiser, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, *model.latent_shape, generator=generator)
+
+
+def spied(module: Any, run: Any) -> list[dict[str, Any]]:
+    """The arguments of each forward of a module while `run` runs."""
+    seen = list[dict[str, Any]]()
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        seen.append(({"hidden_states": args[0]} if args else {}) | kwargs)
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen
+
+
+def flat(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments without those that are None, nested ones beside the others."""
+    out: dict[str, Any] = {}
+    for key, value in given.items():
+        out |= flat(value) if isinstance(value, dict) else {key: value}
+    return {key: value for key, value in out.items() if value is not None}
+
+
+def pipeline_of(folder: Path) -> Any:
+    without = {"text_encoder_3": None, "tokenizer_3": None} if "without" in folder.name else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **without)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_the_network_gets_what_the_pipeline_gives(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """Every argument of an unguided step; of a masked text what it attends to."""
+    pipeline, model = pipeline_of(folders[name]), models[name]
+    text, side = TEXTS[1], model.resolution
+    more = {"max_sequence_length": 256} if name == "FLUX.1-schnell" else {}
+    noised = latents_of(model, 1)
+    own = pack(noised) if name.startswith("FLUX") else noised
+
+    def draw() -> None:
+        pipeline(
+            text, height=side, width=side, num_inference_steps=2, latents=own,
+            output_type="latent", **asked(name), **more,
+        )  # fmt: skip
+
+    given = spied(pipeline.transformer, draw)[0]
+    step = given["timestep"].reshape(-1)[:1]
+    step = step * 1000 if name.startswith("FLUX") else step
+    condition = model.encode_texts([text])
+
+    def predict() -> None:
+        with torch.no_grad():
+            model.predict(given["hidden_states"] if own is noised else noised, step, condition)
+
+    (found,) = spied(model.transformer, predict)
+    expected, found = flat(given), flat(found)
+    expected.pop("return_dict"), found.pop("return_dict")
+    if "encoder_attention_mask" in expected:
+        mask = expected.pop("encoder_attention_mask")[0].bool()
+        assert found.pop("encoder_attention_mask").all()
+        expected["encoder_hidden_states"] = expected["encoder_hidden_states"][:, mask]
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", [n for n in families.WRITERS if not n.startswith("FLUX")])
+def test_no_text_is_the_pipelines(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """The empty negative prompt of a guided step."""
+    pipeline, model = pipeline_of(folders[name]), models[name]
+    more = {"clean_caption": False} if "SD3" not in name else {}
+    with torch.no_grad():
+        found = pipeline.encode_prompt(
+            TEXTS[0], *([None, None] if "SD3" in name else []), negative_prompt="", **more
+        )
+    condition = model.encode_texts([""])
+    if "SD3" in name:
+        _, hidden, _, pooled = found
+        torch.testing.assert_close(condition["pooled"], pooled, atol=1e-5, rtol=1e-5)
+    else:
+        _, _, hidden, mask = found
+        hidden = hidden[:, mask[0].bool()]
+    torch.testing.assert_close(condition["hidden"], hidden, atol=1e-5, rtol=1e-5)
+
+
+def plain_errors(name: str, folder: Path, z0: Tensor, noise: Tensor, step: float) -> float:
+    """|| target - network's answer || of one pair, with diffusers' parts alone."""
+    pipe = pipeline_of(folder)
+    text = TEXTS[0]
+    with torch.no_grad():
+        if name.startswith("PixArt"):
+            hidden, mask, _, _ = pipe.encode_prompt(text, False)
+            betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+            abar = torch.cumprod(1 - betas, 0)[int(step)].float()
+            z = abar.sqrt() * z0 + (1 - abar).sqrt() * noise
+            none = {"resolution": None, "aspect_ratio": None}
+            out = pipe.transformer(
+                z, encoder_hidden_states=hidden, encoder_attention_mask=mask,
+                timestep=torch.tensor([int(step)]), added_cond_kwargs=none,
+            ).sample.chunk(2, 1)[0]  # fmt: skip
+            return float((noise - out).norm())
+        sigma = step / 1000
+        z, at = (1 - sigma) * z0 + sigma * noise, torch.tensor([step])
+        if name == "Sana":
+            from diffitm.models.sana import instruction
+
+            hidden, mask, _, _ = pipe.encode_prompt(
+                text, False, complex_human_instruction=[instruction()]
+            )
+            out = pipe.transformer(
+                z, encoder_hidden_states=hidden, encoder_attention_mask=mask, timestep=at
+            ).sample
+        elif name.startswith("SD3"):
+            hidden, _, pooled, _ = pipe.encode_prompt(
+                text, None, None, do_classifier_free_guidance=False
+            )
+            out = pipe.transformer(
+                z, encoder_hidden_states=hidden, pooled_projections=pooled, timestep=at
+            ).sample
+        else:
+            length, side = (512, 256)["schnell" in name], z.shape[-1]
+            hidden, pooled, ids = pipe.encode_prompt(text, None, max_sequence_length=length)
+            packed = pipe._pack_latents(z, 1, z.shape[1], side, side)
+            places = pipe._prepare_latent_image_ids(1, side // 2, side // 2, "cpu", torch.float32)
+            guidance = torch.ones(1) if "dev" in name else None
+            out = pipe.transformer(
+                packed, encoder_hidden_states=hidden, pooled_projections=pooled,
+                timestep=at / 1000, img_ids=places, txt_ids=ids, guidance=guidance,
+            ).sample  # fmt: skip
+            out = pipe._unpack_latents(out, side * 8, side * 8, 8)
+    return float((noise - z0 - out).norm())
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_errors_are_a_plain_references(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """Of one pair, and of the same one in a batch of texts of other lengths."""
+    model, steps = models[name], [100, 700] if name.startswith("PixArt") else [65.9656, 993.2432]
+    z0, plan = latents_of(model, 1), make_plan(steps, model.latent_shape)
+    expected = [
+        plain_errors(name, folders[name], z0, plan.noise[i : i + 1], step)
+        for i, step in enumerate(steps)
+    ]
+    pairs = torch.tensor([(0, t) for t in range(len(TEXTS))])
+    batch = pair_errors(model, z0, model.encode_texts(TEXTS), plan, pairs)
+    alone = pair_errors(model, z0, model.encode_texts(TEXTS[:1]), plan, pairs[:1])
+    np.testing.assert_allclose(alone.l2[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(batch.l2[0], expected, rtol=1e-5)
+    assert len({round(float(v), 3) for v in batch.l2[:, 1]}) == len(TEXTS)
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_cached_texts(name: str, models: dict[str, Any]) -> None:
+    """What comes out of the cache is what goes in; of masked texts without their padding."""
+    model = models[name]
+    cache = TextCache(model.encode_texts, 2**20, 2)
+    found, whole = cache(TEXTS), model.encode_texts(TEXTS)
+    assert found.keys() == whole.keys()
+    seen = whole["mask"][..., None] if "mask" in whole else torch.tensor(True)
+    for key, value in whole.items():
+        expected = value * seen if key == "hidden" else value
+        torch.testing.assert_close(found[key], expected, atol=1e-5, rtol=1e-5)
+    if "mask" in whole:
+        kept = [cache.kept[text]["hidden"].shape[1] for text in TEXTS]
+        assert kept == whole["mask"].sum(1).tolist()
+        assert len(set(kept)) == len(TEXTS)
+        assert cache(TEXTS[2:])["hidden"].shape[1] == kept[2]
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_latents_and_pixels(name: str, folders: dict[str, Path], models: dict[str, Any]) -> None:
+    """Shifted and scaled as the pipeline takes them back."""
+    model, vae = models[name], pipeline_of(folders[name]).vae
+    side = model.resolution
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        encoded = vae.encode(pixels)
+        raw = encoded.latent if name == "Sana" else encoded.latent_dist.mean
+    shift = 0.0 if name == "Sana" else vae.config.shift_factor or 0.0
+    latents = model.encode_images(pixels)
+    torch.testing.assert_close(latents, (raw - shift) * vae.config.scaling_factor)
+    assert latents.shape == (2, *model.latent_shape)
+    with torch.no_grad():
+        drawn = vae.decode(raw).sample.clamp(-1, 1)
+    torch.testing.assert_close(model.decode(latents), drawn, atol=1e-5, rtol=1e-4)
+    sampled = model.encode_images(pixels, seed=3)
+    assert torch.equal(sampled, latents) is (name == "Sana")
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_gradients_reach_the_condition(name: str, models: dict[str, Any]) -> None:
+    model = models[name]
+    condition = {
+        key: value.clone().requires_grad_() if value.is_floating_point() else value.clone()
+        for key, value in model.encode_texts(TEXTS[:2]).items()
+    }
+    out = model.predict(latents_of(model, 2), torch.tensor([100, 700]), condition)
+    (out**2).sum().backward()
+    for key, value in condition.items():
+        if key != "mask":
+            assert value.grad is not None and value.grad.flatten(1).abs().amax(1).min() > 0
+    assert out.shape == (2, *model.latent_shape) and out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_folders_are_found_whole(name: str, folders: dict[str, Path]) -> None:
+    check_loadable(resolve(str(folders[name])))
+
+
+def test_packing_is_the_pipelines(folders: dict[str, Path]) -> None:
+    pipeline = pipeline_of(folders["FLUX.1-schnell"])
+    latents = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    packed = pack(latents)
+    assert torch.equal(packed, pipeline._pack_latents(latents, 2, 4, 6, 6))
+    assert torch.equal(unpack(packed, 6), latents)
+
+
+def test_pixart_that_takes_the_images_size(tmp_path: Path) -> None:
+    """As alpha does at 1,024 pixels: height and width in pixels, and their ratio."""
+    model: Any = load_denoiser(resolve(str(families.write_pixart(tmp_path / "m", sized=True))))
+    condition = model.encode_texts(TEXTS[:2])
+    (found,) = spied(
+        model.transformer,
+        lambda: model.predict(latents_of(model, 2), torch.tensor([1, 2]), condition),
+    )
+    added = found["added_cond_kwargs"]
+    assert added["resolution"].tolist() == [[32.0, 32.0]] * 2
+    assert added["aspect_ratio"].tolist() == [[1.0]] * 2
+
+
+def test_every_flow_family_says_so() -> None:
+    """The table, which options are checked by, and the classes agree."""
+    for family in FAMILIES.values():
+        kind = registry.load(family.denoiser)
+        assert issubclass(kind, FlowDiffusion) is family.flow
+        assert family.flow is (family.told.get("prediction") == "flow")
+
+
+@pytest.mark.parametrize("name", ["Sana", "SD3"])
+def test_scores_do_not_depend_on_the_batch(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Through the scorer, whose lines hold sigmas; without a text zeros are another score."""
+    for i in range(2):
+        tiny.write_image(tmp_path / f"{i}.png", seed=i)
+    rows = [PairRow(i, f"{i}.png", TEXTS[i:]) for i in range(2)]
+    steps, source = (65.9656, 993.2432), resolve(str(folders[name]))
+    spec = DiffusionSpec(source, str(tmp_path), "selfbench", steps, batch_size=64)
+    found = spec.build("cpu").score(rows)
+    for other in (
+        DiffusionSpec(source, str(tmp_path), "selfbench", steps, batch_size=3),
+        DiffusionSpec(source, str(tmp_path), "selfbench", steps, empty="zeros"),
+    ):
+        for one, two in zip(found, other.build("cpu").score(rows), strict=True):
+            assert one["failure"] is None and one["timesteps"] is None
+            np.testing.assert_allclose(one["sigmas"], [0.0659656, 0.9932432], rtol=1e-6)
+            same = other.empty == "text" or one["text"] != ""
+            assert np.allclose(one["l2"], two["l2"], rtol=1e-5) is same
+    assert spec.store_config()["prediction"] == "flow"
+    assert "empty" not in spec.store_config() and other.store_config()["empty"] == "zeros"
+
+
+def test_compiled_forwards_have_one_shape(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the texts' lengths, and with the same predictions."""
+    model, seen = models["PixArt-alpha"], list[Any]()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    compiled = CompiledPredict(model, Batch(3))
+    (real, predict) = (model.predict, lambda *given: seen.append(given[2]) or real(*given))
+    compiled._compiled = predict
+    for texts in (TEXTS, TEXTS[2:]):
+        noised, condition = latents_of(model, len(texts)), model.encode_texts(texts)
+        at = torch.full((len(texts),), 500)
+        with torch.no_grad():
+            found, expected = compiled(noised, at, condition), real(noised, at, condition)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert {tuple(given["hidden"].shape) for given in seen} == {(3, 120, families.WIDTH)}
+
+
+@pytest.mark.parametrize("steps", [(0.0,), (1000.5,)])
+def test_sigmas_that_are_none(folders: dict[str, Path], steps: tuple[float, ...]) -> None:
+    spec = DiffusionSpec(resolve(str(folders["Sana"])), "", "snr", steps)
+    with pytest.raises(InputError, match="is no noise of a flow model"):
+        spec.build("cpu")
+
+
+def test_another_resolution(folders: dict[str, Path]) -> None:
+    """A flow transformer takes other sizes; the noise is of that shape."""
+    model: Any = load_denoiser(resolve(str(folders["SD3"])))
+    model.take_resolution(48)
+    assert model.latent_shape == (16, 12, 12)
+    with torch.no_grad():
+        out = model.predict(latents_of(model, 1), torch.tensor([500.0]), model.encode_texts(["a"]))
+    assert out.shape == (1, 16, 12, 12)
+    with pytest.raises(InputError, match="resolution 36: this model takes multiples of 8 pixels"):
+        model.take_resolution(36)
+    with pytest.raises(InputError, match="has places for 128 pixels"):
+        model.take_resolution(136)
+
+
+def test_resolution_is_an_option_of_flow_models(folders: dict[str, Path]) -> None:
+    """It is part of the scores' settings, where one is given."""
+    source = settled(resolve(str(folders["Sana"])), resolution=64)
+    spec = DiffusionSpec(source, "", "snr", (500.0,))
+    assert spec.store_config()["resolution"] == 64
+    assert spec.build("cpu").denoiser.latent_shape == (4, 32, 32)  # type: ignore[attr-defined]
+    assert "resolution" not in DiffusionSpec(settled(source), "", "snr", (500.0,)).store_config()
+    with pytest.raises(InputError, match="takes the images that it was trained on"):
+        settled(resolve(str(folders["PixArt-alpha"])), resolution=64)
+
+
+def test_no_prediction_type_of_a_flow_model(folders: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"prediction_type epsilon: .* is a flow model"):
+        settled(resolve(str(folders["SD3"])), "epsilon")
+
+
+def test_a_distilled_model_says_so(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """FLUX by its family, in the log, the stores' settings and the report; turbo models by their name."""
+    check_loadable(resolve(str(folders["FLUX.1-dev"])))
+    assert "is distilled and was not trained without a text: its error of no text" in caplog.text
+    spec = DiffusionSpec(resolve(str(folders["FLUX.1-dev"])), "", "snr", (500.0,))
+    store = open_store(str(tmp_path), "flux", spec.store_config())
+    assert evaluate({}, [store]).notes == [
+        "flux is distilled and was not trained without a text: its normalised scores are less the error "
+        "of no text anyway."
+    ]
+    caplog.clear()
+    check_loadable(resolve(str(folders["SD3"])))
+    assert "no text" not in caplog.text
+    turbo = tmp_path / "sd3-turbo"
+    turbo.symlink_to(folders["SD3"])
+    check_loadable(resolve(str(turbo)))
+    assert "is named as step-distilled ones are" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["SD3", "FLUX.1-schnell"])
+def test_a_lora_in_diffusers_format(
+    name: str, folders: dict[str, Path], models: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of the transformer and CLIP's text model, merged to the weights of the pipeline's own; a U-Net takes
+    none."""
+    model, pipeline = models[name], pipeline_of(folders[name])
+    generator = torch.Generator().manual_seed(5)
+
+    def layers(part: Any, ends: tuple[str, ...]) -> dict[str, Tensor]:
+        found = {}
+        for place, module in part.named_modules():
+            if place.endswith(ends):
+                down = torch.randn(2, module.in_features, generator=generator)
+                up = torch.randn(module.out_features, 2, generator=generator)
+                found |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+        return found
+
+    network = layers(pipeline.transformer, ("to_q", "to_out.0", "add_k_proj", "to_add_out"))
+    clip = layers(pipeline.text_encoder, ("q_proj",))
+    type(pipeline).save_lora_weights(
+        tmp_path, transformer_lora_layers=network, text_encoder_lora_layers=clip
+    )
+    source = resolve(str(folders[name]))
+    check_loadable(source, [str(tmp_path)])
+    merged: Any = load_denoiser(source, lora=str(tmp_path))
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.fuse_lora()
+    expected = pipeline.transformer.state_dict()
+    expected = {k.replace(".base_layer", ""): v for k, v in expected.items()}
+    plain = model.transformer.state_dict()
+    for key, value in merged.transformer.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+        changed = key.removesuffix("weight") + "lora_A.weight" in network
+        assert torch.equal(value, plain[key]) is not changed
+    assert len(network) >= 10 and clip
+    texts = merged.encode_texts(TEXTS[:1]), model.encode_texts(TEXTS[:1])
+    assert not torch.allclose(*(text["pooled"] for text in texts))
+    with pytest.raises(InputError, match=r"LoRA of a transformer .* which a U-Net does not take"):
+        check_loadable(resolve("shapes"), [str(tmp_path)])
+
+
+def test_no_teacher_and_no_tuning_yet(models: dict[str, Any]) -> None:
+    for name in ("SD3", "PixArt-alpha"):
+        with pytest.raises(InputError, match="cannot teach yet"):
+            Diva(tiny_clip.vit(), "tiny", models[name], parse_recap("all"))
+        with pytest.raises(InputError, match="cannot be tuned"):
+            lora_unet(models[name])
+
+
+def test_parts_of_two_models(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A T5 of another width is refused, before weights are loaded and when they are."""
+    mixed = Path(shutil.copytree(folders["SD3"], tmp_path / "mixed"))
+    shutil.rmtree(mixed / "text_encoder_3")
+    shutil.copytree(folders["PixArt-alpha"] / "text_encoder", mixed / "text_encoder_3")
+    for check in (check_loadable, load_denoiser):
+        with pytest.raises(InputError, match="texts are 32 wide, its transformer takes 64"):
+            check(resolve(str(mixed)))
+
+
+def test_a_scheduler_of_another_kind(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folders["SD3"], tmp_path / "other"))
+    shutil.rmtree(other / "scheduler")
+    shutil.copytree(folders["PixArt-alpha"] / "scheduler", other / "scheduler")
+    for check in (check_loadable, load_denoiser):
+        with pytest.raises(InputError, match="is not that of a flow model"):
+            check(resolve(str(other)))
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_long_texts_are_counted(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """As many as the model itself says that it cuts."""
+    texts = [*TEXTS[:2], "x" * 90, "y" * 200, "z" * 700]
+    cut = [model.cuts(text) for model in [models[name]] for text in texts]
+    assert cut[0] is False and cut[-1] is True
+    assert tell_long_texts(resolve(str(folders[name])), texts) == sum(cut)
