@@ -79,7 +79,7 @@ def _errors(axes: Any, example: Example, root: str) -> None:
         axes.plot(scorer.timesteps, none - error, "o-", color=colour, markersize=4, label=label)
     axes.set(title="How much each caption helps\nto predict the noise", xlabel="timestep")
     axes.set_ylabel("error without text, less that with it")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", fontsize=9, handlelength=1.2)
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -98,7 +98,12 @@ def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
             100 * row["chance"], i - 0.45, i + 0.45, color="black", linestyle=":",
             label=None if i else "chance",
         )  # fmt: skip
-    axes.set(ylim=(0, 100), ylabel="% right", title="Small embedded models, drawn scenes")
+    axes.set(
+        ylim=(0, 125),
+        yticks=range(0, 101, 20),
+        ylabel="% right",
+        title="Small embedded models, drawn scenes",
+    )
     axes.set_xticks(range(len(BARS)), [label for _, _, label in BARS])
     axes.legend(frameon=False, ncols=2, loc="upper right", fontsize=8)
 
