@@ -170,7 +170,8 @@ def test_the_best_of_ones_own_images(tmp_path: Path) -> None:
     ]  # fmt: skip
     pairs = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
     lost = {pair["image"] for pair in pairs if pair["failure"]}
-    assert lost == {"1007.jpg"} and {pair["measured"] for pair in pairs} >= {0, 5}
+    measured = {pair["measured"] for pair in pairs}
+    assert lost == {"1007.jpg"} and measured > {0, 30}, "some dropped out on the way"
 
 
 def test_a_race_of_own_pairs_needs_something_to_find(tmp_path: Path) -> None:
