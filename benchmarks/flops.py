@@ -168,7 +168,7 @@ def done(
         written, _ = write_examples("counted", examples, f"{out}/examples", None)
         work = open_pairs(out, store, [written], [])
         cost = Cost(len(steps))
-        total = cost.total(work.table.pairs, work.table.images, work.table.stored)
+        total = cost.total(*work.left)
         cut(work.table.uri, cost, total, Sizes(actors, RATE).next)
         blocks = [block_rows(table.to_pylist()[0]) for table in read_blocks(work.table.uri)]
     for number, block in enumerate(blocks):

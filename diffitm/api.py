@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -18,11 +18,11 @@ from pyarrow import parquet
 from diffitm.core import images as image_files
 from diffitm.core import storage
 from diffitm.core.errors import InputError
-from diffitm.core.schema import SCORES, PairRow, read_block
+from diffitm.core.schema import SCORES, PairRow, block_rows, read_block
 from diffitm.metrics.score import averaged, conditional_score, normalised_score, other_dtype
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
 from diffitm.scoring.image_reader import Loaded
-from diffitm.scoring.noise_plan import choose_protocol, planned
+from diffitm.scoring.noise_plan import choose_protocol, error_of_protocol, planned
 from diffitm.scoring.racing import RacePlan, Racing
 from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
@@ -41,6 +41,7 @@ T = TypeVar("T")
 Picture = str | Path | Image.Image | np.ndarray
 Kind = Literal["auto", "conditional", "normalised"]
 AT_ONCE = 16  # images
+TEXTS_AT_ONCE = 64  # of each
 REPORT_EVERY = 10.0  # seconds between two lines of a log
 
 
@@ -83,8 +84,7 @@ class ImageTextScorer:
         images, texts = _listed(images), _listed(texts)
         if not self.timesteps:
             return self._table(images, texts, "similarity")[..., 0]
-        protocol: str = self.spec.protocol  # type: ignore[attr-defined]
-        error: Literal["l2", "mse"] = "l2" if protocol == "diffusionitm" else "mse"
+        error: Any = error_of_protocol(self.spec.protocol)  # type: ignore[attr-defined]
         if score == "conditional":
             errors = averaged(self.errors(images, texts, error).astype(float))
             return conditional_score(errors).astype(np.float32)
@@ -146,7 +146,7 @@ class ImageTextScorer:
         from diffitm.scoring.race_block import BlockRaces, all_with_all
 
         block = all_with_all(len(images), texts, k, of)
-        error = "l2" if self.spec.protocol == "diffusionitm" else "mse"  # type: ignore[attr-defined]
+        error = error_of_protocol(self.spec.protocol)  # type: ignore[attr-defined]
         races = BlockRaces(
             cast("DiffusionScorer", self.rows),
             block,
@@ -437,12 +437,18 @@ def _score_missing(
     scorer: ImageTextScorer, examples: Sequence[Examples], store: Store, out: str
 ) -> None:
     """Score the pairs that the store lacks."""
-    from diffitm.store.blocks import read_images
+    from diffitm.store.blocks import Cost, cut, read_blocks
     from diffitm.store.pair_table import write_work
 
-    work = f"api-{time.time_ns():x}.parquet"
-    table = write_work([e.uri for e in examples], store, storage.join(out, "work", work))
-    _through(scorer, table.uri, read_images, AT_ONCE, scorer.rows.score, store)
+    folder = _work_folder(out)
+    table = write_work([e.uri for e in examples], store, storage.join(folder, "work.parquet"))
+    cost = Cost(
+        1, TEXTS_AT_ONCE
+    )  # so a block is of some images, and of one image with many texts a part
+    size = AT_ONCE * TEXTS_AT_ONCE
+    cut(table.uri, cost, cost.total(table.images, table.pairs), lambda left: size)
+    blocks = (block_rows(one.to_pylist()[0]) for one in read_blocks(table.uri))
+    _through(scorer, folder, blocks, table.images, scorer.rows.score, store)
 
 
 def _race_missing(
@@ -456,10 +462,6 @@ def _race_missing(
     from diffitm.evaluation.race_table import full_part, write_races
     from diffitm.scoring.race_block import BlockRaces
 
-    def read(uri: str) -> list[dict[str, Any]]:
-        found, path = storage.filesystem(uri)
-        return parquet.read_table(path, filesystem=found).to_pylist()
-
     def race(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         (line,) = lines
         block = BlockRaces(cast("DiffusionScorer", scorer.rows), read_block(line), races.plan)
@@ -468,34 +470,39 @@ def _race_missing(
 
     if full := full_part(examples, races, out):
         _score_missing(scorer, full, store, out)
-    work = f"api-{time.time_ns():x}.parquet"
-    table = write_races(examples, store, races, 1, storage.join(out, "work", work))
-    _through(scorer, table.uri, read, 1, race, store)
+    folder = _work_folder(out)
+    table = write_races(examples, store, races, 1, storage.join(folder, "work.parquet"))
+    found, path = storage.filesystem(table.uri)
+    lines = parquet.read_table(path, filesystem=found).to_pylist()
+    _through(scorer, folder, ([line] for line in lines), len(lines), race, store)
+
+
+def _work_folder(out: str) -> str:
+    return storage.join(out, "work", f"api-{time.time_ns():x}")
 
 
 def _through(
     scorer: ImageTextScorer,
-    work: str,
-    read: Callable[[str], list[T]],
-    size: int,
+    folder: str,
+    blocks: Iterable[Sequence[T]],
+    total: int,
     score: Callable[[Sequence[T]], list[dict[str, Any]]],
     store: Store,
 ) -> None:
-    """Score a work table, so many rows at once; each block is a file of its own, whole or not there."""
-    name = storage.name(work).removesuffix(".parquet")
+    """Score blocks of a work table in a folder, of `total` rows in all; each is a file of its own, whole or
+    not there."""
+    name = storage.name(folder)
     try:
-        rows = read(work)
-        blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        for number, block in enumerate(progress(blocks, scorer.name, len(rows))):
+        for number, block in enumerate(progress(blocks, scorer.name, total)):
             sink = pa.BufferOutputStream()
             parquet.write_table(pa.Table.from_pylist(score(block), SCORES), sink)
             file = storage.join(store.uri, f"{name}-{number:06d}.parquet")
             storage.write_bytes(file, sink.getvalue().to_pybytes())
     finally:
-        storage.delete(work)
+        storage.delete_folder(folder)
 
 
-def progress(blocks: Sequence[T], name: str, total: int) -> Iterator[T]:
+def progress(blocks: Iterable[T], name: str, total: int) -> Iterator[T]:
     """The blocks; meanwhile a bar on a terminal, a line every ten seconds in a log."""
     from rich.console import Console
 
@@ -521,7 +528,7 @@ def progress(blocks: Sequence[T], name: str, total: int) -> Iterator[T]:
             bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} images/s")
 
 
-def _logged(blocks: Sequence[T], name: str, total: int) -> Iterator[T]:
+def _logged(blocks: Iterable[T], name: str, total: int) -> Iterator[T]:
     start = last = time.monotonic()
     done = 0
     for block in blocks:

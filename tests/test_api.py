@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -250,6 +250,43 @@ def test_what_is_stored_is_not_scored_again(
     assert sum(asked) == 20
     assert last.equals(again) and not first.equals(again)
     assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_small_files_are_joined(
+    clip: diffitm.ImageTextScorer,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_open: bool,
+) -> None:
+    """At the end, unless a killed run's table could take back what it wrote last."""
+    monkeypatch.setattr("diffitm.store.compaction.FEW", 0)
+    wanted = diffitm.evaluate(clip, "winoground", str(world), out=str(tmp_path), limit=4)
+    (store,) = (tmp_path / "scores").iterdir()
+    assert [path.name[:8] for path in store.glob("*.parquet")] == ["compact-"]
+    if is_open:
+        (tmp_path / "work" / store.name / "0000").mkdir(parents=True)
+        (tmp_path / "work" / store.name / "0000" / "table.json").write_text("{}")
+    more = diffitm.evaluate(clip, "winoground", str(world), out=str(tmp_path))
+    assert len(list(store.glob("*.parquet"))) == (2 if is_open else 1)
+    assert len(more) == len(wanted)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "error"), [("snr", "l2"), ("diffusionitm", "l2"), ("sigma", "mse")]
+)
+def test_the_error_of_a_protocol(
+    scorer: diffitm.ImageTextScorer,
+    files: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    protocol: str,
+    error: Literal["l2", "mse"],
+) -> None:
+    """As an evaluation has it."""
+    monkeypatch.setattr(scorer, "spec", dataclasses.replace(scorer.spec, protocol=protocol))
+    wanted = -scorer.errors(files, TEXTS, error).mean(-1)
+    np.testing.assert_allclose(scorer(files, TEXTS, "conditional"), wanted, rtol=1e-5)
 
 
 def test_by_name_and_without_a_folder() -> None:

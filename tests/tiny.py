@@ -27,9 +27,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffitm.core import storage
-from diffitm.core.schema import SCORES
+from diffitm.core.schema import SCORES, WORK, PairRow, block_rows
 from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.noise_schedule import NoiseSchedule
+from diffitm.store.blocks import block
 from diffitm.store.score_store import Store
 from tools.shapes.architecture import LENGTH, write_tokenizer
 
@@ -239,3 +240,9 @@ def write_scores(store: Store, rows: list[dict[str, Any]], name: str = "part-0")
     found, path = storage.filesystem(store.uri)
     table = pa.Table.from_pylist(rows, SCORES)
     parquet.write_table(table, f"{path}/{name}.parquet", filesystem=found)
+
+
+def read_images(work: str) -> list[PairRow]:
+    """All images of a work table with their texts, as one block."""
+    pairs = parquet.read_table(work, schema=WORK)
+    return block_rows(block(0, pairs).to_pylist()[0])

@@ -22,6 +22,7 @@ from diffitm.scoring.custom import CustomSpec, find_scorer
 from diffitm.scoring.noise_plan import choose_protocol
 from diffitm.scoring.racing import RacePlan
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+from diffitm.store.blocks import Cost
 from diffitm.store.compaction import tidy
 from diffitm.store.pair_table import WorkTable, distinct_texts
 from diffitm.store.roots import take_over
@@ -180,10 +181,25 @@ def score_missing(
     """Score what the examples of each task need and the store lacks; an interrupted run of the same goes on.
 
     With `races` the contests of examples are raced, which takes two tables: of what is scored in full, and
-    of the races.
+    of the races. In the end no table is open, and the store's small files are joined.
     """
     if races is None:
-        return _score_in_full(spec, store, list(examples.values()), out, pool)
+        done = _score_in_full(spec, store, list(examples.values()), out, pool)
+    else:
+        done = _race(spec, store, examples, out, pool, races)
+    tidy(store)
+    return done
+
+
+def _race(
+    spec: Spec,
+    store: Store,
+    examples: Mapping[str, Examples],
+    out: str,
+    pool: ActorPool,
+    races: Races,
+) -> Done:
+    """Score in full what is not raced, then hold the races."""
     done, plan = Done(), races.plan
     if full := full_part(examples, races, out):
         done = _score_in_full(spec, store, full, out, pool)
@@ -195,11 +211,10 @@ def score_missing(
     work = open_work(out, store, write, [*identity, json.dumps(plan.identity)])
     if work.left.pairs == 0:
         log.info("%s: every contest is decided already, 0 forwards needed", store.model)
-        tidy(store)
         return done
     _tell_long(spec, examples.values())
     _tell_resumed(work, store)
-    most = work.left.pairs * spec.cost - work.left.stored
+    most = Cost(spec.cost).total(*work.left)
     text = "%s: %s pairs race (%s), %s U-Net forwards (%s timesteps) at most"
     pairs = f"{work.left.pairs:,}"
     log.info(text, store.model, pairs, describe(plan.rules), f"{most:,}", spec.cost)
@@ -213,13 +228,12 @@ def _score_in_full(
     work = open_pairs(out, store, [e.uri for e in examples], [e.identity for e in examples])
     if work.left.pairs == 0:
         log.info("%s: every pair is scored already, 0 forwards needed", store.model)
-        tidy(store)
         return Done()
     _tell_long(spec, examples)
     _tell_resumed(work, store)
     unit = "scores" if store.similarity else f"U-Net forwards ({spec.cost} timesteps)"
     needed = f"{work.left.pairs:,} pairs of {work.left.images:,} images need"
-    count = work.left.pairs * spec.cost - work.left.stored
+    count = Cost(spec.cost).total(*work.left)
     log.info("%s: %s %s %s", store.model, needed, f"{count:,}", unit)
     return _score(spec, work, store, pool)
 
@@ -245,7 +259,6 @@ def _score(
         log.info("%s: actors compile it before they score, for a minute or more", store.model)
     done = score(spec, work, store, pool, plan)
     finish(work, done)
-    tidy(store)
     made = f"{done.pairs:,} pairs, {done.forwards:,} forwards done, {done.failures:,} pairs failed"
     log.info("%s: %s", store.model, made)
     if done.not_finite:

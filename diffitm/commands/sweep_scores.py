@@ -13,7 +13,7 @@ from diffitm.core.config import make
 from diffitm.core.errors import InputError
 from diffitm.evaluation.evaluate import error_of
 from diffitm.evaluation.options import GdbenchConfig
-from diffitm.scoring.noise_plan import planned
+from diffitm.scoring.noise_plan import FLOW_PROTOCOLS, PROTOCOLS, planned
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.sweep.options import Sweep, values_of
 from diffitm.sweep.result import Tried, open_sweep
@@ -53,6 +53,9 @@ def check(sweep: Sweep, out: str) -> Sweep:
     for text in values_of(sweep, fixed, "range"):
         low, high = parse_range(text)
         for protocol in values_of(sweep, fixed, "protocol"):
+            if protocol == "auto":
+                names = ", ".join((*PROTOCOLS, *FLOW_PROTOCOLS))
+                raise InputError(f"protocol auto: a sweep needs one by name, of {names}")
             steps = planned(protocol, fixed["timesteps"][0], fixed.get("seed", 0))
             if not any(low <= step < high for step in steps):
                 raise InputError(f"range: none of the {len(steps)} of {protocol} lies in {text}")

@@ -29,6 +29,7 @@ from diffitm.metrics.credit import LOST, Credit, Credits
 from diffitm.metrics.figures import Decision, Decisions, Figure, Groups, Labels
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
 from diffitm.metrics.score import other_dtype
+from diffitm.scoring.noise_plan import error_of_protocol
 from diffitm.scoring.racing import hold
 from diffitm.store.join import ScoredExample, ScoredPart, read_items, read_labels, read_parts
 from diffitm.store.pair_table import connect, examples_dataset
@@ -150,9 +151,9 @@ def evaluate(
     """Results of every task (name -> examples file) for every store, from the stores alone.
 
     `error` is the kind of error that is averaged: l2, mse, l1 or huber; 'auto' is the protocol's
-    own, the l2 norm for diffusionitm and the mean squared error for the others. `weights` [N] are
-    those of the timesteps, where a store has N of them. With `racing` the contests of examples are raced
-    over the stored errors: what comes out does not depend on what else is stored.
+    own (noise_plan.error_of_protocol). `weights` [N] are those of the timesteps, where a store has N of
+    them. With `racing` the contests of examples are raced over the stored errors: what comes out does not
+    depend on what else is stored.
     """
     evaluation = Evaluation()
     names = titles(stores)
@@ -192,14 +193,11 @@ def evaluate(
     return evaluation
 
 
-OF_NORM = ("diffusionitm", "snr", "selfbench")  # protocols whose error is the l2 norm
-
-
 def error_of(store: Store, error: str) -> str:
     """The kind of error that is averaged: `error`, or for 'auto' the protocol's own."""
     if error != "auto":
         return error
-    return "l2" if store.config.get("protocol", "diffusionitm") in OF_NORM else "mse"
+    return error_of_protocol(store.config.get("protocol", "diffusionitm"))
 
 
 def titles(stores: Sequence[Store]) -> list[str]:

@@ -17,6 +17,7 @@ NOISE_TABLE = 1000
 DRAWN_AT_ONCE = 16  # numbers of torch.randn on the CPU
 PROTOCOLS = ("diffusionitm", "paper", "diffusion-classifier")  # of models with a table of timesteps
 FLOW_PROTOCOLS = ("snr", "selfbench", "sigma")  # of flow models
+OF_NORM = ("diffusionitm", "snr", "selfbench")  # protocols whose error is the l2 norm
 SELF_BENCH = (
     20,
     980,
@@ -47,6 +48,11 @@ class NoisePlan:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+
+def error_of_protocol(protocol: str) -> str:
+    """The kind of error that a protocol averages: the l2 norm, or the mean squared error."""
+    return "l2" if protocol in OF_NORM else "mse"
 
 
 def choose_protocol(protocol: str, flow: bool) -> str:

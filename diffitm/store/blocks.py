@@ -3,7 +3,7 @@ kept, as they are what a checkpoint names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from diffitm.core import storage
-from diffitm.core.schema import BLOCK, WORK, PairRow, block_rows
+from diffitm.core.schema import BLOCK, WORK
 
 READ = 2**16  # pairs
 SECONDS = 60.0  # that an actor is to work on a block: what a kill costs it
@@ -31,9 +31,9 @@ class Cost(NamedTuple):
     pair: int
     image: int = 0
 
-    def total(self, pairs: int, images: int, stored: int) -> int:
+    def total(self, images: int, pairs: int, stored: int = 0) -> int:
         """That of so many."""
-        return pairs * self.pair - stored + images * self.image
+        return images * self.image + pairs * self.pair - stored
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,16 @@ def cut(work: str, cost: Cost, total: float, size: Callable[[float], float]) -> 
     """Write the index of blocks. `size` says how many forwards the next one is to have where so many of
     `total` are left; it has no more than MOST pairs. A block ends between two images, unless that halves
     it."""
-    rows = [(row, *counts) for row, counts in enumerate(_cuts(work, cost, total, size))]
-    columns = list(zip(*rows, strict=True)) or [()] * len(INDEX)
+    write_index(work, _cuts(work, cost, total, size))
+
+
+def write_index(work: str, blocks: Iterable[tuple[int, int, int]]) -> None:
+    """Write the index of blocks of so many pairs, images and stored errors."""
+    rows = [
+        dict(zip(INDEX.names, (row, *counts), strict=True)) for row, counts in enumerate(blocks)
+    ]
     sink = pa.BufferOutputStream()
-    parquet.write_table(pa.table(list(map(list, columns)), schema=INDEX), sink)
+    parquet.write_table(pa.Table.from_pylist(rows, INDEX), sink)
     storage.write_bytes(index_of(work), sink.getvalue().to_pybytes())
 
 
@@ -125,12 +131,6 @@ def read_blocks(work: str) -> Iterator[pa.Table]:
             left = pa.concat_tables([left, pa.Table.from_batches([next(batches)], WORK)])
         yield block(row, left[:pairs])
         left = left[pairs:]
-
-
-def read_images(work: str) -> list[PairRow]:
-    """All images of a work table with their texts, as one block."""
-    pairs = pa.Table.from_batches(_batches(work), WORK)
-    return block_rows(block(0, pairs).to_pylist()[0])
 
 
 def block(row: int, pairs: pa.Table) -> pa.Table:

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -252,10 +251,8 @@ class _Output:
             return
         table = pa.concat_tables(self.tables).combine_chunks()
         self.tables, self.held = [], 0
-        keys = pa.table(
-            [table["image"], table["text"], pa.array(np.arange(len(table)))], ["i", "t", "n"]
-        )
-        order = pc.sort_indices(keys, sort_keys=[(name, "ascending") for name in keys.column_names])
+        keys = [("image", "ascending"), ("text", "ascending")]
+        order = pc.sort_indices(table, sort_keys=keys)  # which is stable
         for start in range(0, len(table), GROUP):
             self.writer.write_table(table.take(order[start : start + GROUP]), row_group_size=GROUP)
         self.rows += len(table)

@@ -25,7 +25,7 @@ from diffitm.captions.row import CaptionRow
 from diffitm.core import storage
 from diffitm.core.limits import limits
 from diffitm.core.schema import EXAMPLES, RACES, WORK, Example, encodable, fault
-from diffitm.store.blocks import read_index
+from diffitm.store.blocks import read_index, write_index
 from diffitm.store.score_store import Store
 
 T = TypeVar("T")
@@ -238,33 +238,31 @@ def write_race_blocks(lines: Iterable[dict[str, Any]], uri: str) -> WorkTable:
     """Write the rows of a table of races."""
     found, path = storage.filesystem(uri)
     storage.make_folder(storage.parent(uri))
-    images = pairs = stored = 0
+    counts = list[tuple[int, int, int]]()
     with found.open_output_stream(path) as sink, parquet.ParquetWriter(sink, RACES) as writer:
         for batch in map(list, batched(lines, BATCH)):
             writer.write_table(pa.Table.from_pylist(batch, RACES))
-            for line in batch:
-                images += len(line["images"])
-                pairs += len(line["image_of"])
-                stored += sum(map(len, line["stored"]))
+            counts += [
+                (len(line["image_of"]), len(line["images"]), sum(map(len, line["stored"])))
+                for line in batch
+            ]
+    write_index(uri, counts)
+    pairs, images, stored = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0)
     return WorkTable(uri, images, pairs, stored)
 
 
 def remaining(table: WorkTable, checkpoint: str) -> Left:
     """What of a work table its checkpoint does not hold."""
-    found, path = storage.filesystem(table.uri)
-    blocks: Any = ds.dataset(path, filesystem=found, format="parquet")
-    counts = "len(images), len(image_of), len(flatten(stored))"
-    if "image_of" not in blocks.schema.names:
-        blocks, counts = read_index(table.uri), "images, pairs, stored"
-        if blocks is None:
-            return Left(table.images, table.pairs, table.stored)
+    blocks = read_index(table.uri)
+    if blocks is None:
+        return Left(table.images, table.pairs, table.stored)
     ids = pa.schema([("row", pa.int64())])
     whole, _ = storage.readable_parquet(checkpoint)
     committed = [p for p in whole if not p.endswith(".pending.parquet")]
     where = storage.filesystem(checkpoint)[0]
     done = ds.dataset(committed, schema=ids, filesystem=where, format="parquet")
-    query = f"""
-        SELECT coalesce(sum(i), 0), coalesce(sum(p), 0), coalesce(sum(s), 0)
-        FROM (SELECT row, {counts} FROM blocks) AS b(row, i, p, s) ANTI JOIN done USING (row)"""
+    query = """
+        SELECT coalesce(sum(images), 0), coalesce(sum(pairs), 0), coalesce(sum(stored), 0)
+        FROM blocks ANTI JOIN done USING (row)"""
     left = connect(blocks=blocks, done=done).execute(query).fetchone() or (0, 0, 0)
     return Left(*map(int, left))

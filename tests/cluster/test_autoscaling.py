@@ -13,9 +13,9 @@ import pytest
 
 from diffitm.models.loading import resolve
 from diffitm.scoring.specs import DiffusionSpec
-from diffitm.store.blocks import read_images
 from tests import pipeline
 from tests.faults.disturb import assert_same, scores
+from tests.tiny import read_images
 from tests.traced import STEPS, read_trace
 
 pytestmark = pytest.mark.slow

@@ -121,6 +121,8 @@ def test_three_kills(undisturbed: Path, tmp_path: Path) -> None:
     }
     last = pipeline.run(*OPTIONS, "--out", out, "--actors", ACTORS)
     assert "going on where it stopped" in last.stderr
+    (joined,) = pipeline.store_folder(out).glob("*.parquet")
+    assert joined.name.startswith("compact-") and not list(out.glob("work/*/*/checkpoint"))
     left = re.search(r"([\d,]+) pairs of [\d,]+ images need", last.stderr)
     made = re.search(r"([\d,]+) pairs, [\d,]+ forwards done", last.stderr)
     assert left and made

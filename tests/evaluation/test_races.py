@@ -31,7 +31,6 @@ from diffitm.scoring.noise_plan import make_plan, plan_timesteps
 from diffitm.scoring.race_block import BlockRaces
 from diffitm.scoring.racing import Racing, Rounds, hold
 from diffitm.store import pair_table
-from diffitm.store.blocks import read_images
 from diffitm.store.join import read_scored
 from diffitm.store.pair_scores import summarise, write_pairs, write_raced_top, write_top
 from diffitm.store.score_store import Store, open_store
@@ -39,7 +38,7 @@ from diffitm.tasks.base import Task
 from diffitm.tasks.mmvp_vlm import MmvpVlm
 from diffitm.tasks.registry import find_task
 from diffitm.tasks.winoground import Winoground
-from tests.tiny import Fixed, schedule, write_image, write_scores
+from tests.tiny import Fixed, read_images, schedule, write_image, write_scores
 
 STEPS = plan_timesteps("diffusionitm", 30)
 RULES = RaceOptions(Racing(0.2))

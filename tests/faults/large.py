@@ -1,7 +1,7 @@
 """A large run of actors that sleep 50 ms a pair: how long they wait, and the driver's memory.
 
 `python -m tests.faults.large --actors 16 --pairs 20000 --nodes 1`; everything but the model is that
-of a real run. Actors wait whenever they are not scoring. What counts is the time from when the last
+of a real run. Actors wait whenever their model does nothing. What counts is the time from when the last
 actor has its model to the last pair; the end, where some actors have no block left, is in it.
 """
 

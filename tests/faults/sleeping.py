@@ -1,6 +1,6 @@
 """A model that is a fixed sleep a pair, images that take a while to be read, and what actors write down.
 
-It imports no torch, so that 64 actors fit on a small machine.
+It imports no torch (actors with GPUs do), so that 64 actors fit on a small machine.
 """
 
 from __future__ import annotations

@@ -22,11 +22,10 @@ from diffitm.report.published_figures import LABEL
 from diffitm.report.table import TableLine, cell, latex, make_table, markdown
 from diffitm.shapes.layouts import write_world
 from diffitm.store import pair_table
-from diffitm.store.blocks import read_images
 from diffitm.store.score_store import Store, open_store
 from diffitm.tasks.registry import GDBENCH, find_task
 from tests import browser
-from tests.tiny import score_row, write_scores
+from tests.tiny import read_images, score_row, write_scores
 
 STEPS = [10, 210, 410, 610, 810]
 

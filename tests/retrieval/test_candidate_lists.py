@@ -369,6 +369,8 @@ def test_images_by_path_or_by_name(tmp_path: Path) -> None:
     known = ["flickr30k-images/a.jpg", "flickr30k-images/b.jpg"]
     assert located(root, known) == ["a.jpg", "b.jpg"]
     assert located(root, ["a.jpg", "sub/a.jpg"]) == ["a.jpg", "sub/a.jpg"]
+    (tmp_path / "all.zip").touch()
+    assert located(root, ["all.zip/in/a.jpg#xywh=0,0,2,2"]) == ["all.zip/in/a.jpg#xywh=0,0,2,2"]
     with pytest.raises(InputError, match=r"lacks the captions file's images, such as x/c\.jpg"):
         located(root, ["x/c.jpg"])
     with pytest.raises(InputError, match="same name without folder"):

@@ -18,9 +18,9 @@ from diffitm.evaluation.evaluate import evaluate
 from diffitm.evaluation.examples import data_root, write_examples
 from diffitm.scoring.custom import CustomScorer, CustomSpec, find_scorer
 from diffitm.scoring.image_reader import Loaded
-from diffitm.store.blocks import read_images
 from diffitm.store.pair_table import write_work
 from diffitm.store.score_store import open_store
+from tests.tiny import read_images
 
 CODE = """
 import numpy as np

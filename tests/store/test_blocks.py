@@ -11,6 +11,7 @@ from pyarrow import parquet
 from diffitm.core.schema import BLOCK, WORK, block_rows
 from diffitm.store import blocks
 from diffitm.store.blocks import LEAST_SECONDS, SECONDS, UNMEASURED, Cost, Sizes
+from tests.tiny import read_images
 
 Pair = tuple[str, str, list[int] | None]
 
@@ -75,7 +76,7 @@ def test_costs(tmp_path: Path) -> None:
     assert index.select(["pairs", "images", "stored"]).to_pylist() == [
         {"pairs": 2, "images": 1, "stored": 4}, {"pairs": 1, "images": 1, "stored": 1}
     ]  # fmt: skip
-    assert Cost(5, 2).total(3, 2, 5) == 14
+    assert Cost(5, 2).total(2, 3, 5) == 14
     images = of({"a": 1, "b": 1, "c": 30, "d": 1})
     whole = cut(work_of(tmp_path, images), 131, Cost(1, 64))
     assert whole == [[("a", 1), ("b", 1)], [("c", 30)], [("d", 1)]]
@@ -107,7 +108,7 @@ def test_a_block_has_everything_of_its_pairs(tmp_path: Path) -> None:
         (0, "a", ["", "x"], [[], [3, 1]]), (0, "b", ["x"], [[]])
     ]  # fmt: skip
     assert [*map(tuple, block_rows(second.to_pylist()[0]))] == [(1, "c", ["y"], None)]
-    assert [row.texts for row in blocks.read_images(uri)] == [["", "x"], ["x"], ["y"]]
+    assert [row.texts for row in read_images(uri)] == [["", "x"], ["x"], ["y"]]
 
 
 def test_sizes() -> None:

@@ -68,7 +68,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """47 rows in 16 files: pairs, failures, one tried again, and parts of races of which two overlap."""
+    """54 rows in 17 files: pairs, failures, one tried again, and parts of races of which two overlap."""
     made = open_store(str(tmp_path / "out"), "m", CONFIG)
     fill(made)
     return made

@@ -12,11 +12,10 @@ from pyarrow import parquet
 
 from diffitm.captions.row import CaptionRow
 from diffitm.core.schema import SCORES
-from diffitm.store.blocks import read_images
 from diffitm.store.pair_scores import summarise, write_pairs, write_top
 from diffitm.store.pair_table import distinct_texts, write_own, write_work
 from diffitm.store.score_store import Store, open_store
-from tests.tiny import score_row
+from tests.tiny import read_images, score_row
 
 ROWS = [
     CaptionRow("row 0", "a.jpg", ("red", "blue"), source="s"),

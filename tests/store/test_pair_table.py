@@ -19,11 +19,10 @@ from diffitm.core.schema import Example
 from diffitm.evaluation import evaluate
 from diffitm.metrics.intervals import wilson
 from diffitm.store import blocks, pair_table
-from diffitm.store.blocks import read_images
 from diffitm.store.join import read_examples
 from diffitm.store.score_store import Store, open_store, read_store
 from diffitm.store.stored_lines import StoredLines
-from tests.tiny import score_row, write_scores
+from tests.tiny import read_images, score_row, write_scores
 
 DIFFUSION = {"kind": "diffusion", "protocol": "diffusionitm", "timesteps": [10, 110], "seed": 0}
 CLIP = {"kind": "clip", "weights": "abc"}

@@ -14,7 +14,7 @@ from diffitm.store import blocks, pair_table, work_table
 from diffitm.store.run_summary import Done, summarise, write_summary
 from diffitm.store.score_store import Store, open_store
 from diffitm.store.work_table import OpenWork, finish, finished, open_pairs
-from tests.tiny import score_row, write_scores
+from tests.tiny import read_images, score_row, write_scores
 
 CONFIG = {"kind": "diffusion", "protocol": "diffusionitm", "timesteps": [10]}
 
@@ -85,7 +85,7 @@ def test_a_table_of_other_examples_is_closed(
     assert json.loads((Path(old.folder) / "done").read_text()) == {"closed": True}
     assert score_files(store) == ["b1-0.parquet", "earlier-b2.parquet"]
     assert Path(new.folder).name == "0001"
-    asked = [(row.image, row.texts) for row in blocks.read_images(new.table.uri)]
+    asked = [(row.image, row.texts) for row in read_images(new.table.uri)]
     assert asked == [("b", ["x", "y"]), ("c", ["y"])]
     back = open_pairs(str(tmp_path), store, examples, ["one"])
     assert Path(back.folder).name == "0002"

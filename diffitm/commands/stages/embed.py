@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import torch
 
-from diffitm.core import storage
+from diffitm.core import images, storage
 from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
 from diffitm.distributed.item_stage import BLOCKS_PER_ACTOR, ItemStage, run_items
@@ -179,7 +179,7 @@ def located(root: str, paths: list[str]) -> list[str]:
     """
     for bare in (False, True):
         found = [path.rpartition("/")[2] if bare else path for path in paths]
-        looked = [storage.join(root, path.split("#")[0]) for path in found[:LOOKED_AT]]
+        looked = [storage.join(root, images.holder(path)) for path in found[:LOOKED_AT]]
         if any(map(storage.exists, looked)):
             if len(set(found)) < len(found):
                 raise InputError(f"--images {root}: two images have the same name without folder")

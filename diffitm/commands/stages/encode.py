@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save
 
-from diffitm.core import storage
+from diffitm.core import images, storage
 from diffitm.core.provenance import fingerprint
 from diffitm.core.schema import PairRow
 from diffitm.core.storage import join
@@ -105,7 +105,7 @@ def encode(
         "names": fingerprint(names),
     }
     if kind == "image":
-        stamp = storage.stamp(encoder.root, sorted({name.split("#")[0] for name in names}))
+        stamp = storage.stamp(encoder.root, sorted(set(map(images.holder, names))))
         root = storage.without_query(encoder.root)
         settings |= {"root": root, "resize": encoder.resize, "files": stamp}
     what = "latents" if kind == "image" else "texts"

@@ -204,7 +204,7 @@ class BlockSource(Datasource):
 
     def _read(self) -> Iterator[pa.Table]:
         if read_index(self.table.uri) is None:
-            total = self.cost.total(self.table.pairs, self.table.images, self.table.stored)
+            total = self.cost.total(self.table.images, self.table.pairs, self.table.stored)
             cut(self.table.uri, self.cost, total, Sizes(self.actors, self._rate()).next)
         yield from read_blocks(self.table.uri)
 
@@ -225,7 +225,7 @@ class _Lines:
 
     def __init__(self, name: str, left: Left, cost: Cost, actors: int) -> None:
         self.name, self.total, self.cost, self.actors = name, left.pairs, cost.pair, actors
-        self.forwards = cost.total(left.pairs, left.images, left.stored)
+        self.forwards = cost.total(*left)
         # What a rate is told in: an actor measures forwards, whatever costs them.
         self.unit, self.each = ("images", cost.image) if cost.image else ("forwards", 1)
         self.waited, self.first, self.next_line = 0, 0.0, 0.0
