@@ -50,12 +50,14 @@ def check(sweep: Sweep, out: str) -> Sweep:
     numbers = [*values_of(sweep, fixed, "number")]
     if len(fixed["timesteps"]) != 1:
         raise InputError("timesteps: give one number, how many are stored; number= is swept")
+    if "auto" in values_of(sweep, fixed, "protocol"):
+        names = ", ".join((*PROTOCOLS, *FLOW_PROTOCOLS))
+        raise InputError(
+            f"protocol: auto is none that a sweep can store under, give one of {names}"
+        )
     for text in values_of(sweep, fixed, "range"):
         low, high = parse_range(text)
         for protocol in values_of(sweep, fixed, "protocol"):
-            if protocol == "auto":
-                names = ", ".join((*PROTOCOLS, *FLOW_PROTOCOLS))
-                raise InputError(f"protocol auto: a sweep needs one by name, of {names}")
             steps = planned(protocol, fixed["timesteps"][0], fixed.get("seed", 0))
             if not any(low <= step < high for step in steps):
                 raise InputError(f"range: none of the {len(steps)} of {protocol} lies in {text}")

@@ -88,6 +88,11 @@ def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     assert named.fixed == {"model": "shapes", "data": "shapes"}
 
 
+def test_a_sweep_of_scores_names_its_protocol() -> None:
+    with pytest.raises(InputError, match="auto is none .* snr"):
+        sweep_scores.check(read_sweep(KINDS, ["timesteps", "model=shapes", "protocol=auto"]), "out")
+
+
 def test_tasks_without_right_answers_are_not_scored() -> None:
     sweep = sweep_scores.check(read_sweep(KINDS, ["timesteps", "model=shapes"]), "out")
     tasks = sweep_scores.gdbench_config(sweep, "diffusionitm", "out").tasks
