@@ -89,7 +89,7 @@ def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_sweep_of_scores_names_its_protocol() -> None:
-    with pytest.raises(InputError, match="auto is none .* snr"):
+    with pytest.raises(InputError, match=r"auto is none .* snr"):
         sweep_scores.check(read_sweep(KINDS, ["timesteps", "model=shapes", "protocol=auto"]), "out")
 
 
