@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.flow import PATCH, FlowDiffusion, pack, unpack
+from diffitm.models.flow import GUIDANCE, PATCH, FlowDiffusion, pack, unpack
 from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
 from diffitm.models.noise_schedule import FLOW_TIME
 
 SIDE = 128  # of latents, where the network's settings do not say it: the pipeline's
 SCHNELL_LENGTH = 256  # tokens of a text that schnell was trained with
-GUIDANCE = 1.0  # what dev is told, as it is when it is trained further
 
 
 class Flux(FlowDiffusion):

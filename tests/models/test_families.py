@@ -388,6 +388,17 @@ def test_no_prediction_type_of_a_flow_model(folders: dict[str, Path]) -> None:
         settled(resolve(str(folders["SD3"])), "epsilon")
 
 
+def test_the_guidance_is_that_of_networks_that_take_one(
+    folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """In a store's settings what the network is told."""
+    for name, folder in folders.items():
+        config = DiffusionSpec(settled(resolve(str(folder))), "", "snr", (500.0,)).store_config()
+        told = getattr(models[name], "guidance", None)
+        assert config.get("guidance") == told
+        assert ("guidance" in config) is (name == "FLUX.1-dev")
+
+
 def test_a_distilled_model_says_so(
     folders: dict[str, Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -400,6 +411,7 @@ def test_a_distilled_model_says_so(
         "flux is distilled and was not trained without a text: its normalised scores are less the error "
         "of no text anyway."
     ]
+    assert store.config["unconditional"] is False
     caplog.clear()
     check_loadable(resolve(str(folders["SD3"])))
     assert "no text" not in caplog.text
