@@ -44,9 +44,13 @@ class Flux(FlowDiffusion):
         self.t5_tokenizer = parts.tokenizer("tokenizer_2", self.t5, T5TokenizerFast)
         self.transformer = parts.model(FluxTransformer2DModel, "transformer")
         super().__init__(parts, self.transformer, parts.vae())
-        is_guided = self.transformer.config.guidance_embeds
-        self.length = self.lengths["tokenizer_2"] if is_guided else SCHNELL_LENGTH
-        self.guidance = GUIDANCE if is_guided else None
+        self.length = self.lengths_of(self.transformer.config)["tokenizer_2"]
+        self.guidance = GUIDANCE if self.transformer.config.guidance_embeds else None
+
+    @classmethod
+    def lengths_of(cls, network: Mapping[str, Any]) -> Mapping[str, int]:
+        """See Denoiser. A network without a guidance is schnell."""
+        return cls.lengths if network.get("guidance_embeds") else {"tokenizer_2": SCHNELL_LENGTH}
 
     @classmethod
     def check_together(cls, configs: Mapping[str, Any]) -> None:

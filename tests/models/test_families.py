@@ -21,7 +21,7 @@ from diffitm.models.flow import FlowDiffusion, pack, unpack
 from diffitm.models.loading import FAMILIES, load_denoiser, resolve
 from diffitm.models.lora import lora_unet
 from diffitm.models.model_check import check_loadable, settled
-from diffitm.models.text_limits import tell_long_texts
+from diffitm.models.text_limits import TextLimits, tell_long_texts
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.compiled import CompiledPredict
 from diffitm.scoring.noise_plan import make_plan
@@ -495,7 +495,23 @@ def test_long_texts_are_counted(
     name: str, folders: dict[str, Path], models: dict[str, Any]
 ) -> None:
     """As many as the model itself says that it cuts."""
-    texts = [*TEXTS[:2], "x" * 90, "y" * 200, "z" * 700]
-    cut = [model.cuts(text) for model in [models[name]] for text in texts]
-    assert cut[0] is False and cut[-1] is True
-    assert tell_long_texts(resolve(str(folders[name])), texts) == sum(cut)
+    texts = [*TEXTS[:2], "x" * 90, "y" * 200, "y" * 300, "z" * 700, " " * 90 + "X" * 30]
+    cut = {text for text in texts if models[name].cuts(text)}
+    assert texts[5] in cut and cut.isdisjoint(texts[:2])
+    assert (texts[4] in cut) is (name != "FLUX.1-dev")  # 302 tokens
+    source = resolve(str(folders[name]))
+    assert TextLimits(source).cut(texts) == cut
+    assert tell_long_texts(source, texts) == len(cut)
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_texts_that_are_the_same_to_a_model(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """In another case and with space around them, where its condition is the same."""
+    texts = ["a Red cube ", "A red cube"]
+    one, two = (models[name].encode_texts([text])["hidden"] for text in texts)
+    same = one.shape == two.shape and torch.equal(one, two)
+    assert same is (name.startswith(("PixArt", "Sana")) or "without" in name)
+    read = TextLimits(resolve(str(folders[name]))).read(texts)
+    assert (read[0] == read[1]) is same
