@@ -38,9 +38,10 @@ class Flux(FlowDiffusion):
         variant: str | None = None,
     ) -> None:
         parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.text_encoder = parts.text_encoder(CLIPTextModel, "text_encoder")
-        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder)
+        self.clip = parts.text_encoder(CLIPTextModel, "text_encoder")
+        self.tokenizer = parts.tokenizer("tokenizer", self.clip)
         self.t5 = parts.text_encoder(T5EncoderModel, "text_encoder_2")
+        self.text_encoders = [self.clip, self.t5]
         self.t5_tokenizer = parts.tokenizer("tokenizer_2", self.t5, T5TokenizerFast)
         self.transformer = parts.model(FluxTransformer2DModel, "transformer")
         super().__init__(parts, self.transformer, parts.vae())
@@ -77,7 +78,7 @@ class Flux(FlowDiffusion):
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         """See Denoiser. Longer texts are cut, by each encoder at its own length."""
-        pooled = self.text_encoder(tokenize(self.tokenizer, texts).to(self.device)).pooler_output
+        pooled = self.clip(tokenize(self.tokenizer, texts).to(self.device)).pooler_output
         ids = tokenize(self.t5_tokenizer, texts, self.length).to(self.device)
         return {"hidden": self.t5(ids).last_hidden_state, "pooled": pooled}
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffitm.core import registry
@@ -425,8 +426,8 @@ def test_a_distilled_model_says_so(
 def test_a_lora_in_diffusers_format(
     name: str, folders: dict[str, Path], models: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Of the transformer and CLIP's text model, merged to the weights of the pipeline's own; a U-Net takes
-    none."""
+    """Of the transformer and CLIP's text model, merged to the weights of the pipeline's own, and of the
+    second text encoder; a U-Net takes none."""
     model, pipeline = models[name], pipeline_of(folders[name])
     generator = torch.Generator().manual_seed(5)
 
@@ -441,6 +442,7 @@ def test_a_lora_in_diffusers_format(
 
     network = layers(pipeline.transformer, ("to_q", "to_out.0", "add_k_proj", "to_add_out"))
     clip = layers(pipeline.text_encoder, ("q_proj",))
+    second = layers(pipeline.text_encoder_2, ("q_proj", "SelfAttention.q"))
     type(pipeline).save_lora_weights(
         tmp_path, transformer_lora_layers=network, text_encoder_lora_layers=clip
     )
@@ -459,6 +461,19 @@ def test_a_lora_in_diffusers_format(
     assert len(network) >= 10 and clip
     texts = merged.encode_texts(TEXTS[:1]), model.encode_texts(TEXTS[:1])
     assert not torch.allclose(*(text["pooled"] for text in texts))
+    lora = next(tmp_path.glob("*.safetensors"))
+    save_file(load_file(lora) | {f"text_encoder_2.{k}": v for k, v in second.items()}, lora)
+    check_loadable(source, [str(tmp_path)])
+    more: Any = load_denoiser(source, lora=str(tmp_path))
+    before = model.text_encoders[1].state_dict()
+    for key, value in more.text_encoders[1].state_dict().items():
+        at = key.removesuffix("weight")
+        if f"{at}lora_A.weight" in second:
+            added = second[f"{at}lora_B.weight"] @ second[f"{at}lora_A.weight"]
+            torch.testing.assert_close(value, before[key] + added)
+        else:
+            assert torch.equal(value, before[key])
+    assert second
     with pytest.raises(InputError, match=r"LoRA of a transformer .* which a U-Net does not take"):
         check_loadable(resolve("shapes"), [str(tmp_path)])
 
