@@ -158,9 +158,10 @@ def evaluate(
     evaluation = Evaluation()
     names = titles(stores)
     evaluation.notes = [
-        f"{name} {store.config['unconditional']}: its normalised scores are less the error of no text anyway."
+        f"{name} is distilled and was not trained without a text: its normalised scores are less the error "
+        "of no text anyway."
         for name, store in zip(names, stores, strict=True)
-        if "unconditional" in store.config
+        if not store.config.get("unconditional", True)
     ]
     connection, read = connect(), dict[int, LinesByTask]()
     for name, uri in examples.items():

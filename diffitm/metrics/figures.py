@@ -188,13 +188,17 @@ def scored(
 
 
 def macro(decisions: Sequence[Decision], metric: str, key: str, kept: set[str]) -> Figure:
-    """The mean over the kept groups of each group's mean credit; clusters are resampled."""
+    """The mean over the kept groups of each group's mean credit, its chance that of their mean chance;
+    clusters are resampled."""
     members = [decision for decision in decisions if decision.groups[key] in kept]
     values, clusters, credits = scored(members, metric)
     groups = np.array([d.groups[key] for d in members if d.credits is not None])
     name = f"macro {metric}"
     failures = sum(decision.failed for decision in members)
-    chance = float(np.mean([d.chance[metric] for d in members])) if members else 0.0
+    parts: dict[str, list[float]] = {}
+    for decision in members:
+        parts.setdefault(decision.groups[key], []).append(decision.chance[metric])
+    chance = float(np.mean([np.mean(part) for part in parts.values()])) if parts else 0.0
     if not credits:
         return Figure("all", name, None, None, None, 0, chance, failures=failures)
     value = float(np.mean([values[groups == group].mean() for group in np.unique(groups)]))

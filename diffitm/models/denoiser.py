@@ -32,6 +32,16 @@ class Denoiser(ABC):
     # are read as far as the longest of them reaches.
     lengths: ClassVar[Mapping[str, int]] = {}
 
+    @classmethod
+    def lengths_of(cls, network: Mapping[str, Any]) -> Mapping[str, int]:
+        """`lengths` of a network of these settings (its config.json)."""
+        return cls.lengths
+
+    @staticmethod
+    def plain_text(text: str) -> str:
+        """A text as the tokenizers are given it."""
+        return text
+
     takes_lora: ClassVar[bool] = True
 
     resolution: int  # side of the input image in pixels

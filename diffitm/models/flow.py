@@ -11,6 +11,7 @@ from diffitm.models.latent_diffusion import Folder, LatentDiffusion
 from diffitm.models.noise_schedule import FlowSchedule, Schedule
 from diffitm.models.parts import read_flow
 
+GUIDANCE = 1.0  # what a network that takes one is told, as it is when it is trained further
 PATCH = 2  # a network's token is so many latents high and wide
 
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.flow import PATCH, FlowDiffusion, pack, unpack
+from diffitm.models.flow import GUIDANCE, PATCH, FlowDiffusion, pack, unpack
 from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
 from diffitm.models.noise_schedule import FLOW_TIME
 
 SIDE = 128  # of latents, where the network's settings do not say it: the pipeline's
 SCHNELL_LENGTH = 256  # tokens of a text that schnell was trained with
-GUIDANCE = 1.0  # what dev is told, as it is when it is trained further
 
 
 class Flux(FlowDiffusion):
@@ -39,15 +38,20 @@ class Flux(FlowDiffusion):
         variant: str | None = None,
     ) -> None:
         parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.text_encoder = parts.text_encoder(CLIPTextModel, "text_encoder")
-        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder)
+        self.clip = parts.text_encoder(CLIPTextModel, "text_encoder")
+        self.tokenizer = parts.tokenizer("tokenizer", self.clip)
         self.t5 = parts.text_encoder(T5EncoderModel, "text_encoder_2")
+        self.text_encoders = [self.clip, self.t5]
         self.t5_tokenizer = parts.tokenizer("tokenizer_2", self.t5, T5TokenizerFast)
         self.transformer = parts.model(FluxTransformer2DModel, "transformer")
         super().__init__(parts, self.transformer, parts.vae())
-        is_guided = self.transformer.config.guidance_embeds
-        self.length = self.lengths["tokenizer_2"] if is_guided else SCHNELL_LENGTH
-        self.guidance = GUIDANCE if is_guided else None
+        self.length = self.lengths_of(self.transformer.config)["tokenizer_2"]
+        self.guidance = GUIDANCE if self.transformer.config.guidance_embeds else None
+
+    @classmethod
+    def lengths_of(cls, network: Mapping[str, Any]) -> Mapping[str, int]:
+        """See Denoiser. A network without a guidance is schnell."""
+        return cls.lengths if network.get("guidance_embeds") else {"tokenizer_2": SCHNELL_LENGTH}
 
     @classmethod
     def check_together(cls, configs: Mapping[str, Any]) -> None:
@@ -74,7 +78,7 @@ class Flux(FlowDiffusion):
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         """See Denoiser. Longer texts are cut, by each encoder at its own length."""
-        pooled = self.text_encoder(tokenize(self.tokenizer, texts).to(self.device)).pooler_output
+        pooled = self.clip(tokenize(self.tokenizer, texts).to(self.device)).pooler_output
         ids = tokenize(self.t5_tokenizer, texts, self.length).to(self.device)
         return {"hidden": self.t5(ids).last_hidden_state, "pooled": pooled}
 

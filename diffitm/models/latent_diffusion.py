@@ -248,6 +248,11 @@ def is_cut(tokenizer: Any, text: str, length: int | None = None) -> bool:
     return len(tokenizer(text).input_ids) > (length or tokenizer.model_max_length)
 
 
+def lowered(text: str) -> str:
+    """In lower case and without space around it, as pipelines have texts that they do not clean further."""
+    return text.lower().strip()
+
+
 def tokenize_masked(
     tokenizer: Any, texts: Sequence[str], length: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

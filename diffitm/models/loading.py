@@ -47,7 +47,7 @@ class Family:
     settings are read alone. `optional` parts may be null in model_index.json. `settings` are those of
     model_index.json with what they are if absent. `flow` is whether its noise is that of rectified flow.
     `half` is the dtype on a GPU unless told. `told` is what else a store says of its scores: choices that
-    are made for all of the family and, as 'unconditional', why its errors of no text are none.
+    are made for all of the family, and `unconditional` False where its errors of no text are none.
     """
 
     denoiser: str
@@ -124,11 +124,7 @@ FAMILIES = {
         },
         flow=True,
         half="bf16",
-        told={
-            "prediction": "flow",
-            "guidance": 1.0,  # of dev, which takes one
-            "unconditional": "is distilled and was not trained without a text",
-        },
+        told={"prediction": "flow", "unconditional": False},
     ),
 }
 
@@ -166,6 +162,7 @@ class ModelSource:
     resolution: int | None = (
         None  # side of images in pixels, where another than its own was asked for
     )
+    guidance: float | None = None  # what its network is told, where it takes one
     absent: tuple[str, ...] = ()  # optional parts of its family that it does without
 
     @property

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig
 from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.flow import GUIDANCE
 from diffitm.models.hub_weights import WITHOUT_WEIGHTS, check_variant, needed
 from diffitm.models.loading import FAMILIES, ModelSource, files_of, on_machine
 from diffitm.models.lora import match_lora, naming, read_lora
@@ -95,8 +96,10 @@ def check_loadable(
 
 def _tell_unconditional(source: ModelSource) -> None:
     """Log that a model has no true unconditional, as far as family and name tell."""
-    why = FAMILIES[source.family].told.get("unconditional")
-    if why is None and DISTILLED.search(source.name):
+    why = None
+    if FAMILIES[source.family].told.get("unconditional") is False:
+        why = "is distilled and was not trained without a text"
+    elif DISTILLED.search(source.name):
         why = "is named as step-distilled ones are, which are trained at few timesteps and without guidance"
     if why is not None:
         log.warning("%s %s: its error of no text is no unconditional one", source.name, why)
@@ -106,8 +109,9 @@ def settled(
     source: ModelSource, prediction: str | None = None, resolution: int | None = None
 ) -> ModelSource:
     """The source with what of its folder, whose weights are on this machine, a score depends on beside
-    them: whether its VAE stays in float32; what its network predicts, where `prediction` is given and
-    is not what the folder says, which is logged; the `resolution` that a flow model is asked for.
+    them: whether its VAE stays in float32; the guidance that its network is told, where it takes one;
+    what it predicts, where `prediction` is given and is not what the folder says, which is logged; the
+    `resolution` that a flow model is asked for.
 
     Raises InputError.
     """
@@ -116,8 +120,9 @@ def settled(
         text = f"{resolution}: {source.name!r} takes the images that it was trained on; flow models"
         raise InputError(f"{text} take others", "resolution")
     try:
-        upcast = _is_upcast(source, location, revision)
-        source = replace(source, upcast=upcast, resolution=resolution)
+        upcast = source.family != ALWAYS_UPCAST and _says(location, revision, "vae", "force_upcast")
+        guidance = GUIDANCE if _says(location, revision, "transformer", "guidance_embeds") else None
+        source = replace(source, upcast=upcast, guidance=guidance, resolution=resolution)
         if prediction is None:
             return source
         if FAMILIES[source.family].flow:
@@ -132,11 +137,10 @@ def settled(
     return replace(source, prediction=prediction)
 
 
-def _is_upcast(source: ModelSource, location: str, revision: str | None) -> bool:
-    file = Path(location, "vae", "config.json")
-    if revision is not None or not file.is_file() or source.family == ALWAYS_UPCAST:
-        return False
-    return bool(read_json(file).get("force_upcast"))
+def _says(location: str, revision: str | None, part: str, setting: str) -> bool:
+    """Whether the settings of a part on this machine have something switched on."""
+    file = Path(location, part, "config.json")
+    return revision is None and file.is_file() and bool(read_json(file).get(setting))
 
 
 def _check_parts(source: ModelSource, folder: Path, variant: str | None) -> dict[str, nn.Module]:

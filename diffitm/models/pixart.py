@@ -16,6 +16,7 @@ from diffitm.models.latent_diffusion import (
     LatentDiffusion,
     check_text_width,
     is_cut,
+    lowered,
     tokenize_masked,
 )
 
@@ -30,6 +31,7 @@ class PixArt(LatentDiffusion):
     """
 
     lengths = {"tokenizer": 120}  # noqa: RUF012
+    plain_text = staticmethod(lowered)
 
     def __init__(
         self,
@@ -58,12 +60,12 @@ class PixArt(LatentDiffusion):
 
     def cuts(self, text: str) -> bool:
         """See Denoiser."""
-        return is_cut(self.tokenizer, _plain(text), self.lengths["tokenizer"])
+        return is_cut(self.tokenizer, self.plain_text(text), self.lengths["tokenizer"])
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Condition:
         """See Denoiser. Longer texts are cut, as PixArt does."""
-        plain, length = [_plain(text) for text in texts], self.lengths["tokenizer"]
+        plain, length = [self.plain_text(text) for text in texts], self.lengths["tokenizer"]
         ids, mask = tokenize_masked(self.tokenizer, plain, length, self.device)
         hidden = self.text_encoder(ids, attention_mask=mask).last_hidden_state
         return {"hidden": hidden, "mask": mask}
@@ -89,7 +91,3 @@ class PixArtSigma(PixArt):
     """PixArt-Sigma, which reads longer texts."""
 
     lengths = {"tokenizer": 300}  # noqa: RUF012
-
-
-def _plain(text: str) -> str:
-    return text.lower().strip()

@@ -20,6 +20,7 @@ from diffitm.models.latent_diffusion import (
     check_scale,
     check_text_width,
     is_cut,
+    lowered,
     tokenize_masked,
 )
 
@@ -38,6 +39,7 @@ class Sana(FlowDiffusion):
 
     lengths = {"tokenizer": LENGTH}  # noqa: RUF012
     patch = 1
+    plain_text = staticmethod(lowered)
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class Sana(FlowDiffusion):
 
     def cuts(self, text: str) -> bool:
         """See Denoiser."""
-        return is_cut(self.tokenizer, _plain(text), LENGTH)
+        return is_cut(self.tokenizer, self.plain_text(text), LENGTH)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Condition:
@@ -97,7 +99,7 @@ class Sana(FlowDiffusion):
     def _encode(self, texts: Sequence[str], before: str) -> Condition:
         skipped = len(self.tokenizer.encode(before)) if before else 0
         length = skipped + LENGTH - MARKS if before else LENGTH
-        plain = [before + _plain(text) for text in texts]
+        plain = [before + self.plain_text(text) for text in texts]
         ids, mask = tokenize_masked(self.tokenizer, plain, length, self.device)
         hidden = self.text_encoder(ids, attention_mask=mask).last_hidden_state
         kept = [0, *range(skipped - 1 if before else 1, ids.shape[1])]
@@ -122,7 +124,3 @@ def instruction() -> str:
 
     given = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
     return "\n".join(given.default)
-
-
-def _plain(text: str) -> str:
-    return text.lower().strip()

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.models import clip, loading
+from diffitm.models.denoiser import Denoiser
 
 log = logging.getLogger("diffitm")
 MARKS = 2  # around a text's tokens
@@ -32,22 +33,27 @@ class TextLimits:
             field = "clip" if isinstance(source, clip.ClipSource) else source.field
             text = f"{source.name!r}: its tokenizer cannot be loaded: {error}"
             raise InputError(text, field) from error
+        self._plain_text = Denoiser.plain_text
+        if isinstance(source, loading.ModelSource):
+            self._plain_text = _kind(source).plain_text
         self.most = min((most for _, most in self._limits), default=0)
 
     def cut(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that are not read to their end."""
-        distinct, cut = dict.fromkeys(texts), set[str]()
+        given, cut = {text: self._plain_text(text) for text in texts}, set[str]()
         for tokenizer, most in self._limits:
             # A token is a byte or more: a short text needs no tokenizer.
-            long = [text for text in distinct if len(text.encode()) + MARKS > most]
+            long = [text for text, plain in given.items() if len(plain.encode()) + MARKS > most]
             for start in range(0, len(long), AT_ONCE):
                 part = long[start : start + AT_ONCE]
-                cut |= {t for t, n in zip(part, _lengths(tokenizer, part), strict=True) if n > most}
+                lengths = _lengths(tokenizer, [given[text] for text in part])
+                cut |= {text for text, n in zip(part, lengths, strict=True) if n > most}
         return cut
 
     def read(self, texts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
         """What is read of each text: the encoders' inputs. Texts that have the same are one to the model."""
-        columns = [_inputs(tokenizer, list(texts), most) for tokenizer, most in self._limits]
+        given = [self._plain_text(text) for text in texts]
+        columns = [_inputs(tokenizer, given, most) for tokenizer, most in self._limits]
         return list(zip(*columns, strict=True))
 
 
@@ -74,16 +80,24 @@ def _limits(source: loading.ModelSource | clip.ClipSource) -> list[tuple[Any, in
         return [(tokenizer, int(tokenizer.context_length))]
     location, revision = loading.on_machine(source)
     family = loading.FAMILIES[source.family]
-    given = registry.load(family.denoiser).lengths
-    parts = [part for part in source.parts if part in given] or [
-        part for part in source.parts if part.startswith("tokenizer")
-    ]
+    parts = [part for part in source.parts if part.startswith("tokenizer")]
+    if not parts:
+        return []
+    name = "unet" if "unet" in family.parts else "transformer"
+    network = registry.load(str(family.parts[name]))
+    settings = network.load_config(location, subfolder=name, revision=revision)
+    given = _kind(source).lengths_of(settings)
     found = []
-    for part in parts:
+    for part in [part for part in parts if part in given] or parts:
         kind = registry.load(str(family.parts[part]))
         tokenizer = kind.from_pretrained(location, subfolder=part, revision=revision)
         found.append((tokenizer, int(given.get(part) or tokenizer.model_max_length)))
     return found
+
+
+def _kind(source: loading.ModelSource) -> type[Denoiser]:
+    kind: type[Denoiser] = registry.load(loading.FAMILIES[source.family].denoiser)
+    return kind
 
 
 def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:

@@ -94,6 +94,8 @@ class DiffusionSpec:
             config["compiled"] = True
         if self.source.resolution is not None:
             config["resolution"] = self.source.resolution
+        if self.source.guidance is not None:
+            config["guidance"] = self.source.guidance
         if self.empty != "text":
             config["empty"] = self.empty
         return {**config, **FAMILIES[self.source.family].told}

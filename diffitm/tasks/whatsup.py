@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -106,10 +107,10 @@ class Spatial(RetrievalTask):
         """One example an entry; those of an image are a cluster."""
         images = pictures(root, self.images)
         for line in self.lines(root, self.file, ("image id", "right text", "wrong text")):
-            number = line.label("image id").zfill(self.digits)
-            if not number:
+            number = line.label("image id")
+            if not re.fullmatch("[0-9]+", number):
                 raise line.wrong("image id", "the number of an image")
-            image = f"{images}/{number}.jpg"
+            image = f"{images}/{number.zfill(self.digits)}.jpg"
             texts = line.text("right text"), line.text("wrong text")
             yield Example(line.key, (image,), texts, "text", 0, image)
 

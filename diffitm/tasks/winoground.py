@@ -22,7 +22,7 @@ IMAGE_FOLDERS = ("images", ".", "data/images")
 
 class Winoground(PairTask):
     """data.json (or examples.jsonl, or Parquet) and images named ex_{id}_img_{0,1}.png; or
-    data/test-*.parquet with the images inside, as the Hub's image_0 and image_1."""
+    data/test-*.parquet, or without data/, with the images inside, as the Hub's image_0 and image_1."""
 
     name = "winoground"
     folder = "winoground"
@@ -55,12 +55,6 @@ class Winoground(PairTask):
 
     def _embedded(self, root: str) -> Iterator[Example]:
         """The same of Parquet that holds the images. Raises InputError."""
-        where = storage.join(root, self.folder, "data")
-        if not any(
-            path.rpartition("/")[2].startswith("test-") for path in storage.files(where, ".parquet")
-        ):
-            path = storage.join(root, self.folder, FILES[0])
-            raise InputError(f"task {self.name} needs {path} (from {self.source})")
         seen = set[int]()
         for line in self.parquet_lines(root, "test"):
             number = line.number("id")

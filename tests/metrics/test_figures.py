@@ -132,6 +132,15 @@ def test_macro_by_hand() -> None:
     assert macro(made, "hit", "relation", {"near"}).value == 0.0
 
 
+def test_macro_chance_is_that_of_its_groups() -> None:
+    """As its value: each group counts once, whatever its size."""
+    made = [decided(1.0, "a", 0.5, relation="on"), decided(0.0, "b", 0.25, relation="near")]
+    made += [decided(1.0, c, chance, relation="under") for c, chance in (("b", 0.1), ("c", 0.3))]
+    made += [decided(None, "d", 0.2, relation="under")]
+    figure = macro(made, "hit", "relation", {"on", "under"})
+    assert figure.chance == pytest.approx((0.5 + 0.2) / 2)
+
+
 def test_macro_has_the_interval_of_its_groups() -> None:
     """Not that of the mean over examples; clusters stay whole across groups."""
     rng, rates = np.random.default_rng(9), {"on": 0.2, "under": 0.9}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffitm.core import registry
@@ -21,7 +22,7 @@ from diffitm.models.flow import FlowDiffusion, pack, unpack
 from diffitm.models.loading import FAMILIES, load_denoiser, resolve
 from diffitm.models.lora import lora_unet
 from diffitm.models.model_check import check_loadable, settled
-from diffitm.models.text_limits import tell_long_texts
+from diffitm.models.text_limits import TextLimits, tell_long_texts
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.compiled import CompiledPredict
 from diffitm.scoring.noise_plan import make_plan
@@ -388,6 +389,17 @@ def test_no_prediction_type_of_a_flow_model(folders: dict[str, Path]) -> None:
         settled(resolve(str(folders["SD3"])), "epsilon")
 
 
+def test_the_guidance_is_that_of_networks_that_take_one(
+    folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """In a store's settings what the network is told."""
+    for name, folder in folders.items():
+        config = DiffusionSpec(settled(resolve(str(folder))), "", "snr", (500.0,)).store_config()
+        told = getattr(models[name], "guidance", None)
+        assert config.get("guidance") == told
+        assert ("guidance" in config) is (name == "FLUX.1-dev")
+
+
 def test_a_distilled_model_says_so(
     folders: dict[str, Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -400,6 +412,7 @@ def test_a_distilled_model_says_so(
         "flux is distilled and was not trained without a text: its normalised scores are less the error "
         "of no text anyway."
     ]
+    assert store.config["unconditional"] is False
     caplog.clear()
     check_loadable(resolve(str(folders["SD3"])))
     assert "no text" not in caplog.text
@@ -413,8 +426,8 @@ def test_a_distilled_model_says_so(
 def test_a_lora_in_diffusers_format(
     name: str, folders: dict[str, Path], models: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Of the transformer and CLIP's text model, merged to the weights of the pipeline's own; a U-Net takes
-    none."""
+    """Of the transformer and CLIP's text model, merged to the weights of the pipeline's own, and of the
+    second text encoder; a U-Net takes none."""
     model, pipeline = models[name], pipeline_of(folders[name])
     generator = torch.Generator().manual_seed(5)
 
@@ -429,6 +442,7 @@ def test_a_lora_in_diffusers_format(
 
     network = layers(pipeline.transformer, ("to_q", "to_out.0", "add_k_proj", "to_add_out"))
     clip = layers(pipeline.text_encoder, ("q_proj",))
+    second = layers(pipeline.text_encoder_2, ("q_proj", "SelfAttention.q"))
     type(pipeline).save_lora_weights(
         tmp_path, transformer_lora_layers=network, text_encoder_lora_layers=clip
     )
@@ -447,6 +461,19 @@ def test_a_lora_in_diffusers_format(
     assert len(network) >= 10 and clip
     texts = merged.encode_texts(TEXTS[:1]), model.encode_texts(TEXTS[:1])
     assert not torch.allclose(*(text["pooled"] for text in texts))
+    lora = next(tmp_path.glob("*.safetensors"))
+    save_file(load_file(lora) | {f"text_encoder_2.{k}": v for k, v in second.items()}, lora)
+    check_loadable(source, [str(tmp_path)])
+    more: Any = load_denoiser(source, lora=str(tmp_path))
+    before = model.text_encoders[1].state_dict()
+    for key, value in more.text_encoders[1].state_dict().items():
+        at = key.removesuffix("weight")
+        if f"{at}lora_A.weight" in second:
+            added = second[f"{at}lora_B.weight"] @ second[f"{at}lora_A.weight"]
+            torch.testing.assert_close(value, before[key] + added)
+        else:
+            assert torch.equal(value, before[key])
+    assert second
     with pytest.raises(InputError, match=r"LoRA of a transformer .* which a U-Net does not take"):
         check_loadable(resolve("shapes"), [str(tmp_path)])
 
@@ -483,7 +510,23 @@ def test_long_texts_are_counted(
     name: str, folders: dict[str, Path], models: dict[str, Any]
 ) -> None:
     """As many as the model itself says that it cuts."""
-    texts = [*TEXTS[:2], "x" * 90, "y" * 200, "z" * 700]
-    cut = [model.cuts(text) for model in [models[name]] for text in texts]
-    assert cut[0] is False and cut[-1] is True
-    assert tell_long_texts(resolve(str(folders[name])), texts) == sum(cut)
+    texts = [*TEXTS[:2], "x" * 90, "y" * 200, "y" * 300, "z" * 700, " " * 90 + "X" * 30]
+    cut = {text for text in texts if models[name].cuts(text)}
+    assert texts[5] in cut and cut.isdisjoint(texts[:2])
+    assert (texts[4] in cut) is (name != "FLUX.1-dev")  # 302 tokens
+    source = resolve(str(folders[name]))
+    assert TextLimits(source).cut(texts) == cut
+    assert tell_long_texts(source, texts) == len(cut)
+
+
+@pytest.mark.parametrize("name", families.WRITERS)
+def test_texts_that_are_the_same_to_a_model(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """In another case and with space around them, where its condition is the same."""
+    texts = ["a Red cube ", "A red cube"]
+    one, two = (models[name].encode_texts([text])["hidden"] for text in texts)
+    same = one.shape == two.shape and torch.equal(one, two)
+    assert same is (name.startswith(("PixArt", "Sana")) or "without" in name)
+    read = TextLimits(resolve(str(folders[name]))).read(texts)
+    assert (read[0] == read[1]) is same

@@ -79,7 +79,7 @@ def test_absent_and_incomplete_files(world: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     state = check(find_task("winoground")(), str(tmp_path / "empty"))
     assert (state.state, state.can_run) == ("absent", False)
-    assert "data.json" in state.problem
+    assert "winoground/data/test-*.parquet" in state.problem
     (world / "flickr30k" / "flickr30k_val.json").unlink()
     state = check(find_task("flickr30k_order")(), str(world))
     assert (state.state, state.can_run) == ("incomplete", False)

@@ -579,6 +579,17 @@ def test_first_wrong_line(name: str, spoil: Callable[[Path], None], told: str, r
     assert str(root / find_task(name).folder) in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["coco_spatial_one", "gqa_spatial_one"])
+@pytest.mark.parametrize("number", [None, "", True, -1, "../../x"])
+def test_image_ids_are_numbers(name: str, number: Any, tmp_path: Path) -> None:
+    task: Any = find_task(name)
+    file = tmp_path / "whatsup" / task.file
+    file.parent.mkdir()
+    file.write_text(json.dumps([[7, "a", "b"], [number, "a", "b"]]))
+    with pytest.raises(InputError, match=r"entry 1: image id is .*, it must be the number of an"):
+        examples(name, tmp_path)
+
+
 def test_wrong_lines_are_tested_of_every_set() -> None:
     assert set(SETS) - {name for name, _, _ in WRONG} == {
         "whatsup_b",

@@ -91,15 +91,16 @@ def test_winoground_in_other_forms(tmp_path: Path, form: str) -> None:
     assert list(Winoground().examples(str(tmp_path))) == expected
 
 
-def test_winoground_with_its_images_inside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["winoground/data", "winoground"])
+def test_winoground_with_its_images_inside(tmp_path: Path, folder: str) -> None:
     """As mirrors on the Hub have it: the same entries, with references into the file."""
     put(tmp_path, "winoground/data.json", [ENTRY, {**ENTRY, "id": 5}])
     plain = list(Winoground().examples(str(tmp_path)))
     (tmp_path / "winoground" / "data.json").unlink()
     held = {f"image_{k}": {"bytes": bytes([k]), "path": f"ex_{k}.png"} for k in (0, 1)}
     rows = [{**ENTRY, **held}, {**ENTRY, "id": 5, **held}]
-    file = tmp_path / "winoground/data/test-00000-of-00001.parquet"
-    file.parent.mkdir()
+    file = tmp_path / folder / "test-00000-of-00001.parquet"
+    file.parent.mkdir(exist_ok=True)
     parquet.write_table(pa.Table.from_pylist(rows), file)
     found = list(Winoground().examples(str(tmp_path)))
     assert [replace(e, images=()) for e in found] == [replace(e, images=()) for e in plain]
