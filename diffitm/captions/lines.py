@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from diffitm.captions.delimited import read_delimited
+from diffitm.captions.held_images import Held, batches, has_all, holds_image, reference
 from diffitm.captions.json_file import parse_json
 from diffitm.captions.row import parse_list, shown
 from diffitm.captions.shards import is_webdataset, read_members, shards
@@ -22,10 +23,6 @@ from diffitm.core.images import is_image, row_of
 
 BATCH, BATCH_OF_IMAGES = 2000, 20  # rows
 PATH = "the path of an image"
-
-
-class Held(str):
-    """The reference of an image that the file itself holds."""
 
 
 @dataclass(frozen=True)
@@ -200,16 +197,15 @@ def _parquet(uri: str, root: str, columns: Sequence[str]) -> Iterator[Line]:
         names = file.schema_arrow.names
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"{uri}: two columns are named {twice[0]!r}; rename one")
-        pictures = [field.name for field in file.schema_arrow if _is_image(field.type)]
+        pictures = [field.name for field in file.schema_arrow if _holds_images(field.type)]
         below = _below(uri, root) if pictures else ""
         # Images are long to read; where none is missing it is known without reading where each is.
-        known = [name for name in pictures if _has_all(file, name)]
+        known = [name for name in pictures if has_all(file, name)]
         read = [name for name in names if name not in known]
         number = 0
-        for size, rows in _batches(
-            file, read, BATCH_OF_IMAGES if set(pictures) - set(known) else BATCH
-        ):
-            for fields in rows or [{} for _ in range(size)]:
+        most = BATCH_OF_IMAGES if set(pictures) - set(known) else BATCH
+        for rows in batches(file, read, most):
+            for fields in rows:
                 held = {name: Held(row_of(below, number, name)) for name in known}
                 for name in set(pictures) - set(known):
                     held[name] = _references(below, number, name, fields[name])
@@ -217,47 +213,18 @@ def _parquet(uri: str, root: str, columns: Sequence[str]) -> Iterator[Line]:
                 number += 1
 
 
-def _batches(
-    file: parquet.ParquetFile, names: list[str], most: int
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    if not names:
-        yield file.metadata.num_rows, []
-        return
-    for batch in file.iter_batches(most, columns=names):
-        yield batch.num_rows, batch.to_pylist()
-
-
-def _is_image(kind: Any) -> bool:
-    """Whether a column holds encoded images: binary, the Hub's struct of bytes and path, a list of them."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _is_image(kind.value_type)
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _has_all(file: parquet.ParquetFile, name: str) -> bool:
-    """Whether every row of a column has one image of its own, by the file's counts of what is null."""
-    paths = [file.schema.column(n).path for n in range(len(file.schema))]
-    places = [n for n, path in enumerate(paths) if path in (name, f"{name}.bytes")]
-    groups = (file.metadata.row_group(n) for n in range(file.num_row_groups))
-    counts = [group.column(place).statistics for group in groups for place in places]
-    return bool(places) and all(c and c.has_null_count and not c.null_count for c in counts)
+def _holds_images(kind: Any) -> bool:
+    """Whether a column holds an image a row, or a list of them."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return holds_image(kind.value_type if is_list else kind)
 
 
 def _references(below: str, number: int, name: str, value: Any) -> Any:
     """What stands for the image or images of a row: places in the file or, where bytes are missing, the
     paths that it gives instead."""
     if not isinstance(value, list):
-        return _reference(row_of(below, number, name), value)
-    return [_reference(row_of(below, number, name, n), item) for n, item in enumerate(value)]
-
-
-def _reference(place: str, value: Any) -> str | None:
-    is_struct = isinstance(value, dict)
-    if (value["bytes"] if is_struct else value) is not None:
-        return Held(place)
-    return value.get("path") if is_struct else None
+        return reference(row_of(below, number, name), value)
+    return [reference(row_of(below, number, name, n), item) for n, item in enumerate(value)]
 
 
 def _shard(shard: str, root: str) -> Iterator[Line]:

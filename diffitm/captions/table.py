@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from diffitm.captions.delimited import read_delimited
+from diffitm.captions.held_images import batches, has_all, holds_image, reference
 from diffitm.captions.json_file import parse_json, read_entries
 from diffitm.captions.row import CaptionRow, Reading, make_row, parse_list, parse_texts, shown
 from diffitm.core import storage
@@ -149,51 +150,19 @@ def _parquet(uri: str, reading: Reading) -> Iterator[CaptionRow]:
         if twice:
             raise InputError(f"{uri}: two columns are named {twice[0]!r}; rename one")
         image = columns[0] or ""
-        encoded = _holds_bytes(file.schema_arrow.field(image).type)
+        encoded = holds_image(file.schema_arrow.field(image).type)
         if encoded and image != "image":
             raise InputError(f"{uri}: images themselves must be in a column image, not {image}")
-        beside = encoded and _has_paths(file)
+        beside = encoded and not has_all(file, image)
         kept = [name for name in kept if name != image or not encoded or beside]
         number = 0
-        for size, lines in _batches(file, kept, BATCH_OF_IMAGES if beside else BATCH):
-            for line in lines if kept else [{} for _ in range(size)]:
+        for lines in batches(file, kept, BATCH_OF_IMAGES if beside else BATCH):
+            for line in lines:
                 if encoded:
-                    value = line.get(image)
-                    is_path = beside and (value is None or value["bytes"] is None)
-                    line[image] = row_of(storage.name(uri), number)
-                    if is_path:
-                        line[image] = value and value["path"]
+                    place = row_of(storage.name(uri), number)
+                    line[image] = reference(place, line[image]) if beside else place
                 yield _row(reading, f"row {number}", line, columns, uri)
                 number += 1
-
-
-def _batches(
-    file: parquet.ParquetFile, names: list[str], most: int
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    if not names:
-        yield file.metadata.num_rows, []
-        return
-    for batch in file.iter_batches(most, columns=names):
-        yield batch.num_rows, batch.to_pylist()
-
-
-def _holds_bytes(kind: Any) -> bool:
-    """Whether a column has the encoded images, as binary or as the Hub's struct of bytes and path."""
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _has_paths(file: parquet.ParquetFile) -> bool:
-    """Whether rows of the Hub's struct of bytes and path have a path alone, by the file's counts of what is
-    null, as the images' bytes would be long to read."""
-    names = [file.schema.column(n).path for n in range(len(file.schema))]
-    if not {"image.bytes", "image.path"} <= set(names):
-        return False
-    place = names.index("image.bytes")
-    groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
-    known = [group.column(place).statistics for group in groups]
-    return any(found is not None and found.has_null_count and found.null_count for found in known)
 
 
 def _row(
