@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from diffitm.core import storage
 
-# Row groups, each about a hundred images as datasets are published. Rows come in the order of their names (1, 10,
-# 100, 1000, 1001), so about four groups are in use at a time, and threads are a little out of order.
+# Row groups, each about a hundred images as datasets are published. Rows come in the order of their names
+# (1, 10, 100, 1000, 1001), so about four groups are in use at a time, and threads are a little out of order.
 KEPT = 6
 _reading = threading.Lock()  # threads that read ahead want the same group, once
 

@@ -279,8 +279,9 @@ def test_rows_in_the_order_of_their_names_read_each_group_once(
         assert [images.read(str(tmp_path), name) for name in names] == wanted
         assert sorted(groups) == list(range(12))
         groups.clear()
+    place.rename(tmp_path / "y.parquet")
     with ThreadPoolExecutor(8) as pool:
-        names = [images.row_of("x.parquet", n) for n in range(500, 508)]
+        names = [images.row_of("y.parquet", n) for n in range(500, 508)]
         list(pool.map(functools.partial(images.read, str(tmp_path)), names))
     assert groups == [5]
 
