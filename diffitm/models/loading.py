@@ -126,6 +126,17 @@ FAMILIES = {
         half="bf16",
         told={"prediction": "flow", "unconditional": False},
     ),
+    "QwenImagePipeline": Family(
+        "diffitm.models.qwen_image:QwenImage",
+        {
+            "transformer": "diffusers:QwenImageTransformer2DModel",
+            "vae": "diffusers:AutoencoderKLQwenImage",
+            "scheduler": None,
+            "text_encoder": "transformers:Qwen2_5_VLForConditionalGeneration",
+            "tokenizer": "transformers:Qwen2Tokenizer",
+        },
+        **_FLOW,
+    ),
 }
 
 
