@@ -92,7 +92,7 @@ def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
 
     session.connect(config.ray, verbose=config.verbose)
     source = share(source, storage.join(storage.parent(out), "work"))
-    check_loadable(source, variant=config.variant)
+    source = check_loadable(source, variant=config.variant)
     tell_long_texts(source, texts_of([rows[position] for position in kept]))
     file = hand_over(out, rows, kept)
     job = _job(config, source, objective, negatives, file, root, valid, session.gpus())
