@@ -282,8 +282,8 @@ def _check_memory(source: ModelSource, dtype: str, device: str) -> None:
     if (wanted := source.memory(dtype)) > free:
         raise InputError(
             f"{source.name!r}: its weights are {_gigabytes(wanted)} in {dtype}, of the GPU's "
-            f"{_gigabytes(total)} {_gigabytes(free)} are free: --dtype fp16 or bf16, a smaller model, fewer actors on a GPU "
-            "(--gpus-per-actor 1), or a GPU with more",
+            f"{_gigabytes(total)} {_gigabytes(free)} are free: --dtype fp16 or bf16, a smaller model, fewer "
+            "actors on a GPU (--gpus-per-actor 1), or a GPU with more",
             source.field,
         )
 
