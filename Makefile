@@ -13,6 +13,7 @@ demo: $(READY)
 sweep-demo: $(READY)
 	$(BIN)/python pipelines/sweep.py timesteps --config pipelines/sweeps/timesteps.yaml out=out/sweeps/timesteps
 	$(BIN)/python pipelines/sweep.py lambda --config pipelines/sweeps/lambda.yaml out=out/sweeps/lambda
+	$(BIN)/python pipelines/sweep.py lambda --config pipelines/sweeps/objectives.yaml out=out/sweeps/objectives
 	$(BIN)/python pipelines/sweep.py recap-density --config pipelines/sweeps/recap-density.yaml out=out/sweeps/recap-density
 
 test: lint
