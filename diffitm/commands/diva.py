@@ -15,8 +15,8 @@ from pyarrow import parquet
 from diffitm.captions.read import image_root
 from diffitm.captions.shards import is_webdataset, shards
 from diffitm.commands import sds, tuning
-from diffitm.commands.tuning import Listener, Plan, Trained, Tuning, common, drawn
 from diffitm.commands.tuned_clip import tell_comparison, validation_of, write_clip
+from diffitm.commands.tuning import Listener, Plan, Trained, Tuning, common, drawn
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint, record

@@ -72,7 +72,10 @@ def before_after(outs: dict[str, str]) -> str:
     first = next(iter(curves.values()))
     if not first:
         return ""
-    lines = [["accuracy in % on validation data", "before", *outs], ["---", *["---:"] * (1 + len(outs))]]
+    lines = [
+        ["accuracy in % on validation data", "before", *outs],
+        ["---", *["---:"] * (1 + len(outs))],
+    ]
     for task, before in first[0].items():
         after = (curve[-1][task] for curve in curves.values())
         lines.append([task, *(f"{100 * value:.1f}" for value in (before, *after))])

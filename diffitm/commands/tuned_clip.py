@@ -29,9 +29,7 @@ from diffitm.training.run_folder import PICTURES, WEIGHTS
 log = logging.getLogger("diffitm")
 
 
-def validation_of(
-    config: DivaConfig, root: str | None, tasks: Sequence[str]
-) -> Validation | None:
+def validation_of(config: DivaConfig, root: str | None, tasks: Sequence[str]) -> Validation | None:
     """`tasks` unless others are asked for. Raises InputError if one is unknown or its files are not there."""
     if root is None or not config.validate_every:
         return None

@@ -52,8 +52,8 @@ class Trained(NamedTuple, Generic[J]):
 
 class Tuning(NamedTuple, Generic[J]):
     """What a command has of its own: the module with the workers' loop, options whose paths workers
-    read, and its steps. `encode` makes a job's images and texts ready beforehand, if that can be, `describe` puts a line
-    of the log into words, `write` leaves the result of a training in its OUT."""
+    read, and its steps. `encode` makes a job's images and texts ready beforehand, if that can be,
+    `describe` puts a line of the log into words, `write` leaves the result of a training in its OUT."""
 
     loop: str
     read: tuple[str, ...]
@@ -124,9 +124,7 @@ def captioned(data: str, images: str | None, scenes: int, out: str) -> tuple[str
     """What --data has rows of captions in, and where their images start."""
     root = drawn(scenes, out) if data == "shapes" else storage.absolute(data)
     file = storage.join(root, TRAIN)
-    if data != "shapes" and (
-        is_table(root) or is_webdataset(root) or not storage.exists(file)
-    ):
+    if data != "shapes" and (is_table(root) or is_webdataset(root) or not storage.exists(file)):
         return root, image_root(root, images)
     return file, root
 

@@ -75,9 +75,7 @@ def sds_job(root: Path, **more: Any) -> SdsJob:
         for field in fields(SdsJob)
         if hasattr(shared, field.name)
     }
-    job = SdsJob(
-        **kept, clip=resolve_clip("shapes"), projection_lr=0.1, weight=0.5, jacobian=True
-    )
+    job = SdsJob(**kept, clip=resolve_clip("shapes"), projection_lr=0.1, weight=0.5, jacobian=True)
     return replace(job, negatives="none", optimizer="sgd", lr=0.1, **more)
 
 

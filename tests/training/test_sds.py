@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,13 @@ def module_of(
     )  # fmt: skip
     module = SdsModule(replace(job, **more), Worker(0, 1, torch.device("cpu"), 1.0, None))
     batches = [
-        (items, {item.image: [pixels(4)[int(item.image[0])].permute(1, 2, 0).numpy()] for item in items})
+        (
+            items,
+            {
+                item.image: [pixels(4)[int(item.image[0])].permute(1, 2, 0).numpy()]
+                for item in items
+            },
+        )
         for items in job.sampler().batches(0)
     ]
     return module, batches
@@ -189,9 +194,7 @@ def update_of(module: SdsModule, batches: list[Any]) -> tuple[list[tuple[Tensor,
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_an_update_is_that_of_all_its_examples(
-    tmp_path: Path, folder: Path, weight: float
-) -> None:
+def test_an_update_is_that_of_all_its_examples(tmp_path: Path, folder: Path, weight: float) -> None:
     """The contrast is over both micro-batches: loss and gradients as if they were one."""
     module, batches = module_of(tmp_path, folder, weight)
     logged, gradients = update_of(module, batches)
@@ -284,7 +287,9 @@ def test_weights_go_around(teacher: Denoiser, tmp_path: Path) -> None:
     normal = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = one.clip.encode_image(normal)
-        torch.testing.assert_close(stock.eval().encode_image(normal), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            stock.eval().encode_image(normal), expected, atol=1e-5, rtol=1e-5
+        )
         found = theirs.get_image_features(normal).pooler_output
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         tokens = one.tokenizer(CAPTIONS)
@@ -362,4 +367,3 @@ def test_before_and_after_as_a_table(tmp_path: Path) -> None:
     assert table.splitlines()[2] == "| x | 25.0 | 75.0 | 50.0 |"
     (tmp_path / "a" / "log.jsonl").write_text('{"step": 1, "loss": 3}')
     assert command.before_after({"a": str(tmp_path / "a")}) == ""
-

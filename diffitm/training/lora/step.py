@@ -118,9 +118,7 @@ class Tuner:
             loss, held = self.objective(error, subtracted)
         return Losses(loss, error.detach().mean(), subtracted.detach().mean(), held)
 
-    def _matched(
-        self, latents: Tensor, captions: list[str], at: Tensor, noise: Tensor
-    ) -> Losses:
+    def _matched(self, latents: Tensor, captions: list[str], at: Tensor, noise: Tensor) -> Losses:
         """Every image of the micro-batch with every caption, as one batch of the U-Net."""
         count = len(captions)
         errors, _ = self._errors(
@@ -132,9 +130,7 @@ class Tuner:
         errors = errors.view(count, count)
         right, total = errors.detach().diagonal().sum(), errors.detach().sum()
         wrong = (total - right) / max(1, count**2 - count)
-        return Losses(
-            self.objective.match(errors), right / count, wrong, errors.new_zeros(())
-        )
+        return Losses(self.objective.match(errors), right / count, wrong, errors.new_zeros(()))
 
     def _latents(self, posterior: Posterior, noise: Tensor) -> Tensor:
         device = self.denoiser.device
