@@ -89,7 +89,7 @@ def test_the_contrastive_loss_is_its_formula() -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
-    assert float(contrastive(images[:1], texts[:1], torch.tensor(5.0))) == 0
+    assert contrastive(images[:1], texts[:1], torch.tensor(5.0)).item() == 0
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

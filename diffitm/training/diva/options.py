@@ -186,7 +186,7 @@ def find_problems(config: DivaConfig) -> list[str]:
         )
     if not 0 < config.crop_scale <= 1:
         found.append(f"--crop-scale {config.crop_scale:g}: must be above 0 and at most 1")
-    elif config.cache_latents and config.crop_scale < 1:
+    elif config.objective == "diva" and config.cache_latents and config.crop_scale < 1:
         found.append("--cache-latents: latents of random crops cannot be kept; add --crop-scale 1")
     if config.steps is not None and config.epochs != 1:
         found.append(

@@ -6,6 +6,7 @@ not public; where the paper leaves a choice, docs/diva.md says which was made. T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ class SdsClip:
         width = self._width()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.projection = nn.Linear(width, teacher.latent_shape.numel())
+            self.projection = nn.Linear(width, math.prod(teacher.latent_shape))
             nn.init.normal_(self.projection.weight, std=INITIAL)
             nn.init.zeros_(self.projection.bias)
         self.projection.to(teacher.device)
