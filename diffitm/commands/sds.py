@@ -63,10 +63,10 @@ def before_after(outs: dict[str, str]) -> str:
     `outs` are the folders of the trained CLIPs by their names."""
     curves = {}
     for name, out in outs.items():
-        lines = map(json.loads, storage.read_text(storage.join(out, LOG)).splitlines())
+        logged = map(json.loads, storage.read_text(storage.join(out, LOG)).splitlines())
         curves[name] = [
             found
-            for line in lines
+            for line in logged
             if (found := {k[9:]: v for k, v in line.items() if k.startswith("accuracy/")})
         ]
     first = next(iter(curves.values()))

@@ -146,11 +146,11 @@ def test_sds_on_any_number_of_workers(
     """The contrast is over all workers' examples, also where one has none; a second group goes on from the
     first one's checkpoint."""
     job, runs = sds_job(world, checkpoint_every=1), {}
-    for workers in (1, 2, 5):
+    for workers in (1, 5):
         (tmp_path / str(workers)).mkdir()
         runs[workers] = Ranks(tmp_path / str(workers), monkeypatch)
-        if workers == 2:
-            assert runs[2].train(SdsModule, replace(job, steps=1), 1) == [1]
+        if workers == 5:
+            assert runs[5].train(SdsModule, replace(job, steps=1), 1) == [1]
         assert runs[workers].train(SdsModule, job, workers) == [STEPS] * workers
         assert len(runs[workers].losses()) == STEPS
         assert_same(runs[workers], runs[1])

@@ -35,7 +35,7 @@ class SdsModule(TrainModule):
     """
 
     job: SdsJob
-    names = ("loss", "contrast", "denoising")
+    names: tuple[str, ...] = ("loss", "contrast", "denoising")
 
     def __init__(self, job: SdsJob, worker: Worker) -> None:
         super().__init__(job, worker)
@@ -91,10 +91,9 @@ class SdsModule(TrainModule):
         embedded = self._embedded(items, images)
         contrast = torch.tensor(self.contrast, device=self.worker.device)
         # The loop divides by the number of micro-batches, whose sum the contrastive loss's gradient is.
-        part = self.job.grad_accum_steps * sum(
-            (value * slope.to(value)).sum()
-            for value, slope in zip(embedded, self.slopes.popleft(), strict=True)
-        )
+        pairs = zip(embedded, self.slopes.popleft(), strict=True)
+        part = torch.stack([(value * slope.to(value)).sum() for value, slope in pairs]).sum()
+        part = self.job.grad_accum_steps * part
         loss = contrast + part - part.detach()
         if not self.job.weight:
             yield loss, (loss.detach(),)

@@ -46,7 +46,8 @@ class SdsClip:
         seed: int = 0,
         checkpointing: bool = False,
     ) -> None:
-        self.clip: Any = clip.to(teacher.device).eval().requires_grad_(False)
+        clip.to(teacher.device).eval().requires_grad_(False)
+        self.clip: Any = clip
         self.tokenizer, self.teacher = tokenizer, teacher
         self.weight, self.jacobian = weight, jacobian
         if teacher.schedule.prediction == "flow":
@@ -86,10 +87,10 @@ class SdsClip:
     def contrast(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The contrastive loss of all embeddings [N, W] of an update, and its gradient with respect to
         each."""
-        leaves = [value.detach().requires_grad_() for value in (images, texts)]
+        images, texts = (value.detach().requires_grad_() for value in (images, texts))
         scale = self.clip.logit_scale.detach().exp().to(images)
-        loss = contrastive(*leaves, scale)
-        by_image, by_text = torch.autograd.grad(loss, leaves)
+        loss = contrastive(images, texts, scale)
+        by_image, by_text = torch.autograd.grad(loss, [images, texts])
         return loss.detach(), by_image, by_text
 
     def errors(self, images: Tensor, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
