@@ -38,7 +38,7 @@ class SdsClip:
 
     def __init__(
         self,
-        clip: nn.Module,
+        clip: Any,
         tokenizer: Callable[[list[str]], Tensor],
         teacher: Denoiser,
         weight: float,
@@ -47,7 +47,7 @@ class SdsClip:
         checkpointing: bool = False,
     ) -> None:
         clip.to(teacher.device).eval().requires_grad_(False)
-        self.clip: Any = clip
+        self.clip = clip
         self.tokenizer, self.teacher = tokenizer, teacher
         self.weight, self.jacobian = weight, jacobian
         if teacher.schedule.prediction == "flow":
