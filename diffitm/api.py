@@ -296,7 +296,7 @@ def load_scorer(
     from diffitm.models.model_check import check_loadable, settled
 
     source = settled(resolve(name, variant=variant).fetched(), prediction_type, resolution)
-    check_loadable(source, [locate(lora)] if lora else [], variant)
+    source = check_loadable(source, [locate(lora)] if lora else [], variant)
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"
     family = FAMILIES[source.family]

@@ -7,11 +7,8 @@ import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffitm.captions.read import image_root
-from diffitm.captions.shards import is_webdataset
-from diffitm.captions.table import is_table
 from diffitm.commands import tuning
-from diffitm.commands.tuning import Listener, Plan, Trained, Tuning, common
+from diffitm.commands.tuning import TRAIN, Listener, Plan, Trained, Tuning, captioned, common
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import record
@@ -21,7 +18,7 @@ from diffitm.models.loading import ModelSource, resolve
 from diffitm.models.model_check import check_loadable
 from diffitm.training.job import LoraJob, Validation
 from diffitm.training.lora.objectives import Objective
-from diffitm.training.lora.options import FinetuneConfig, find_problems
+from diffitm.training.lora.options import FinetuneConfig, find_problems, objective_of
 from diffitm.training.row_table import RowsFile, StoredRows
 from diffitm.training.rows import (
     drop_equal,
@@ -34,7 +31,7 @@ from diffitm.training.rows import (
 from diffitm.training.run_folder import write_result
 
 log = logging.getLogger("diffitm")
-TRAIN, VALID = "coco_neg/train_neg_clip.tsv", "coco_neg/valid_neg_clip.tsv"
+VALID = "coco_neg/valid_neg_clip.tsv"
 TASKS = ("coco_neg_text", "coco_neg_image")
 
 
@@ -80,7 +77,7 @@ def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
     rows, equal = drop_equal(found)
     if equal:
         log.warning("%s: left out %s negatives that equal their row's own", rows_file, f"{equal:,}")
-    objective = Objective(config.objective, config.lambda_, config.clip_over, config.guard)
+    objective = objective_of(config)
     negatives = config.negatives if objective.has_wrong_pairs else "none"
     kept, lost = usable(rows, negatives, rows_file)
     if lost:
@@ -92,7 +89,7 @@ def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
 
     session.connect(config.ray, verbose=config.verbose)
     source = share(source, storage.join(storage.parent(out), "work"))
-    check_loadable(source, variant=config.variant)
+    source = check_loadable(source, variant=config.variant)
     tell_long_texts(source, texts_of([rows[position] for position in kept]))
     file = hand_over(out, rows, kept)
     job = _job(config, source, objective, negatives, file, root, valid, session.gpus())
@@ -104,20 +101,11 @@ def build_plan(config: FinetuneConfig) -> Plan[LoraJob]:
 
 def _data(config: FinetuneConfig, out: str) -> tuple[str, str, str | None]:
     """The file of rows, where its images start, and the root that is validated on."""
-    if config.data == "shapes":
-        from diffitm.shapes.training import VERSION, write_training
-
-        root = storage.join(
-            storage.parent(out), "work", f"shapes-training-{config.scenes}-v{VERSION}"
-        )
-        write_training(root, config.scenes)
-        return storage.join(root, TRAIN), root, config.validation_data or root
-    given = storage.absolute(config.data)
-    file = storage.join(given, TRAIN)
-    if is_table(given) or is_webdataset(given) or not storage.exists(file):
-        return given, image_root(given, config.images), config.validation_data
-    known = given if storage.exists(storage.join(given, VALID)) else None
-    return file, given, config.validation_data or known
+    file, root = captioned(config.data, config.images, config.scenes, out)
+    known = None
+    if file == storage.join(root, TRAIN) and storage.exists(storage.join(root, VALID)):
+        known = root
+    return file, root, config.validation_data or known
 
 
 def _job(

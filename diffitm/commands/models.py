@@ -15,7 +15,7 @@ from diffitm.evaluation.options import ModelOptions, lora_names, plans
 from diffitm.evaluation.race_table import Races, full_part, write_races
 from diffitm.evaluation.races import describe
 from diffitm.metrics.score import other_dtype
-from diffitm.models.loading import FAMILIES, ModelSource, resolve
+from diffitm.models.loading import FAMILIES, ModelSource, resolve, size_note
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
@@ -89,8 +89,8 @@ def make_specs(
         for source in sources.models
     ]
     loras = [locate(name) for name in lora_names(config) if name]
-    for source in models:  # all of them, before a GPU is asked for and anything is scored
-        check_loadable(source, loras, config.variant)
+    # All of them, before a GPU is asked for and anything is scored.
+    models = [check_loadable(source, loras, config.variant) for source in models]
     _check_clips(clips)
     specs: list[Spec] = [
         _diffusion(config, source, lora, root, steps, bool(pool.gpus))
@@ -98,6 +98,9 @@ def make_specs(
         for lora in lora_names(config)
         for steps in plans(config, FAMILIES[source.family].flow)
     ]
+    for spec in {(s.source, s.dtype): s for s in specs if isinstance(s, DiffusionSpec)}.values():
+        if spec.source.sizes:
+            log.info("%s: %s", spec.source.name, size_note(spec.source, spec.dtype))
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
     scorers = dict.fromkeys(config.scorer)
     specs += [CustomSpec(find_scorer(name), root) for name in scorers]

@@ -165,6 +165,7 @@ class TrainLoop:
         they are, which is nan if one is not finite."""
         sums = torch.zeros(len(self.module.names) + 1, dtype=torch.float64)
         readable = self._readable(batches)
+        self.module.gather(readable)
         for number, (good, images) in enumerate(readable, 1):
             for passed, (loss, values) in enumerate(self.module.losses(good, images), 1):
                 if self.worker.world > 1 and (number, passed) == (

@@ -95,6 +95,17 @@ class LoraJob(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SdsJob(Training):
+    """Tuning of a CLIP's norms by SDS-CLIP. `weight` is lambda, the denoising error's beside the
+    contrastive loss; `jacobian` whether the gradient goes through the teacher's network."""
+
+    clip: ClipSource
+    projection_lr: float
+    weight: float
+    jacobian: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class DivaJob(Training):
     """Tuning of a CLIP's image tower under the diffusion model. The first `projection_steps` train the
     projection alone, which has a learning rate of its own. `crop_scale` is the least share of an image

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from diffitm.core.config import lacking, option
 from diffitm.core.errors import InputError
-from diffitm.training.lora.objectives import Objective
+from diffitm.training.lora.objectives import OBJECTIVES, Objective
 from diffitm.training.options import Shared, shared_problems
 
 
@@ -49,12 +49,21 @@ class FinetuneConfig(Shared):
     preset: str | None = option(
         None, "published or planned settings: diffusionitm, softneg-sd15; options given win"
     )
-    objective: str = option(
-        "hard-neg", "no-neg, hard-neg, hard-neg-unclipped, relativistic or soft-neg"
-    )
+    objective: str = option("hard-neg", f"one of {', '.join(OBJECTIVES)}")
     lambda_: float = option(1.0, "bound of the wrong pair's error, in errors of the right pair")
     clip_over: Literal["example", "microbatch"] = option("example", "where the bound holds")
     guard: Literal["none", "clip", "frozen"] = option("none", "what holds soft-neg's empty text")
+    preference: Literal["sigmoid", "hinge", "ipo"] | None = option(
+        None, "dpo's loss (default: sigmoid)"
+    )
+    beta: float | None = option(None, "of dpo (default: 2500)", above=0)
+    scale: float | None = option(None, "of softrepa's logits (default: 4)", above=0)
+    temperature: float | None = option(
+        None, "of softrepa's logits, in errors (default: 0.07)", above=0
+    )
+    diagonal: float | None = option(
+        None, "softrepa's weight of the right pairs' error (default: 10)", at_least=0
+    )
     negatives: Literal["hard-text", "random-text", "hard-image", "mixed"] = option(
         "mixed", "what wrong pairs are made of, where the objective has any"
     )
@@ -88,15 +97,32 @@ class FinetuneConfig(Shared):
     validation_timesteps: int = option(4, "timesteps of a validation score", at_least=1)
 
 
+def objective_of(config: FinetuneConfig) -> Objective:
+    """Raises InputError for settings that the objective does not take."""
+    return Objective(
+        config.objective,
+        config.lambda_,
+        config.clip_over,
+        config.guard,
+        config.preference,
+        config.beta,
+        config.scale,
+        config.temperature,
+        config.diagonal,
+    )
+
+
 def find_problems(config: FinetuneConfig) -> list[str]:
     """What is wrong with the options, all of it."""
     found = lacking(config, {"model": "shapes", "data": "shapes"})
     try:
-        Objective(config.objective, config.lambda_, config.clip_over, config.guard)
+        objective_of(config)
     except InputError as error:
         found.append(error.on_command_line())
     if config.ema is not None and not 0 < config.ema < 1:
         found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
+    if config.objective == "softrepa" and config.batch_size == 1:
+        found.append("--batch-size 1: softrepa contrasts a micro-batch's examples, at least 2")
     if config.batch_size > 0 and config.effective_batch % config.batch_size:
         found.append(
             f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size "
