@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -16,18 +17,24 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -64,6 +71,13 @@ def gemma_tokenizer() -> Any:
     return made
 
 
+def qwen_tokenizer() -> Any:
+    """Bytes, each a token, with the marks of Qwen."""
+    made = Qwen2Tokenizer(vocab={byte: i for i, byte in enumerate(ByteLevel.alphabet())}, merges=[])
+    made.add_tokens([AddedToken(f"<|im_{mark}|>", special=True) for mark in ("start", "end")])
+    return made
+
+
 def vae(channels: int = 4, shift: float | None = None) -> AutoencoderKL:
     """A VAE from 32 to 8 pixels a side."""
     return AutoencoderKL(
@@ -81,11 +95,13 @@ def vae(channels: int = 4, shift: float | None = None) -> AutoencoderKL:
     )
 
 
-def _lively(module: torch.nn.Module) -> None:
-    """Give what begins as zeros values, so that every input changes the output."""
+def _lively(module: torch.nn.Module, factor: float = 1.0) -> None:
+    """Give what begins as zeros values, so that every input changes the output, and matrices larger ones."""
     for value in module.parameters():
         if not value.any():
             torch.nn.init.normal_(value, std=0.1)
+        if value.dim() == 2:
+            value.data *= factor
 
 
 def write_pixart(folder: Path, kind: Any = PixArtAlphaPipeline, sized: bool = False) -> Path:
@@ -200,6 +216,40 @@ def write_flux(folder: Path, guided: bool = True) -> Path:
     return folder
 
 
+def write_qwen_image(folder: Path) -> Path:
+    """Save a random Qwen-Image; at 32 pixels, not at the 1,024 that its pipeline takes."""
+    tokenizer = qwen_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=3, joint_attention_dim=WIDTH, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    _lively(transformer, 2.0)
+    transformer.register_to_config(sample_size=8)
+    rope = {"mrope_section": [2, 2, 4], "rope_type": "default", "rope_theta": 1e6}
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_parameters": rope, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    sight = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": WIDTH,
+    }  # fmt: skip
+    encoder = Qwen2_5_VLConfig(text_config=text, vision_config=sight)
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1,
+            temperal_downsample=[False, True], latents_mean=[-0.7, 0.1, 0.9, 0.0],
+            latents_std=[2.8, 1.4, 0.6, 1.0],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(encoder),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 WRITERS: dict[str, Any] = {
     "PixArt-alpha": write_pixart,
     "PixArt-Sigma": lambda folder: write_pixart(folder, PixArtSigmaPipeline),
@@ -208,6 +258,7 @@ WRITERS: dict[str, Any] = {
     "Sana": write_sana,
     "FLUX.1-dev": write_flux,
     "FLUX.1-schnell": lambda folder: write_flux(folder, guided=False),
+    "Qwen-Image": write_qwen_image,
 }
 
 
