@@ -14,6 +14,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -23,6 +25,8 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -35,6 +39,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -44,6 +50,16 @@ from tests import tiny
 from tools.shapes.architecture import write_tokenizer
 
 WIDTH = 32  # of texts
+# As Qwen3's tokenizer has it, of messages that are texts.
+CHAT = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}"
+)
 LETTERS = [chr(code) for code in range(33, 127)]
 
 
@@ -71,11 +87,30 @@ def gemma_tokenizer() -> Any:
     return made
 
 
+def gemma(words: int) -> Gemma2Model:
+    settings = Gemma2Config(
+        vocab_size=words, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096,
+        hidden_activation="gelu_pytorch_tanh",
+    )  # fmt: skip
+    return Gemma2Model(settings)
+
+
 def qwen_tokenizer() -> Any:
     """Bytes, each a token, with the marks of Qwen."""
     made = Qwen2Tokenizer(vocab={byte: i for i, byte in enumerate(ByteLevel.alphabet())}, merges=[])
     made.add_tokens([AddedToken(f"<|im_{mark}|>", special=True) for mark in ("start", "end")])
+    made.chat_template = CHAT
     return made
+
+
+def qwen3(words: int, kind: Any = Qwen3Model) -> Any:
+    settings = Qwen3Config(
+        vocab_size=words, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    return kind(settings)
 
 
 def vae(channels: int = 4, shift: float | None = None) -> AutoencoderKL:
@@ -176,14 +211,9 @@ def write_sana(folder: Path) -> Path:
         "downsample_block_type": "stride_conv",
         "decoder_act_fns": "silu",
     }
-    encoder = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096,
-        hidden_activation="gelu_pytorch_tanh",
-    )  # fmt: skip
     SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=Gemma2Model(encoder),
+        text_encoder=gemma(len(tokenizer)),
         vae=AutoencoderDC(in_channels=3, latent_channels=4, scaling_factor=0.41407, **blocks),
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(
@@ -250,6 +280,44 @@ def write_qwen_image(folder: Path) -> Path:
     return folder
 
 
+def write_lumina2(folder: Path) -> Path:
+    """Save a random Lumina-Image 2.0."""
+    tokenizer = gemma_tokenizer()
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
+        num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=16,
+        axes_dim_rope=(4, 2, 2), axes_lens=(300, 32, 32), cap_feat_dim=WIDTH,
+    )  # fmt: skip
+    _lively(transformer, 2.0)
+    Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae(4, 0.06),
+        text_encoder=gemma(len(tokenizer)),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_z_image(folder: Path) -> Path:
+    """Save a random Z-Image; at 32 pixels, not at the 1,024 that its pipeline takes."""
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=WIDTH, axes_dims=(8, 4, 4), axes_lens=(1024, 32, 32),
+    )  # fmt: skip
+    _lively(transformer, 2.0)
+    transformer.register_to_config(sample_size=8)
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(16, 0.1),
+        text_encoder=qwen3(len(tokenizer)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
 WRITERS: dict[str, Any] = {
     "PixArt-alpha": write_pixart,
     "PixArt-Sigma": lambda folder: write_pixart(folder, PixArtSigmaPipeline),
@@ -259,6 +327,8 @@ WRITERS: dict[str, Any] = {
     "FLUX.1-dev": write_flux,
     "FLUX.1-schnell": lambda folder: write_flux(folder, guided=False),
     "Qwen-Image": write_qwen_image,
+    "Lumina2": write_lumina2,
+    "Z-Image": write_z_image,
 }
 
 

@@ -23,8 +23,9 @@ class Reference:
         """Latents [B, C, h, w] as the pipeline takes them."""
         return latents
 
-    def step(self, timestep: Tensor) -> Tensor:
-        """Our timestep of the network's."""
+    def step(self, given: dict[str, Any]) -> Tensor:
+        """Our timestep of what a network is given."""
+        timestep: Tensor = given["timestep"]
         return timestep.reshape(-1)[:1]
 
     def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
@@ -121,8 +122,8 @@ class Packed(Reference):
         cells = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
         return cells.reshape(b, h * w // 4, 4 * c)
 
-    def step(self, timestep: Tensor) -> Tensor:
-        return timestep.reshape(-1)[:1] * 1000
+    def step(self, given: dict[str, Any]) -> Tensor:
+        return super().step(given) * 1000
 
 
 class Flux(Packed):
@@ -175,6 +176,41 @@ class QwenImage(Packed):
         return ((raw - mean) / deviation)[:, :, 0]
 
 
+class Reversed(Reference):
+    """Whose network is given 1 - sigma and gives z0 - eps."""
+
+    def step(self, given: dict[str, Any]) -> Tensor:
+        return 1000 * (1 - super().step(given))
+
+
+class Lumina2(Reversed):
+    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
+        hidden, mask, _, _ = pipe.encode_prompt(text, False)
+        out: Tensor = pipe.transformer(
+            z, 1 - step / 1000, encoder_hidden_states=hidden, encoder_attention_mask=mask
+        ).sample
+        return -out
+
+    def no_text(self, pipe: Any) -> tuple[Tensor, Tensor | None]:
+        _, _, hidden, mask = pipe.encode_prompt(TEXTS[0])
+        return hidden[:, mask[0].bool()], None
+
+
+class ZImage(Reversed):
+    asked = {"guidance_scale": 0.0}  # noqa: RUF012
+
+    def step(self, given: dict[str, Any]) -> Tensor:
+        return super().step({"timestep": given["t"]})
+
+    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
+        texts, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
+        out: Tensor = pipe.transformer([z[0].unsqueeze(1)], 1 - step / 1000, texts).sample[0]
+        return -out.squeeze(1)[None]
+
+    def no_text(self, pipe: Any) -> tuple[Tensor, Tensor | None]:
+        return pipe.encode_prompt(TEXTS[0])[1][0][None], None
+
+
 REFERENCES: dict[str, Reference] = {
     "PixArt": PixArt(),
     "SD3": Sd3(),
@@ -182,6 +218,8 @@ REFERENCES: dict[str, Reference] = {
     "FLUX.1-dev": Flux(),
     "FLUX.1-schnell": Schnell(),
     "Qwen-Image": QwenImage(),
+    "Lumina2": Lumina2(),
+    "Z-Image": ZImage(),
 }
 
 

@@ -135,6 +135,11 @@ def check_network(config: Any, latent_channels: int) -> None:
             f"the config.json of its network gives sample_size {config.sample_size!r}, not the side of its "
             "latents (64 for images of 512 pixels, 128 for 1024)"
         )
+    check_latents(config, latent_channels)
+
+
+def check_latents(config: Any, latent_channels: int) -> None:
+    """Raises OSError if the network does not take the VAE's latents alone."""
     if config.in_channels != latent_channels:
         raise OSError(
             f"its network takes {config.in_channels} channels, its VAE gives {latent_channels}: parts of two "

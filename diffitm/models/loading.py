@@ -137,6 +137,26 @@ FAMILIES = {
         },
         **_FLOW,
     ),
+    "Lumina2Pipeline": Family(
+        "diffitm.models.lumina2:Lumina2",
+        {
+            "transformer": "diffusers:Lumina2Transformer2DModel",
+            **_VAE,
+            "text_encoder": "transformers:Gemma2Model",
+            "tokenizer": "transformers:GemmaTokenizerFast",
+        },
+        **_FLOW,
+    ),
+    "ZImagePipeline": Family(
+        "diffitm.models.z_image:ZImage",
+        {
+            "transformer": "diffusers:ZImageTransformer2DModel",
+            **_VAE,
+            "text_encoder": "transformers:Qwen3Model",
+            "tokenizer": "transformers:Qwen2Tokenizer",
+        },
+        **_FLOW,
+    ),
 }
 
 

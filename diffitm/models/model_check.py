@@ -168,7 +168,8 @@ def _check_parts(source: ModelSource, folder: Path, variant: str | None) -> dict
     for name in names:
         if name.startswith("tokenizer"):
             encoder = configs[encoder_of(name)].to_dict()
-            read_tokenizer(str(folder), name, None, encoder, registry.load(str(family.parts[name])))
+            kind = registry.load(str(family.parts[name]))
+            denoiser.templated("", read_tokenizer(str(folder), name, None, encoder, kind))
     denoiser.check_together(configs)
     if "scheduler" in names:
         (read_flow if family.flow else read_schedule)(str(folder), None)

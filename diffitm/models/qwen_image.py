@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,23 +12,26 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.flow import PATCH, FlowDiffusion, check_packed, pack, side_of, unpack
-from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize_masked
+from diffitm.models.flow import PATCH, check_packed, pack, side_of, unpack
+from diffitm.models.language_flow import LanguageFlow
+from diffitm.models.latent_diffusion import Folder, check_text_width
 from diffitm.models.noise_schedule import FLOW_TIME
 
 SKIPPED = 34  # tokens before a text, which the network is not given
 LENGTH = 512  # tokens that it is given, of a text and what follows it in the template
 
 
-class QwenImage(FlowDiffusion):
+class QwenImage(LanguageFlow):
     """A transformer over packed latents and the tokens of Qwen2.5-VL (Wu et al. 2025).
 
-    The condition is {"hidden": [B, L, D], "mask": [B, L]}. Each text, '' too, stands in the pipeline's
-    template. The VAE is one of videos, here of one picture, and each of its channels is shifted and scaled
-    on its own. Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
+    Each text, '' too, stands in the pipeline's template. The VAE is one of videos, here of one picture, and
+    each of its channels is shifted and scaled on its own. Parameters as of StableDiffusion. Raises OSError
+    if a part cannot be read.
     """
 
     lengths = {"tokenizer": SKIPPED + LENGTH}  # noqa: RUF012
+    layer = -1
+    skipped = SKIPPED
 
     def __init__(
         self,
@@ -88,20 +91,6 @@ class QwenImage(FlowDiffusion):
         unscaled = latents.to(self.device) * self._deviation + self._mean
         video = self.vae.decode(unscaled[:, :, None].to(self.vae.dtype), return_dict=False)[0]
         return video[:, :, 0].float().clamp(-1, 1)
-
-    def cuts(self, text: str) -> bool:
-        """See Denoiser."""
-        return is_cut(
-            self.tokenizer, self.templated(text, self.tokenizer), self.lengths["tokenizer"]
-        )
-
-    @torch.inference_mode()
-    def encode_texts(self, texts: Sequence[str]) -> Condition:
-        """See Denoiser. Longer texts are cut, as the pipeline does."""
-        given = [self.templated(text, self.tokenizer) for text in texts]
-        ids, mask = tokenize_masked(self.tokenizer, given, self.lengths["tokenizer"], self.device)
-        out = self.text_encoder.model(ids, attention_mask=mask, use_cache=False)
-        return {"hidden": out.last_hidden_state[:, SKIPPED:], "mask": mask[:, SKIPPED:]}
 
     def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """See Denoiser."""

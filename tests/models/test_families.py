@@ -34,6 +34,8 @@ from diffitm.training.diva.step import Diva
 from tests import families, tiny, tiny_clip
 from tests.family_references import TEXTS, flat, pipeline_of, reference, spied
 
+READ_LONG = ("FLUX.1-dev", "Qwen-Image", "Z-Image")  # texts of 302 tokens
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -68,7 +70,7 @@ def test_the_network_gets_what_the_pipeline_gives(
         )  # fmt: skip
 
     given = spied(pipeline.transformer, draw)[0]
-    step, condition = plain.step(given["timestep"]), model.encode_texts(TEXTS[1:2])
+    step, condition = plain.step(given), model.encode_texts(TEXTS[1:2])
 
     def predict() -> None:
         with torch.no_grad():
@@ -316,6 +318,39 @@ def test_a_distilled_model_says_so(
     assert "is named as step-distilled ones are" in caplog.text
 
 
+def lora_of(part: Any, ends: tuple[str, ...]) -> dict[str, Tensor]:
+    """Of rank 2, of each module whose name ends so."""
+    generator, found = torch.Generator().manual_seed(5), dict[str, Tensor]()
+    for place, module in part.named_modules():
+        if place.endswith(ends):
+            down = torch.randn(2, module.in_features, generator=generator)
+            up = torch.randn(module.out_features, 2, generator=generator)
+            found |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+    return found
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image", "Lumina2", "Z-Image"])
+def test_a_lora_of_the_transformer(
+    name: str, folders: dict[str, Path], models: dict[str, Any], tmp_path: Path
+) -> None:
+    """In diffusers' format, merged to the weights of the pipeline's own."""
+    pipeline, source = pipeline_of(folders[name]), resolve(str(folders[name]))
+    network = lora_of(pipeline.transformer, ("to_q", "to_out.0", "add_k_proj", "to_add_out"))
+    type(pipeline).save_lora_weights(tmp_path, transformer_lora_layers=network)
+    check_loadable(source, [str(tmp_path)])
+    merged: Any = load_denoiser(source, lora=str(tmp_path))
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.fuse_lora()
+    expected = pipeline.transformer.state_dict()
+    expected = {key.replace(".base_layer", ""): value for key, value in expected.items()}
+    plain = models[name].transformer.state_dict()
+    for key, value in merged.transformer.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+        changed = key.removesuffix("weight") + "lora_A.weight" in network
+        assert torch.equal(value, plain[key]) is not changed
+    assert len(network) >= 8
+
+
 @pytest.mark.parametrize("name", ["SD3", "FLUX.1-schnell"])
 def test_a_lora_in_diffusers_format(
     name: str, folders: dict[str, Path], models: dict[str, Any], tmp_path: Path
@@ -323,20 +358,9 @@ def test_a_lora_in_diffusers_format(
     """Of the transformer and CLIP's text model, merged to the weights of the pipeline's own, and of the
     second text encoder; a U-Net takes none."""
     model, pipeline = models[name], pipeline_of(folders[name])
-    generator = torch.Generator().manual_seed(5)
-
-    def layers(part: Any, ends: tuple[str, ...]) -> dict[str, Tensor]:
-        found = {}
-        for place, module in part.named_modules():
-            if place.endswith(ends):
-                down = torch.randn(2, module.in_features, generator=generator)
-                up = torch.randn(module.out_features, 2, generator=generator)
-                found |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
-        return found
-
-    network = layers(pipeline.transformer, ("to_q", "to_out.0", "add_k_proj", "to_add_out"))
-    clip = layers(pipeline.text_encoder, ("q_proj",))
-    second = layers(pipeline.text_encoder_2, ("q_proj", "SelfAttention.q"))
+    network = lora_of(pipeline.transformer, ("to_q", "to_out.0", "add_k_proj", "to_add_out"))
+    clip = lora_of(pipeline.text_encoder, ("q_proj",))
+    second = lora_of(pipeline.text_encoder_2, ("q_proj", "SelfAttention.q"))
     type(pipeline).save_lora_weights(
         tmp_path, transformer_lora_layers=network, text_encoder_lora_layers=clip
     )
@@ -407,7 +431,7 @@ def test_long_texts_are_counted(
     texts = [*TEXTS[:2], "x" * 90, "y" * 200, "y" * 300, "z" * 700, " " * 90 + "X" * 30]
     cut = {text for text in texts if models[name].cuts(text)}
     assert texts[5] in cut and cut.isdisjoint(texts[:2])
-    assert (texts[4] in cut) is (name not in ("FLUX.1-dev", "Qwen-Image"))  # 302 tokens
+    assert (texts[4] in cut) is (name not in READ_LONG)  # 302 tokens
     source = resolve(str(folders[name]))
     assert TextLimits(source).cut(texts) == cut
     assert tell_long_texts(source, texts) == len(cut)
