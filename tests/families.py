@@ -9,9 +9,13 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
@@ -28,7 +32,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextModel,
@@ -36,10 +40,16 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizerFast,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -59,6 +69,13 @@ CHAT = (
     "{% if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\n\n</think>\n\n' }}"
     "{% endif %}"
+)
+# As Mistral's processor has it, of a system's message and a user's.
+MISTRAL_CHAT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set mark = 'SYSTEM_PROMPT' if message.role == 'system' else 'INST' %}"
+    "{{ '[' + mark + ']' + message.content[0].text + '[/' + mark + ']' }}"
+    "{% endfor %}"
 )
 LETTERS = [chr(code) for code in range(33, 127)]
 
@@ -104,13 +121,43 @@ def qwen_tokenizer() -> Any:
     return made
 
 
-def qwen3(words: int, kind: Any = Qwen3Model) -> Any:
+def qwen3(words: int, kind: Any = Qwen3Model, layers: int = 3) -> Any:
     settings = Qwen3Config(
-        vocab_size=words, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=3,
+        vocab_size=words, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, bos_token_id=None,
         eos_token_id=None,
     )  # fmt: skip
     return kind(settings)
+
+
+def pixtral_processor() -> Any:
+    """Bytes, each a token, with the marks of Mistral, beside the part that reads pictures."""
+    marks = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]"]
+    marks += ["[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    words = {word: i for i, word in enumerate([*marks, *ByteLevel.alphabet()])}
+    plain = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    plain.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    plain.pre_tokenizer, plain.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    plain.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="<pad>", padding_side="left",
+    )  # fmt: skip
+    return PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=MISTRAL_CHAT)
+
+
+def mistral3(words: int) -> Mistral3ForConditionalGeneration:
+    text = {
+        "model_type": "mistral", "vocab_size": words, "hidden_size": WIDTH, "head_dim": 16,
+        "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 31,
+        "num_key_value_heads": 1, "sliding_window": None,
+    }  # fmt: skip
+    sight = {
+        "model_type": "pixtral", "hidden_size": 16, "num_hidden_layers": 1, "image_size": 30,
+        "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 6, "num_channels": 3,
+    }  # fmt: skip
+    settings = Mistral3Config(text_config=text, vision_config=sight, image_token_index=8)
+    return Mistral3ForConditionalGeneration(settings)
 
 
 def vae(channels: int = 4, shift: float | None = None) -> AutoencoderKL:
@@ -318,6 +365,34 @@ def write_z_image(folder: Path) -> Path:
     return folder
 
 
+def write_flux2(folder: Path, guided: bool = True) -> Path:
+    """Save a random FLUX.2, dev or klein; at 32 pixels, not at the 1,024 that its pipelines take."""
+    tokenizer: Any = pixtral_processor() if guided else qwen_tokenizer()
+    words = len(tokenizer.tokenizer if guided else tokenizer)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=3 * WIDTH, axes_dims_rope=(4, 4, 4, 4),
+        timestep_guidance_channels=32, guidance_embeds=guided,
+    )  # fmt: skip
+    _lively(transformer, 2.0)
+    transformer.register_to_config(sample_size=8)
+    coder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=32,
+    )  # fmt: skip
+    torch.nn.init.normal_(coder.bn.running_mean)
+    torch.nn.init.uniform_(coder.bn.running_var, 0.5, 2.0)
+    (Flux2Pipeline if guided else Flux2KleinPipeline)(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=coder,
+        text_encoder=mistral3(words) if guided else qwen3(words, Qwen3ForCausalLM, 28),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
 WRITERS: dict[str, Any] = {
     "PixArt-alpha": write_pixart,
     "PixArt-Sigma": lambda folder: write_pixart(folder, PixArtSigmaPipeline),
@@ -329,6 +404,8 @@ WRITERS: dict[str, Any] = {
     "Qwen-Image": write_qwen_image,
     "Lumina2": write_lumina2,
     "Z-Image": write_z_image,
+    "FLUX.2-dev": write_flux2,
+    "FLUX.2-klein": lambda folder: write_flux2(folder, guided=False),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2Pipeline
 from torch import Tensor
 
 TEXTS = ["A red cube", "a small blue sphere, left of it", ""]
@@ -211,6 +211,31 @@ class ZImage(Reversed):
         return pipe.encode_prompt(TEXTS[0])[1][0][None], None
 
 
+class Flux2(Reference):
+    def step(self, given: dict[str, Any]) -> Tensor:
+        return super().step(given) * 1000
+
+    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
+        hidden, ids = pipe.encode_prompt(text)
+        places = pipe._prepare_latent_ids(z)
+        guidance = torch.ones(1) if pipe.transformer.config.guidance_embeds else None
+        out = pipe.transformer(
+            pipe._pack_latents(z), encoder_hidden_states=hidden, timestep=step / 1000,
+            txt_ids=ids, img_ids=places, guidance=guidance,
+        ).sample  # fmt: skip
+        found: Tensor = pipe._unpack_latents_with_ids(out, places)
+        return found
+
+    def no_text(self, pipe: Any) -> tuple[Tensor, Tensor | None]:
+        return pipe.encode_prompt("")[0], None
+
+    def scaled(self, vae: Any, raw: Tensor) -> Tensor:
+        cells = Flux2Pipeline._patchify_latents(raw)
+        width = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+        found: Tensor = (cells - vae.bn.running_mean.view(-1, 1, 1)) / width.view(-1, 1, 1)
+        return found
+
+
 REFERENCES: dict[str, Reference] = {
     "PixArt": PixArt(),
     "SD3": Sd3(),
@@ -220,6 +245,7 @@ REFERENCES: dict[str, Reference] = {
     "Qwen-Image": QwenImage(),
     "Lumina2": Lumina2(),
     "Z-Image": ZImage(),
+    "FLUX.2": Flux2(),
 }
 
 

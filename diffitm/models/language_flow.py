@@ -47,14 +47,18 @@ class LanguageFlow(FlowDiffusion):
         return found
 
 
-def chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """Messages in a tokenizer's chat template, up to where the answer begins. Raises OSError without one."""
+def chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    **options: Any,
+) -> str:
+    """Messages in a tokenizer's chat template, to where the answer begins, if asked for. Raises OSError
+    without a template."""
     if tokenizer.chat_template is None:
         raise OSError(
             "its tokenizer has no chat_template, in which texts are given to its text encoder"
         )
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **options
-        )
-    )
+    given = {"add_generation_prompt": add_generation_prompt, **options}
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **given))

@@ -270,6 +270,16 @@ def tokenize_masked(
     return found.input_ids, found.attention_mask.bool()
 
 
+def tokenize_whole(
+    tokenizer: Any, texts: Sequence[str], length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask int64 [B, length], padded where the tokenizer does."""
+    found = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).to(device)
+    return found.input_ids, found.attention_mask
+
+
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> Tensor:
     """Token ids [B, L], L the tokenizer's or `length`. Longer texts are cut, as Stable Diffusion does."""
     return tokenizer(

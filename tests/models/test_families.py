@@ -34,7 +34,9 @@ from diffitm.training.diva.step import Diva
 from tests import families, tiny, tiny_clip
 from tests.family_references import TEXTS, flat, pipeline_of, reference, spied
 
-READ_LONG = ("FLUX.1-dev", "Qwen-Image", "Z-Image")  # texts of 302 tokens
+DISTILLED = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-dev")  # without a negative prompt
+GUIDED = ("FLUX.1-dev", "FLUX.2-dev")
+READ_LONG = (*GUIDED, "Qwen-Image", "Z-Image", "FLUX.2-klein")  # texts of 302 tokens
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_the_network_gets_what_the_pipeline_gives(
 
     def draw() -> None:
         pipeline(
-            TEXTS[1], height=side, width=side, num_inference_steps=2, output_type="latent",
+            prompt=TEXTS[1], height=side, width=side, num_inference_steps=2, output_type="latent",
             latents=plain.given(noised), **plain.asked,
         )  # fmt: skip
 
@@ -89,7 +91,7 @@ def test_the_network_gets_what_the_pipeline_gives(
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5, msg=f"{name}: {key}")
 
 
-@pytest.mark.parametrize("name", [n for n in families.WRITERS if not n.startswith("FLUX")])
+@pytest.mark.parametrize("name", [n for n in families.WRITERS if n not in DISTILLED])
 def test_no_text_is_the_pipelines(
     name: str, folders: dict[str, Path], models: dict[str, Any]
 ) -> None:
@@ -293,7 +295,7 @@ def test_the_guidance_is_that_of_networks_that_take_one(
         config = DiffusionSpec(settled(resolve(str(folder))), "", "snr", (500.0,)).store_config()
         told = getattr(models[name], "guidance", None)
         assert config.get("guidance") == told
-        assert ("guidance" in config) is (name == "FLUX.1-dev")
+        assert ("guidance" in config) is (name in GUIDED)
 
 
 def test_a_distilled_model_says_so(
@@ -329,7 +331,7 @@ def lora_of(part: Any, ends: tuple[str, ...]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["Qwen-Image", "Lumina2", "Z-Image"])
+@pytest.mark.parametrize("name", ["Qwen-Image", "Lumina2", "Z-Image", "FLUX.2-dev"])
 def test_a_lora_of_the_transformer(
     name: str, folders: dict[str, Path], models: dict[str, Any], tmp_path: Path
 ) -> None:
