@@ -291,6 +291,7 @@ def load_scorer(
 
         clip = resolve_clip(name.removeprefix("clip:")).fetched()
         return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
+    from diffitm.models.distilled import tell_untrained
     from diffitm.models.loading import FAMILIES, resolve
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
@@ -317,6 +318,7 @@ def load_scorer(
         compiled=compile,
         empty=empty,
     )
+    tell_untrained(spec.label, spec.timesteps)
     return ImageTextScorer(spec, device)
 
 

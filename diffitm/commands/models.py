@@ -15,6 +15,7 @@ from diffitm.evaluation.options import ModelOptions, lora_names, plans
 from diffitm.evaluation.race_table import Races, full_part, write_races
 from diffitm.evaluation.races import describe
 from diffitm.metrics.score import other_dtype
+from diffitm.models.distilled import tell_untrained
 from diffitm.models.loading import FAMILIES, ModelSource, resolve, size_note
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
@@ -98,6 +99,8 @@ def make_specs(
         for lora in lora_names(config)
         for steps in plans(config, FAMILIES[source.family].flow)
     ]
+    for name, steps in {(s.label, s.timesteps): 1 for s in specs if isinstance(s, DiffusionSpec)}:
+        tell_untrained(name, steps)
     for spec in {(s.source, s.dtype): s for s in specs if isinstance(s, DiffusionSpec)}.values():
         if spec.source.sizes:
             log.info("%s: %s", spec.source.name, size_note(spec.source, spec.dtype))
