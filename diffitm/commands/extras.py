@@ -10,7 +10,7 @@ from diffitm.commands.stages.probe import find_probes
 from diffitm.core import storage
 from diffitm.evaluation.options import GdbenchConfig
 from diffitm.models.lora import unpinned
-from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+from diffitm.scoring.specs import ClipSpec, DiffusionSpec, DptSpec, Spec
 from diffitm.training.run_folder import PICTURES
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Extras:
         self.artifacts = RunArtifacts(
             samples=folders if self.prompts else {},
             logs={n: log_of(unpinned(s.lora)) for n, s in self.diffusion.items() if s.lora}
+            | {s.label: log_of(s.adapter.uri) for s in specs if isinstance(s, DptSpec)}
             | {label: storage.join(folder, LOG) for label, folder in tuned.items()},
             pictures={label: storage.join(folder, PICTURES) for label, folder in tuned.items()},
             probes={n: [p.file(c) for p in self.probes] for n, c in self.clips.items()}

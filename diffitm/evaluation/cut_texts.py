@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+from diffitm.scoring.specs import ClipSpec, DiffusionSpec, DptSpec, Spec
 from diffitm.store.pair_table import distinct_texts, examples_dataset
 from diffitm.tasks.registry import find_task
 
@@ -39,7 +39,8 @@ def count_cut(specs: Sequence[Spec], examples: Mapping[str, str]) -> list[CutTex
     """
     from diffitm.models.text_limits import TextLimits
 
-    sources = dict.fromkeys(s.source for s in specs if isinstance(s, DiffusionSpec | ClipSpec))
+    read = (spec for spec in specs if isinstance(spec, DiffusionSpec | DptSpec | ClipSpec))
+    sources = dict.fromkeys(spec.source for spec in read)
     found = []
     for source in sources:
         limits = TextLimits(source)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from diffitm.core.errors import InputError
 from diffitm.core.storage import without_query
+from diffitm.models.dpt_file import AdapterFile
 from diffitm.models.loading import FAMILIES, ModelSource, load_denoiser, lora_digest
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
@@ -121,6 +122,66 @@ class DiffusionSpec:
             compiled=self.compiled,
             empty=self.empty,
         )
+
+
+@dataclass(frozen=True)
+class DptSpec:
+    """DPT's score of a diffusion model with an adapter, on the images below `root`."""
+
+    source: ModelSource
+    adapter: AdapterFile
+    root: str
+    timestep: int
+    seed: int = 0
+    dtype: str = "fp32"
+    resize: str = "squash"
+    latent_seed: int | None = None
+    variant: str | None = None
+    batch_size: int = 64
+    cost = 1
+    image_cost = 0
+
+    @property
+    def label(self) -> str:
+        """The model's name in tables, with its adapter as typed."""
+        return f"{self.source.name} + DPT {without_query(self.adapter.name)}"
+
+    def store_config(self) -> dict[str, Any]:
+        """Everything that a score depends on; a LoRA is named by the adapter, whose digest is here."""
+        config = {
+            "kind": "dpt",
+            "version": SCORE_VERSION,
+            "score": "matching",
+            "weights": self.source.digest,
+            "variant": self.variant,
+            "adapter": self.adapter.digest,
+            "map": self.adapter.shape.map,
+            "timestep": self.timestep,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "resize": self.resize,
+            "latent_seed": self.latent_seed,
+            "root": without_query(self.root),
+        }
+        if self.source.upcast and self.dtype != "fp32":
+            config["vae"] = "fp32"
+        return config
+
+    def build(self, device: str) -> RowScorer:
+        """Load the model on this machine."""
+        from diffitm.models.dpt import load_adapter
+        from diffitm.scoring.dpt import DptScorer
+
+        lora = self.adapter.lora
+        denoiser = load_denoiser(self.source, self.dtype, device, self.variant, lora)
+        adapter = load_adapter(self.adapter, denoiser, "dpt")
+        try:
+            return DptScorer(
+                denoiser, adapter, self.root, self.timestep, self.seed, self.resize,
+                self.batch_size, self.latent_seed,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InputError(str(error), "dpt_timestep") from error
 
 
 @dataclass(frozen=True)

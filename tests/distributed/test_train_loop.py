@@ -20,7 +20,6 @@ from diffitm.shapes.training import write_training
 from diffitm.training.diva.options import DivaConfig
 from diffitm.training.image_pool import Paths, read_images
 from diffitm.training.job import DivaJob, LoraJob
-from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.options import FinetuneConfig
 from diffitm.training.rows import read_rows
 from tests.ranks import Ranks
@@ -43,13 +42,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lora_job(root: Path, **more: Any) -> LoraJob:
     config = FinetuneConfig(
         batch_size=SIZE, effective_batch=SIZE * MICRO, steps=STEPS, lr=1e-2, checkpoint_every=100,
-        log_every=1,
+        log_every=1, objective="hard-neg", clip_over="microbatch",
     )  # fmt: skip
     rows, _ = read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))
     file = hand_over(str(root.parent / "out"), rows, range(len(rows)))
-    objective = Objective("hard-neg", clip_over="microbatch")
     model = resolve("shapes")
-    job = finetune._job(config, model, objective, "hard-text", file, str(root), None, 0)
+    job = finetune._job(config, model, "hard-text", file, str(root), None, 0)
     return replace(job, **more)
 
 
