@@ -51,7 +51,8 @@ def test_probe_then_tune_then_gdbench(tmp_path: Path) -> None:
         "shapes",
         f"shapes + {lora}",
     }
-    costs = {line["model"]: line for line in json.loads((out / "summary.json").read_text())}
+    summary = json.loads((out / "summary.json").read_text())
+    costs = {line["model"]: line for line in summary["models"]}
     for name in names:
         assert costs[name]["forwards"] == costs[name]["pairs"] > 0
     assert costs["shapes"]["forwards"] == 2 * costs["shapes"]["pairs"]
