@@ -128,6 +128,11 @@ class GdbenchConfig(ModelOptions):
     samples: int = option(4, "images of a prompt", at_least=1)
     sampling_steps: int = option(25, "steps of DPM-Solver++ for an image", at_least=1)
     guidance: float = option(7.5, "classifier-free guidance of the images")
+    dpt_correction: float = option(
+        0.5,
+        "self-correction of images by --dpt: how far latents follow the score's gradient at a step of DDIM",
+        at_least=0,
+    )
     segmentation: str | None = option(
         None,
         "shapes or a folder with train/ and val/: a linear probe of every CLIP's patch features",

@@ -14,9 +14,24 @@ from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.scorer import CLIP_IMAGE_COST, RowScorer
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
+    from collections.abc import Sequence
+
+    from PIL import Image
+
     from diffitm.models.clip import ClipSource
+    from diffitm.models.denoiser import Denoiser
+    from diffitm.models.dpt import DptAdapter
 
 SCORE_VERSION = 1  # grows when the same settings would give other scores
+
+
+class Painter(Protocol):
+    """What generates images."""
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser."""
 
 
 class Spec(Protocol):
@@ -101,6 +116,10 @@ class DiffusionSpec:
             config["empty"] = self.empty
         return {**config, **FAMILIES[self.source.family].told}
 
+    def painter(self, device: str) -> Painter:
+        """Load what generates images, on this machine."""
+        return load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
+
     def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""
         if not self.timesteps or min(self.timesteps) < 0:
@@ -138,6 +157,7 @@ class DptSpec:
     latent_seed: int | None = None
     variant: str | None = None
     batch_size: int = 64
+    correction: float = 0.0  # of the latents where images are generated
     cost = 1
     image_cost = 0
 
@@ -167,14 +187,24 @@ class DptSpec:
             config["vae"] = "fp32"
         return config
 
-    def build(self, device: str) -> RowScorer:
-        """Load the model on this machine."""
+    def painter(self, device: str) -> Painter:
+        """Load what generates images with self-correction, on this machine."""
+        from diffitm.models.dpt_sampling import Corrected
+
+        return Corrected(*self._load(device), self.correction)
+
+    def _load(self, device: str) -> tuple[Denoiser, DptAdapter]:
         from diffitm.models.dpt import load_adapter
-        from diffitm.scoring.dpt import DptScorer
 
         lora = self.adapter.lora
         denoiser = load_denoiser(self.source, self.dtype, device, self.variant, lora)
-        adapter = load_adapter(self.adapter, denoiser, "dpt")
+        return denoiser, load_adapter(self.adapter, denoiser, "dpt")
+
+    def build(self, device: str) -> RowScorer:
+        """Load the model on this machine."""
+        from diffitm.scoring.dpt import DptScorer
+
+        denoiser, adapter = self._load(device)
         try:
             return DptScorer(
                 denoiser, adapter, self.root, self.timestep, self.seed, self.resize,
