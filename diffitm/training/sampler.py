@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffitm.core.errors import InputError
 from diffitm.training.rows import TrainingRow
 
 # DiffusionITM's: half of the micro-batches a near image, a quarter each kind of caption.
@@ -118,7 +119,10 @@ class BatchSampler:
             other = self.rows[self.kept[int(rng.integers(len(self.kept)))]]
             if other.caption != row.caption and other.image != row.image:
                 return other
-        raise ValueError(f"no other caption was found for {row.caption!r}")
+        raise InputError(
+            f"no other caption was found for {row.caption!r}: random negatives need rows with other captions "
+            "and other images"
+        )
 
 
 def seed_of(*parts: object) -> int:

@@ -17,7 +17,6 @@ from diffitm.commands.score import ScoreConfig, run
 from diffitm.core import images
 from diffitm.core.errors import InputError
 from diffitm.core.schema import SCORES, PairRow
-from diffitm.evaluation.evaluate import titles
 from diffitm.evaluation.options import GdbenchConfig, check_models, check_options, dpt_names
 from diffitm.models.dpt import DptAdapter, load_adapter
 from diffitm.models.dpt_file import NAME, AdapterShape, find_adapter, save_adapter
@@ -124,7 +123,6 @@ def test_what_a_score_depends_on(sd_folder: Path, adapter: str, tmp_path: Path) 
     assert len({store.uri for store in stores}) == 1 + len(changed)
     assert {store.similarity for store in stores} == {"matching"}
     assert spec.label == f"{sd_folder} + DPT {adapter}"
-    assert titles(stores[:2]) == [f"{spec.label}, timestep {t}" for t in (500, 501)]
 
 
 def test_a_tuned_adapter_scores_with_its_lora(

@@ -496,7 +496,7 @@ def test_a_random_text_is_of_another_image() -> None:
             drawn.setdefault(item.position, set()).add(item.negative_caption)
     assert drawn[0] == {"a dog"} and drawn[1] == {"a cup", "a dog"}
     assert drawn[2] == {"my cup", "a dog"} and drawn[3] == {"a cup", "my cup"}
-    with pytest.raises(ValueError, match="no other caption was found for 'a cup'"):
+    with pytest.raises(InputError, match="no other caption was found for 'a cup'"):
         BatchSampler(rows, range(2), 1, 1, "random-text", False, 0).batches(0)
 
 
