@@ -303,10 +303,10 @@ def load_scorer(
 
     source = settled(resolve(name, variant=variant).fetched(), prediction_type, resolution)
     adapter = find_adapter(dpt, "dpt") if dpt else None
-    loras = [locate(lora)] if lora else []
-    if adapter and loras:
+    if adapter and lora:
         text = ": an adapter brings the LoRA that it was trained with; leave it out"
         raise InputError(text, "lora")
+    loras = [locate(lora)] if lora else []
     check_loadable(source, [adapter.lora] if adapter and adapter.lora else loras, variant)
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"

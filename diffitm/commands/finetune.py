@@ -50,8 +50,8 @@ TASKS = ("coco_neg_text", "coco_neg_image")
 
 
 def run(config: FinetuneConfig, listen: Listener | None = None) -> None:
-    """Train, and write OUT/pytorch_lora_weights.safetensors, of DPT its adapter. `listen` gets every line of the
-    log.
+    """Train, and write OUT/pytorch_lora_weights.safetensors, of DPT its adapter. `listen` gets every line of
+    the log.
 
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
     the end if images could not be read.

@@ -149,7 +149,7 @@ def test_a_tuned_adapter_brings_its_lora(sd_folder: Path, tmp_path: Path) -> Non
         find_adapter(str(tmp_path), "dpt")
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(sd: StableDiffusion, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no .*dpt_adapter\.safetensors"):
         find_adapter(str(tmp_path), "dpt")
     (tmp_path / NAME).write_text("no")
@@ -160,7 +160,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         find_adapter(str(tmp_path), "dpt")
     save_adapter({"queries": torch.zeros(2)}, SHAPE, str(tmp_path), tuned=False)
     with pytest.raises(InputError, match="holds other tensors than an adapter's"):
-        load_adapter(find_adapter(str(tmp_path), "dpt"), load_denoiser(resolve("shapes")), "dpt")
+        load_adapter(find_adapter(str(tmp_path), "dpt"), sd, "dpt")
 
 
 @pytest.mark.parametrize(

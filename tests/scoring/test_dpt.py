@@ -154,7 +154,7 @@ def test_from_python(sd: StableDiffusion, sd_folder: Path, adapter: str, root: P
     with pytest.raises(InputError, match="has no errors by timestep"):
         made.errors([root / "0.png"], TEXTS)
     with pytest.raises(InputError, match="brings the LoRA that it was trained with"):
-        diffitm.load_scorer(str(sd_folder), dpt=adapter, lora=adapter)
+        diffitm.load_scorer(str(sd_folder), dpt=adapter, lora="lora.safetensors")
     with pytest.raises(InputError, match="dpt_timestep timestep 1000 is beyond"):
         diffitm.load_scorer(str(sd_folder), dpt=adapter, device="cpu", dpt_timestep=1000)
 

@@ -103,7 +103,8 @@ def test_losses_equal_plain_code(folder: Path, name: str, tunes: bool) -> None:
         torch.testing.assert_close(found.error, error.detach(), rtol=1e-4, atol=1e-5)
     expected = torch.autograd.grad(total, made.parameters)
     for mine, plain in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)
+        # As a whole: a ReLU of the 2,048 that is at its kink may be on either side of it.
+        assert (mine - plain).norm() < 2e-3 * plain.norm() + 1e-6
 
 
 def reached(made: Dpt, loss: Tensor) -> set[str]:
@@ -323,7 +324,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(root: Path, adapter: Path | None = None, **more: Any) -> DptJob:
     config = FinetuneConfig(
-        objective="dpt", model="shapes", batch_size=2, effective_batch=8, steps=3, lr=1e-3,
+        objective="dpt", model="shapes", batch_size=1, effective_batch=3, steps=2, lr=1e-3,
         checkpoint_every=100, log_every=1, stage="tune" if adapter else "probe",
         adapter=str(adapter) if adapter else None,
     )  # fmt: skip
@@ -361,7 +362,7 @@ def test_on_any_number_of_workers_and_after_a_resume(
 
         save_adapter(DptAdapter(channels, 2).state_dict(), channels, str(tmp_path), tuned=False)
     runs = []
-    for name, groups in (("alone", [(1, 3)]), ("two", [(2, 2), (2, 3)])):
+    for name, groups in (("alone", [(1, 2)]), ("two", [(2, 1), (2, 2)])):
         (tmp_path / name).mkdir()
         ranks = Ranks(tmp_path / name, monkeypatch)
         for workers, steps in groups:
