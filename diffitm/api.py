@@ -311,12 +311,13 @@ def load_scorer(
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"
     family = FAMILIES[source.family]
+    precision: str = dtype
     if dtype == "auto":
-        dtype = family.half if device.startswith("cuda") else "fp32"
+        precision = family.half if device.startswith("cuda") else "fp32"
     if adapter:
         check_adapter(adapter, source, "dpt")
         dpt_spec = DptSpec(
-            source, adapter, "", dpt_timestep, seed, dtype, resize,
+            source, adapter, "", dpt_timestep, seed, precision, resize,
             variant=variant, batch_size=batch_size,
         )  # fmt: skip
         return ImageTextScorer(dpt_spec, device)
@@ -328,7 +329,7 @@ def load_scorer(
         protocol=chosen,
         timesteps=tuple(map(float, steps)) if family.flow else steps,
         seed=seed,
-        dtype=dtype,
+        dtype=precision,
         resize=resize,
         variant=variant,
         lora=locate(lora) if lora else None,

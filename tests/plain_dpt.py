@@ -154,7 +154,6 @@ def losses(
     mean and deviation of its own image, of the hard and of the random one."""
     texts, images, errors = [], [], []
     for item, (own, hard, other) in zip(items, latents, strict=True):
-        assert item.random_caption is not None
         y, seed = item.caption, item.seed
         right, error = pair(model, state, name, seed, *own, y)
         captions = [

@@ -29,8 +29,8 @@ class Item:
     negative_image: str
     negative_caption: str
     seed: int
-    random_image: str | None = None
-    random_caption: str | None = None
+    random_image: str = ""
+    random_caption: str = ""
 
     @property
     def images(self) -> list[str]:

@@ -256,7 +256,7 @@ def test_draws_of_every_kind() -> None:
         assert item.random_caption in {r.caption for r in rows} - {row.caption}
         assert item.random_image in {r.image for r in rows} - {row.image}
         assert len(item.images) == 3 and set(item.images) <= set(images_in(found))
-    apart = [item.random_image != f"{str(item.random_caption)[5:]}.jpg" for item in found]
+    apart = [item.random_image != f"{item.random_caption[5:]}.jpg" for item in found]
     assert any(apart)  # text and image are drawn each for itself
 
 

@@ -64,11 +64,11 @@ class SampleActor:
 def samples_folder(spec: Paints, prompts: Sequence[str], how: Sampling) -> str:
     """The folder below OUT for these images, named by everything that they depend on."""
     known = spec.store_config()
-    names = ("weights", "variant", "lora", "dtype")
+    of_model = {key: known[key] for key in ("weights", "variant", "dtype")}
     if isinstance(spec, DptSpec):
-        known["correction"] = spec.correction
-        names = ("weights", "variant", "adapter", "map", "correction", "dtype")
-    of_model = {key: known[key] for key in names}
+        of_model |= {"adapter": known["adapter"], "correction": spec.correction}
+    else:
+        of_model["lora"] = known["lora"]
     settings = {"version": VERSION, **of_model, **asdict(how), "prompts": list(prompts)}
     return f"samples/{fingerprint(settings)[:12]}/images"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,7 +23,13 @@ class ProbeModule(DenoiserModule):
     """A Dpt without a LoRA, and a validation by its own score that chooses the best weights."""
 
     job: DptJob
-    names = ("loss", "of_texts", "of_images", "right_texts", "right_images")
+    names: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "of_texts",
+        "of_images",
+        "right_texts",
+        "right_images",
+    )
 
     def __init__(self, job: DptJob, worker: Worker) -> None:
         super().__init__(job, worker)
