@@ -20,7 +20,6 @@ from diffitm.evaluation.evaluate import evaluate
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.flow import FlowDiffusion, pack, unpack
 from diffitm.models.loading import FAMILIES, load_denoiser, resolve
-from diffitm.models.lora import lora_unet
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.models.text_limits import TextLimits, tell_long_texts
 from diffitm.scoring.batching import Batch
@@ -478,12 +477,10 @@ def test_a_lora_in_diffusers_format(
         check_loadable(resolve("shapes"), [str(tmp_path)])
 
 
-def test_no_teacher_and_no_tuning_yet(models: dict[str, Any]) -> None:
+def test_no_teacher_yet(models: dict[str, Any]) -> None:
     for name in ("SD3", "PixArt-alpha"):
         with pytest.raises(InputError, match="cannot teach yet"):
             Diva(tiny_clip.vit(), "tiny", models[name], parse_recap("all"))
-        with pytest.raises(InputError, match="cannot be tuned"):
-            lora_unet(models[name])
 
 
 def test_parts_of_two_models(folders: dict[str, Path], tmp_path: Path) -> None:
