@@ -30,7 +30,8 @@ from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import merge_file
 from diffitm.scoring.clip import ClipScorer
 from diffitm.scoring.diffusion import DiffusionScorer
-from diffitm.scoring.noise_plan import make_plan, plan_timesteps
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring.protocols import plan_timesteps
 from diffitm.scoring.scorer import RowScorer
 from diffitm.shapes.layouts import write_world
 from diffitm.tasks.registry import find_task
