@@ -41,7 +41,7 @@ from diffitm.training.validation import credits_by_metric
 
 CHOICE_SEED, MEASURE_SEED = 31, 37  # of the scenes; others than the tasks' and the training's
 CHOICE_SCENES = 150
-TIMESTEPS = 8
+TIMESTEPS = 4  # with more the model before it leaves little to gain
 # What is measured, and how many of each task's metrics.
 DIFFUSION = {
     "imagecode": 1,
