@@ -88,7 +88,7 @@ def build_plan(config: DivaConfig) -> Plan[Any]:
     session.connect(config.ray, verbose=config.verbose)
     work = storage.join(storage.parent(out), "work")
     teacher, clip = share(teacher, work), share(clip, work)
-    check_loadable(teacher, variant=config.variant)
+    teacher = check_loadable(teacher, variant=config.variant)
     check_clip(clip)
     if is_webdataset(given):
         paths, lost = _in_shards(shards(given), out)

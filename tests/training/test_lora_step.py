@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,10 +133,10 @@ def test_malformed_rows(tmp_path: Path, name: str, content: str | None, told: st
     ("row", "kinds"),
     [
         (TrainingRow("a", "x", ("y",), ("b",)), set()),
-        (TrainingRow("a", "x", ("y",)), {"hard-image", "mixed"}),
-        (TrainingRow("a", "x", (), ("b",)), {"hard-text", "mixed"}),
-        (TrainingRow("a", " ", ("y",), ("b",)), {"none", "random-text", "hard-text", "hard-image", "mixed"}),
-        (TrainingRow(" ", "x", ("y",), ("b",)), {"none", "random-text", "hard-text", "hard-image", "mixed"}),
+        (TrainingRow("a", "x", ("y",)), {"hard-image", "mixed", "all"}),
+        (TrainingRow("a", "x", (), ("b",)), {"hard-text", "mixed", "all"}),
+        (TrainingRow("a", " ", ("y",), ("b",)), set(NEGATIVES)),
+        (TrainingRow(" ", "x", ("y",), ("b",)), set(NEGATIVES)),
     ],
 )  # fmt: skip
 def test_what_a_row_is_too_poor_for(row: TrainingRow, kinds: set[str]) -> None:
@@ -344,7 +345,8 @@ def test_what_a_run_leaves(tmp_path: Path, files: dict[str, float], averaged: bo
     (checkpoint / "history.json").write_text(json.dumps(progress))
     state, lost = open_run(out, {"lr": 1}), {"a.jpg: s3://k:secret@b/a": 2}
     assert not state.done
-    assert write_result(checkpoint, 2, {"lr": 1}, state, {"commit": "c"}, lost, out) == progress
+    save = partial(save_lora, rank=2)
+    assert write_result(checkpoint, save, {"lr": 1}, state, {"commit": "c"}, lost, out) == progress
     last = files.get("a", files["w"])
     for folder, value in ((out, files.get("b", last)), (f"{out}/last", last)):
         tensors, scale = read_lora(folder)
@@ -494,7 +496,7 @@ def test_a_random_text_is_of_another_image() -> None:
             drawn.setdefault(item.position, set()).add(item.negative_caption)
     assert drawn[0] == {"a dog"} and drawn[1] == {"a cup", "a dog"}
     assert drawn[2] == {"my cup", "a dog"} and drawn[3] == {"a cup", "my cup"}
-    with pytest.raises(ValueError, match="no other caption was found for 'a cup'"):
+    with pytest.raises(InputError, match="no other caption was found for 'a cup'"):
         BatchSampler(rows, range(2), 1, 1, "random-text", False, 0).batches(0)
 
 

@@ -145,16 +145,9 @@ class Tuner:
         noised = schedule.add_noise(latents, noise, at)
         device = self.denoiser.device
         with torch.autocast(device.type, self.denoiser.dtype, enabled=self.autocast):
-            predicted = self.denoiser.predict(noised, at, self._condition(texts))
+            predicted = self.denoiser.predict(noised, at, self.texts.repeated(texts))
         wrong = predicted.float() - schedule.target(latents, noise, at)
         return (wrong**2).flatten(1).mean(1), predicted.float()
-
-    def _condition(self, texts: list[str]) -> Condition:
-        """Rows of the encoded texts, as tensors that a graph may keep."""
-        unique = list(dict.fromkeys(texts))
-        found = self.texts(unique)
-        rows = torch.tensor([unique.index(text) for text in texts])
-        return {name: value.clone()[rows.to(value.device)] for name, value in found.items()}
 
 
 @contextlib.contextmanager
