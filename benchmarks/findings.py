@@ -77,7 +77,6 @@ LORA: Options = {
     "effective_batch": 32,
     "validate_every": 50,
     "validation_examples": 150,
-    "cache_latents": True,
     "checkpoint_every": 100,
 }
 RATES: tuple[Options, ...] = ({"lr": 3e-4}, {"lr": 1e-3})
@@ -118,7 +117,7 @@ ARMS = {
     "sds-clip's control": Arm(SDS | {"lambda_": 0.0, "lr": 1e-3}, scores=("clip",)),
     "diva": Arm(
         OF_CLIP
-        | {"recap": "random:0.3", "repeats": 1, "crop_scale": 1.0, "cache_latents": True}
+        | {"recap": "random:0.3", "repeats": 1, "crop_scale": 1.0}
         | {"steps": 600, "projection_steps": 300, "projection_lr": 3e-3, "measure_every": 0}
         | {"effective_batch": 32, "batch_size": 32, "validate_every": 600},
         ({"lr": 3e-4},),
