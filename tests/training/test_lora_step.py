@@ -843,6 +843,7 @@ def test_problems_are_told_together() -> None:
         (["no-neg", "--beta", "2"], "--beta 2.0: only dpo takes one, not no-neg"),
         (["dpo", "--guard", "clip"], "--guard clip: only soft-neg takes one, not dpo"),
         (["softrepa", "--lambda", "2"], "--lambda 2: softrepa has no bound"),
+        (["dpt", "--beta", "2"], "--beta 2.0: dpt has no use for it"),
     ],
 )
 def test_settings_of_other_objectives(options: list[str], problem: str) -> None:
