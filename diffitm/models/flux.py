@@ -11,11 +11,18 @@ from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.flow import GUIDANCE, PATCH, FlowDiffusion, pack, unpack
+from diffitm.models.flow import (
+    GUIDANCE,
+    PATCH,
+    FlowDiffusion,
+    check_packed,
+    pack,
+    side_of,
+    unpack,
+)
 from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
 from diffitm.models.noise_schedule import FLOW_TIME
 
-SIDE = 128  # of latents, where the network's settings do not say it: the pipeline's
 SCHNELL_LENGTH = 256  # tokens of a text that schnell was trained with
 
 
@@ -56,12 +63,8 @@ class Flux(FlowDiffusion):
     @classmethod
     def check_together(cls, configs: Mapping[str, Any]) -> None:
         """See Denoiser."""
-        network, channels = configs["transformer"], PATCH**2 * configs["vae"].latent_channels
-        if network.in_channels != channels:
-            raise OSError(
-                f"its network takes {network.in_channels} channels, its VAE gives {channels} packed: parts "
-                "of two models, or one that also takes an image"
-            )
+        network = configs["transformer"]
+        check_packed(network, configs["vae"].latent_channels)
         check_text_width(configs["text_encoder_2"].d_model, network.joint_attention_dim)
         check_text_width(configs["text_encoder"].hidden_size, network.pooled_projection_dim)
 
@@ -69,7 +72,7 @@ class Flux(FlowDiffusion):
     def geometry(network: Any, vae: Any) -> tuple[int, int, int]:
         """See LatentDiffusion."""
         factor = 2 ** (len(vae.block_out_channels) - 1)
-        return int(vae.latent_channels), int(network.get("sample_size") or SIDE), factor
+        return int(vae.latent_channels), side_of(network), factor
 
     def cuts(self, text: str) -> bool:
         """See Denoiser."""

@@ -135,6 +135,11 @@ def check_network(config: Any, latent_channels: int) -> None:
             f"the config.json of its network gives sample_size {config.sample_size!r}, not the side of its "
             "latents (64 for images of 512 pixels, 128 for 1024)"
         )
+    check_latents(config, latent_channels)
+
+
+def check_latents(config: Any, latent_channels: int) -> None:
+    """Raises OSError if the network does not take the VAE's latents alone."""
     if config.in_channels != latent_channels:
         raise OSError(
             f"its network takes {config.in_channels} channels, its VAE gives {latent_channels}: parts of two "
@@ -263,6 +268,16 @@ def tokenize_masked(
         padding_side="right",
     ).to(device)  # fmt: skip
     return found.input_ids, found.attention_mask.bool()
+
+
+def tokenize_whole(
+    tokenizer: Any, texts: Sequence[str], length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask int64 [B, length], padded where the tokenizer does."""
+    found = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).to(device)
+    return found.input_ids, found.attention_mask
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> Tensor:

@@ -64,6 +64,12 @@ _CLIP = {"text_encoder": "transformers:CLIPTextModel", "tokenizer": "transformer
 _UNET = {"unet": "diffusers:UNet2DConditionModel", **_VAE, **_CLIP}
 _PROJECTED = "transformers:CLIPTextModelWithProjection"
 _FLOW: dict[str, Any] = {"flow": True, "half": "bf16", "told": {"prediction": "flow"}}
+_DISTILLED = {"prediction": "flow", "unconditional": False}
+_FLUX2 = {
+    "transformer": "diffusers:Flux2Transformer2DModel",
+    "vae": "diffusers:AutoencoderKLFlux2",
+    "scheduler": None,
+}
 _PIXART = {
     "transformer": "diffusers:PixArtTransformer2DModel",
     **_VAE,
@@ -124,7 +130,58 @@ FAMILIES = {
         },
         flow=True,
         half="bf16",
-        told={"prediction": "flow", "unconditional": False},
+        told=_DISTILLED,
+    ),
+    "QwenImagePipeline": Family(
+        "diffitm.models.qwen_image:QwenImage",
+        {
+            "transformer": "diffusers:QwenImageTransformer2DModel",
+            "vae": "diffusers:AutoencoderKLQwenImage",
+            "scheduler": None,
+            "text_encoder": "transformers:Qwen2_5_VLForConditionalGeneration",
+            "tokenizer": "transformers:Qwen2Tokenizer",
+        },
+        **_FLOW,
+    ),
+    "Lumina2Pipeline": Family(
+        "diffitm.models.lumina2:Lumina2",
+        {
+            "transformer": "diffusers:Lumina2Transformer2DModel",
+            **_VAE,
+            "text_encoder": "transformers:Gemma2Model",
+            "tokenizer": "transformers:GemmaTokenizerFast",
+        },
+        **_FLOW,
+    ),
+    "ZImagePipeline": Family(
+        "diffitm.models.z_image:ZImage",
+        {
+            "transformer": "diffusers:ZImageTransformer2DModel",
+            **_VAE,
+            "text_encoder": "transformers:Qwen3Model",
+            "tokenizer": "transformers:Qwen2Tokenizer",
+        },
+        **_FLOW,
+    ),
+    "Flux2Pipeline": Family(
+        "diffitm.models.flux2:Flux2",
+        {
+            **_FLUX2,
+            "text_encoder": "transformers:Mistral3ForConditionalGeneration",
+            "tokenizer": "transformers:AutoTokenizer",
+        },
+        flow=True,
+        half="bf16",
+        told=_DISTILLED,
+    ),
+    "Flux2KleinPipeline": Family(
+        "diffitm.models.flux2:Flux2Klein",
+        {
+            **_FLUX2,
+            "text_encoder": "transformers:Qwen3ForCausalLM",
+            "tokenizer": "transformers:Qwen2TokenizerFast",
+        },
+        **_FLOW,
     ),
 }
 

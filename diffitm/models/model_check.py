@@ -47,14 +47,17 @@ UNSEEN = {
     "text_encoder_2": _OF_TEXT,
 }
 ALWAYS_UPCAST = "StableDiffusionXLPipeline"  # its stores need not say so
-# What files hold beyond their configs that changes nothing: buffers of older versions, and what a whole CLIP
-# has beside its text model.
+# What files hold beyond their configs that changes nothing: buffers of older versions, what a whole CLIP
+# has beside its text model, and what a language model says its next word with.
 LITTER = (
     r"(^|\.)position_ids$",
     r"^pos_embed\.pos_embed$",
     r"^(vision_model|visual_projection)\.",
     r"^(logit_scale|text_projection\.weight)$",
+    r"^lm_head\.weight$",
 )
+# What stands before the names of a text model, by the part that it is of and the version.
+ABOVE = re.compile(r"^((text_model|language_model|model)\.)+")
 DISTILLED = re.compile(r"turbo|schnell|lightning|hyper-sd|\blcm\b", re.I)
 # Attention of older VAEs, which diffusers renames.
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -165,7 +168,8 @@ def _check_parts(source: ModelSource, folder: Path, variant: str | None) -> dict
     for name in names:
         if name.startswith("tokenizer"):
             encoder = configs[encoder_of(name)].to_dict()
-            read_tokenizer(str(folder), name, None, encoder, registry.load(str(family.parts[name])))
+            kind = registry.load(str(family.parts[name]))
+            denoiser.templated("", read_tokenizer(str(folder), name, None, encoder, kind))
     denoiser.check_together(configs)
     if "scheduler" in names:
         (read_flow if family.flow else read_schedule)(str(folder), None)
@@ -218,13 +222,13 @@ def _check_shapes(part: nn.Module, name: str, files: Sequence[Path]) -> None:
 def _tied(part: nn.Module) -> dict[str, str]:
     """Tensors that are another's and lie in a file once, each with that other."""
     pairs = getattr(part, "_tied_weights_keys", None) or {}
-    both = dict(pairs) if isinstance(pairs, dict) else {}
+    both = {_plain(k): _plain(v) for k, v in pairs.items()} if isinstance(pairs, dict) else {}
     return both | {other: key for key, other in both.items()}
 
 
 def _plain(key: str) -> str:
     """A tensor's name as all versions of the libraries have it."""
-    key = key.removeprefix("text_model.")
+    key = ABOVE.sub("", key)
     for old, new in OLDER.items():
         key = key.replace(old, new)
     return key
