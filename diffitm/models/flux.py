@@ -6,13 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import GUIDANCE, PATCH, FlowDiffusion, pack, unpack
-from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
+from diffitm.models.latent_diffusion import (
+    Folder,
+    check_text_width,
+    is_cut,
+    sample,
+    square,
+    tokenize,
+)
 from diffitm.models.noise_schedule import FLOW_TIME
 
 SIDE = 128  # of latents, where the network's settings do not say it: the pipeline's
@@ -99,6 +107,22 @@ class Flux(FlowDiffusion):
             return_dict=False,
         )[0]
         return unpack(out, side).float()
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. Euler's steps, diffusers' pipeline; the guidance is what dev's network is
+        told, schnell has none."""
+        pipeline = FluxPipeline(
+            scheduler=self.sampler(), vae=self.vae, transformer=self.transformer,
+            text_encoder=self.clip, tokenizer=self.tokenizer,
+            text_encoder_2=self.t5, tokenizer_2=self.t5_tokenizer,
+        )  # fmt: skip
+        return sample(
+            pipeline, self, prompt, seeds, steps, guidance,
+            max_sequence_length=self.length, **square(self),
+            unpacked=lambda tokens: unpack(tokens, self.latent_shape[-1]),
+        )  # fmt: skip
 
 
 def _places(side: int) -> Tensor:

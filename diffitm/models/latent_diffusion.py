@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -238,8 +238,8 @@ class LatentDiffusion(Denoiser):
         """See Denoiser."""
         self.network.enable_gradient_checkpointing()
 
-    def sampler(self) -> DPMSolverMultistepScheduler:
-        """DPM-Solver++ (Lu et al. 2022) on the training schedule."""
+    def sampler(self) -> Any:
+        """What images are made with: DPM-Solver++ (Lu et al. 2022) on the training schedule."""
         return DPMSolverMultistepScheduler.from_config(self.scheduler.config)
 
 
@@ -283,10 +283,14 @@ def sample(
     seeds: Sequence[int],
     steps: int,
     guidance: float,
+    unpacked: Callable[[Tensor], Tensor] | None = None,
+    **more: Any,
 ) -> Any:
-    """What a pipeline of diffusers makes of the prompt, once a seed; see Denoiser.generate.
+    """What a pipeline of diffusers makes of the prompt, once a seed; see Denoiser.generate. `unpacked` turns
+    its latents into those that the denoiser decodes, `more` is what else it is called with.
 
-    The pipeline itself would give a float32 VAE latents of the U-Net's dtype.
+    The pipeline itself would give a float32 VAE latents of the U-Net's dtype. Raises InputError for pictures
+    that are not finite.
     """
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(
@@ -295,6 +299,16 @@ def sample(
         guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
+        **more,
     ).images
+    latents = latents if unpacked is None else unpacked(latents)
     pixels = torch.cat([denoiser.decode(one[None]) for one in latents])
+    if not pixels.isfinite().all():
+        text = f"the picture of {prompt!r} is not finite in {denoiser.dtype}: give another --dtype"
+        raise InputError(text)
     return pipeline.image_processor.postprocess(pixels)
+
+
+def square(denoiser: Denoiser) -> dict[str, int]:
+    """The size of a denoiser's images, as pipelines take it."""
+    return {"height": denoiser.resolution, "width": denoiser.resolution}

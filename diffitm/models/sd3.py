@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
@@ -14,7 +15,14 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5Tokenize
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import FlowDiffusion
-from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
+from diffitm.models.latent_diffusion import (
+    Folder,
+    check_text_width,
+    is_cut,
+    sample,
+    square,
+    tokenize,
+)
 
 _CLIPS = ("", "_2")  # how the names of their parts end
 
@@ -47,6 +55,7 @@ class StableDiffusion3(FlowDiffusion):
             for end, encoder in zip(_CLIPS, self.text_encoders, strict=True)
         ]
         self.t5: Any = None
+        self.t5_tokenizer: Any = None
         if parts.has("text_encoder_3"):
             self.t5 = parts.text_encoder(T5EncoderModel, "text_encoder_3")
             self.t5_tokenizer = parts.tokenizer("tokenizer_3", self.t5, T5TokenizerFast)
@@ -108,3 +117,18 @@ class StableDiffusion3(FlowDiffusion):
             return_dict=False,
         )[0]
         return out.float()
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. Euler's steps with the folder's shift, diffusers' pipeline."""
+        pipeline = StableDiffusion3Pipeline(
+            transformer=self.transformer, scheduler=self.sampler(), vae=self.vae,
+            text_encoder=self.text_encoders[0], tokenizer=self.tokenizers[0],
+            text_encoder_2=self.text_encoders[1], tokenizer_2=self.tokenizers[1],
+            text_encoder_3=self.t5, tokenizer_3=self.t5_tokenizer,
+        )  # fmt: skip
+        return sample(
+            pipeline, self, prompt, seeds, steps, guidance,
+            max_sequence_length=self.lengths["tokenizer_3"], **square(self),
+        )  # fmt: skip
