@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diffitm")
 VERSION = 1  # grows when the same settings would give other pictures
-SETTINGS = "settings.json"  # of a folder of pictures: what they depend on
 OF_PICTURES = ("weights", "variant", "lora", "dtype", "prediction_type", "vae", "resolution")
 
 
@@ -204,7 +203,7 @@ def keep_settings(
         "picture_seed": config.picture_seed,
     }
     own = {str(prompt.index): fingerprint(prompt.fields)[:12] for prompt, _ in prompts}
-    where = storage.join(out, maker.folder, SETTINGS)
+    where = storage.join(out, maker.folder, selfbench.SETTINGS)
     if storage.exists(where):
         there = json.loads(storage.read_text(where))
         for key in dict.fromkeys([*there["settings"], *settings]):

@@ -1,5 +1,5 @@
-"""Published figures to print beside ours, labelled as published: a column for each model's, where set, metric,
-protocol and model are the same."""
+"""Published figures to print beside ours, labelled as published: a column for each model's, where set,
+metric, protocol and model are the same."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def shape_prompts() -> list[dict[str, Any]]:
         *(_one(shape, None) for shape in SHAPES),
         *(_one(s, c) for s, c in itertools.product(SHAPES, COLOURS) if (c, s) not in HELD_OUT),
         *(_two(first, second) for first, second in itertools.combinations(SHAPES, 2)),
-        *(_coloured(scene) for scene in scenes[:DRAWN]),
-        *(_placed(scene) for scene in scenes[DRAWN:]),
+        *(coloured(scene) for scene in scenes[:DRAWN]),
+        *(placed(scene) for scene in scenes[DRAWN:]),
     ]
 
 
@@ -66,11 +66,13 @@ def _things(scene: Scene) -> list[dict[str, Any]]:
     return [{"class": t.shape, "count": 1, "color": t.colour} for t in scene.things]
 
 
-def _coloured(scene: Scene) -> dict[str, Any]:
+def coloured(scene: Scene) -> dict[str, Any]:
+    """The line of a scene of two things by their colours."""
     return _line("color_attr", _things(scene), full(scene, relation=False))
 
 
-def _placed(scene: Scene) -> dict[str, Any]:
+def placed(scene: Scene) -> dict[str, Any]:
+    """The same by where they are."""
     caption = full(scene)
     second, first = _things(scene)[::-1]
     include = [second, {**first, "position": [RELATIONS[str(caption.relation)], 0]}]

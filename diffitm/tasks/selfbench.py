@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,12 @@ import numpy as np
 from diffitm.captions.lines import Line, read_lines
 from diffitm.core import storage
 from diffitm.core.errors import InputError, suggest
+from diffitm.core.schema import Example
+from diffitm.tasks.base import RetrievalTask
 
 FIELDS = ("tag", "include", "exclude", "prompt", "candidates")
 METADATA = "metadata.jsonl"
+SETTINGS = "settings.json"  # of a folder of pictures that we made: what they depend on
 # GenEval's words (Ghosh et al. 2023); the numbers of candidates are Self-Bench's: 10, 4, 4 and 1 + 50 + 50.
 COLOURS = tuple("red orange yellow green blue purple pink brown black white".split())
 COUNTS = ("one", "two", "three", "four")
@@ -51,7 +54,7 @@ def read_prompts(uri: str) -> list[Prompt]:
     """
     if not storage.without_query(uri).endswith((".jsonl", ".json")):
         raise InputError(f"{uri}: must be shapes or a file that ends in .jsonl", "prompts")
-    prompts = [_prompt(number, line) for number, line in enumerate(read_lines(uri, ""))]
+    prompts = [_strict(number, line) for number, line in enumerate(read_lines(uri, ""))]
     if not prompts:
         raise InputError(f"{uri}: holds no prompt", "prompts")
     return prompts
@@ -60,13 +63,17 @@ def read_prompts(uri: str) -> list[Prompt]:
 def make_prompts(lines: Iterable[dict[str, Any]], name: str) -> list[Prompt]:
     """Prompts of lines that were made, not read; `name` stands for their file in messages."""
     named = (Line(f"{name}, line {n}", str(n), line) for n, line in enumerate(lines, 1))
-    return [_prompt(number, line) for number, line in enumerate(named)]
+    return [_strict(number, line) for number, line in enumerate(named)]
 
 
-def _prompt(number: int, line: Line) -> Prompt:
+def _strict(number: int, line: Line) -> Prompt:
     for name in line.fields:
         if name not in FIELDS:
             raise InputError(f"{line.where}: unknown field {name!r}{suggest(str(name), FIELDS)}")
+    return _prompt(number, line)
+
+
+def _prompt(number: int, line: Line) -> Prompt:
     tag, text = line.text("tag"), line.text("prompt")
     for name, value in (("tag", tag), ("prompt", text)):
         if not value.strip():
@@ -259,3 +266,51 @@ def choices(
         }
         for (prompt, own), number in itertools.product(prompts, range(samples))
     ]
+
+
+class SelfBench(RetrievalTask):
+    """outputs/<guidance>/<model>/<number>/metadata.jsonl (tag, include, prompt) and samples/<number>.png.
+
+    As the authors distribute it, and as `diffitm selfbench` writes it, whose models are told by "(own)". A
+    picture is compared with the texts that `candidates` gives of its model's prompts.
+    """
+
+    name = "selfbench"
+    folder = "selfbench"
+    source = "the Hub dataset eugene6923/Self-Bench (its licence is not stated)"
+
+    def examples(self, root: str) -> Iterator[Example]:
+        """One example a picture, by model and tag; those of a prompt are a cluster."""
+        top = storage.join(root, self.folder, "outputs")
+        found = [
+            (s, m) for s in storage.folders(top) for m in storage.folders(storage.join(top, s))
+        ]
+        if not found:
+            raise InputError(f"task {self.name} needs {top} (from {self.source})")
+        models = [model for _, model in found]
+        for setting, model in found:
+            made = model if models.count(model) == 1 else f"{model} {setting}"
+            if storage.exists(storage.join(top, setting, model, SETTINGS)):
+                made += " (own)"
+            yield from self._of_model(root, f"outputs/{setting}/{model}", made)
+
+    def _of_model(self, root: str, below: str, made: str) -> Iterator[Example]:
+        folder = storage.join(root, self.folder, below)
+        names = [name for name in storage.folders(folder) if name.isdecimal()]
+        prompts = [
+            _prompt(int(name), line)
+            for name in names
+            for line in self.lines(root, f"{below}/{name}/{METADATA}")
+        ]
+        if len(prompts) != len(names):
+            raise InputError(f"{folder}: each {METADATA} must hold one prompt")
+        for name, prompt, texts in zip(names, prompts, candidates(prompts), strict=True):
+            samples = storage.files(storage.join(folder, name, "samples"), ".png")
+            if not samples:
+                raise InputError(f"{storage.join(folder, name, 'samples')}: holds no .png")
+            groups = {"made by": made, "part": f"{made} {prompt.tag}"}
+            for path in samples:
+                file = storage.name(path)
+                image = f"{self.folder}/{below}/{name}/samples/{file}"
+                number = f"{made}/{name}/{file.removesuffix('.png')}"
+                yield Example(number, (image,), texts, "text", 0, name, groups)
