@@ -96,11 +96,11 @@ def mean_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, floa
 
 
 def jackknife(without: np.ndarray, least: float, most: float) -> tuple[float, float]:
-    """The 95% interval of a statistic by its values [number] without each cluster, within its bounds: Student's
-    t around their mean. Where one of them is not finite, or there is one cluster, all that it can be.
+    """The 95% interval of a statistic by its values [number] without each cluster: Student's t around their
+    mean. Where one of them is not finite, there is one cluster or none makes a difference, all that it can be.
     """
     number = len(without)
-    if number < 2 or not np.isfinite(without).all():
+    if number < 2 or not np.isfinite(without).all() or no_spread(without):
         return least, most
     centre = float(without.mean())
     error = np.sqrt((number - 1) / number * ((without - centre) ** 2).sum())

@@ -12,8 +12,8 @@ BLOCK = 256  # rows of a table of pairs at a time
 
 
 def pairwise_accuracy(ratings: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
-    """The share of pairs that scores order as ratings do (Deutsch, Foster and Freitag 2023, "Ties matter"), and
-    the threshold of it.
+    """The share of pairs that scores order as ratings do (Deutsch, Foster and Freitag 2023, "Ties matter"),
+    and the threshold of it.
 
     Scores that differ by no more than a threshold are a tie; of all thresholds it is the one of the highest
     share, which is tuned on the same pairs. Of n items all n (n - 1) / 2 pairs count.
@@ -39,8 +39,8 @@ def pairwise_accuracy(ratings: np.ndarray, scores: np.ndarray) -> tuple[float, f
 def agreement_intervals(
     ratings: np.ndarray, scores: np.ndarray, clusters: np.ndarray, threshold: float
 ) -> tuple[tuple[float, float], ...]:
-    """The 95% intervals of Kendall's tau-b, Pearson's r and the pairwise accuracy at a threshold, which is not
-    tuned again: the jackknife over whole clusters.
+    """The 95% intervals of Kendall's tau-b, Pearson's r and the pairwise accuracy at a threshold, which is
+    not tuned again: the jackknife over whole clusters.
 
     Args:
         ratings: [n].
