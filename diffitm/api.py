@@ -22,7 +22,7 @@ from diffitm.core.schema import SCORES, PairRow, block_rows, read_block
 from diffitm.metrics.score import averaged, conditional_score, normalised_score, other_dtype
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
 from diffitm.scoring.image_reader import Loaded
-from diffitm.scoring.noise_plan import choose_protocol, error_of_protocol, planned
+from diffitm.scoring.protocols import choose_protocol, error_of_protocol, planned
 from diffitm.scoring.racing import RacePlan, Racing
 from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec

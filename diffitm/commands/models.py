@@ -19,7 +19,7 @@ from diffitm.models.loading import FAMILIES, ModelSource, resolve
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
-from diffitm.scoring.noise_plan import choose_protocol
+from diffitm.scoring.protocols import choose_protocol
 from diffitm.scoring.racing import RacePlan
 from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 from diffitm.store.blocks import Cost

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 from diffitm.store.pair_table import distinct_texts, examples_dataset
 from diffitm.tasks.registry import find_task
 
 if TYPE_CHECKING:
     from diffitm.models.text_limits import TextLimits
+    from diffitm.scoring.specs import Spec
 
 log = logging.getLogger("diffitm")
 BATCH = 1000  # examples
@@ -37,7 +37,10 @@ def count_cut(specs: Sequence[Spec], examples: Mapping[str, str]) -> list[CutTex
 
     Raises InputError for a tokenizer that cannot be loaded.
     """
-    from diffitm.models.text_limits import TextLimits
+    from diffitm.models.text_limits import (
+        TextLimits,  # and torch, which an evaluation does not need
+    )
+    from diffitm.scoring.specs import ClipSpec, DiffusionSpec
 
     sources = dict.fromkeys(s.source for s in specs if isinstance(s, DiffusionSpec | ClipSpec))
     found = []

@@ -11,11 +11,10 @@ from diffitm.core.errors import InputError
 from diffitm.evaluation.races import RaceOptions
 from diffitm.models.lora import lora_file
 from diffitm.scoring.custom import find_scorer
-from diffitm.scoring.noise_plan import FLOW_PROTOCOLS, choose_protocol, planned
+from diffitm.scoring.protocols import FLOW_PROTOCOLS, TRAINED, choose_protocol, planned
 from diffitm.scoring.racing import Racing, Rounds
 from diffitm.tasks.registry import find_task, named
 
-TRAINED = 1000  # timesteps that diffusion models are trained with, and slices of the noise table
 MOST = 2**63 - 1  # what a generator takes as a seed
 
 

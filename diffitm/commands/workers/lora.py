@@ -14,7 +14,8 @@ from diffitm.models.denoiser import Condition
 from diffitm.models.loading import load_denoiser
 from diffitm.models.lora import lora_weights, restore_adapter
 from diffitm.scoring.diffusion import DiffusionScorer, scaled
-from diffitm.scoring.noise_plan import make_plan, plan_timesteps
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring.protocols import plan_timesteps
 from diffitm.training.crops import Whole
 from diffitm.training.dataloader import Loader
 from diffitm.training.job import LoraJob, Validation
