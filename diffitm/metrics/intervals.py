@@ -97,7 +97,7 @@ def mean_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, floa
 
 def jackknife(without: np.ndarray, least: float, most: float) -> tuple[float, float]:
     """The 95% interval of a statistic by its values [number] without each cluster: Student's t around their
-    mean. Where one of them is not finite, there is one cluster or none makes a difference, all that it can be.
+    mean. All that it can be where one of them is not finite, none makes a difference or there is one cluster.
     """
     number = len(without)
     if number < 2 or not np.isfinite(without).all() or no_spread(without):

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from diffitm.core import storage
-from diffitm.core.images import problem
+from diffitm.core import images, storage
 from diffitm.distributed.item_stage import ItemStage, run_items
 from diffitm.distributed.session import ActorPool
 from diffitm.models.loading import load_denoiser
@@ -20,6 +19,7 @@ from diffitm.scoring.batching import Batch
 from diffitm.scoring.specs import DiffusionSpec
 
 LOOKS = 16  # pictures that are looked at side by side
+END = b"IEND\xaeB`\x82"  # of a PNG
 PICTURES = pa.schema([("row", pa.int64()), ("position", pa.int64()), ("path", pa.string())])
 
 
@@ -54,7 +54,7 @@ class PictureActor:
         for group in table.to_pylist():
             asked = [Picture(*json.loads(name)) for name in group["names"]]
             # A row comes again after a failure of its actor.
-            left = [p for p in asked if problem(self.root, p.path) is not None]
+            left = [picture for picture in asked if not is_whole(self.root, picture.path)]
             for _, same in itertools.groupby(left, key=lambda picture: picture.prompt):
                 self._make(list(same))
             places = enumerate(asked, group["start"])
@@ -70,24 +70,34 @@ class PictureActor:
             how, prompt = self.how, pictures[0].prompt
             return self.denoiser.generate(prompt, seeds, how.steps, how.guidance)
 
-        images = itertools.chain.from_iterable(self.batch.run(len(pictures), made))
-        for picture, image in zip(pictures, images, strict=True):
+        drawn = itertools.chain.from_iterable(self.batch.run(len(pictures), made))
+        for picture, image in zip(pictures, drawn, strict=True):
             buffer = io.BytesIO()
             image.save(buffer, format="PNG")
             storage.write_bytes(storage.join(self.root, picture.path), buffer.getvalue())
 
 
+def is_whole(root: str, path: str) -> bool:
+    """Whether a file below the root is a whole PNG. A decoder alone would not miss its last bytes."""
+    try:
+        data = images.read(root, path)
+        images.decode(data)
+    except Exception:  # whatever a decoder raises
+        return False
+    return data.endswith(END)
+
+
 def lacking(root: str, folder: str, pictures: Sequence[Picture]) -> list[Picture]:
     """Those of a folder's pictures that are not there, or not whole."""
     there = storage.sizes(storage.join(root, folder), recursive=True)
+
+    def good(picture: Picture) -> bool:
+        known = picture.path.removeprefix(f"{folder}/") in there
+        return known and is_whole(root, picture.path)
+
     with ThreadPoolExecutor(LOOKS) as pool:
-
-        def is_whole(picture: Picture) -> bool:
-            known = picture.path.removeprefix(f"{folder}/") in there
-            return known and problem(root, picture.path) is None
-
-        whole = list(pool.map(is_whole, pictures))
-    return [picture for picture, good in zip(pictures, whole, strict=True) if not good]
+        whole = list(pool.map(good, pictures))
+    return [picture for picture, found in zip(pictures, whole, strict=True) if not found]
 
 
 def make(
