@@ -18,7 +18,6 @@ from diffitm.models.latent_diffusion import (
     check_text_width,
     is_cut,
     sample,
-    square,
     tokenize,
 )
 from diffitm.models.noise_schedule import FLOW_TIME
@@ -120,7 +119,7 @@ class Flux(FlowDiffusion):
         )  # fmt: skip
         return sample(
             pipeline, self, prompt, seeds, steps, guidance,
-            max_sequence_length=self.length, **square(self),
+            max_sequence_length=self.length,
             unpacked=lambda tokens: unpack(tokens, self.latent_shape[-1]),
         )  # fmt: skip
 

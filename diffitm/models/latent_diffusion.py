@@ -298,6 +298,8 @@ def sample(
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        height=denoiser.resolution,
+        width=denoiser.resolution,
         output_type="latent",
         **more,
     ).images
@@ -307,8 +309,3 @@ def sample(
         text = f"the picture of {prompt!r} is not finite in {denoiser.dtype}: give another --dtype"
         raise InputError(text)
     return pipeline.image_processor.postprocess(pixels)
-
-
-def square(denoiser: Denoiser) -> dict[str, int]:
-    """The size of a denoiser's images, as pipelines take it."""
-    return {"height": denoiser.resolution, "width": denoiser.resolution}

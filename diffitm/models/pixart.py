@@ -19,7 +19,6 @@ from diffitm.models.latent_diffusion import (
     is_cut,
     lowered,
     sample,
-    square,
     tokenize_masked,
 )
 
@@ -101,7 +100,7 @@ class PixArt(LatentDiffusion):
         return sample(
             pipeline, self, prompt, seeds, steps, guidance,
             clean_caption=False, use_resolution_binning=False,
-            max_sequence_length=self.lengths["tokenizer"], **square(self),
+            max_sequence_length=self.lengths["tokenizer"],
         )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from diffitm.models.latent_diffusion import (
     is_cut,
     lowered,
     sample,
-    square,
     tokenize_masked,
 )
 
@@ -130,7 +129,6 @@ class Sana(FlowDiffusion):
         return sample(
             pipeline, self, prompt, seeds, steps, guidance,
             clean_caption=False, use_resolution_binning=False, max_sequence_length=LENGTH,
-            **square(self),
         )  # fmt: skip
 
 

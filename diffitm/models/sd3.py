@@ -20,7 +20,6 @@ from diffitm.models.latent_diffusion import (
     check_text_width,
     is_cut,
     sample,
-    square,
     tokenize,
 )
 
@@ -130,5 +129,5 @@ class StableDiffusion3(FlowDiffusion):
         )  # fmt: skip
         return sample(
             pipeline, self, prompt, seeds, steps, guidance,
-            max_sequence_length=self.lengths["tokenizer_3"], **square(self),
+            max_sequence_length=self.lengths["tokenizer_3"],
         )  # fmt: skip

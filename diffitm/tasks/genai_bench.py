@@ -69,7 +69,8 @@ class GenAiBench(Task):
         scores = np.array([d.credits["score"].value for d in kept if d.credits])
         ratings = np.array([float(d.groups[HUMAN]) for d in kept])
         failures = sum(decision.failed for decision in decisions)
-        found: dict[str, tuple[float | None, ...]] = dict.fromkeys(UNITS, (None, None, None))
+        values: tuple[float | None, ...] = (None, None, None)
+        bounds: tuple[tuple[float | None, float | None], ...] = ((None, None),) * 3
         if len(kept) >= LEAST and len(set(ratings)) > 1 and len(set(scores)) > 1:
             accuracy, threshold = pairwise_accuracy(ratings, scores)
             values = (
@@ -79,12 +80,9 @@ class GenAiBench(Task):
             )
             clusters = np.array([d.cluster for d in kept])
             bounds = agreement_intervals(ratings, scores, clusters, threshold)
-            found = {
-                name: (value, *own) for name, value, own in zip(UNITS, values, bounds, strict=True)
-            }
         return [
-            Figure("all", name, *known, len(kept), None, 0, failures, UNITS[name])
-            for name, known in found.items()
+            Figure("all", name, value, low, high, len(kept), None, 0, failures, UNITS[name])
+            for name, value, (low, high) in zip(UNITS, values, bounds, strict=True)
         ]
 
 

@@ -574,6 +574,7 @@ COLOUR = "vl_checklist/data/Attribute/vg/color.json"
 SPEC = "spec/data/count/{}.json"
 EQBEN = "eqben/eqben_vllm/all_select.json"
 NATURAL = "NaturalBench-Retrieval/metadata.json"
+DRAWN = "selfbench/outputs/9/stable-diffusion-v1-5/00001/metadata.jsonl"
 GENAI = "genai_bench/genai_image.json"
 WRONG: list[tuple[str, Callable[[Path], None], str]] = [
     ("sugarcrepe", first("sugarcrepe/data/swap_att.json", set_to("negative_caption", 3), "2"),
@@ -612,6 +613,12 @@ WRONG: list[tuple[str, Callable[[Path], None], str]] = [
     ("vl_checklist", first(COLOUR, set_to("NEG", ["a", "b"]), 2, 1), "as many texts as POS has, 1"),
     ("genai_bench", first(GENAI, set_to("DALLE_3", []), "00001", "models"),
      "key 00001, models: DALLE_3 is '[]', it must be a list of ratings"),
+    ("selfbench", first(DRAWN, set_to("prompt", None)),
+     "00001/metadata.jsonl, line 1: prompt is 'null', it must be a text"),
+    ("selfbench", first(DRAWN, set_to("tag", "counting")),
+     "the candidates of tag counting need a prompt with one, as"),
+    ("selfbench", lambda root: [p.unlink() for p in (root / DRAWN).parent.rglob("*.png")],
+     "00001/samples: holds no .png"),
 ]  # fmt: skip
 
 
