@@ -61,7 +61,7 @@ class ModelOptions(OnActors):
     )
     latents: Literal["mean", "sample"] = option("mean", "posterior mean, or one seeded sample")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto: fp16 on a GPU, else fp32"
+        "auto", "auto: on a GPU fp16 (bf16 for PixArt, SD3, Sana, FLUX), else fp32"
     )
     variant: str | None = option(
         None,
@@ -73,7 +73,7 @@ class ModelOptions(OnActors):
     )
     lora: list[str] = option(
         [],
-        "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",
+        "LoRA files or URIs for the diffusion models, each a model of its own; none is the base",
     )
     resolution: int | None = option(
         None, "side of images in pixels for flow models: 512 costs a quarter of 1024", at_least=1
@@ -111,7 +111,8 @@ class GdbenchConfig(ModelOptions):
 
     tasks: list[str] = option(
         ["gdbench"],
-        "which tasks: names; of your own mine.jsonl (.csv, .parquet, .tar), module:Class or file.py:Class",
+        "which tasks: names, suites or all; of your own mine.jsonl (.csv, .tsv, .parquet, .tar), "
+        "module:Class or file.py:Class",
     )
     data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
     out: str = option("out/gdbench", "folder or URI for scores, results and the report")
