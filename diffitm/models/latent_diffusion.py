@@ -287,25 +287,27 @@ def sample(
     **more: Any,
 ) -> Any:
     """What a pipeline of diffusers makes of the prompt, once a seed; see Denoiser.generate. `unpacked` turns
-    its latents into those that the denoiser decodes, `more` is what else it is called with.
+    its latents into those that the denoiser decodes, `more` is what else it is called with; embeddings stand
+    for the prompt.
 
     The pipeline itself would give a float32 VAE latents of the U-Net's dtype. Raises InputError for pictures
     that are not finite.
     """
     pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
-        [prompt] * len(seeds),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        height=denoiser.resolution,
-        width=denoiser.resolution,
-        output_type="latent",
-        **more,
-    ).images
+    text = {} if "prompt_embeds" in more else {"prompt": [prompt] * len(seeds)}
+    given: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "height": denoiser.resolution,
+        "width": denoiser.resolution,
+        "output_type": "latent",
+    }
+    latents = pipeline(**text, **given, **more).images
     latents = latents if unpacked is None else unpacked(latents)
     pixels = torch.cat([denoiser.decode(one[None]) for one in latents])
     if not pixels.isfinite().all():
-        text = f"the picture of {prompt!r} is not finite in {denoiser.dtype}: give another --dtype"
-        raise InputError(text)
+        raise InputError(
+            f"the picture of {prompt!r} is not finite in {denoiser.dtype}: give another --dtype"
+        )
     return pipeline.image_processor.postprocess(pixels)

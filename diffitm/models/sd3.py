@@ -54,7 +54,6 @@ class StableDiffusion3(FlowDiffusion):
             for end, encoder in zip(_CLIPS, self.text_encoders, strict=True)
         ]
         self.t5: Any = None
-        self.t5_tokenizer: Any = None
         if parts.has("text_encoder_3"):
             self.t5 = parts.text_encoder(T5EncoderModel, "text_encoder_3")
             self.t5_tokenizer = parts.tokenizer("tokenizer_3", self.t5, T5TokenizerFast)
@@ -120,14 +119,18 @@ class StableDiffusion3(FlowDiffusion):
     def generate(
         self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
     ) -> list[Image.Image]:
-        """See Denoiser. Euler's steps with the folder's shift, diffusers' pipeline."""
+        """See Denoiser. Euler's steps with the folder's shift, diffusers' pipeline with texts as scored."""
+        texts = ("text_encoder", "tokenizer")
+        absent = dict.fromkeys(f"{part}{end}" for part in texts for end in ("", "_2", "_3"))
         pipeline = StableDiffusion3Pipeline(
-            transformer=self.transformer, scheduler=self.sampler(), vae=self.vae,
-            text_encoder=self.text_encoders[0], tokenizer=self.tokenizers[0],
-            text_encoder_2=self.text_encoders[1], tokenizer_2=self.tokenizers[1],
-            text_encoder_3=self.t5, tokenizer_3=self.t5_tokenizer,
-        )  # fmt: skip
+            transformer=self.transformer, scheduler=self.sampler(), vae=self.vae, **absent
+        )
+        text, empty = (
+            {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.encode_texts([one]).items()}
+            for one in (prompt, "")
+        )
         return sample(
             pipeline, self, prompt, seeds, steps, guidance,
-            max_sequence_length=self.lengths["tokenizer_3"],
+            prompt_embeds=text["hidden"], pooled_prompt_embeds=text["pooled"],
+            negative_prompt_embeds=empty["hidden"], negative_pooled_prompt_embeds=empty["pooled"],
         )  # fmt: skip
