@@ -43,7 +43,13 @@ from diffitm.evaluation.options import (
 )
 from diffitm.evaluation.race_table import Races
 from diffitm.report.html import write_report
-from diffitm.report.matrix import Generated, make_matrix, matrix_markdown, print_matrix
+from diffitm.report.matrix import (
+    Generated,
+    make_matrix,
+    matrix_latex,
+    matrix_markdown,
+    print_matrix,
+)
 from diffitm.report.means import means_latex, means_table
 from diffitm.report.table import latex, make_table, markdown
 from diffitm.report.terminal import WIDTH, print_results, print_state, print_summary
@@ -171,7 +177,10 @@ def report(config: GdbenchConfig, record: RunRecord) -> None:
     if means is not None:
         texts = f"{texts[0]}\n{markdown(means)}", f"{texts[1]}\n{means_latex(means)}"
     if matrix is not None:
-        texts = f"{texts[0]}\n{matrix_markdown(matrix)}", texts[1]
+        texts = (
+            f"{texts[0]}\n{matrix_markdown(matrix)}",
+            f"{texts[1]}\n{matrix_latex(matrix)}",
+        )
     for name, text in zip(("table.md", "table.tex"), texts, strict=True):
         storage.write_text(storage.join(out, name), text)
     shown = (read_images(record), read_curves(artifacts), read_pictures(artifacts))

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from diffitm.evaluation.evaluate import Evaluation, ResultRow
 from diffitm.report.means import heat
-from diffitm.report.table import MARKDOWN, cell, group_label, percent
+from diffitm.report.table import LATEX, MARKDOWN, cell, group_label, percent
 
 METRIC = "accuracy"
 OWN = "*"  # beside what a model decides of its own pictures
@@ -110,6 +110,24 @@ def matrix_markdown(matrix: Matrix) -> str:
     rows = [head, ["---"] * 3 + ["---:"] * (len(head) - 3), *map(matrix.texts, matrix.lines)]
     lines = ["| " + " | ".join(t.translate(MARKDOWN) for t in row) + " |" for row in rows]
     return "\n".join([*lines, "", NOTE, ""])
+
+
+def matrix_latex(matrix: Matrix) -> str:
+    """The matrix of whole sets as papers set it, in percent, own pictures in italics; for booktabs."""
+    rows = []
+    for line in matrix.lines:
+        if line.part != "all":
+            continue
+        texts = [line.model.translate(LATEX), line.pictures]
+        for name in matrix.columns:
+            row = line.cells[name]
+            text = "-" if row is None or row.value is None else percent(row.value)
+            texts.append(rf"\textit{{{text}}}" if name == line.own else text)
+        rows.append(" & ".join(texts) + r" \\")
+    head = ["model", "pictures", *(f"by {name}".translate(LATEX) for name in matrix.columns)]
+    start = rf"\begin{{tabular}}{{ll{'r' * len(matrix.columns)}}}"
+    parts = [start, r"\toprule", " & ".join(head) + r" \\", r"\midrule", *rows, r"\bottomrule"]
+    return "\n".join([*parts, r"\end{tabular}", ""])
 
 
 def print_matrix(matrix: Matrix, width: int) -> None:

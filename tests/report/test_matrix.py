@@ -8,7 +8,14 @@ import pytest
 
 from diffitm.evaluation.evaluate import Evaluation, ResultRow
 from diffitm.report.html import write_report
-from diffitm.report.matrix import Generated, Matrix, make_matrix, matrix_cells, matrix_markdown
+from diffitm.report.matrix import (
+    Generated,
+    Matrix,
+    make_matrix,
+    matrix_cells,
+    matrix_latex,
+    matrix_markdown,
+)
 from diffitm.report.matrix import print_matrix as show
 from diffitm.report.table import make_table
 
@@ -71,6 +78,16 @@ def test_correct_ones_tell_how_many_they_are(matrix: Matrix) -> None:
         "100.0 [10.0, 95.0] (n=5)*", "40.0 [10.0, 95.0] (n=2)", "40.0", "25.0",
     ]  # fmt: skip
     assert "| correct |  | A | 100.0 [10.0, 95.0] (n=5)* |" in matrix_markdown(matrix)
+
+
+def test_latex(matrix: Matrix) -> None:
+    """Whole sets alone, own pictures in italics."""
+    lines = matrix_latex(matrix).splitlines()
+    assert lines[0] == r"\begin{tabular}{llrr}" and len(lines) == 3 + 1 + 5 + 2
+    assert lines[2] == r"model & pictures & by A & by B \\"
+    assert lines[4] == r"A & all & \textit{90.0} & 30.0 \\"
+    assert lines[7] == r"CLIP c & all & 60.0 & 20.0 \\"
+    assert lines[8] == r"A & correct & \textit{100.0} & 40.0 \\"
 
 
 def test_what_could_not_be_scored(capsys: pytest.CaptureFixture[str]) -> None:
