@@ -126,7 +126,7 @@ class GdbenchConfig(ModelOptions):
         [], "texts that every diffusion model generates images of, from the same seeds"
     )
     samples: int = option(4, "images of a prompt", at_least=1)
-    sampling_steps: int = option(25, "steps of DPM-Solver++ for an image", at_least=1)
+    sampling_steps: int = option(25, "steps of the sampler for an image", at_least=1)
     guidance: float = option(7.5, "classifier-free guidance of the images")
     dpt_correction: float = option(
         0.5,

@@ -447,3 +447,22 @@ def test_texts_that_are_the_same_to_a_model(
     assert same is (name.startswith(("PixArt", "Sana")) or "without" in name)
     read = TextLimits(resolve(str(folders[name]))).read(texts)
     assert (read[0] == read[1]) is same
+
+
+@pytest.mark.parametrize("name", list(families.WRITERS)[:7])  # later ones make no images
+def test_images_are_those_of_the_pipeline(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """Diffusers' own, with this prompt, seeds, steps and guidance; each by its seed alone."""
+    pipeline, model = pipeline_of(folders[name]), models[name]
+    side, seeds = model.resolution, (5, 2**62 + 7)
+    given = {"height": side, "width": side, "num_inference_steps": 3, "guidance_scale": 4.0}
+    given |= {k: v for k, v in reference(name).asked.items() if k != "guidance_scale"}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    expected = pipeline(["a red Circle"] * 2, generator=generators, **given).images
+    found = model.generate("a red Circle", seeds, steps=3, guidance=4.0)
+    (alone,) = model.generate("a red Circle", seeds[1:], steps=3, guidance=4.0)
+    pixels = [np.asarray(image, int) for image in (*found, alone)]
+    for ours, theirs in zip(pixels, (*expected, expected[1]), strict=True):
+        assert np.abs(ours - np.asarray(theirs, int)).max() <= 1
+    assert np.abs(pixels[0] - pixels[1]).max() > 1
