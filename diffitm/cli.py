@@ -76,7 +76,7 @@ COMMANDS = {
         "diffitm.commands.finetune:run",
     ),
     "diva": Command(
-        "Tune a CLIP's image tower under a frozen diffusion model (DIVA); see docs/diva.md.",
+        "Tune a CLIP under a frozen diffusion model (DIVA, SDS-CLIP); see docs/diva.md.",
         "diffitm.training.diva.options:DivaConfig",
         "diffitm.commands.diva:run",
     ),
