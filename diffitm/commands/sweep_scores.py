@@ -25,7 +25,7 @@ OF_SCORE = ("model", "lora", "protocol", "error", "number", "range", "weighting"
 UNUSED = (
     *("clip", "prompts", "segmentation", "clip_benchmark", "mllm", "check"),
     *("report_only", "timestep_list", "timestep_weights", "published_bias"),
-    *("racing", "n_samples", "to_keep", "racing_audit"),
+    *("racing", "n_samples", "to_keep", "racing_audit", "dpt", "dpt_timestep"),
 )
 
 

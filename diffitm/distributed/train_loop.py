@@ -189,7 +189,7 @@ class TrainLoop:
         for items, images, failures in batches:
             for failure in failures:
                 self.worker.lose(failure)
-            good = [i for i in items if i.image in images and i.negative_image in images]
+            good = [item for item in items if all(path in images for path in item.images)]
             if good:
                 readable.append((good, images))
         return readable

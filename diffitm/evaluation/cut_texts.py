@@ -37,12 +37,12 @@ def count_cut(specs: Sequence[Spec], examples: Mapping[str, str]) -> list[CutTex
 
     Raises InputError for a tokenizer that cannot be loaded.
     """
-    from diffitm.models.text_limits import (
-        TextLimits,  # and torch, which an evaluation does not need
-    )
-    from diffitm.scoring.specs import ClipSpec, DiffusionSpec
+    # With torch, which an evaluation does not need.
+    from diffitm.models.text_limits import TextLimits
+    from diffitm.scoring.specs import ClipSpec, DiffusionSpec, DptSpec
 
-    sources = dict.fromkeys(s.source for s in specs if isinstance(s, DiffusionSpec | ClipSpec))
+    read = (spec for spec in specs if isinstance(spec, DiffusionSpec | DptSpec | ClipSpec))
+    sources = dict.fromkeys(spec.source for spec in read)
     found = []
     for source in sources:
         limits = TextLimits(source)

@@ -130,6 +130,8 @@ class Evaluation:
     races: list[RaceFigure] = field(default_factory=list)
     cut_texts: list[CutTexts] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # of models, on all of their figures
+    # By model: what its store depends on, with the kind of `error` that is averaged.
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,10 @@ def evaluate(
         for name, store in zip(names, stores, strict=True)
         if store.similarity is None and (why := why_no_unconditional(store.model, store.config))
     ]
+    evaluation.settings = {
+        name: store.config | {"error": error_of(store, error)}
+        for name, store in zip(names, stores, strict=True)
+    }
     connection, read = connect(), dict[int, LinesByTask]()
     for name, uri in examples.items():
         task: Task = find_task(name)()

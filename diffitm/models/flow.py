@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from diffitm.core.errors import InputError
@@ -28,8 +29,14 @@ class FlowDiffusion(LatentDiffusion):
 
     def read_schedule(self, folder: Folder) -> Schedule:
         """See LatentDiffusion."""
-        read_flow(folder.location, folder.revision)
+        self.sampling = read_flow(folder.location, folder.revision)
         return FlowSchedule()
+
+    def sampler(self) -> Any:
+        """See LatentDiffusion: the folder's own kind, Euler's steps or (of Sana) DPM-Solver++."""
+        is_solver = self.sampling.get("use_flow_sigmas")
+        kind = DPMSolverMultistepScheduler if is_solver else FlowMatchEulerDiscreteScheduler
+        return kind.from_config(self.sampling)
 
     def take_resolution(self, side: int) -> None:
         """See Denoiser."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
 
@@ -20,7 +21,13 @@ from diffitm.models.flow import (
     side_of,
     unpack,
 )
-from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
+from diffitm.models.latent_diffusion import (
+    Folder,
+    check_text_width,
+    is_cut,
+    sample,
+    tokenize,
+)
 from diffitm.models.noise_schedule import FLOW_TIME
 
 SCHNELL_LENGTH = 256  # tokens of a text that schnell was trained with
@@ -102,6 +109,22 @@ class Flux(FlowDiffusion):
             return_dict=False,
         )[0]
         return unpack(out, side).float()
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. Euler's steps, diffusers' pipeline; the guidance is what dev's network is
+        told, schnell has none."""
+        pipeline = FluxPipeline(
+            scheduler=self.sampler(), vae=self.vae, transformer=self.transformer,
+            text_encoder=self.clip, tokenizer=self.tokenizer,
+            text_encoder_2=self.t5, tokenizer_2=self.t5_tokenizer,
+        )  # fmt: skip
+        return sample(
+            pipeline, self, prompt, seeds, steps, guidance,
+            max_sequence_length=self.length,
+            unpacked=lambda tokens: unpack(tokens, self.latent_shape[-1]),
+        )  # fmt: skip
 
 
 def _places(side: int) -> Tensor:

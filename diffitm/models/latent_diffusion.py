@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -243,8 +243,8 @@ class LatentDiffusion(Denoiser):
         """See Denoiser."""
         self.network.enable_gradient_checkpointing()
 
-    def sampler(self) -> DPMSolverMultistepScheduler:
-        """DPM-Solver++ (Lu et al. 2022) on the training schedule."""
+    def sampler(self) -> Any:
+        """What images are made with: DPM-Solver++ (Lu et al. 2022) on the training schedule."""
         return DPMSolverMultistepScheduler.from_config(self.scheduler.config)
 
 
@@ -298,18 +298,31 @@ def sample(
     seeds: Sequence[int],
     steps: int,
     guidance: float,
+    unpacked: Callable[[Tensor], Tensor] | None = None,
+    **more: Any,
 ) -> Any:
-    """What a pipeline of diffusers makes of the prompt, once a seed; see Denoiser.generate.
+    """What a pipeline of diffusers makes of the prompt, once a seed; see Denoiser.generate. `unpacked` turns
+    its latents into those that the denoiser decodes, `more` is what else it is called with; embeddings stand
+    for the prompt.
 
-    The pipeline itself would give a float32 VAE latents of the U-Net's dtype.
+    The pipeline itself would give a float32 VAE latents of the U-Net's dtype. Raises InputError for pictures
+    that are not finite.
     """
     pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
-        [prompt] * len(seeds),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-    ).images
+    text = {} if "prompt_embeds" in more else {"prompt": [prompt] * len(seeds)}
+    given: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "height": denoiser.resolution,
+        "width": denoiser.resolution,
+        "output_type": "latent",
+    }
+    latents = pipeline(**text, **given, **more).images
+    latents = latents if unpacked is None else unpacked(latents)
     pixels = torch.cat([denoiser.decode(one[None]) for one in latents])
+    if not pixels.isfinite().all():
+        raise InputError(
+            f"the picture of {prompt!r} is not finite in {denoiser.dtype}: give another --dtype"
+        )
     return pipeline.image_processor.postprocess(pixels)

@@ -46,10 +46,10 @@ class QwenImage(LanguageFlow):
         self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, Qwen2Tokenizer)
         self.transformer = parts.model(QwenImageTransformer2DModel, "transformer")
         super().__init__(parts, self.transformer, parts.model(AutoencoderKLQwenImage, "vae"))
-        config = self.vae.config
-        shape = {"device": self.device, "dtype": torch.float32}
-        self._mean = torch.tensor(config.latents_mean, **shape).view(-1, 1, 1)
-        self._deviation = torch.tensor(config.latents_std, **shape).view(-1, 1, 1)
+        self._mean, self._deviation = (
+            torch.tensor(values, device=self.device, dtype=torch.float32).view(-1, 1, 1)
+            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
+        )
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:

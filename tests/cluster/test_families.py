@@ -41,3 +41,25 @@ def test_models_of_both_kinds_in_one_command(tmp_path: Path) -> None:
     assert again.stderr.count("0 forwards needed") == len(NAMES)
     wrong = pipeline.run("--model", folders[1], *words, "--protocol", "diffusionitm", code=2)
     assert "--protocol diffusionitm is not for a model that is a flow model" in wrong.stderr
+
+
+def test_a_transformer_is_tuned_and_compared(tmp_path: Path) -> None:
+    """With texts of other lengths that were encoded beforehand, and a validation by its own protocol."""
+    folder = families.write("Sana", tmp_path / "sana")
+    words = "--data", "shapes", "--scenes", 20
+    tuned = tmp_path / "tuned"
+    pipeline.run(
+        "--model", folder, *words, "--steps", 2, "--batch-size", 2, "--effective-batch", 4, "--lr", "1e-2",
+        "--cache-latents", "--validate-every", 1, "--validation-examples", 4, "--workers", 1, "--out", tuned,
+        script="finetune",
+    )  # fmt: skip
+    lora = tuned / "pytorch_lora_weights.safetensors"
+    out = tmp_path / "out"
+    pipeline.run(
+        "--model", folder, *words, "--tasks", "winoground", "--limit", 4, "--timesteps", 2, "--actors", 1,
+        "--lora", "none", lora, "--out", out,
+    )  # fmt: skip
+    names = {row["model"] for row in pipeline.rows(out)}
+    assert names == {str(folder), f"{folder} + {lora}"}
+    base, other = (pipeline.scores(out, name)["l2"].to_pylist() for name in sorted(names))
+    assert base != other

@@ -45,13 +45,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lora_job(root: Path, **more: Any) -> LoraJob:
     config = FinetuneConfig(
         batch_size=SIZE, effective_batch=SIZE * MICRO, steps=STEPS, lr=1e-2, checkpoint_every=100,
-        log_every=1,
+        log_every=1, objective="hard-neg", clip_over="microbatch",
     )  # fmt: skip
     rows, _ = read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))
     file = hand_over(str(root.parent / "out"), rows, range(len(rows)))
-    objective = Objective("hard-neg", clip_over="microbatch")
     model = resolve("shapes")
-    job = finetune._job(config, model, objective, "hard-text", file, str(root), None, 0)
+    job = finetune._job(config, model, "hard-text", file, str(root), None, 0)
     return replace(job, **more)
 
 

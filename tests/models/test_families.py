@@ -21,7 +21,6 @@ from diffitm.models.denoiser import Denoiser
 from diffitm.models.distilled import tell_untrained
 from diffitm.models.flow import FlowDiffusion, pack, unpack
 from diffitm.models.loading import FAMILIES, load_denoiser, resolve
-from diffitm.models.lora import lora_unet
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.models.text_limits import TextLimits, tell_long_texts
 from diffitm.scoring.batching import Batch
@@ -467,12 +466,10 @@ def test_a_lora_in_diffusers_format(
         check_loadable(resolve("shapes"), [str(tmp_path)])
 
 
-def test_no_teacher_and_no_tuning_yet(models: dict[str, Any]) -> None:
+def test_no_teacher_yet(models: dict[str, Any]) -> None:
     for name in ("SD3", "PixArt-alpha"):
         with pytest.raises(InputError, match="cannot teach yet"):
             Diva(tiny_clip.vit(), "tiny", models[name], parse_recap("all"))
-        with pytest.raises(InputError, match="cannot be tuned"):
-            lora_unet(models[name])
 
 
 def test_parts_of_two_models(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -519,3 +516,22 @@ def test_texts_that_are_the_same_to_a_model(
     assert same is (name.startswith(("PixArt", "Sana")) or "without" in name)
     read = TextLimits(resolve(str(folders[name]))).read(texts)
     assert (read[0] == read[1]) is same
+
+
+@pytest.mark.parametrize("name", list(families.WRITERS)[:7])  # later ones make no images
+def test_images_are_those_of_the_pipeline(
+    name: str, folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """Diffusers' own, with this prompt, seeds, steps and guidance; each by its seed alone."""
+    pipeline, model = pipeline_of(folders[name]), models[name]
+    side, seeds = model.resolution, (5, 2**62 + 7)
+    given = {"height": side, "width": side, "num_inference_steps": 3, "guidance_scale": 4.0}
+    given |= {k: v for k, v in reference(name).asked.items() if k != "guidance_scale"}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    expected = pipeline(["a red Circle"] * 2, generator=generators, **given).images
+    found = model.generate("a red Circle", seeds, steps=3, guidance=4.0)
+    (alone,) = model.generate("a red Circle", seeds[1:], steps=3, guidance=4.0)
+    pixels = [np.asarray(image, int) for image in (*found, alone)]
+    for ours, theirs in zip(pixels, (*expected, expected[1]), strict=True):
+        assert np.abs(ours - np.asarray(theirs, int)).max() <= 1
+    assert np.abs(pixels[0] - pixels[1]).max() > 1

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from diffitm.core.config import lacking, option
-from diffitm.core.errors import InputError
+from diffitm.core.errors import InputError, suggest
+from diffitm.training.dpt.options import DPT, DptOptions, dpt_problems, unused_problems
+from diffitm.training.dpt.options import PRESETS as DPT_PRESETS
 from diffitm.training.lora.objectives import OBJECTIVES, Objective
 from diffitm.training.options import Shared, shared_problems
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Shared):
+class FinetuneConfig(DptOptions, Shared):
     """Options of pipelines/finetune.py."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -36,6 +38,7 @@ class FinetuneConfig(Shared):
             "validate_every": 500,
             "validation_examples": 328,
         },
+        **DPT_PRESETS,
     }
     model: str = option(
         "", "diffusion model: shapes, a diffusers folder (or URI of one) or a Hub id"
@@ -47,9 +50,10 @@ class FinetuneConfig(Shared):
     images: str | None = option(None, "where a file's image paths start (default: its own folder)")
     out: str = option("out/finetune", "folder or URI for weights, checkpoints and the log")
     preset: str | None = option(
-        None, "published or planned settings: diffusionitm, softneg-sd15; options given win"
+        None,
+        "published or planned settings: diffusionitm, softneg-sd15, dpt-probe, dpt-tune; options given win",
     )
-    objective: str = option("hard-neg", f"one of {', '.join(OBJECTIVES)}")
+    objective: str = option("hard-neg", f"one of {', '.join([*OBJECTIVES, DPT])}")
     lambda_: float = option(1.0, "bound of the wrong pair's error, in errors of the right pair")
     clip_over: Literal["example", "microbatch"] = option("example", "where the bound holds")
     guard: Literal["none", "clip", "frozen"] = option("none", "what holds soft-neg's empty text")
@@ -98,7 +102,7 @@ class FinetuneConfig(Shared):
 
 
 def objective_of(config: FinetuneConfig) -> Objective:
-    """Raises InputError for settings that the objective does not take."""
+    """The objective of errors. Raises InputError for settings that it does not take."""
     return Objective(
         config.objective,
         config.lambda_,
@@ -112,13 +116,24 @@ def objective_of(config: FinetuneConfig) -> Objective:
     )
 
 
+def negatives_of(config: FinetuneConfig) -> str:
+    """The kind of negatives (rows.NEGATIVES) that the objective takes."""
+    if config.objective == DPT:
+        return "all"
+    return config.negatives if objective_of(config).has_wrong_pairs else "none"
+
+
 def find_problems(config: FinetuneConfig) -> list[str]:
     """What is wrong with the options, all of it."""
     found = lacking(config, {"model": "shapes", "data": "shapes"})
-    try:
-        objective_of(config)
-    except InputError as error:
-        found.append(error.on_command_line())
+    if config.objective == DPT:
+        found += dpt_problems(config)
+    else:
+        found += unused_problems(config)
+        try:
+            _check_objective(config)
+        except InputError as error:
+            found.append(error.on_command_line())
     if config.ema is not None and not 0 < config.ema < 1:
         found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
     if config.objective == "softrepa" and config.batch_size == 1:
@@ -129,3 +144,10 @@ def find_problems(config: FinetuneConfig) -> list[str]:
             f"{config.batch_size}, the examples of a micro-batch"
         )
     return found + shared_problems(config)
+
+
+def _check_objective(config: FinetuneConfig) -> None:
+    if config.objective not in OBJECTIVES:
+        known = suggest(config.objective, [*OBJECTIVES, DPT])
+        raise InputError(f"{config.objective!r} is unknown{known}", "objective")
+    objective_of(config)
