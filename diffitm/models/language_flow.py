@@ -54,7 +54,7 @@ class LanguageFlow(FlowDiffusion):
         """See Denoiser. Euler's steps with the folder's shift, diffusers' pipeline."""
         pipeline = self.pipeline(
             scheduler=self.sampler(), vae=self.vae, text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer, transformer=self.transformer,
+            tokenizer=self.tokenizer, transformer=self.network,
         )  # fmt: skip
         asked = self.asked(prompt, len(seeds), guidance)
         images: list[Image.Image] = sample(
