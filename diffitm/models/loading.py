@@ -181,6 +181,7 @@ FAMILIES = {
             "text_encoder": "transformers:Qwen3ForCausalLM",
             "tokenizer": "transformers:Qwen2TokenizerFast",
         },
+        {"is_distilled": False},
         **_FLOW,
     ),
 }
@@ -221,7 +222,14 @@ class ModelSource:
     )
     guidance: float | None = None  # what its network is told, where it takes one
     absent: tuple[str, ...] = ()  # optional parts of its family that it does without
+    distilled: bool = False  # its model_index.json says so, though not all of its family are
     sizes: tuple[tuple[str, int], ...] = ()  # parameters of each part, once it was checked
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a store says of its scores: what its family does, and that it is distilled."""
+        own = {"unconditional": False} if self.distilled else {}
+        return {**FAMILIES[self.family].told, **own}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -277,8 +285,9 @@ def resolve(name: str, field: str = "model", variant: str | None = None) -> Mode
         digest = _digest(folder, family, settings, variant)
         kind = str(settings["_class_name"])
         return ModelSource(
-            name, location, None, kind, digest, field, variant=variant, absent=absent
-        )
+            name, location, None, kind, digest, field, variant=variant, absent=absent,
+            distilled=bool(settings.get("is_distilled")),
+        )  # fmt: skip
     if folder.is_file():
         raise InputError(f"{name!r}: {_of_one_file(folder)}", field)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
@@ -290,7 +299,10 @@ def resolve(name: str, field: str = "model", variant: str | None = None) -> Mode
     settings = _read_index(index, name, field)
     absent = _absent(family_of(settings, name, field), settings)
     kind = str(settings["_class_name"])
-    return ModelSource(name, name, commit, kind, commit, field, variant=variant, absent=absent)
+    return ModelSource(
+        name, name, commit, kind, commit, field, variant=variant, absent=absent,
+        distilled=bool(settings.get("is_distilled")),
+    )  # fmt: skip
 
 
 def load_denoiser(

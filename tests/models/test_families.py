@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
 from diffitm.evaluation.evaluate import evaluate
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.distilled import tell_untrained
 from diffitm.models.flow import FlowDiffusion, pack, unpack
 from diffitm.models.loading import FAMILIES, load_denoiser, resolve
 from diffitm.models.model_check import check_loadable, settled
@@ -207,7 +209,7 @@ def test_every_flow_family_says_so() -> None:
         assert family.flow is (family.told.get("prediction") == "flow")
 
 
-@pytest.mark.parametrize("name", ["Sana", "SD3"])
+@pytest.mark.parametrize("name", ["Sana", "SD3", "Qwen-Image", "Z-Image"])
 def test_scores_do_not_depend_on_the_batch(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -310,6 +312,7 @@ def test_a_distilled_model_says_so(
         "of no text anyway."
     ]
     assert store.config["unconditional"] is False
+    digests = set[str]()
     caplog.clear()
     check_loadable(resolve(str(folders["SD3"])))
     assert "no text" not in caplog.text
@@ -317,6 +320,72 @@ def test_a_distilled_model_says_so(
     turbo.symlink_to(folders["SD3"])
     check_loadable(resolve(str(turbo)))
     assert "is named as step-distilled ones are" in caplog.text
+    spec = DiffusionSpec(resolve(str(turbo)), "", "snr", (500.0,))
+    store = open_store(str(tmp_path), str(turbo), spec.store_config())
+    assert "unconditional" not in store.config  # a name is not what scores depend on
+    (note,) = evaluate({}, [store]).notes
+    assert f"{turbo} is named as step-distilled ones are, which" in note
+    index = Path(shutil.copytree(folders["FLUX.2-klein"], tmp_path / "klein")) / "model_index.json"
+    for distilled in (False, True):
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": distilled}))
+        source = resolve(str(index.parent))
+        store_config = DiffusionSpec(source, "", "snr", (500.0,)).store_config()
+        assert store_config.get("unconditional", True) is not distilled
+        digests.add(source.digest)
+    assert len(digests) == 2
+
+
+def test_timesteps_that_a_turbo_was_not_trained_at(caplog: pytest.LogCaptureFixture) -> None:
+    """They are told, and nothing is where all were, or of models of other names."""
+    tell_untrained("stabilityai/sdxl-turbo", (999, 749, 499, 249))
+    tell_untrained("org/sd-turbine", (10, 110))
+    assert not caplog.text
+    tell_untrained("stabilityai/sd-turbo", (10, 249, 500))
+    assert "2 of these 3 are others, such as 10 (--timestep-list 999 749 499 249)" in caplog.text
+
+
+def test_a_guidance_that_settings_do_not_mention(folders: dict[str, Path], tmp_path: Path) -> None:
+    """FLUX.2's network takes one then, FLUX.1's does not."""
+    for name, expected in (("FLUX.2-dev", 1.0), ("FLUX.1-schnell", None)):
+        folder = Path(shutil.copytree(folders[name], tmp_path / name))
+        file = folder / "transformer" / "config.json"
+        settings = json.loads(file.read_text())
+        settings.pop("guidance_embeds")
+        file.write_text(json.dumps(settings))
+        source = settled(resolve(str(folder)))
+        assert source.guidance == expected == load_denoiser(source).guidance  # type: ignore[attr-defined]
+
+
+def test_weights_by_the_names_of_a_whole_language_model(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As Z-Image's text encoder is published; what says the next word is left out."""
+    folder = Path(shutil.copytree(folders["Z-Image"], tmp_path / "whole"))
+    file = folder / "text_encoder" / "model.safetensors"
+    plain = load_file(file)
+    more = {f"model.{key}": value for key, value in plain.items()}
+    more["lm_head.weight"] = plain["embed_tokens.weight"].clone()
+    save_file(more, file, {"format": "pt"})
+    check_loadable(resolve(str(folder)))
+    one, two = (load_denoiser(resolve(str(f))) for f in (folder, folders["Z-Image"]))
+    for key, value in one.encode_texts(TEXTS).items():
+        assert torch.equal(value, two.encode_texts(TEXTS)[key])
+
+
+def test_a_tokenizer_without_a_chat_template(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["Z-Image"], tmp_path / "mute"))
+    (folder / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="its tokenizer has no chat_template"):
+        check_loadable(resolve(str(folder)))
+
+
+def test_a_vae_without_its_channels_means(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["Qwen-Image"], tmp_path / "three"))
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"latents_std": [1.0, 0.5, 2.0]}))
+    for check in (check_loadable, load_denoiser):
+        with pytest.raises(InputError, match=r"latents_std \[1.0, 0.5, 2.0\], not a number for"):
+            check(resolve(str(folder)))
 
 
 def lora_of(part: Any, ends: tuple[str, ...]) -> dict[str, Tensor]:
