@@ -52,7 +52,7 @@ STEPS = {
     "diffusion": 5500,
     "text": 600,
     "layout": 3500,
-    "flow": 20000,
+    "flow": 6000,
 }
 BATCH = {"vae": 24, "clip": 128, "diffusion": 64, "text": 64, "layout": 48, "flow": 64}
 RATE = {
@@ -61,7 +61,7 @@ RATE = {
     "diffusion": 1e-3,
     "text": 1e-3,
     "layout": 8e-4,
-    "flow": 1e-3,
+    "flow": 1.5e-3,
 }
 # How far the averages of the weights look back; those of the text encoder are its last ones.
 DECAY = {
