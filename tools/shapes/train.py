@@ -52,7 +52,7 @@ STEPS = {
     "diffusion": 5500,
     "text": 600,
     "layout": 3500,
-    "flow": 6000,
+    "flow": 5000,
 }
 BATCH = {"vae": 24, "clip": 128, "diffusion": 64, "text": 64, "layout": 48, "flow": 64}
 RATE = {
