@@ -1,11 +1,11 @@
 # make demo, make sweep-demo: the embedded examples; make test, make test-slow, make test-long: the tests;
-# make docs: the site. Each installs what it needs.
+# make findings: docs/findings.md anew, in hours; make docs: the site. Each installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
 
-.PHONY: demo sweep-demo test test-slow test-long lint rooms docs clean
+.PHONY: demo sweep-demo findings test test-slow test-long lint rooms docs clean
 
 demo: $(READY)
 	$(BIN)/python pipelines/gdbench.py --model shapes --clip shapes --data shapes --out out/demo
@@ -13,7 +13,11 @@ demo: $(READY)
 sweep-demo: $(READY)
 	$(BIN)/python pipelines/sweep.py timesteps --config pipelines/sweeps/timesteps.yaml out=out/sweeps/timesteps
 	$(BIN)/python pipelines/sweep.py lambda --config pipelines/sweeps/lambda.yaml out=out/sweeps/lambda
+	$(BIN)/python pipelines/sweep.py lambda --config pipelines/sweeps/objectives.yaml out=out/sweeps/objectives
 	$(BIN)/python pipelines/sweep.py recap-density --config pipelines/sweeps/recap-density.yaml out=out/sweeps/recap-density
+
+findings: $(READY)
+	$(BIN)/python -m benchmarks.findings out/findings --page docs/findings.md
 
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -30,7 +30,8 @@ from diffitm.metrics.figures import SECONDARY
 from diffitm.metrics.intervals import NORMAL, difference_interval, mean_interval
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.scoring.diffusion import DiffusionScorer
-from diffitm.scoring.noise_plan import NoisePlan, make_plan, plan_timesteps
+from diffitm.scoring.noise_plan import NoisePlan, make_plan
+from diffitm.scoring.protocols import plan_timesteps
 from diffitm.scoring.racing import Racing, race, spread_order
 from diffitm.store.join import ScoredExample, read_examples, read_scored
 from diffitm.sweep.score_settings import half_of

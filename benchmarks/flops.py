@@ -35,7 +35,8 @@ from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.noise_schedule import NoiseSchedule
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.image_reader import Loaded
-from diffitm.scoring.noise_plan import make_plan, plan_timesteps
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring.protocols import plan_timesteps
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES
 from diffitm.store.blocks import Cost, Sizes, cut, read_blocks
 from diffitm.store.pair_table import write_examples

@@ -27,7 +27,8 @@ from diffitm.models.denoiser import Denoiser
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import lora_weights, save_lora
 from diffitm.scoring.diffusion import DiffusionScorer
-from diffitm.scoring.noise_plan import make_plan, plan_timesteps
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring.protocols import plan_timesteps
 from diffitm.shapes.layouts import write_world
 from diffitm.shapes.training import write_training
 from diffitm.tasks.registry import find_task

@@ -22,10 +22,10 @@ from diffitm.core.schema import SCORES, PairRow, block_rows, read_block
 from diffitm.metrics.score import averaged, conditional_score, normalised_score, other_dtype
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
 from diffitm.scoring.image_reader import Loaded
-from diffitm.scoring.noise_plan import choose_protocol, error_of_protocol, planned
+from diffitm.scoring.protocols import choose_protocol, error_of_protocol, planned
 from diffitm.scoring.racing import RacePlan, Racing
 from diffitm.scoring.scorer import RowScorer
-from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+from diffitm.scoring.specs import ClipSpec, DiffusionSpec, DptSpec, Spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -251,6 +251,8 @@ def load_scorer(
     seed: int = 0,
     resize: Literal["auto", "squash", "crop"] = "auto",
     lora: str | None = None,
+    dpt: str | None = None,
+    dpt_timestep: int = 500,
     variant: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     resolution: int | None = None,
@@ -271,6 +273,9 @@ def load_scorer(
         seed: of the noise.
         resize: 'squash' to a square or 'crop' the centre; 'auto' crops for diffusion-classifier.
         lora: a LoRA file for a diffusion model's U-Net.
+        dpt: an adapter of finetune --objective dpt, file, folder or URI: the score is then DPT's, of one
+            forward a pair; an adapter that was trained with a LoRA brings it.
+        dpt_timestep: of that score.
         variant: of a diffusion model's files, such as 'fp16'.
         prediction_type: what a diffusion model predicts, where its scheduler's config does not say it.
         resolution: side of images in pixels, of flow models; None for the model's own.
@@ -291,15 +296,31 @@ def load_scorer(
 
         clip = resolve_clip(name.removeprefix("clip:")).fetched()
         return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
+    from diffitm.models.dpt_file import check_adapter, find_adapter
     from diffitm.models.loading import FAMILIES, resolve
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
 
     source = settled(resolve(name, variant=variant).fetched(), prediction_type, resolution)
-    check_loadable(source, [locate(lora)] if lora else [], variant)
+    adapter = find_adapter(dpt, "dpt") if dpt else None
+    if adapter and lora:
+        text = ": an adapter brings the LoRA that it was trained with; leave it out"
+        raise InputError(text, "lora")
+    loras = [locate(lora)] if lora else []
+    source = check_loadable(source, [adapter.lora] if adapter and adapter.lora else loras, variant)
     if resize == "auto":
         resize = "crop" if protocol == "diffusion-classifier" else "squash"
     family = FAMILIES[source.family]
+    precision: str = dtype
+    if dtype == "auto":
+        precision = family.half if device.startswith("cuda") else "fp32"
+    if adapter:
+        check_adapter(adapter, source, "dpt")
+        dpt_spec = DptSpec(
+            source, adapter, "", dpt_timestep, seed, precision, resize,
+            variant=variant, batch_size=batch_size,
+        )  # fmt: skip
+        return ImageTextScorer(dpt_spec, device)
     chosen = choose_protocol(protocol, family.flow)
     steps = planned(chosen, timesteps, seed) if isinstance(timesteps, int) else tuple(timesteps)
     spec = DiffusionSpec(
@@ -308,7 +329,7 @@ def load_scorer(
         protocol=chosen,
         timesteps=tuple(map(float, steps)) if family.flow else steps,
         seed=seed,
-        dtype=dtype if dtype != "auto" else (family.half if device.startswith("cuda") else "fp32"),
+        dtype=precision,
         resize=resize,
         variant=variant,
         lora=locate(lora) if lora else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,43 +11,31 @@ from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
-from safetensors.torch import load_file, save
-from transformers.utils.logging import disable_progress_bar
 
 from diffitm.captions.read import image_root
 from diffitm.captions.shards import is_webdataset, shards
-from diffitm.commands import tuning
-from diffitm.commands.tuning import Listener, Plan, Trained, Tuning, common
+from diffitm.commands import sds, tuning
+from diffitm.commands.tuned_clip import tell_comparison, validation_of, write_clip
+from diffitm.commands.tuning import Listener, Plan, Trained, Tuning, common, drawn
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
-from diffitm.models.clip import ClipSource, check_clip, load_clip, resolve_clip
-from diffitm.models.clip_export import (
-    stock_name,
-    stock_preprocessing,
-    write_open_clip,
-    write_transformers,
-)
+from diffitm.models.clip import ClipSource, check_clip, resolve_clip
 from diffitm.models.loading import ModelSource, resolve
 from diffitm.models.model_check import check_loadable
-from diffitm.tasks.registry import find_task
 from diffitm.training.diva.options import DivaConfig, find_problems, micro_batch
 from diffitm.training.diva.recap import parse_recap
-from diffitm.training.diva.step import PROJECTION, load_tower
+from diffitm.training.diva.step import load_tower
 from diffitm.training.image_pool import Paths, in_shard, read_images, split
 from diffitm.training.job import DivaJob, Validation
 from diffitm.training.row_table import RowsFile, StoredRows
-from diffitm.training.run_folder import (
-    PICTURES,
-    WEIGHTS,
-    write_log,
-    write_note,
-)
+from diffitm.training.run_folder import write_log, write_note
 
 log = logging.getLogger("diffitm")
 Lost = dict[str, int]
+TASKS = ("mmvp_vlm",)  # whose accuracy is logged, unless others are asked for
 LISTING = 3  # grows when the same shards would be listed otherwise
 LISTED = pa.schema(
     [("shard", pa.string()), ("found", pa.list_(pa.string())), ("lost", pa.list_(pa.string()))]
@@ -61,24 +48,31 @@ def run(config: DivaConfig, listen: Listener | None = None) -> None:
     Raises InputError for bad input, before anything is trained where that is possible; Incomplete at
     the end if images or shards could not be read.
     """
-    tuning.run(config, TUNING, listen)
+    if config.objective == "sds-clip":
+        sds.run(config, listen)
+    else:
+        tuning.run(config, TUNING, listen)
 
 
 def _write(config: DivaConfig, trained: Trained[DivaJob], out: str) -> None:
     """The tuned CLIP, the log and what was lost; how they compare is told."""
     job = trained.job
     with trained.result.checkpoint.as_directory() as folder:
-        reason, preprocessing = _write_clip(Path(folder), job.clip, out)
+        tell = write_clip(Path(folder), job.clip, load_tower, out)
         progress = write_log(Path(folder), record(asdict(config)), trained.lost, out)
     write_note(out, trained.settings, replace(trained.state, done=True))
-    _tell(config, job.clip, out, reason, preprocessing, progress["history"])
+    _tell(progress["history"])
+    tell()
+    tell_comparison(config, [out])
 
 
-def build_plan(config: DivaConfig) -> Plan[DivaJob]:
-    """What a run trains.
+def build_plan(config: DivaConfig) -> Plan[Any]:
+    """What a run trains, for either objective.
 
     Raises InputError for bad input.
     """
+    if config.objective == "sds-clip":
+        return sds.build_plan(config)
     out = storage.absolute(config.out)
     teacher, clip = resolve(config.teacher, "teacher", config.variant), resolve_clip(config.clip)
 
@@ -86,7 +80,7 @@ def build_plan(config: DivaConfig) -> Plan[DivaJob]:
     from diffitm.distributed import session
 
     root, valid = _roots(config, out)
-    check = _validation(config, valid)
+    check = validation_of(config, valid, TASKS)
     given, lost = storage.absolute(config.data), Lost()
     paths = list[str]()
     if not is_webdataset(given):
@@ -94,7 +88,7 @@ def build_plan(config: DivaConfig) -> Plan[DivaJob]:
     session.connect(config.ray, verbose=config.verbose)
     work = storage.join(storage.parent(out), "work")
     teacher, clip = share(teacher, work), share(clip, work)
-    check_loadable(teacher, variant=config.variant)
+    teacher = check_loadable(teacher, variant=config.variant)
     check_clip(clip)
     if is_webdataset(given):
         paths, lost = _in_shards(shards(given), out)
@@ -116,13 +110,7 @@ def _roots(config: DivaConfig, out: str) -> tuple[str, str | None]:
     """Where images start, and the root that is validated on."""
     valid = storage.absolute(config.validation_data) if config.validation_data else None
     if config.data == "shapes":
-        from diffitm.shapes.training import VERSION, write_training
-
-        root = storage.join(
-            storage.parent(out), "work", f"shapes-training-{config.scenes}-v{VERSION}"
-        )
-        write_training(root, config.scenes)
-        return storage.join(root, "coco", "train"), valid
+        return storage.join(drawn(config.scenes, out), "coco", "train"), valid
     given = storage.absolute(config.data)
     return image_root(given, None), valid
 
@@ -168,17 +156,6 @@ def _list_shards(names: list[str]) -> pa.Table:
     blocks = ray.data.from_arrow(pa.table({"shard": names})).repartition(len(names))
     lines = blocks.map_batches(listed, batch_size=None, batch_format="pyarrow").take_all()
     return pa.Table.from_pylist(sorted(lines, key=lambda line: line["shard"]), LISTED)
-
-
-def _validation(config: DivaConfig, root: str | None) -> Validation | None:
-    """Raises InputError if a task is unknown or its files are not there."""
-    if root is None or not config.validate_every:
-        return None
-    for name in config.validation_tasks:
-        if next(iter(find_task(name)().examples(root)), None) is None:
-            raise InputError(f"--validation-data {root}: holds no example of {name}")
-    tasks = tuple(config.validation_tasks)
-    return Validation(root, tasks, config.validate_every, config.validation_examples)
 
 
 def _job(
@@ -237,51 +214,14 @@ def encoded(job: DivaJob, out: str) -> DivaJob:
     return replace(job, latents=encode(out, "image", images, encoder, pool, first))
 
 
-def _write_clip(
-    checkpoint: Path, source: ClipSource, out: str
-) -> tuple[str | None, dict[str, Any]]:
-    """The tuned CLIP for open_clip and transformers, the projection, the picture. Why transformers
-    has no form for it, if so; what open_clip needs beside its name."""
-    disable_progress_bar()  # of transformers, for a file of a second
-    weights = load_file(checkpoint / WEIGHTS)
-    clip = load_clip(source).model
-    load_tower(clip, weights)
-    write_open_clip(clip, source, out)
-    reason = write_transformers(clip, source, storage.join(out, "transformers"))
-    projection = {k: v for k, v in weights.items() if k.startswith(PROJECTION)}
-    storage.write_bytes(storage.join(out, "projection.safetensors"), save(projection))
-    picture = checkpoint / PICTURES
-    if picture.exists():
-        storage.write_bytes(storage.join(out, PICTURES), picture.read_bytes())
-    return reason, stock_preprocessing(clip)
-
-
-def _tell(
-    config: DivaConfig,
-    clip: ClipSource,
-    out: str,
-    reason: str | None,
-    preprocessing: dict[str, Any],
-    history: list[Line],
-) -> None:
-    """What came out, and the command that compares it."""
+def _tell(history: list[Line]) -> None:
+    """What the teacher made of held-out images."""
     errors = [line["reconstruction"] for line in history if "reconstruction" in line]
     blind = [e for line in history if (e := line.get("reconstruction_without_tokens")) is not None]
     if errors:
         text = "reconstruction error of held-out images: %.4f at first, %.4f now%s"
         without = f"; {blind[0]:.4f} without tokens" if blind else ""
         log.info(text, errors[0], errors[-1], without)
-    if reason is not None:
-        log.info("no folder for transformers: %s", reason)
-    print(f"clip {out}")
-    if name := stock_name(clip):
-        given = "".join(f", {key}={value!r}" for key, value in preprocessing.items())
-        text = "open_clip loads the weights as %s, pretrained='open_clip_model.safetensors'%s"
-        log.info(text, name, given)
-    if "://" not in out:
-        data = "shapes" if config.data == "shapes" else "DATA"
-        command = ["--clip", out, config.clip, "--data", data]
-        print(f"compare diffitm gdbench {shlex.join(command)}")
 
 
 def _describe(line: Line) -> str:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.evaluation.examples import Examples
-from diffitm.evaluation.options import ModelOptions, lora_names, plans
+from diffitm.evaluation.options import ModelOptions, dpt_names, lora_names, plans
 from diffitm.evaluation.race_table import Races, full_part, write_races
 from diffitm.evaluation.races import describe
 from diffitm.metrics.score import other_dtype
-from diffitm.models.loading import FAMILIES, ModelSource, resolve
+from diffitm.models.dpt_file import AdapterFile, check_adapter, find_adapter
+from diffitm.models.loading import FAMILIES, ModelSource, resolve, size_note
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
-from diffitm.scoring.noise_plan import choose_protocol
+from diffitm.scoring.protocols import choose_protocol
 from diffitm.scoring.racing import RacePlan
-from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
+from diffitm.scoring.specs import ClipSpec, DiffusionSpec, DptSpec, Spec
 from diffitm.store.blocks import Cost
 from diffitm.store.compaction import tidy
 from diffitm.store.pair_table import WorkTable, distinct_texts
@@ -59,7 +61,9 @@ def find_sources(config: ModelOptions) -> Sources:
 
 def paths_read(config: ModelOptions) -> list[tuple[str, str | None]]:
     """Options of models whose paths the actors read, each with its value."""
-    names = {"--model": config.model, "--lora": config.lora, "--clip": config.clip}
+    names = {
+        "--model": config.model, "--lora": config.lora, "--dpt": config.dpt, "--clip": config.clip
+    }  # fmt: skip
     found: list[tuple[str, str | None]] = [
         (option, name) for option, values in names.items() for name in values
     ]
@@ -89,15 +93,28 @@ def make_specs(
         for source in sources.models
     ]
     loras = [locate(name) for name in lora_names(config) if name]
-    for source in models:  # all of them, before a GPU is asked for and anything is scored
-        check_loadable(source, loras, config.variant)
+    adapters = [find_adapter(name, "dpt") for name in dpt_names(config) if name]
+    loras += [adapter.lora for adapter in adapters if adapter.lora]
+    # All of them, before a GPU is asked for and anything is scored.
+    models = [check_loadable(source, loras, config.variant) for source in models]
+    for source, adapter in itertools.product(models, adapters):
+        check_adapter(adapter, source, "dpt")
     _check_clips(clips)
     specs: list[Spec] = [
         _diffusion(config, source, lora, root, steps, bool(pool.gpus))
         for source in models
         for lora in lora_names(config)
         for steps in plans(config, FAMILIES[source.family].flow)
+        if None in dpt_names(config)
     ]
+    specs += [
+        _dpt(config, source, adapter, root, bool(pool.gpus))
+        for source in models
+        for adapter in adapters
+    ]
+    for spec in {(s.source, s.dtype): s for s in specs if isinstance(s, DiffusionSpec)}.values():
+        if spec.source.sizes:
+            log.info("%s: %s", spec.source.name, size_note(spec.source, spec.dtype))
     specs += [ClipSpec(source, root, config.batch_size) for source in clips]
     scorers = dict.fromkeys(config.scorer)
     specs += [CustomSpec(find_scorer(name), root) for name in scorers]
@@ -129,27 +146,41 @@ def _diffusion(
     timesteps: tuple[float, ...],
     gpu: bool,
 ) -> DiffusionSpec:
-    family, resize, dtype = FAMILIES[source.family], config.resize, str(config.dtype)
-    if resize == "auto":
-        resize = "crop" if config.protocol == "diffusion-classifier" else "squash"
-    if dtype == "auto":
-        dtype = family.half if gpu else "fp32"
     return DiffusionSpec(
-        source=source,
-        root=root,
-        protocol=choose_protocol(config.protocol, family.flow),
+        **_shared(config, source, root, gpu),
+        protocol=choose_protocol(config.protocol, FAMILIES[source.family].flow),
         timesteps=timesteps,
-        seed=config.seed,
-        dtype=dtype,
-        resize=resize,
-        latent_seed=config.seed if config.latents == "sample" else None,
-        variant=config.variant,
         lora=locate(lora) if lora else None,
         lora_name=storage.without_query(lora) if lora else None,
-        batch_size=config.batch_size,
         compiled=config.compile,
         empty=config.empty,
     )
+
+
+def _dpt(
+    config: ModelOptions, source: ModelSource, adapter: AdapterFile, root: str, gpu: bool
+) -> DptSpec:
+    shared = _shared(config, source, root, gpu)
+    return DptSpec(**shared, adapter=adapter, timestep=config.dpt_timestep)
+
+
+def _shared(config: ModelOptions, source: ModelSource, root: str, gpu: bool) -> dict[str, Any]:
+    """What the specs of a diffusion model have in common."""
+    resize, dtype = config.resize, str(config.dtype)
+    if resize == "auto":
+        resize = "crop" if config.protocol == "diffusion-classifier" else "squash"
+    if dtype == "auto":
+        dtype = FAMILIES[source.family].half if gpu else "fp32"
+    return {
+        "source": source,
+        "root": root,
+        "seed": config.seed,
+        "dtype": dtype,
+        "resize": resize,
+        "latent_seed": config.seed if config.latents == "sample" else None,
+        "variant": config.variant,
+        "batch_size": config.batch_size,
+    }
 
 
 def open_stores(specs: list[Spec], root: str, out: str) -> list[Store]:
@@ -239,7 +270,7 @@ def _score_in_full(
 
 
 def _tell_long(spec: Spec, examples: Iterable[Examples]) -> None:
-    if isinstance(spec, DiffusionSpec | ClipSpec):
+    if isinstance(spec, DiffusionSpec | DptSpec | ClipSpec):
         _tell_long_texts(spec.source, tuple(part.uri for part in examples))
 
 

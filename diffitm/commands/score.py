@@ -30,6 +30,7 @@ from diffitm.evaluation.options import (
     ModelOptions,
     asked_timesteps,
     check_models,
+    dpt_names,
     lora_names,
     race_options,
 )
@@ -84,9 +85,10 @@ def run(config: ScoreConfig) -> None:
     if not config.data:
         problems.append("give --data, such as --data captions.csv")
     counts = 1 if config.timestep_list else len(set(asked_timesteps(config)))
-    diffusion = len(config.model) * len(lora_names(config)) * counts
+    errors = len(lora_names(config)) * counts if None in dpt_names(config) else 0
+    diffusion = len(config.model) * (errors + len(list(filter(None, dpt_names(config)))))
     if diffusion + len(config.clip) + len(config.scorer) > 1:
-        problems.append("score takes one model, --lora and number of --timesteps a run")
+        problems.append("score takes one model, --lora, --dpt and number of --timesteps a run")
     if problems:
         raise InputError("\n".join(problems))
     out = storage.absolute(config.out)

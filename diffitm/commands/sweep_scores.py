@@ -13,7 +13,7 @@ from diffitm.core.config import make
 from diffitm.core.errors import InputError
 from diffitm.evaluation.evaluate import error_of
 from diffitm.evaluation.options import GdbenchConfig
-from diffitm.scoring.noise_plan import FLOW_PROTOCOLS, PROTOCOLS, planned
+from diffitm.scoring.protocols import FLOW_PROTOCOLS, PROTOCOLS, planned
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.sweep.options import Sweep, values_of
 from diffitm.sweep.result import Tried, open_sweep
@@ -25,7 +25,7 @@ OF_SCORE = ("model", "lora", "protocol", "error", "number", "range", "weighting"
 UNUSED = (
     *("clip", "prompts", "segmentation", "clip_benchmark", "mllm", "check"),
     *("report_only", "timestep_list", "timestep_weights", "published_bias"),
-    *("racing", "n_samples", "to_keep", "racing_audit"),
+    *("racing", "n_samples", "to_keep", "racing_audit", "dpt", "dpt_timestep"),
 )
 
 

@@ -19,7 +19,7 @@ from diffitm.training.lora import options
 SCENES, SEED = 100, 201  # of the drawn tasks that a sweep over recaps is validated on
 # Encoded beforehand for all trials alike, so these must be the same in all.
 PATHS, MODELS = (
-    ("data", "images", "validation_data"),
+    ("data", "images", "validation_data", "adapter"),
     ("model", "teacher", "clip", "validation_tasks"),
 )
 OF_LENGTH = ("steps", "epochs", "effective_batch", "validate_every", "max_images", "data")

@@ -7,6 +7,9 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from diffitm.captions.read import image_root
+from diffitm.captions.shards import is_webdataset
+from diffitm.captions.table import is_table
 from diffitm.commands.entrance import entered
 from diffitm.core import storage
 from diffitm.core.errors import InputError, flag
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("diffitm")
 J = TypeVar("J", bound=Training)
 Listener = Callable[[Line], None]
+TRAIN = "coco_neg/train_neg_clip.tsv"  # of a data root, in NegCLIP's layout
 
 
 class Plan(NamedTuple, Generic[J]):
@@ -48,14 +52,14 @@ class Trained(NamedTuple, Generic[J]):
 
 class Tuning(NamedTuple, Generic[J]):
     """What a command has of its own: the module with the workers' loop, options whose paths workers
-    read, and its steps. `encode` makes a job's images and texts ready beforehand, `describe` puts a line
-    of the log into words, `write` leaves the result of a training in its OUT."""
+    read, and its steps. `encode` makes a job's images and texts ready beforehand, if that can be,
+    `describe` puts a line of the log into words, `write` leaves the result of a training in its OUT."""
 
     loop: str
     read: tuple[str, ...]
     find_problems: Callable[[Any], list[str]]
     plan: Callable[[Any], Plan[J]]
-    encode: Callable[[J, str], J]
+    encode: Callable[[J, str], J] | None
     describe: Callable[[Line], str]
     write: Callable[[Any, Trained[J], str], None]
 
@@ -97,12 +101,32 @@ def _train(config: Any, tuning: Tuning[J], out: str, listen: Listener | None) ->
         return None
     name = fingerprint(plan.settings)[:12]
     with release_on_refusal(out):
-        job = tuning.encode(plan.job, out) if config.cache_latents else plan.job
+        job = plan.job
+        if config.cache_latents and tuning.encode is not None:
+            job = tuning.encode(job, out)
         tracker = RunTracker(config.track, out, state.key, plan.settings, listen)
         result, unread = fit(
             tuning.loop, job, workers_of(config), name, tracker, out, tuning.describe
         )
     return Trained(result, job, plan.settings, state, plan.lost | unread)
+
+
+def drawn(scenes: int, out: str) -> str:
+    """The data root of drawn scenes, which runs beside each other share."""
+    from diffitm.shapes.training import VERSION, write_training
+
+    root = storage.join(storage.parent(out), "work", f"shapes-training-{scenes}-v{VERSION}")
+    write_training(root, scenes)
+    return root
+
+
+def captioned(data: str, images: str | None, scenes: int, out: str) -> tuple[str, str]:
+    """What --data has rows of captions in, and where their images start."""
+    root = drawn(scenes, out) if data == "shapes" else storage.absolute(data)
+    file = storage.join(root, TRAIN)
+    if data != "shapes" and (is_table(root) or is_webdataset(root) or not storage.exists(file)):
+        return root, image_root(root, images)
+    return file, root
 
 
 def common(

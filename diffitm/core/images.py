@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pyarrow import parquet
 
 from diffitm.core import storage
+from diffitm.core.parquet_cell import parquet_cell
 from diffitm.core.zip_file import zip_member
 
 CROP = re.compile(r"(.*)#xywh=(-?\d+),(-?\d+),(-?\d+),(-?\d+)", re.DOTALL)
@@ -142,27 +142,12 @@ def encoded(root: str, path: str) -> bytes:
     member, row = MEMBER.fullmatch(path), ROW.fullmatch(path)
     if row is not None:
         item = None if row[4] is None else int(row[4])
-        return _cell(storage.join(root, row[1]), int(row[2]), row[3] or "image", item)
+        return parquet_cell(storage.join(root, row[1]), int(row[2]), row[3] or "image", item)
     if member is not None:
         return storage.read_range(storage.join(root, member[1]), int(member[2]), int(member[3]))
     if (zipped := IN_ZIP.fullmatch(path)) is not None:
         return zip_member(storage.join(root, zipped[1]), zipped[2])
     return storage.read_bytes(storage.join(root, path))
-
-
-def _cell(uri: str, row: int, column: str, item: int | None) -> bytes:
-    """The encoded image in a row of a Parquet file; one row group is read."""
-    found, path = storage.filesystem(uri)
-    with found.open_input_file(path) as stream:
-        file = parquet.ParquetFile(stream)
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row < rows:
-                value = file.read_row_group(group, columns=[column])[column][row].as_py()
-                value = value if item is None else value[item]
-                return (value["bytes"] if isinstance(value, dict) else value) or b""
-            row -= rows
-    raise ValueError("the file has no such row")
 
 
 def _check_inside(path: str) -> None:

@@ -165,6 +165,7 @@ class TrainLoop:
         they are, which is nan if one is not finite."""
         sums = torch.zeros(len(self.module.names) + 1, dtype=torch.float64)
         readable = self._readable(batches)
+        self.module.gather(readable)
         for number, (good, images) in enumerate(readable, 1):
             for passed, (loss, values) in enumerate(self.module.losses(good, images), 1):
                 if self.worker.world > 1 and (number, passed) == (
@@ -188,7 +189,7 @@ class TrainLoop:
         for items, images, failures in batches:
             for failure in failures:
                 self.worker.lose(failure)
-            good = [i for i in items if i.image in images and i.negative_image in images]
+            good = [item for item in items if all(path in images for path in item.images)]
             if good:
                 readable.append((good, images))
         return readable

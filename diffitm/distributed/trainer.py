@@ -25,7 +25,7 @@ log = logging.getLogger("diffitm")
 NOT_SETTINGS = {  # the weights do not depend on these options
     *ON_RAY,
     *("out", "workers", "cpus_per_worker", "gpus_per_worker", "retries", "preset"),
-    *("cache_latents", "track", "gradient_checkpointing"),
+    *("cache_latents", "track", "gradient_checkpointing", "control"),
     *("checkpoint_every", "log_every", "measure_every"),
 }
 

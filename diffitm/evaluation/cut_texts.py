@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffitm.scoring.specs import ClipSpec, DiffusionSpec, Spec
 from diffitm.store.pair_table import distinct_texts, examples_dataset
 from diffitm.tasks.registry import find_task
 
 if TYPE_CHECKING:
     from diffitm.models.text_limits import TextLimits
+    from diffitm.scoring.specs import Spec
 
 log = logging.getLogger("diffitm")
 BATCH = 1000  # examples
@@ -37,9 +37,12 @@ def count_cut(specs: Sequence[Spec], examples: Mapping[str, str]) -> list[CutTex
 
     Raises InputError for a tokenizer that cannot be loaded.
     """
+    # With torch, which an evaluation does not need.
     from diffitm.models.text_limits import TextLimits
+    from diffitm.scoring.specs import ClipSpec, DiffusionSpec, DptSpec
 
-    sources = dict.fromkeys(s.source for s in specs if isinstance(s, DiffusionSpec | ClipSpec))
+    read = (spec for spec in specs if isinstance(spec, DiffusionSpec | DptSpec | ClipSpec))
+    sources = dict.fromkeys(spec.source for spec in read)
     found = []
     for source in sources:
         limits = TextLimits(source)

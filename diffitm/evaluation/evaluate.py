@@ -29,7 +29,7 @@ from diffitm.metrics.credit import LOST, Credit, Credits
 from diffitm.metrics.figures import Decision, Decisions, Figure, Groups, Labels
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
 from diffitm.metrics.score import other_dtype
-from diffitm.scoring.noise_plan import error_of_protocol
+from diffitm.scoring.protocols import error_of_protocol
 from diffitm.scoring.racing import hold
 from diffitm.store.join import ScoredExample, ScoredPart, read_items, read_labels, read_parts
 from diffitm.store.pair_table import connect, examples_dataset

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffitm.core.config import OnActors, find_outside, option
-from diffitm.core.errors import InputError
+from diffitm.core.errors import InputError, flag
 from diffitm.evaluation.races import RaceOptions
+from diffitm.models.dpt_file import find_adapter
 from diffitm.models.lora import lora_file
 from diffitm.scoring.custom import find_scorer
-from diffitm.scoring.noise_plan import FLOW_PROTOCOLS, choose_protocol, planned
+from diffitm.scoring.protocols import FLOW_PROTOCOLS, TRAINED, choose_protocol, planned
 from diffitm.scoring.racing import Racing, Rounds
 from diffitm.tasks.registry import find_task, named
 
-TRAINED = 1000  # timesteps that diffusion models are trained with, and slices of the noise table
 MOST = 2**63 - 1  # what a generator takes as a seed
 
 
@@ -62,7 +62,7 @@ class ModelOptions(OnActors):
     )
     latents: Literal["mean", "sample"] = option("mean", "posterior mean, or one seeded sample")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto: fp16 on a GPU, else fp32"
+        "auto", "auto: on a GPU fp16 (bf16 for PixArt, SD3, Sana, FLUX), else fp32"
     )
     variant: str | None = option(
         None,
@@ -74,8 +74,13 @@ class ModelOptions(OnActors):
     )
     lora: list[str] = option(
         [],
-        "LoRA files or URIs for the diffusion models' U-Net, each a model of its own; none is the base",
+        "LoRA files or URIs for the diffusion models, each a model of its own; none is the base",
     )
+    dpt: list[str] = option(
+        [],
+        "DPT's score in place of errors: adapters that finetune --objective dpt left; none is the error",
+    )
+    dpt_timestep: int = option(500, "timestep of DPT's score", at_least=0, at_most=TRAINED - 1)
     resolution: int | None = option(
         None, "side of images in pixels for flow models: 512 costs a quarter of 1024", at_least=1
     )
@@ -112,7 +117,8 @@ class GdbenchConfig(ModelOptions):
 
     tasks: list[str] = option(
         ["gdbench"],
-        "which tasks: names; of your own mine.jsonl (.csv, .parquet, .tar), module:Class or file.py:Class",
+        "which tasks: names, suites or all; of your own mine.jsonl (.csv, .tsv, .parquet, .tar), "
+        "module:Class or file.py:Class",
     )
     data: str = option("shapes", "data root with a folder a task; shapes draws the embedded world")
     out: str = option("out/gdbench", "folder or URI for scores, results and the report")
@@ -122,6 +128,11 @@ class GdbenchConfig(ModelOptions):
     samples: int = option(4, "images of a prompt", at_least=1)
     sampling_steps: int = option(25, "steps of DPM-Solver++ for an image", at_least=1)
     guidance: float = option(7.5, "classifier-free guidance of the images")
+    dpt_correction: float = option(
+        0.5,
+        "self-correction of images by --dpt: how far latents follow the score's gradient at a step of DDIM",
+        at_least=0,
+    )
     segmentation: str | None = option(
         None,
         "shapes or a folder with train/ and val/: a linear probe of every CLIP's patch features",
@@ -147,6 +158,11 @@ class GdbenchConfig(ModelOptions):
 def lora_names(config: ModelOptions) -> list[str | None]:
     """Each --lora once; without any, or for 'none', the base model."""
     return [None if name == "none" else name for name in dict.fromkeys(config.lora or ["none"])]
+
+
+def dpt_names(config: ModelOptions) -> list[str | None]:
+    """Each --dpt once; without any, or for 'none', the error score."""
+    return [None if name == "none" else name for name in dict.fromkeys(config.dpt or ["none"])]
 
 
 def task_names(config: GdbenchConfig) -> list[str]:
@@ -181,7 +197,7 @@ def check_models(config: ModelOptions) -> list[str]:
             _ = lora and lora_file(lora)
         except InputError as error:
             problems.append(error.on_command_line())
-    problems += _list_problems(config) + _race_problems(config)
+    problems += _list_problems(config) + _race_problems(config) + _dpt_problems(config)
     if config.compile and not config.model:
         problems.append("--compile is of diffusion models: give a --model")
     for count in asked_timesteps(config):
@@ -253,6 +269,28 @@ def _race_problems(config: ModelOptions) -> list[str]:
     if config.timesteps not in (ModelOptions().timesteps, config.n_samples[-1:]):
         found.append(f"--timesteps {config.timesteps}: --n-samples says the timesteps")
     return found
+
+
+def _dpt_problems(config: ModelOptions) -> list[str]:
+    """What is wrong with --dpt, and options of errors beside it where no error is asked for."""
+    problems = []
+    for name in filter(None, dpt_names(config)):
+        try:
+            find_adapter(name, "dpt")
+        except InputError as error:
+            problems.append(error.on_command_line())
+    if config.dpt and not config.model:
+        problems.append("--dpt is a score of diffusion models: give a --model")
+    if None in dpt_names(config):
+        return problems
+    raced = config.racing is not None or bool(config.n_samples)
+    given = {"lora": config.lora, "compile": config.compile, "racing": raced}
+    return problems + [
+        f"{flag(name)} is of the error score (an adapter brings the LoRA that it was trained with): give "
+        "--dpt none as well"
+        for name, value in given.items()
+        if value
+    ]
 
 
 def _list_problems(config: ModelOptions) -> list[str]:

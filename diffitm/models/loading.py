@@ -179,11 +179,20 @@ class ModelSource:
     )
     guidance: float | None = None  # what its network is told, where it takes one
     absent: tuple[str, ...] = ()  # optional parts of its family that it does without
+    sizes: tuple[tuple[str, int], ...] = ()  # parameters of each part, once it was checked
 
     @property
     def parts(self) -> tuple[str, ...]:
         """What of its folder is read."""
         return tuple(p for p in FAMILIES[self.family].parts if p not in self.absent)
+
+    def memory(self, dtype: str) -> int:
+        """Bytes of its weights in a dtype, 0 before it was checked."""
+        wide = {"vae"} if self.upcast else set[str]()
+        return sum(
+            count * (DTYPES["fp32"] if part in wide else DTYPES[dtype]).itemsize
+            for part, count in self.sizes
+        )
 
     def fetched(self) -> ModelSource:
         """The same with its weights on this machine, if it is one of the Hub. Raises as hub_weights.fetch."""
@@ -254,10 +263,11 @@ def load_denoiser(
     """Load the model and merge LoRA weights into its U-Net.
 
     Raises InputError for an unknown family or dtype, unreadable weights, LoRA keys that do not fit,
-    a LoRA for a model without a U-Net.
+    a LoRA for a model without a U-Net, weights that are larger than what a GPU has free.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    _check_memory(source, dtype, device)
     build = registry.load(FAMILIES[source.family].denoiser)
     if dtype == "fp32":  # cuDNN would round convolutions to TF32
         torch.backends.cudnn.allow_tf32 = False
@@ -280,6 +290,30 @@ def load_denoiser(
     if lora is not None:
         merge_file(denoiser, lora)
     return denoiser
+
+
+def _check_memory(source: ModelSource, dtype: str, device: str) -> None:
+    if not device.startswith("cuda") or not source.sizes:
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if (wanted := source.memory(dtype)) > free:
+        raise InputError(
+            f"{source.name!r}: its weights are {_gigabytes(wanted)} in {dtype}, of the GPU's "
+            f"{_gigabytes(total)} {_gigabytes(free)} are free: --dtype fp16 or bf16, a smaller model, fewer "
+            "actors on a GPU (--gpus-per-actor 1), or a GPU with more",
+            source.field,
+        )
+
+
+def size_note(source: ModelSource, dtype: str) -> str:
+    """The parameters of a checked source's parts and the memory of its weights, in words."""
+    parts = ", ".join(f"{part} {count / 1e6:,.1f}" for part, count in source.sizes)
+    total = sum(count for _, count in source.sizes)
+    return f"{total / 1e6:,.1f} million parameters ({parts}), {_gigabytes(source.memory(dtype))} in {dtype}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def files_of(folder: Path) -> list[str]:

@@ -62,16 +62,16 @@ OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_att
 
 def check_loadable(
     source: ModelSource, loras: Sequence[str] = (), variant: str | None = None
-) -> None:
+) -> ModelSource:
     """What can be told of a model without its weights in memory: whether its files are whole, its tensors
     those of its configs, its parts of one model, and whether LoRA files fit it. Logs what its configs
-    do not say.
+    do not say. The source with the sizes of its parts, where its weights are on this machine.
 
     Raises InputError that names the file.
     """
     location, revision = on_machine(source)
     if revision is not None:  # of the Hub, and not here
-        return
+        return source
     _tell_unconditional(source)
     try:
         parts = _check_parts(source, Path(location), variant)
@@ -92,6 +92,8 @@ def check_loadable(
         raise InputError(
             f"{source.name!r} takes no LoRA, U-Nets and transformers of texts do", "lora"
         )
+    sizes = [(name, sum(p.numel() for p in part.parameters())) for name, part in parts.items()]
+    return replace(source, sizes=tuple(sizes))
 
 
 def _tell_unconditional(source: ModelSource) -> None:

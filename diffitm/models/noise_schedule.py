@@ -49,6 +49,17 @@ class Schedule(ABC):
             return noised - sigma * predicted
         return signal * noised - sigma * predicted
 
+    def noise(self, noised: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+        """eps [B, C, h, w] as the model's output for z_t says."""
+        if self.prediction == "epsilon":
+            return predicted
+        signal, sigma = self.at(timesteps, noised)
+        if self.prediction == "sample":
+            return (noised - signal * predicted) / sigma
+        if self.prediction == "flow":
+            return noised + signal * predicted
+        return signal * predicted + sigma * noised
+
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model should predict: eps, v = signal eps - sigma z0, z0, or the flow eps - z0."""
         if self.prediction == "epsilon":

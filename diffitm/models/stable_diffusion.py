@@ -21,6 +21,8 @@ from diffitm.models.latent_diffusion import (
     tokenize,
 )
 
+_OLD_END = 2
+
 
 class StableDiffusion(LatentDiffusion):
     """VAE, text encoder and U-Net; epsilon or v-prediction, as the scheduler's config says.
@@ -58,6 +60,12 @@ class StableDiffusion(LatentDiffusion):
         """See Denoiser. Longer texts than the encoder takes are cut, as Stable Diffusion does."""
         ids = tokenize(self.tokenizer, texts).to(self.device)
         return {"hidden": self.text_encoder(ids).last_hidden_state}
+
+    def text_ends(self, texts: Sequence[str]) -> Tensor:
+        """The place of each text's end token, int64 [B]: there "hidden" is the encoder's pooled output."""
+        ids, end = tokenize(self.tokenizer, texts), self.text_encoder.config.eos_token_id
+        # What older configs say; the encoder takes the token of the highest number then.
+        return ids.argmax(1) if end == _OLD_END else (ids == end).int().argmax(1)
 
     def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """See Denoiser."""

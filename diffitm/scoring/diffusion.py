@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -117,6 +117,13 @@ class DiffusionScorer(RowScorer):
         """Places of the plan that are not stored."""
         return sorted(set(range(len(self.plan))) - set(stored))
 
+    def batches_of(self, latents: Tensor, condition: Condition, items: Tensor) -> Iterator[Tensor]:
+        """What is measured of items [M, 3] as error_batches takes them: errors of each kind, a batch each."""
+        batch = self.batches[0]
+        return error_batches(
+            self.denoiser, latents, condition, self.plan, items, batch, self.compiled
+        )
+
     def measure(self, pairs: Sequence[MeasuredPair], latents: Tensor, condition: Condition) -> None:
         """Fill in the errors of pairs of (rows of) latents and texts of a condition."""
         forwards = _Forwards(self, condition)
@@ -196,16 +203,8 @@ class _Forwards:
 
     def _run(self, count: int) -> None:
         now, self.left = self.left[:count], self.left[count:]
-        scorer, items = self.scorer, torch.tensor(now).view(-1, 3)
-        self.found += error_batches(
-            scorer.denoiser,
-            self.latents,
-            self.condition,
-            scorer.plan,
-            items,
-            scorer.batches[0],
-            scorer.compiled,
-        )
+        items = torch.tensor(now).view(-1, 3)
+        self.found += self.scorer.batches_of(self.latents, self.condition, items)
 
 
 def to_input(image: Any, denoiser: Denoiser, resize: str) -> Tensor:

@@ -23,11 +23,10 @@ from scipy import optimize, special
 
 from diffitm.core.errors import InputError
 from diffitm.core.schema import Contest
-from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.protocols import TRAINED, plan_timesteps
 
 VERSION = 1  # grows when the same errors and rules would race otherwise
 GRID, GRID_END = 400, 8.0  # of the integral over standard normal values
-TRAINED = 1000  # timesteps that the published rounds are taken of
 BORROWED = 4.0  # degrees of freedom that the other candidates' spread is as good as
 
 

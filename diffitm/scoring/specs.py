@@ -7,15 +7,31 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from diffitm.core.errors import InputError
 from diffitm.core.storage import without_query
+from diffitm.models.dpt_file import AdapterFile
 from diffitm.models.loading import FAMILIES, ModelSource, load_denoiser, lora_digest
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.scorer import CLIP_IMAGE_COST, RowScorer
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
+    from collections.abc import Sequence
+
+    from PIL import Image
+
     from diffitm.models.clip import ClipSource
+    from diffitm.models.denoiser import Denoiser
+    from diffitm.models.dpt import DptAdapter
 
 SCORE_VERSION = 1  # grows when the same settings would give other scores
+
+
+class Painter(Protocol):
+    """What generates images."""
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser."""
 
 
 class Spec(Protocol):
@@ -100,6 +116,10 @@ class DiffusionSpec:
             config["empty"] = self.empty
         return {**config, **FAMILIES[self.source.family].told}
 
+    def painter(self, device: str) -> Painter:
+        """Load what generates images, on this machine."""
+        return load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
+
     def build(self, device: str) -> RowScorer:
         """Load the model on this machine."""
         if not self.timesteps or min(self.timesteps) < 0:
@@ -121,6 +141,77 @@ class DiffusionSpec:
             compiled=self.compiled,
             empty=self.empty,
         )
+
+
+@dataclass(frozen=True)
+class DptSpec:
+    """DPT's score of a diffusion model with an adapter, on the images below `root`."""
+
+    source: ModelSource
+    adapter: AdapterFile
+    root: str
+    timestep: int
+    seed: int = 0
+    dtype: str = "fp32"
+    resize: str = "squash"
+    latent_seed: int | None = None
+    variant: str | None = None
+    batch_size: int = 64
+    correction: float = 0.0  # of the latents where images are generated
+    cost = 1
+    image_cost = 0
+
+    @property
+    def label(self) -> str:
+        """The model's name in tables, with its adapter as typed."""
+        return f"{self.source.name} + DPT {without_query(self.adapter.name)}"
+
+    def store_config(self) -> dict[str, Any]:
+        """Everything that a score depends on; a LoRA is named by the adapter, whose digest is here."""
+        config = {
+            "kind": "dpt",
+            "version": SCORE_VERSION,
+            "score": "matching",
+            "weights": self.source.digest,
+            "variant": self.variant,
+            "adapter": self.adapter.digest,
+            "map": self.adapter.shape.map,
+            "timestep": self.timestep,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "resize": self.resize,
+            "latent_seed": self.latent_seed,
+            "root": without_query(self.root),
+        }
+        if self.source.upcast and self.dtype != "fp32":
+            config["vae"] = "fp32"
+        return config
+
+    def painter(self, device: str) -> Painter:
+        """Load what generates images with self-correction, on this machine."""
+        from diffitm.models.dpt_sampling import Corrected
+
+        return Corrected(*self._load(device), self.correction)
+
+    def _load(self, device: str) -> tuple[Denoiser, DptAdapter]:
+        from diffitm.models.dpt import load_adapter
+
+        lora = self.adapter.lora
+        denoiser = load_denoiser(self.source, self.dtype, device, self.variant, lora)
+        return denoiser, load_adapter(self.adapter, denoiser, "dpt")
+
+    def build(self, device: str) -> RowScorer:
+        """Load the model on this machine."""
+        from diffitm.scoring.dpt import DptScorer
+
+        denoiser, adapter = self._load(device)
+        try:
+            return DptScorer(
+                denoiser, adapter, self.root, self.timestep, self.seed, self.resize,
+                self.batch_size, self.latent_seed,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InputError(str(error), "dpt_timestep") from error
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from diffitm.models.denoiser import Condition, rows_of, stack
+import torch
+
+from diffitm.models.denoiser import Condition, rows_of, select, stack
 from diffitm.scoring.batching import Batch
 
 TEXT_CACHE_BYTES = 512 * 2**20
@@ -39,6 +41,12 @@ class TextCache:
         for text in texts:
             self._keep(text, found[text])
         return stack([found[text] for text in texts])
+
+    def repeated(self, texts: Sequence[str]) -> Condition:
+        """The same of texts that need not be distinct, as tensors that a graph may keep."""
+        unique = list(dict.fromkeys(texts))
+        found = {name: value.clone() for name, value in self(unique).items()}
+        return select(found, torch.tensor([unique.index(text) for text in texts]))
 
     def _keep(self, text: str, value: Condition) -> None:
         if text in self.kept:

@@ -17,8 +17,8 @@ from diffitm.core.schema import BLOCK, WORK
 
 READ = 2**16  # pairs
 SECONDS = 60.0  # that an actor is to work on a block: what a kill costs it
-LEAST_SECONDS = 0.25
-SHARE = 0.25  # of an actor's part of what is left, so that the last blocks are short
+LEAST_SECONDS = 1.0
+SHARE = 1 / 3  # of an actor's part of what is left, so that the last blocks are short
 MOST = 2**14  # pairs: an actor holds a line of each, and a rate knows nothing of reading images
 UNMEASURED = 500  # forwards at most, where the rate is not known
 # One row a block, in the order of the pairs: how many pairs, images and stored errors it has.

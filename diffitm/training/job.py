@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diffitm.models.dpt_file import AdapterFile
 from diffitm.models.loading import ModelSource
 from diffitm.training.diva.recap import Recap
 from diffitm.training.lora.objectives import Objective
@@ -80,10 +81,9 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraJob(Training):
-    """Tuning of a diffusion model's LoRA for matching."""
+class DenoiserJob(Training):
+    """Tuning of a diffusion model for matching; `rank` is its LoRA's."""
 
-    objective: Objective
     resize: str
     rank: int
     texts: str | None  # folder of training.latent_cache
@@ -92,6 +92,34 @@ class LoraJob(Training):
     def reads_images(self) -> bool:
         """See Training: not where they were encoded beforehand."""
         return self.latents is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdsJob(Training):
+    """Tuning of a CLIP's norms by SDS-CLIP. `weight` is lambda, the denoising error's beside the
+    contrastive loss; `jacobian` whether the gradient goes through the teacher's network."""
+
+    clip: ClipSource
+    projection_lr: float
+    weight: float
+    jacobian: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraJob(DenoiserJob):
+    """Tuning of a diffusion model's LoRA by its errors."""
+
+    objective: Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class DptJob(DenoiserJob):
+    """Training of DPT's adapter on a map of the U-Net, `map` by its name, or with `adapter` tuning with what
+    a probe left, which stays as it is unless `trains_adapter`."""
+
+    map: str
+    adapter: AdapterFile | None
+    trains_adapter: bool
 
 
 @dataclass(frozen=True, kw_only=True)

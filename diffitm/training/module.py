@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ class Worker:
     processors: float
     monitor: Any
 
-    def summed(self, values: list[float]) -> Tensor:
+    def summed(self, values: list[float] | Tensor) -> Tensor:
         """The values' sums over the workers, float64 on the CPU; all workers must call it alike."""
-        sums = torch.tensor(values, dtype=torch.float64)
+        sums = torch.as_tensor(values, dtype=torch.float64, device="cpu").clone()
         if self.world > 1:
             torch.distributed.all_reduce(sums)
         return sums
@@ -57,13 +57,18 @@ class TrainModule(ABC):
     the losses of a micro-batch if none of its images drops out.
     """
 
-    names: ClassVar[tuple[str, ...]]
+    names: tuple[str, ...]
     passes = 1
     groups: list[tuple[list[nn.Parameter], float]]
     loader: Loader | CachedLoader
 
     def __init__(self, job: Training, worker: Worker) -> None:
         self.job, self.worker = job, worker
+
+    def gather(self, batches: list[tuple[list[Item], dict[str, Any]]]) -> None:
+        """Called on every worker alike before the losses of a step, with this worker's micro-batches and
+        what was loaded of their images: for what all micro-batches of an update decide together."""
+        return
 
     @abstractmethod
     def losses(

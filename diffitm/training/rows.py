@@ -10,8 +10,8 @@ from diffitm.captions.read import divide, read, tell_lost
 from diffitm.captions.row import CaptionRow, Reading
 from diffitm.core.errors import InputError
 
-# 'none' is what objectives without wrong pairs see.
-NEGATIVES = ("hard-text", "random-text", "hard-image", "mixed", "none")
+# 'none' is what objectives without wrong pairs see, 'all' what DPT does: hard and random ones of both.
+NEGATIVES = ("hard-text", "random-text", "hard-image", "mixed", "all", "none")
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class TrainingRow:
             return "no image"
         if not self.caption.strip():
             return "no caption"
-        if negatives in ("hard-text", "mixed") and not self.negative_captions:
+        if negatives in ("hard-text", "mixed", "all") and not self.negative_captions:
             return "no negative caption"
-        if negatives in ("hard-image", "mixed") and not self.negative_images:
+        if negatives in ("hard-image", "mixed", "all") and not self.negative_images:
             return "no negative image"
         return None
 
@@ -93,7 +93,8 @@ def usable(rows: Sequence[TrainingRow], negatives: str, uri: str) -> tuple[list[
     lost = Counter(reason for reason in reasons if reason is not None)
     if not kept:
         why = summarise_dropped(lost) or "it holds no row"
-        raise InputError(f"{uri}: no row is usable with --negatives {negatives}: {why}")
+        asked = "--objective dpt" if negatives == "all" else f"--negatives {negatives}"
+        raise InputError(f"{uri}: no row is usable with {asked}: {why}")
     return kept, lost
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from diffitm.core import storage
 from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.provenance import redact
-from diffitm.models.lora import save_lora
 from diffitm.training.tracking import write_events
 
 # Files of a checkpoint.
@@ -79,7 +79,7 @@ def write_note(out: str, settings: dict[str, Any], known: RunState, **more: Any)
 
 def write_result(
     checkpoint: Path,
-    rank: int,
+    save: Callable[[dict[str, Tensor], str], None],
     settings: dict[str, Any],
     known: RunState,
     provenance: dict[str, Any],
@@ -87,12 +87,13 @@ def write_result(
     out: str,
 ) -> dict[str, Any]:
     """Write what a last checkpoint says: the weights that the validation chose, else the last ones,
-    log and events, provenance, unreadable images (path and reason -> how often). How far it came."""
+    log and events, provenance, unreadable images (path and reason -> how often). `save` writes weights to a
+    folder. How far it came."""
     averaged = checkpoint / AVERAGED
     last = load_file(averaged if averaged.exists() else checkpoint / WEIGHTS)
     best = checkpoint / BEST
-    save_lora(load_file(best) if best.exists() else last, out, rank)
-    save_lora(last, storage.join(out, "last"), rank)
+    save(load_file(best) if best.exists() else last, out)
+    save(last, storage.join(out, "last"))
     progress = write_log(checkpoint, provenance, lost, out)
     write_note(out, settings, replace(known, done=True), best_step=progress["best_step"])
     return progress

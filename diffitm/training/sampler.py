@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffitm.core.errors import InputError
 from diffitm.training.rows import TrainingRow
 
 # DiffusionITM's: half of the micro-batches a near image, a quarter each kind of caption.
@@ -19,7 +20,8 @@ MIXED = {"hard-image": 0.5, "hard-text": 0.25, "random-text": 0.25}
 
 @dataclass(frozen=True)
 class Item:
-    """An example of a step: its row, what it is contrasted with, and the seed of its noise."""
+    """An example of a step: its row, what it is contrasted with, and the seed of its noise. Random ones are
+    drawn beside the negatives of kind 'all' alone."""
 
     position: int
     image: str
@@ -27,6 +29,13 @@ class Item:
     negative_image: str
     negative_caption: str
     seed: int
+    random_image: str = ""
+    random_caption: str = ""
+
+    @property
+    def images(self) -> list[str]:
+        """Those that it needs."""
+        return list(filter(None, (self.image, self.negative_image, self.random_image)))
 
 
 # Items of a micro-batch, what was loaded of their images by path, and what could not be read.
@@ -35,7 +44,7 @@ Loaded = tuple[list[Item], dict[str, Any], list[str]]
 
 def images_in(items: Sequence[Item]) -> list[str]:
     """The images of a micro-batch, each once."""
-    return list(dict.fromkeys(path for i in items for path in (i.image, i.negative_image)))
+    return list(dict.fromkeys(path for item in items for path in item.images))
 
 
 @dataclass
@@ -44,7 +53,8 @@ class BatchSampler:
 
     A step has `micro` batches of `size` examples. An epoch is a permutation of the rows that its seed
     and number give; the rest that fills no step is left out. `negatives` is one of rows.NEGATIVES;
-    'mixed' is drawn for each micro-batch or, with `per_example`, for each example.
+    'mixed' is drawn for each micro-batch or, with `per_example`, for each example; 'all' gives every example
+    a hard negative caption and image, and a caption and an image of two random rows.
     """
 
     rows: Sequence[TrainingRow]
@@ -91,21 +101,28 @@ class BatchSampler:
                 (rng if self.per_example else batch).choice(list(MIXED), p=list(MIXED.values()))
             )
         image, caption = row.image, row.caption
-        if kind == "hard-image":
+        if kind in ("hard-image", "all"):
             image = row.negative_images[rng.integers(len(row.negative_images))]
-        elif kind == "hard-text":
+        if kind in ("hard-text", "all"):
             caption = row.negative_captions[rng.integers(len(row.negative_captions))]
-        elif kind == "random-text":
-            caption = self._random_caption(row, rng)
-        return Item(position, row.image, row.caption, image, caption, seed)
+        if kind == "random-text":
+            caption = self._random_row(row, rng).caption
+        item = Item(position, row.image, row.caption, image, caption, seed)
+        if kind != "all":
+            return item
+        one, two = self._random_row(row, rng), self._random_row(row, rng)
+        return replace(item, random_image=one.image, random_caption=two.caption)
 
-    def _random_caption(self, row: TrainingRow, rng: np.random.Generator) -> str:
-        """Another row's caption; captions equal to the row's own are drawn again."""
+    def _random_row(self, row: TrainingRow, rng: np.random.Generator) -> TrainingRow:
+        """Another row; those with the row's own caption or image are drawn again."""
         for _ in range(100):
             other = self.rows[self.kept[int(rng.integers(len(self.kept)))]]
             if other.caption != row.caption and other.image != row.image:
-                return other.caption
-        raise ValueError(f"no other caption was found for {row.caption!r}")
+                return other
+        raise InputError(
+            f"no other caption was found for {row.caption!r}: random negatives need rows with other captions "
+            "and other images"
+        )
 
 
 def seed_of(*parts: object) -> int:

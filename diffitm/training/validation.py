@@ -33,7 +33,15 @@ def spread(examples: list[Example], most: int) -> list[Example]:
 
 
 def credits(task: Task, examples: Sequence[Example], scorer: RowScorer) -> list[float | None]:
-    """The credit of each example in the task's first metric, None of one that cannot be scored.
+    """The credit of each example in the task's first metric, None of one that cannot be scored."""
+    found = credits_by_metric(task, examples, scorer)
+    return [None if by_metric is None else next(iter(by_metric.values())) for by_metric in found]
+
+
+def credits_by_metric(
+    task: Task, examples: Sequence[Example], scorer: RowScorer
+) -> list[dict[str, float] | None]:
+    """The credits of each example by metric, None of one that cannot be scored.
 
     The score is the normalised one where images are compared, else the conditional one; of a CLIP
     it is the cosine.
@@ -49,28 +57,28 @@ def credits(task: Task, examples: Sequence[Example], scorer: RowScorer) -> list[
     values = {
         (line["image"], line["text"]): line[kind] for line in lines if line["failure"] is None
     }
-    return [_credit(task, example, values, kind) for example in examples]
+    return [_credits(task, example, values, kind) for example in examples]
 
 
-def _credit(
+def _credits(
     task: Task, example: Example, errors: dict[tuple[str, str], Any], kind: str
-) -> float | None:
+) -> dict[str, float] | None:
     pairs = [(image, text) for image in example.images for text in example.texts]
     if example.failure is not None or not all(pair in errors for pair in pairs):
         return None
     if kind == "similarity":
         similarity = np.array([errors[pair] for pair in pairs]).reshape(len(example.images), -1)
-        return _first(task, example, ScoredExample(example, similarity=similarity))
+        return _of(task, example, ScoredExample(example, similarity=similarity))
     shape = (len(example.images), len(example.texts), -1)
     conditional = np.array([errors[pair] for pair in pairs], float).reshape(shape)
     unconditional = np.zeros_like(conditional)
     if example.needs_unconditional:
         empty = [errors[image, ""] for image, _ in pairs]
         unconditional = np.array(empty, float).reshape(shape)
-    return _first(task, example, ScoredExample(example, None, conditional, unconditional))
+    return _of(task, example, ScoredExample(example, None, conditional, unconditional))
 
 
-def _first(task: Task, example: Example, scored: ScoredExample) -> float:
-    """The credit in the task's first metric under the last kind of score."""
+def _of(task: Task, example: Example, scored: ScoredExample) -> dict[str, float]:
+    """The credits under the last kind of score."""
     scores = list(scored.scores().values())[-1]
-    return next(iter(task.credits(example, scores).values())).value
+    return {name: credit.value for name, credit in task.credits(example, scores).items()}

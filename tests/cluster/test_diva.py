@@ -195,3 +195,65 @@ def test_an_output_folder_of_another_run(tmp_path: Path) -> None:
     (out / "training.json").write_text(json.dumps(note))
     done = run(*SMALL, "--out", out, code=2)
     assert "holds a run of finetune.py: give another --out" in done.stderr
+
+
+SDS = (
+    *("--objective", "sds-clip", "--clip", "shapes", "--teacher", "shapes", "--data", "shapes"),
+    *("--scenes", 60, "--steps", 20, "--batch-size", 4, "--effective-batch", 8, "--lr", "0.01"),
+    *("--optimizer", "adamw", "--lambda", "0.1", "--log-every", 1, "--checkpoint-every", 5),
+    *("--validate-every", 10, "--validation-tasks", "winoground", "vg_relation"),
+    *("--validation-examples", 30),
+)
+
+
+@pytest.fixture(scope="module")
+def sds_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("sds") / "out"
+    return out, run(*SDS, "--control", "--out", out).stdout
+
+
+def test_sds_clip_and_its_control(sds_run: tuple[Path, str]) -> None:
+    """Two CLIPs from one start, of which the control knows no denoising; the same embeddings from stock
+    loaders; accuracies before and after of both in one table."""
+    out, told = sds_run
+    control = Path(f"{out}-control")
+    assert f"--clip {out} {control} shapes --data shapes --tasks winoground vg_relation" in told
+    lines = (out / "before-after.md").read_text().splitlines()
+    assert lines[0] == "| accuracy in % on validation data | before | lambda 0.1 | lambda 0 |"
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["winoground", "vg_relation"]
+    logs = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (out, control)
+    ]
+    for log in logs:
+        assert [line["step"] for line in log if "accuracy/winoground" in line] == [0, 10, 20]
+    assert logs[0][0] == logs[1][0]
+    assert all("denoising" in line for line in logs[0] if "loss" in line)
+    assert not any("denoising" in line for line in logs[1])
+    pixels, embeddings = torch.randn(3, 3, 32, 32), []
+    for folder in (out, control):
+        tuned = load_clip(resolve_clip(str(folder))).model
+        stock, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        theirs = CLIPModel.from_pretrained(folder / "transformers")
+        with torch.no_grad():
+            embeddings.append(tuned.encode_image(pixels))
+            found = (stock.eval().encode_image(pixels), theirs.get_image_features(pixels))
+            for other in (found[0], found[1].pooler_output):
+                torch.testing.assert_close(other, embeddings[-1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(*embeddings, atol=1e-4)
+    again = run(*SDS, "--control", "--out", out)
+    assert again.stderr.count("holds this run already") == 2
+
+
+@pytest.mark.long
+def test_sds_clip_killed_and_on_two_workers(sds_run: tuple[Path, str], tmp_path: Path) -> None:
+    """Two workers, killed and gone on with by one: the weights of one that was not disturbed."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = start(*SDS, "--workers", 2, "--cpus-per-worker", 0.5, "--out", out, log=log)
+    wait_for(out, process)
+    kill(process)
+    run(*SDS, "--out", out)
+    assert losses(out) == pytest.approx(losses(sds_run[0]), rel=1e-4, abs=1e-6)
+    found, expected = last_weights(out), last_weights(sds_run[0])
+    assert found.keys() == expected.keys()
+    assert norm({k: found[k] - expected[k] for k in expected}) < 1e-4 * norm(expected)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from diffitm.models.lora import merge_lora, read_lora
 from diffitm.models.stable_diffusion import StableDiffusion
 from tests import pipeline
-from tests.pipeline import ROOT
+from tests.pipeline import ROOT, kill
 from tests.training_runs import checkpoints, losses, norm, wait_for, wait_until
 
 pytestmark = pytest.mark.slow
@@ -85,6 +85,23 @@ def test_two_workers_and_cached_latents(undisturbed: Path, tmp_path: Path) -> No
     options = (*SMALL, "--cache-latents", "--objective", "soft-neg", "--steps", 2)
     again = run(*options, "--out", tmp_path / "other")
     assert "caching latents: all 60 are done already" in again.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", ["dpo", "softrepa"])
+def test_other_objectives_killed_and_on_two_workers(tmp_path: Path, objective: str) -> None:
+    """Two workers, killed and gone on with by one: the weights of one that was not disturbed. gdbench's
+    merge takes the result."""
+    options = (*SMALL, "--objective", objective, "--steps", 20, "--checkpoint-every", 5)
+    run(*options, "--out", tmp_path / "alone")
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = start(*options, "--workers", 2, "--cpus-per-worker", 0.5, "--out", out, log=log)
+    wait_for(out, process)
+    kill(process)
+    run(*options, "--out", out)
+    assert_same(out, tmp_path / "alone")
+    tensors, scale = read_lora(str(out))
+    assert merge_lora(StableDiffusion(str(SHAPES)).unet, tensors, scale) == len(tensors) == 112
 
 
 def test_preempted_nodes(undisturbed: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
 from diffitm.distributed.session import SPARE_CPUS
-from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.protocols import plan_timesteps
 from tests.pipeline import ROOT
 
 LAUNCHER = ("cluster.yaml", "clusters/gcp.yaml")

@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load
 
-from diffitm.commands.stages import embed, encode, propose, sample
+from diffitm.commands.stages import embed, encode, propose
 from diffitm.commands.stages.embed import Gallery, SearchActor
 from diffitm.commands.stages.encode import EncodeActor, Encoder
 from diffitm.commands.stages.propose import MADE, RuleActor
@@ -109,7 +109,7 @@ def test_captions_by_rule_come_back_by_caption(
     assert found == {c: {"k": f"not {p}"} for p, c in enumerate(captions)}
 
 
-def test_samples_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_prompts(tmp_path: Path) -> None:
     """One PNG a seed, in the order of the seeds and of the prompts."""
 
     def generate(prompt: str, seeds: Any, steps: int, guidance: float) -> list[Image.Image]:
@@ -117,8 +117,7 @@ def test_samples_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return [Image.new("RGB", (1, 1), (len(prompt), seed, 0)) for seed in seeds]
 
     model = SimpleNamespace(generate=generate)
-    monkeypatch.setattr(sample, "load_denoiser", lambda *given: model)
-    spec: Any = SimpleNamespace(source=None, dtype=None, variant=None, lora=None)
+    spec: Any = SimpleNamespace(painter=lambda device: model)
     counter = ItemCounter()
     actor = SampleActor(spec, Sampling(3, 9, 2.5), "cpu", Handle(counter))
     first, second = actor(table((0, 0, ["a"]))), actor(table((1, 1, ["bb"]), (2, 2, ["ccc"])))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -252,6 +255,35 @@ def test_images_inside_of_archives_and_tables(tmp_path: Path) -> None:
             images.load(str(tmp_path), images.row_of(name, 5))
     crop, _ = images.load(str(tmp_path), f"{images.row_of('plain.parquet', 3)}#xywh=0,0,2,3")
     assert crop.size == (2, 3)
+
+
+def test_rows_in_the_order_of_their_names_read_each_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group is many megabytes. Threads that ask for its images at once read it once, too, and a file that
+    was replaced is read anew."""
+    place = tmp_path / "x.parquet"
+    groups = list[int]()
+    whole = parquet.ParquetFile.read_row_group
+
+    def counted(file: parquet.ParquetFile, group: int, **more: Any) -> pa.Table:
+        groups.append(group)
+        return whole(file, group, **more)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+    for first in (0, 5000):
+        files = [str(first + n).encode() for n in range(1200)]
+        parquet.write_table(pa.table({"image": files}), place, row_group_size=100)
+        names = sorted(images.row_of("x.parquet", n) for n in range(1200))
+        wanted = [str(first + int(name.partition("row=")[2])).encode() for name in names]
+        assert [images.read(str(tmp_path), name) for name in names] == wanted
+        assert sorted(groups) == list(range(12))
+        groups.clear()
+    place.rename(tmp_path / "y.parquet")
+    with ThreadPoolExecutor(8) as pool:
+        names = [images.row_of("y.parquet", n) for n in range(500, 508)]
+        list(pool.map(functools.partial(images.read, str(tmp_path)), names))
+    assert groups == [5]
 
 
 @pytest.mark.parametrize(

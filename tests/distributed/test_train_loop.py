@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from diffitm.commands import diva, finetune
 from diffitm.commands.workers.diva import DivaModule
 from diffitm.commands.workers.lora import LoraModule
+from diffitm.commands.workers.sds import SdsModule
 from diffitm.distributed import train_loop
 from diffitm.distributed.trainer import hand_over
 from diffitm.models.clip import resolve_clip
@@ -19,9 +20,10 @@ from diffitm.models.loading import resolve
 from diffitm.shapes.training import write_training
 from diffitm.training.diva.options import DivaConfig
 from diffitm.training.image_pool import Paths, read_images
-from diffitm.training.job import DivaJob, LoraJob
+from diffitm.training.job import DivaJob, LoraJob, SdsJob
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.options import FinetuneConfig
+from diffitm.training.module import Worker
 from diffitm.training.rows import read_rows
 from tests.ranks import Ranks
 from tests.training_runs import norm
@@ -43,13 +45,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lora_job(root: Path, **more: Any) -> LoraJob:
     config = FinetuneConfig(
         batch_size=SIZE, effective_batch=SIZE * MICRO, steps=STEPS, lr=1e-2, checkpoint_every=100,
-        log_every=1,
+        log_every=1, objective="hard-neg", clip_over="microbatch",
     )  # fmt: skip
     rows, _ = read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))
     file = hand_over(str(root.parent / "out"), rows, range(len(rows)))
-    objective = Objective("hard-neg", clip_over="microbatch")
     model = resolve("shapes")
-    job = finetune._job(config, model, objective, "hard-text", file, str(root), None, 0)
+    job = finetune._job(config, model, "hard-text", file, str(root), None, 0)
     return replace(job, **more)
 
 
@@ -64,6 +65,17 @@ def diva_job(root: Path, **more: Any) -> DivaJob:
     teacher, clip = resolve("shapes"), resolve_clip("shapes")
     job = diva._job(config, teacher, clip, str(images), file, [], None, 0)
     return replace(job, **more)
+
+
+def sds_job(root: Path, **more: Any) -> SdsJob:
+    shared = lora_job(root)
+    kept = {
+        field.name: getattr(shared, field.name)
+        for field in fields(SdsJob)
+        if hasattr(shared, field.name)
+    }
+    job = SdsJob(**kept, clip=resolve_clip("shapes"), projection_lr=0.1, weight=0.5, jacobian=True)
+    return replace(job, negatives="none", optimizer="sgd", lr=0.1, **more)
 
 
 def assert_same(found: Ranks, expected: Ranks) -> None:
@@ -107,6 +119,45 @@ def test_diva_while_the_number_of_workers_changes(
             assert ranks.train(DivaModule, diva_job(world), workers) == [steps] * workers
     assert_same(changing, alone)
     assert len(changing.checkpoints) == 2
+
+
+@pytest.mark.parametrize("name", ["dpo", "softrepa"])
+def test_other_objectives_of_a_lora(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Two workers, and two groups of which the second goes on from the first one's checkpoint."""
+    negatives = "hard-text" if name == "dpo" else "none"
+    job = lora_job(world, objective=Objective(name), negatives=negatives, checkpoint_every=1)
+    runs = {}
+    for workers in (1, 2):
+        (tmp_path / str(workers)).mkdir()
+        runs[workers] = Ranks(tmp_path / str(workers), monkeypatch)
+        if workers == 2:
+            assert runs[2].train(LoraModule, replace(job, steps=1), 1) == [1]
+        assert runs[workers].train(LoraModule, job, workers) == [STEPS] * workers
+    assert_same(runs[2], runs[1])
+    assert norm(runs[1].weights()) > 0
+
+
+def test_sds_on_any_number_of_workers(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The contrast is over all workers' examples, also where one has none; a second group goes on from the
+    first one's checkpoint."""
+    job, runs = sds_job(world, checkpoint_every=1), {}
+    for workers in (1, 5):
+        (tmp_path / str(workers)).mkdir()
+        runs[workers] = Ranks(tmp_path / str(workers), monkeypatch)
+        if workers == 5:
+            assert runs[5].train(SdsModule, replace(job, steps=1), 1) == [1]
+        assert runs[workers].train(SdsModule, job, workers) == [STEPS] * workers
+        assert len(runs[workers].losses()) == STEPS
+        assert_same(runs[workers], runs[1])
+    assert len(runs[1].monitor.lost) == SIZE
+    before = SdsModule(job, Worker(0, 1, torch.device("cpu"), 1.0, None)).weights()
+    moved = norm({k: v - before[k] for k, v in runs[1].weights().items()})
+    found = norm({k: v - runs[5].weights()[k] for k, v in runs[1].weights().items()})
+    assert found < 1e-2 * moved
 
 
 def test_a_loss_that_is_not_finite_stops_all_workers_alike(

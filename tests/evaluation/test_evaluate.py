@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,13 @@ def stored(root: Path, lines: list[dict[str, Any]], model: str = "m", **more: An
 
 def texts(number: int, gold: int = 0) -> Example:
     return Example(str(number), (f"i{number}",), ("x", "y"), "text", gold, f"i{number}")
+
+
+def test_an_evaluation_loads_no_torch() -> None:
+    """It is half a gigabyte and seconds of every process that only reads stored scores."""
+    told = "import sys, diffitm.evaluation.evaluate; print({'torch', 'ray'} & set(sys.modules))"
+    command = [sys.executable, "-c", told]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(

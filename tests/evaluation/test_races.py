@@ -27,7 +27,8 @@ from diffitm.evaluation.top import Top, TopRaces, write_groups
 from diffitm.metrics.credit import Credit
 from diffitm.models.denoiser import Condition
 from diffitm.scoring.diffusion import DiffusionScorer
-from diffitm.scoring.noise_plan import make_plan, plan_timesteps
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring.protocols import plan_timesteps
 from diffitm.scoring.race_block import BlockRaces
 from diffitm.scoring.racing import Racing, Rounds, hold
 from diffitm.store import pair_table

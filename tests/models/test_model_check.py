@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,29 @@ def test_a_model_of_two(folder: Path, sdxl: Path) -> None:
     shutil.copytree(sdxl / "unet", folder / "unet")
     with pytest.raises(InputError, match="its texts are 32 wide, its U-Net takes 64: parts of two"):
         check_loadable(resolve(str(folder)))
+
+
+def test_weights_that_a_gpu_has_no_room_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are told before a byte of them is loaded, by what is free."""
+    source = check_loadable(resolve(str(folder)))
+    parts = ("unet", "vae", "text_encoder")
+    loaded = load_denoiser(source)
+    counts = {part: sum(p.numel() for p in getattr(loaded, part).parameters()) for part in parts}
+    assert dict(source.sizes) == counts
+    total = sum(counts.values())
+    assert (source.memory("fp32"), source.memory("fp16")) == (4 * total, 2 * total)
+    kept = replace(source, upcast=True)
+    assert kept.memory("bf16") == 2 * total + 2 * counts["vae"]
+    card = {"free": 2 * total - 1}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (card["free"], 80 * 10**9))
+    with pytest.raises(
+        InputError, match=r"are .* MB in fp16, of the GPU's 80\.0 GB .* MB are free"
+    ):
+        load_denoiser(source, "fp16", "cuda")
+    card["free"] += 1
+    with pytest.raises(InputError) as found:  # there is no GPU here
+        load_denoiser(source, "fp16", "cuda")
+    assert "are free" not in found.value.message
 
 
 def test_a_model_of_inpainting(folder: Path) -> None:

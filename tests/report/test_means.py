@@ -10,8 +10,6 @@ from diffitm.evaluation.evaluate import Evaluation, ResultRow
 from diffitm.report.html import write_report
 from diffitm.report.means import heat, means_latex, means_table
 from diffitm.report.table import make_table, markdown
-from diffitm.tasks.groups import GROUPS, Pattern
-from diffitm.tasks.registry import GDBENCH, TASKS
 
 
 def row(task: str, group: str, metric: str, value: float | None, **more: object) -> ResultRow:
@@ -84,16 +82,6 @@ def test_heat() -> None:
     assert heat(0.5, 0.5) == "rgb(0 114 178 / 0.00)"
     assert heat(0.0, 0.25) == "rgb(213 94 0 / 0.75)"
     assert heat(None, 0.25) is None
-
-
-def test_patterns_are_of_tasks() -> None:
-    from fnmatch import filter as matching
-
-    for patterns in GROUPS.values():
-        for pattern in patterns:
-            assert isinstance(pattern, Pattern)
-            assert matching(TASKS, pattern.task), pattern
-    assert set(GDBENCH) < set(TASKS)
 
 
 def test_heat_map_in_the_report(tmp_path: Path) -> None:

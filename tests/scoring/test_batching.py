@@ -245,6 +245,19 @@ def test_the_driver_is_told(
     ]
 
 
+def test_the_time_left_is_that_of_finished_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    """The first blocks are long: what is in work is no reason to fear for hours."""
+    lines = _Lines("SD", Left(40, 120, 0), Cost(3), 2)
+    with caplog.at_level(logging.INFO, "diffitm"):
+        lines.tell(Done(actors=2, rate=24.0))
+        lines.next_line = 0
+        lines.tell(Done(actors=2, pairs=20, busy=7.0, loading=2.0, waited=1.0))
+    assert caplog.messages == [
+        "SD: 2 of 2 actors up, 12 forwards/s each: about 15 s",
+        "SD: 20 of 120 pairs (17%), 12 forwards/s, 25 s left",
+    ]
+
+
 def test_a_model_that_never_fits_fails_in_words(
     sd: StableDiffusion, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,9 @@ from diffitm.metrics.score import averaged, conditional_score, normalised_score
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.diffusion import DiffusionScorer
-from diffitm.scoring.noise_plan import NoisePlan, plan_timesteps
+from diffitm.scoring.noise_plan import NoisePlan
 from diffitm.scoring.pair_errors import PairErrors, pair_errors
+from diffitm.scoring.protocols import plan_timesteps
 from tests.conftest import DATA
 
 Golden = dict[str, np.ndarray]

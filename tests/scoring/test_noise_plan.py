@@ -10,17 +10,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffitm.core.errors import InputError
 from diffitm.models.noise_schedule import FlowSchedule
-from diffitm.scoring.noise_plan import (
+from diffitm.scoring.noise_plan import NoisePlan, make_plan, standard_noise
+from diffitm.scoring.pair_errors import pair_errors
+from diffitm.scoring.protocols import (
     FLOW_PROTOCOLS,
-    NoisePlan,
     choose_protocol,
-    make_plan,
     plan_flow,
     plan_timesteps,
     planned,
-    standard_noise,
 )
-from diffitm.scoring.pair_errors import pair_errors
 from tests import tiny
 
 NOISE_SHA256 = "8f99abeaf19cb7cf4f2a561596a6f5dbae24f6585711fd8b580a8504029ae329"

@@ -13,7 +13,7 @@ import torch
 from diffitm.core.schema import Example, PairRow
 from diffitm.metrics.score import averaged, conditional_score, normalised_score
 from diffitm.models.loading import SHAPES, resolve
-from diffitm.scoring.noise_plan import plan_timesteps
+from diffitm.scoring.protocols import plan_timesteps
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import write_world
 from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText

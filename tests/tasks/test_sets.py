@@ -8,6 +8,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from diffitm.metrics.figures import Decision
 from diffitm.metrics.pairwise import pairwise_accuracy
 from diffitm.models.clip import SHAPES
 from diffitm.shapes.language import full
+from diffitm.shapes.layouts import write_world
 from diffitm.shapes.sets import foils, write_sets
 from diffitm.shapes.world import sample_scene
 from diffitm.store import pair_table
@@ -35,6 +37,7 @@ from diffitm.store.score_store import open_store
 from diffitm.sweep.score_settings import read_errors
 from diffitm.tasks.base import PairTask, RetrievalTask
 from diffitm.tasks.check import check
+from diffitm.tasks.groups import GROUPS
 from diffitm.tasks.registry import GDBENCH, SETS, SUITES, TASKS, find_task, named
 from tests.tiny import score_row, write_scores
 
@@ -244,6 +247,24 @@ def plain_clip() -> Callable[[Item], np.ndarray]:
 @pytest.fixture(scope="module")
 def scorer() -> diffitm.ImageTextScorer:
     return diffitm.load_scorer("clip:shapes", device="cpu")
+
+
+def test_every_part_of_a_mean_is_a_figure(drawn: Path, tmp_path: Path) -> None:
+    """A group's pattern that is misspelt would leave its figure out of the mean in silence."""
+    root = Path(shutil.copytree(drawn, tmp_path / "root"))
+    write_world(str(root), 10)
+    figures = set[tuple[str, str, str]]()
+    for name in TASKS:
+        task = find_task(name)()
+        for example in task.examples(str(root)):
+            parts = ["all", *(f"{key}={value}" for key, value in example.groups.items())]
+            figures |= {(name, part, metric) for part in parts for metric in task.chance(example)}
+    for group, patterns in GROUPS.items():
+        for pattern in patterns:
+            assert any(all(map(fnmatchcase, figure, pattern)) for figure in figures), (
+                group,
+                pattern,
+            )
 
 
 def test_every_set_has_a_plain_reader() -> None:

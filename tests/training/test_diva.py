@@ -418,7 +418,7 @@ PUBLISHED = {  # of the paper and its code: model, (weights, how the text is add
 
 
 def test_presets_hold_what_was_published() -> None:
-    assert DivaConfig.PRESETS.keys() == {"shapes", *PUBLISHED}
+    assert DivaConfig.PRESETS.keys() == {"shapes", "sds-shapes", *PUBLISHED}
     for name, (model, (tag, add), recap) in PUBLISHED.items():
         config = parse(DivaConfig, ["--preset", name, "--data", "x"])
         assert (config.clip, config.add_prompt, config.recap) == (f"{model}:{tag}", add, recap)
@@ -438,7 +438,7 @@ def test_presets_are_plain_parameters() -> None:
         assert {key: getattr(config, key) for key in values} == values
         assert find_problems(config) == []
         model, _, tag = config.clip.partition(":")
-        assert name == "shapes" or tag in open_clip.list_pretrained_tags_by_model(model), name
+        assert model == "shapes" or tag in open_clip.list_pretrained_tags_by_model(model), name
 
 
 def test_a_refused_run_leaves_its_folder_to_others(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,10 +133,10 @@ def test_malformed_rows(tmp_path: Path, name: str, content: str | None, told: st
     ("row", "kinds"),
     [
         (TrainingRow("a", "x", ("y",), ("b",)), set()),
-        (TrainingRow("a", "x", ("y",)), {"hard-image", "mixed"}),
-        (TrainingRow("a", "x", (), ("b",)), {"hard-text", "mixed"}),
-        (TrainingRow("a", " ", ("y",), ("b",)), {"none", "random-text", "hard-text", "hard-image", "mixed"}),
-        (TrainingRow(" ", "x", ("y",), ("b",)), {"none", "random-text", "hard-text", "hard-image", "mixed"}),
+        (TrainingRow("a", "x", ("y",)), {"hard-image", "mixed", "all"}),
+        (TrainingRow("a", "x", (), ("b",)), {"hard-text", "mixed", "all"}),
+        (TrainingRow("a", " ", ("y",), ("b",)), set(NEGATIVES)),
+        (TrainingRow(" ", "x", ("y",), ("b",)), set(NEGATIVES)),
     ],
 )  # fmt: skip
 def test_what_a_row_is_too_poor_for(row: TrainingRow, kinds: set[str]) -> None:
@@ -344,7 +345,8 @@ def test_what_a_run_leaves(tmp_path: Path, files: dict[str, float], averaged: bo
     (checkpoint / "history.json").write_text(json.dumps(progress))
     state, lost = open_run(out, {"lr": 1}), {"a.jpg: s3://k:secret@b/a": 2}
     assert not state.done
-    assert write_result(checkpoint, 2, {"lr": 1}, state, {"commit": "c"}, lost, out) == progress
+    save = partial(save_lora, rank=2)
+    assert write_result(checkpoint, save, {"lr": 1}, state, {"commit": "c"}, lost, out) == progress
     last = files.get("a", files["w"])
     for folder, value in ((out, files.get("b", last)), (f"{out}/last", last)):
         tensors, scale = read_lora(folder)
@@ -494,7 +496,7 @@ def test_a_random_text_is_of_another_image() -> None:
             drawn.setdefault(item.position, set()).add(item.negative_caption)
     assert drawn[0] == {"a dog"} and drawn[1] == {"a cup", "a dog"}
     assert drawn[2] == {"my cup", "a dog"} and drawn[3] == {"a cup", "my cup"}
-    with pytest.raises(ValueError, match="no other caption was found for 'a cup'"):
+    with pytest.raises(InputError, match="no other caption was found for 'a cup'"):
         BatchSampler(rows, range(2), 1, 1, "random-text", False, 0).batches(0)
 
 
@@ -554,8 +556,7 @@ def plain_error(model: StableDiffusion, p: Posterior, item: Item, i: int, text: 
 def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
     """Right and wrong in one batch as one pair after the other, loss and gradients."""
     tuner = Tuner(StableDiffusion(str(folder)), Objective(name), rank=2)
-    for parameter in tuner.parameters:  # B starts at zero, where half of the gradients vanish
-        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(3))
+    disturb(tuner)
     right, wrong = posteriors()
     found = tuner.losses(items(), right, wrong if images else None)
     found.loss.backward()
@@ -583,6 +584,84 @@ def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
     torch.testing.assert_close(found.loss, total, atol=1e-5, rtol=1e-4)
     for parameter, gradient in zip(tuner.parameters, gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_dpo_equals_plain_code(folder: Path, images: bool) -> None:
+    """The reference is the same network without its LoRA, one pair after the other."""
+    model, base = StableDiffusion(str(folder)), StableDiffusion(str(folder))
+    tuner = Tuner(model, Objective("dpo", beta=4.0), rank=2)
+    right, wrong = posteriors()
+    start = tuner.losses(items(), right, wrong if images else None)
+    assert start.loss.item() == pytest.approx(np.log(2), rel=1e-6)
+    disturb(tuner)
+    found = tuner.losses(items(), right, wrong if images else None)
+    found.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in tuner.parameters]
+    tuner.unet.zero_grad()
+    total = torch.zeros(())
+    for i, item in enumerate(items()):
+        other, texts = wrong if images else right, (item.caption, item.negative_caption)
+        m = [
+            plain_error(model, p, item, i, t)[0] for p, t in zip((right, other), texts, strict=True)
+        ]
+        with torch.no_grad():
+            r = [
+                plain_error(base, p, item, i, t)[0]
+                for p, t in zip((right, other), texts, strict=True)
+            ]
+        u = (r[0] - r[1]) - (m[0] - m[1])
+        total = total + torch.log1p(torch.exp(-4.0 * u)) / 3
+    total.backward()
+    torch.testing.assert_close(found.loss, total, atol=1e-5, rtol=1e-4)
+    for parameter, gradient in zip(tuner.parameters, gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)
+    assert sum(float(g.norm()) for g in gradients) > 1e-3
+
+
+def test_softrepa_equals_plain_code(folder: Path) -> None:
+    """Every image with every text, at the first example's timestep and noise."""
+    model = StableDiffusion(str(folder))
+    tuner = Tuner(model, Objective("softrepa", temperature=2.0, diagonal=3.0), rank=2)
+    disturb(tuner)
+    right, _ = posteriors()
+    found = tuner.losses(items(), right, None)
+    found.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in tuner.parameters]
+    tuner.unet.zero_grad()
+    own = [draw_noise([item.seed], SHAPE, 1000) for item in items()]
+    rows = []
+    for i in range(3):
+        z0 = right.mean[i : i + 1] + right.std[i : i + 1] * own[i].posterior
+        noised = model.schedule.add_noise(z0, own[0].noise, own[0].timesteps)
+        target = model.schedule.target(z0, own[0].noise, own[0].timesteps)
+        line = []
+        for item in items():
+            hidden = model.encode_texts([item.caption])["hidden"].clone()
+            predicted = model.unet(noised, own[0].timesteps, hidden).sample
+            line.append(((predicted - target) ** 2).mean())
+        rows.append(line)
+    total, logit = torch.zeros(()), [[4 * torch.exp(-e / 2.0) for e in line] for line in rows]
+    for i in range(3):
+        texts = torch.log(sum(torch.exp(logit[i][j]) for j in range(3)))
+        images = torch.log(sum(torch.exp(logit[j][i]) for j in range(3)))
+        total = total + ((texts + images) / 2 - logit[i][i] + 3.0 * rows[i][i]) / 3
+    total.backward()
+    torch.testing.assert_close(found.loss, total, atol=1e-5, rtol=1e-4)
+    for parameter, gradient in zip(tuner.parameters, gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)
+    others = torch.stack([rows[i][j].detach() for i in range(3) for j in range(3) if i != j])
+    torch.testing.assert_close(found.contrast, others.mean(), rtol=1e-4, atol=1e-5)
+    one = Posterior(right.mean[:1], right.std[:1])
+    alone = tuner.losses(items()[:1], one, None)  # the others' images could not be read
+    assert float(alone.contrast) == 0
+    torch.testing.assert_close(alone.loss, 3.0 * alone.right)
+
+
+def disturb(tuner: Tuner) -> None:
+    """Weights as those of a LoRA in training: B starts at zero, where half of the gradients vanish."""
+    for parameter in tuner.parameters:
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(3))
 
 
 def test_only_the_lora_learns(folder: Path) -> None:
@@ -725,7 +804,9 @@ def test_preset_and_lambda() -> None:
 
 def test_objectives_without_wrong_pairs_need_no_negatives() -> None:
     """Rows of captions alone are usable, and a batch holds nothing but them."""
-    assert [Objective(n).has_wrong_pairs for n in OBJECTIVES] == [False, True, True, True, False]
+    assert [Objective(n).has_wrong_pairs for n in OBJECTIVES] == [
+        *(False, True, True, True, False, True, False)
+    ]
     schedule = a_schedule(negatives="none")
     items = [item for batch in schedule.batches(0) for item in batch]
     assert all((i.negative_image, i.negative_caption) == (i.image, i.caption) for i in items)
@@ -750,3 +831,19 @@ def test_problems_are_told_together() -> None:
     ):
         assert part in told
     assert "--lambda -1: must be 0 or more" in find_problems(FinetuneConfig(lambda_=-1))[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["softrepa", "--batch-size", "1"], "--batch-size 1: softrepa contrasts a micro-batch's"),
+        (["dpo", "--scale", "2"], "--scale 2.0: only softrepa takes one, not dpo"),
+        (["no-neg", "--beta", "2"], "--beta 2.0: only dpo takes one, not no-neg"),
+        (["dpo", "--guard", "clip"], "--guard clip: only soft-neg takes one, not dpo"),
+        (["softrepa", "--lambda", "2"], "--lambda 2: softrepa has no bound"),
+    ],
+)
+def test_settings_of_other_objectives(options: list[str], problem: str) -> None:
+    given = ["--model", "shapes", "--data", "shapes", "--objective", *options]
+    (found,) = find_problems(parse(FinetuneConfig, given))
+    assert problem in found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -63,6 +64,16 @@ def test_no_neg_is_the_error() -> None:
         ({"name": "hard-neg", "clip_over": "batch"}, "clip_over batch"),
         ({"name": "hard-neg", "guard": "clip"}, "only soft-neg takes one"),
         ({"name": "soft-neg", "guard": "both"}, "guard both"),
+        ({"name": "hard-neg", "beta": 5.0}, "beta 5.0: only dpo takes one, not hard-neg"),
+        ({"name": "softrepa", "preference": "ipo"}, "preference ipo: only dpo takes one"),
+        ({"name": "dpo", "temperature": 1.0}, "temperature 1.0: only softrepa takes one, not dpo"),
+        ({"name": "dpo", "preference": "bt"}, "preference bt: must be one of sigmoid, hinge, ipo"),
+        ({"name": "dpo", "beta": 0.0}, "beta 0: must be above 0"),
+        ({"name": "dpo", "beta": float("nan")}, "beta nan: must be above 0"),
+        ({"name": "softrepa", "scale": -1.0}, "scale -1: must be above 0"),
+        ({"name": "softrepa", "diagonal": -1.0}, "diagonal -1: must be 0 or more"),
+        ({"name": "dpo", "bound": 2.0}, "lambda 2: dpo has no bound"),
+        ({"name": "softrepa", "clip_over": "microbatch"}, "clip_over microbatch: softrepa has no"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
@@ -72,7 +83,7 @@ def test_bad_options(options: dict, message: str) -> None:
 
 def test_what_needs_negatives() -> None:
     needs = [name for name in OBJECTIVES if Objective(name).has_wrong_pairs]
-    assert needs == ["hard-neg", "hard-neg-unclipped", "relativistic"]
+    assert needs == ["hard-neg", "hard-neg-unclipped", "relativistic", "dpo"]
 
 
 def test_contrasts() -> None:
@@ -82,4 +93,82 @@ def test_contrasts() -> None:
         "hard-neg-unclipped": "wrong",
         "relativistic": "distance",
         "soft-neg": "empty",
+        "dpo": "base",
+        "softrepa": "batch",
     }
+
+
+def plain_preference(kind: str, u: float, beta: float) -> float:
+    if kind == "hinge":
+        return max(0.0, 1 - beta * u)
+    return math.log1p(math.exp(-beta * u)) if kind == "sigmoid" else (u - 1 / (2 * beta)) ** 2
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "hinge", "ipo"])
+def test_dpo_is_its_formula(kind: str) -> None:
+    """Values and gradients, by differences of the formula for one example after the other; at the start,
+    where the model is the base model, too."""
+    objective = Objective("dpo", preference=kind, beta=3.0)
+    base = [(0.5, 0.7), (0.9, 0.4), (0.3, 0.3)]
+    for errors in (base, [(0.4, 0.8), (1.1, 0.3), (0.3, 0.9)]):
+        right, wrong = (
+            torch.tensor(v, dtype=torch.float64, requires_grad=True)
+            for v in zip(*errors, strict=True)
+        )
+        before = tuple(torch.tensor(v, dtype=torch.float64) for v in zip(*base, strict=True))
+        loss, held = objective.prefer(right, wrong, before)
+        loss.backward()
+
+        def plain(of: list[tuple[float, float]]) -> float:
+            us = [(r[0] - r[1]) - (m[0] - m[1]) for m, r in zip(of, base, strict=True)]
+            return sum(plain_preference(kind, u, 3.0) for u in us) / 3
+
+        assert loss.item() == pytest.approx(plain(errors), rel=1e-9)
+        for i in range(3):
+            for place, found in ((0, right), (1, wrong)):
+                up, down = ([list(e) for e in errors] for _ in range(2))
+                up[i][place] += 1e-6
+                down[i][place] -= 1e-6
+                slope = (plain(up) - plain(down)) / 2e-6
+                assert found.grad[i].item() == pytest.approx(slope, abs=1e-6)
+        last = kind == "hinge" and errors is not base
+        assert held.item() == (pytest.approx(1 / 3) if last else 0)
+
+
+def test_dpo_starts_at_no_preference() -> None:
+    one, two = torch.tensor([0.2, 0.9]), torch.tensor([0.4, 0.1])
+    assert Objective("dpo").prefer(one, two, (one, two))[0].item() == pytest.approx(math.log(2))
+    hinge = Objective("dpo", preference="hinge")
+    assert hinge.prefer(one, two, (one, two))[0].item() == 1
+
+
+def plain_match(e: list[list[float]], scale: float, temperature: float, diagonal: float) -> float:
+    n, total = len(e), 0.0
+    for i in range(n):
+        logit = scale * math.exp(-e[i][i] / temperature)
+        texts = sum(math.exp(scale * math.exp(-e[i][j] / temperature)) for j in range(n))
+        images = sum(math.exp(scale * math.exp(-e[j][i] / temperature)) for j in range(n))
+        total += (math.log(texts) - logit + math.log(images) - logit) / 2 / n
+        total += diagonal * e[i][i] / n
+    return total
+
+
+@pytest.mark.parametrize("diagonal", [0.0, 10.0])
+def test_softrepa_is_its_formula(diagonal: float) -> None:
+    e = [[0.10, 0.14, 0.2], [0.15, 0.12, 0.11], [0.3, 0.05, 0.02]]
+    errors = torch.tensor(e, dtype=torch.float64, requires_grad=True)
+    loss = Objective("softrepa", diagonal=diagonal).match(errors)
+    loss.backward()
+    assert loss.item() == pytest.approx(plain_match(e, 4.0, 0.07, diagonal), rel=1e-9)
+    for i in range(3):
+        for j in range(3):
+            up, down = ([list(row) for row in e] for _ in range(2))
+            up[i][j] += 1e-6
+            down[i][j] -= 1e-6
+            slope = plain_match(up, 4.0, 0.07, diagonal) - plain_match(down, 4.0, 0.07, diagonal)
+            assert errors.grad[i, j].item() == pytest.approx(slope / 2e-6, abs=1e-5)
+
+
+def test_softrepa_of_one_example_has_no_contrast() -> None:
+    loss = Objective("softrepa", diagonal=0.0).match(torch.tensor([[0.3]]))
+    assert loss.item() == 0

@@ -13,9 +13,9 @@ from diffitm.core.provenance import fingerprint
 from diffitm.distributed.item_stage import ItemStage, run_items
 from diffitm.distributed.session import ActorPool
 from diffitm.distributed.stages import whole_files
-from diffitm.models.loading import load_denoiser
-from diffitm.scoring.specs import DiffusionSpec
+from diffitm.scoring.specs import DiffusionSpec, DptSpec
 
+Paints = DiffusionSpec | DptSpec
 VERSION = 1  # grows when the same settings would give other images
 SAMPLES = pa.schema(
     [
@@ -39,9 +39,8 @@ class Sampling:
 class SampleActor:
     """Loads the model once; generates the images of a prompt in one batch."""
 
-    def __init__(self, spec: DiffusionSpec, how: Sampling, device: str, counter: Any) -> None:
-        self.how, self.counter = how, counter
-        self.denoiser = load_denoiser(spec.source, spec.dtype, device, spec.variant, spec.lora)
+    def __init__(self, spec: Paints, how: Sampling, device: str, counter: Any) -> None:
+        self.how, self.counter, self.painter = how, counter, spec.painter(device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         lines = []
@@ -59,13 +58,17 @@ class SampleActor:
 
     def _generate(self, prompt: str) -> list[Any]:
         how = self.how
-        return self.denoiser.generate(prompt, range(how.count), how.steps, how.guidance)
+        return self.painter.generate(prompt, range(how.count), how.steps, how.guidance)
 
 
-def samples_folder(spec: DiffusionSpec, prompts: Sequence[str], how: Sampling) -> str:
+def samples_folder(spec: Paints, prompts: Sequence[str], how: Sampling) -> str:
     """The folder below OUT for these images, named by everything that they depend on."""
     known = spec.store_config()
-    of_model = {key: known[key] for key in ("weights", "variant", "lora", "dtype")}
+    of_model = {key: known[key] for key in ("weights", "variant", "dtype")}
+    if isinstance(spec, DptSpec):
+        of_model |= {"adapter": known["adapter"], "correction": spec.correction}
+    else:
+        of_model["lora"] = known["lora"]
     settings = {"version": VERSION, **of_model, **asdict(how), "prompts": list(prompts)}
     return f"samples/{fingerprint(settings)[:12]}/images"
 
@@ -73,7 +76,7 @@ def samples_folder(spec: DiffusionSpec, prompts: Sequence[str], how: Sampling) -
 def sample(
     folder: str,
     name: str,
-    spec: DiffusionSpec,
+    spec: Paints,
     prompts: Sequence[str],
     how: Sampling,
     pool: ActorPool,

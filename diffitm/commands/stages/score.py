@@ -251,7 +251,8 @@ class _Lines:
             self._estimate(done)
         if self.first and done.pairs and now >= self.next_line:
             self.next_line = now + REPORT_EVERY
-            rate = done.pairs / (now - self.first)
+            # By the blocks that are done: those in work are long, and all of them may be the first.
+            rate = done.actors * done.pairs / (done.busy + done.loading + done.waited)
             left = clock((self.total - done.pairs) / rate)
             share = 100 * done.pairs / self.total
             text = "%s: %s of %s pairs (%.0f%%), %.0f forwards/s, %s left"

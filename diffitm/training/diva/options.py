@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from diffitm.core.config import lacking, option
-from diffitm.core.errors import InputError
+from diffitm.core.errors import InputError, flag
 from diffitm.training.diva.recap import FORMS, parse_recap
 from diffitm.training.options import Shared, shared_problems, span
 
@@ -50,6 +50,18 @@ class DivaConfig(Shared):
             "effective_batch": 32,
             "batch_size": 32,
         },
+        "sds-shapes": {
+            "objective": "sds-clip",
+            "clip": "shapes",
+            "teacher": "shapes",
+            "data": "shapes",
+            "steps": 300,
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "warmup_steps": 10,
+            "effective_batch": 64,
+            "batch_size": 64,
+        },
         "openai-224": _preset("ViT-L-14-quickgelu:openai", "random:0.3:replaced", "tokens"),
         "openai-336": _preset("ViT-L-14-336-quickgelu:openai", "random:0.132:replaced", "tokens"),
         "metaclip-l": _preset("ViT-L-14-quickgelu:metaclip_fullcc", "all"),
@@ -71,6 +83,20 @@ class DivaConfig(Shared):
     out: str = option("out/diva", "folder or URI for the tuned CLIP, checkpoints and the log")
     preset: str | None = option(
         None, f"the shapes world's or published settings: {', '.join(PRESETS)}; options given win"
+    )
+    objective: Literal["diva", "sds-clip"] = option(
+        "diva",
+        "diva: the teacher is told of an image by CLIP's tokens; sds-clip: the contrastive loss of images "
+        "with their captions, and the teacher's error for the image's embedding as its input",
+    )
+    lambda_: float = option(
+        1e-3, "sds-clip: weight of the teacher's error beside the contrastive loss", at_least=0
+    )
+    jacobian: bool = option(
+        True, "sds-clip: the gradient goes through the teacher's network, else past it"
+    )
+    control: bool = option(
+        False, "sds-clip: train a second CLIP with --lambda 0, to OUT-control, and report both"
     )
     recap: str = option("random:0.3", f"patch tokens that the teacher sees: {FORMS}")
     prompt: str = option("", "text whose embedding meets the recap")
@@ -122,8 +148,20 @@ class DivaConfig(Shared):
     validation_data: str | None = option(
         None, "data root of the tasks whose accuracy is logged (it chooses nothing)"
     )
-    validation_tasks: list[str] = option(["mmvp_vlm"], "tasks of it")
+    validation_tasks: list[str] = option(
+        [], "tasks of it (default: mmvp_vlm; of sds-clip winoground and ARO's four)"
+    )
     validation_examples: int = option(300, "examples of each, evenly spread", at_least=1)
+
+
+# What an objective does not take.
+NOT_OF = {
+    "diva": ("lambda_", "jacobian", "control"),
+    "sds-clip": (
+        *("recap", "prompt", "add_prompt", "repeats", "repeats_reduce", "crop_scale"),
+        *("max_images", "held_out", "measure_every", "projection_steps", "cache_latents"),
+    ),
+}
 
 
 def micro_batch(config: DivaConfig) -> int:
@@ -148,10 +186,26 @@ def find_problems(config: DivaConfig) -> list[str]:
         )
     if not 0 < config.crop_scale <= 1:
         found.append(f"--crop-scale {config.crop_scale:g}: must be above 0 and at most 1")
-    elif config.cache_latents and config.crop_scale < 1:
+    elif config.objective == "diva" and config.cache_latents and config.crop_scale < 1:
         found.append("--cache-latents: latents of random crops cannot be kept; add --crop-scale 1")
     if config.steps is not None and config.epochs != 1:
         found.append(
             f"--epochs {config.epochs:g}: --steps {config.steps} decides; add --steps none for epochs"
         )
-    return found + shared_problems(config)
+    return found + _of_the_other(config) + shared_problems(config)
+
+
+def _of_the_other(config: DivaConfig) -> list[str]:
+    """What is given that the objective does not take."""
+    name = config.objective
+    other = next(key for key in NOT_OF if key != name)
+    found = [
+        f"{flag(field.name)} {getattr(config, field.name)}: only {other} takes it, not {name}"
+        for field in fields(config)
+        if field.name in NOT_OF[name] and getattr(config, field.name) != field.default
+    ]
+    if config.control and config.lambda_ == 0:
+        found.append("--control: is the run with --lambda 0 itself; give another --lambda")
+    if name == "sds-clip" and config.effective_batch == 1:
+        found.append("--effective-batch 1: sds-clip contrasts an update's examples, at least 2")
+    return found

@@ -55,7 +55,7 @@ class Diva:
         device = teacher.device
         clip.to(device).eval().requires_grad_(False)
         self.tower = find_tower(clip, name).requires_grad_(True)
-        self.normal = _normalisation(self.tower, device)
+        self.normal = normalisation(self.tower, device)
         side = image_side(self.tower)
         if reason := teacher.refuses(prompt):
             raise InputError(f"{prompt!r}: {reason}; this teacher takes --prompt ''", "prompt")
@@ -173,7 +173,7 @@ def load_tower(clip: nn.Module, weights: dict[str, Tensor]) -> None:
     )
 
 
-def _normalisation(tower: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+def normalisation(tower: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std [3, 1, 1] of the images that the tower was trained on."""
     found: Any = tower.preprocess_cfg
     mean, std = (torch.tensor(found[key], device=device) for key in ("mean", "std"))

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from diffitm.core.config import lacking, option
-from diffitm.core.errors import InputError
-from diffitm.training.lora.objectives import Objective
+from diffitm.core.errors import InputError, suggest
+from diffitm.training.dpt.options import DPT, DptOptions, dpt_problems, unused_problems
+from diffitm.training.dpt.options import PRESETS as DPT_PRESETS
+from diffitm.training.lora.objectives import OBJECTIVES, Objective
 from diffitm.training.options import Shared, shared_problems
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Shared):
+class FinetuneConfig(DptOptions, Shared):
     """Options of pipelines/finetune.py."""
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -36,6 +38,7 @@ class FinetuneConfig(Shared):
             "validate_every": 500,
             "validation_examples": 328,
         },
+        **DPT_PRESETS,
     }
     model: str = option(
         "", "diffusion model: shapes, a diffusers folder (or URI of one) or a Hub id"
@@ -47,14 +50,24 @@ class FinetuneConfig(Shared):
     images: str | None = option(None, "where a file's image paths start (default: its own folder)")
     out: str = option("out/finetune", "folder or URI for weights, checkpoints and the log")
     preset: str | None = option(
-        None, "published or planned settings: diffusionitm, softneg-sd15; options given win"
+        None,
+        "published or planned settings: diffusionitm, softneg-sd15, dpt-probe, dpt-tune; options given win",
     )
-    objective: str = option(
-        "hard-neg", "no-neg, hard-neg, hard-neg-unclipped, relativistic or soft-neg"
-    )
+    objective: str = option("hard-neg", f"one of {', '.join([*OBJECTIVES, DPT])}")
     lambda_: float = option(1.0, "bound of the wrong pair's error, in errors of the right pair")
     clip_over: Literal["example", "microbatch"] = option("example", "where the bound holds")
     guard: Literal["none", "clip", "frozen"] = option("none", "what holds soft-neg's empty text")
+    preference: Literal["sigmoid", "hinge", "ipo"] | None = option(
+        None, "dpo's loss (default: sigmoid)"
+    )
+    beta: float | None = option(None, "of dpo (default: 2500)", above=0)
+    scale: float | None = option(None, "of softrepa's logits (default: 4)", above=0)
+    temperature: float | None = option(
+        None, "of softrepa's logits, in errors (default: 0.07)", above=0
+    )
+    diagonal: float | None = option(
+        None, "softrepa's weight of the right pairs' error (default: 10)", at_least=0
+    )
     negatives: Literal["hard-text", "random-text", "hard-image", "mixed"] = option(
         "mixed", "what wrong pairs are made of, where the objective has any"
     )
@@ -88,18 +101,53 @@ class FinetuneConfig(Shared):
     validation_timesteps: int = option(4, "timesteps of a validation score", at_least=1)
 
 
+def objective_of(config: FinetuneConfig) -> Objective:
+    """The objective of errors. Raises InputError for settings that it does not take."""
+    return Objective(
+        config.objective,
+        config.lambda_,
+        config.clip_over,
+        config.guard,
+        config.preference,
+        config.beta,
+        config.scale,
+        config.temperature,
+        config.diagonal,
+    )
+
+
+def negatives_of(config: FinetuneConfig) -> str:
+    """The kind of negatives (rows.NEGATIVES) that the objective takes."""
+    if config.objective == DPT:
+        return "all"
+    return config.negatives if objective_of(config).has_wrong_pairs else "none"
+
+
 def find_problems(config: FinetuneConfig) -> list[str]:
     """What is wrong with the options, all of it."""
     found = lacking(config, {"model": "shapes", "data": "shapes"})
-    try:
-        Objective(config.objective, config.lambda_, config.clip_over, config.guard)
-    except InputError as error:
-        found.append(error.on_command_line())
+    if config.objective == DPT:
+        found += dpt_problems(config)
+    else:
+        found += unused_problems(config)
+        try:
+            _check_objective(config)
+        except InputError as error:
+            found.append(error.on_command_line())
     if config.ema is not None and not 0 < config.ema < 1:
         found.append(f"--ema {config.ema:g}: must lie between 0 and 1")
+    if config.objective == "softrepa" and config.batch_size == 1:
+        found.append("--batch-size 1: softrepa contrasts a micro-batch's examples, at least 2")
     if config.batch_size > 0 and config.effective_batch % config.batch_size:
         found.append(
             f"--effective-batch {config.effective_batch}: must be a multiple of --batch-size "
             f"{config.batch_size}, the examples of a micro-batch"
         )
     return found + shared_problems(config)
+
+
+def _check_objective(config: FinetuneConfig) -> None:
+    if config.objective not in OBJECTIVES:
+        known = suggest(config.objective, [*OBJECTIVES, DPT])
+        raise InputError(f"{config.objective!r} is unknown{known}", "objective")
+    objective_of(config)

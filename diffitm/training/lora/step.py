@@ -30,7 +30,8 @@ class Posterior:
 @dataclass(frozen=True)
 class Losses:
     """Of a micro-batch: the loss with its graph, and for the log the means of E+ and of the contrast
-    (0 without one) and the share of contrasts that the bound holds."""
+    (0 without one; of a batch's matrix the errors beside the diagonal) and the share of contrasts that
+    the bound holds."""
 
     loss: Tensor
     right: Tensor
@@ -68,7 +69,8 @@ class Tuner:
         negatives are captions alone.
 
         Right and wrong pairs of an example share timestep, noise and the posterior's noise, and are
-        one batch of the U-Net.
+        one batch of the U-Net. An objective that contrasts a batch has one timestep and noise, those of
+        its first example, and no contrast where unreadable images left one example alone.
         """
         device = self.denoiser.device
         drawn = draw_noise(
@@ -80,6 +82,8 @@ class Tuner:
         latents = self._latents(right, drawn.posterior)
         captions = [item.caption for item in items]
         contrast = self.objective.contrast
+        if contrast == "batch":
+            return self._matched(latents, captions, at, noise)
         if contrast == "none":
             error, _ = self._errors(latents, captions, at, noise)
             loss, held = self.objective(error, None)
@@ -89,23 +93,44 @@ class Tuner:
         else:
             others = [item.negative_caption for item in items]
             other_latents = latents if wrong is None else self._latents(wrong, drawn.posterior)
+        pairs = (
+            torch.cat([latents, other_latents]),
+            captions + others,
+            at.repeat(2),
+            noise.repeat(2, 1, 1, 1),
+        )
         if self.objective.guard == "frozen":
             error, _ = self._errors(latents, captions, at, noise)
             with torch.no_grad(), _base(self.unet):
                 subtracted, _ = self._errors(other_latents, others, at, noise)
         else:
-            errors, predicted = self._errors(
-                torch.cat([latents, other_latents]),
-                captions + others,
-                at.repeat(2),
-                noise.repeat(2, 1, 1, 1),
-            )
+            errors, predicted = self._errors(*pairs)
             error, subtracted = errors.chunk(2)
             if contrast == "distance":
                 one, two = predicted.chunk(2)
                 subtracted = ((two - one) ** 2).flatten(1).mean(1)
-        loss, held = self.objective(error, subtracted)
+        if contrast == "base":
+            with torch.no_grad(), _base(self.unet):
+                before, _ = self._errors(*pairs)
+            one, two = before.chunk(2)
+            loss, held = self.objective.prefer(error, subtracted, (one, two))
+        else:
+            loss, held = self.objective(error, subtracted)
         return Losses(loss, error.detach().mean(), subtracted.detach().mean(), held)
+
+    def _matched(self, latents: Tensor, captions: list[str], at: Tensor, noise: Tensor) -> Losses:
+        """Every image of the micro-batch with every caption, as one batch of the U-Net."""
+        count = len(captions)
+        errors, _ = self._errors(
+            latents.repeat_interleave(count, 0),
+            captions * count,
+            at[:1].repeat(count**2),
+            noise[:1].repeat(count**2, 1, 1, 1),
+        )
+        errors = errors.view(count, count)
+        right, total = errors.detach().diagonal().sum(), errors.detach().sum()
+        wrong = (total - right) / max(1, count**2 - count)
+        return Losses(self.objective.match(errors), right / count, wrong, errors.new_zeros(()))
 
     def _latents(self, posterior: Posterior, noise: Tensor) -> Tensor:
         device = self.denoiser.device
@@ -120,16 +145,9 @@ class Tuner:
         noised = schedule.add_noise(latents, noise, at)
         device = self.denoiser.device
         with torch.autocast(device.type, self.denoiser.dtype, enabled=self.autocast):
-            predicted = self.denoiser.predict(noised, at, self._condition(texts))
+            predicted = self.denoiser.predict(noised, at, self.texts.repeated(texts))
         wrong = predicted.float() - schedule.target(latents, noise, at)
         return (wrong**2).flatten(1).mean(1), predicted.float()
-
-    def _condition(self, texts: list[str]) -> Condition:
-        """Rows of the encoded texts, as tensors that a graph may keep."""
-        unique = list(dict.fromkeys(texts))
-        found = self.texts(unique)
-        rows = torch.tensor([unique.index(text) for text in texts])
-        return {name: value.clone()[rows.to(value.device)] for name, value in found.items()}
 
 
 @contextlib.contextmanager

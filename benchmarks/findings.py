@@ -1,0 +1,265 @@
+"""What each way of tuning claims and what comes of it: chosen on some scenes, measured on others.
+
+    python -m benchmarks.findings FOLDER [--seeds 1 2 3] [--only dpo sds-clip] [--page docs/findings.md]
+
+Every arm is a tuning command of pipelines/ on the embedded models. Its settings, where it has several, are
+tried with seed 0 and compared by the accuracy of the training's own validation, which also picks the update
+that is kept of a diffusion model. The best one is trained anew with each seed and measured on scenes that
+chose nothing. A training or a measurement that FOLDER holds is not repeated. --page puts the tables between
+the marks of a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.objectives import Memo, cell, mean
+from diffitm.commands import diva, finetune
+from diffitm.core.config import make
+from diffitm.models.clip import load_clip, resolve_clip
+from diffitm.models.loading import load_denoiser, resolve
+from diffitm.models.lora import merge_file
+from diffitm.scoring.clip import ClipScorer
+from diffitm.scoring.diffusion import DiffusionScorer
+from diffitm.scoring.noise_plan import make_plan, plan_timesteps
+from diffitm.scoring.scorer import RowScorer
+from diffitm.shapes.layouts import write_world
+from diffitm.tasks.registry import find_task
+from diffitm.training.diva.options import DivaConfig
+from diffitm.training.lora.options import FinetuneConfig
+from diffitm.training.validation import credits_by_metric
+
+CHOICE_SEED, MEASURE_SEED = 31, 37  # of the scenes; others than the tasks' and the training's
+CHOICE_SCENES = 150
+TIMESTEPS = 8
+# What is measured, and how many of each task's metrics.
+DIFFUSION = {
+    "imagecode": 1,
+    "winoground": 3,
+    "mmvp_vlm": 1,
+    "vg_relation": 1,
+    "vg_attribution": 1,
+    "coco_order": 1,
+}
+CLIP = {**DIFFUSION, "pets": 1}
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A tuning: a pipeline's options, and the settings that are tried."""
+
+    options: Options
+    settings: tuple[Options, ...] = ({},)
+
+
+LORA: Options = {
+    "model": "shapes",
+    "data": "shapes",
+    "scenes": 1000,
+    "steps": 200,
+    "batch_size": 16,
+    "effective_batch": 32,
+    "validate_every": 50,
+    "validation_examples": 150,
+    "cache_latents": True,
+    "checkpoint_every": 100,
+}
+RATES: tuple[Options, ...] = ({"lr": 3e-4}, {"lr": 1e-3})
+OF_CLIP: Options = {
+    "clip": "shapes",
+    "teacher": "shapes",
+    "data": "shapes",
+    "scenes": 1000,
+    "optimizer": "adamw",
+    "warmup_steps": 10,
+    "validation_tasks": ["winoground", "vg_relation", "vg_attribution", "coco_order"],
+    "validation_examples": 150,
+    "checkpoint_every": 100,
+}
+SDS: Options = OF_CLIP | {
+    "objective": "sds-clip",
+    "steps": 300,
+    "effective_batch": 64,
+    "batch_size": 64,
+    "validate_every": 300,
+}
+ARMS = {
+    "no-neg": Arm(LORA | {"objective": "no-neg"}, RATES),
+    "hard-neg": Arm(LORA | {"objective": "hard-neg"}, RATES),
+    "soft-neg, guarded": Arm(LORA | {"objective": "soft-neg", "guard": "clip"}, RATES),
+    "softrepa": Arm(
+        LORA | {"objective": "softrepa", "batch_size": 4, "effective_batch": 16}, RATES
+    ),
+    "dpo": Arm(
+        LORA | {"objective": "dpo"}, tuple({"lr": 3e-4, "beta": b} for b in (250.0, 2500.0))
+    ),
+    "sds-clip": Arm(SDS, tuple({"lr": 1e-3, "lambda_": v} for v in (1e-3, 1e-1))),
+    "sds-clip's control": Arm(SDS | {"lambda_": 0.0, "lr": 1e-3}),
+    "diva": Arm(
+        OF_CLIP
+        | {"recap": "random:0.3", "repeats": 1, "crop_scale": 1.0, "cache_latents": True}
+        | {"steps": 600, "projection_steps": 300, "projection_lr": 3e-3, "measure_every": 0}
+        | {"effective_batch": 32, "batch_size": 32, "validate_every": 600},
+        ({"lr": 3e-4},),
+    ),
+}
+
+
+def is_clip(arm: Arm) -> bool:
+    return "clip" in arm.options
+
+
+def train(arm: Arm, setting: Options, seed: int, out: Path, steps: int | None) -> float:
+    """Train once; the validation accuracy in % that it is chosen by."""
+    values = arm.options | setting | {"seed": seed, "out": str(out)}
+    if steps is not None:  # a dry run
+        values |= {"steps": steps, "validate_every": steps}
+        values |= {"projection_steps": 1} if "projection_steps" in values else {}
+    if is_clip(arm):
+        values["validation_data"] = str(out.parents[1] / "choice")
+    note = out / "training.json"
+    known = json.loads(note.read_text()) if note.exists() else {"done": False}
+    if known["done"]:
+        other = [k for k, v in values.items() if known["settings"].get(k, v) != v and k != "out"]
+        if other:
+            raise SystemExit(f"{out} was trained with another {', '.join(other)}: delete it")
+    else:
+        pipeline: Any = diva if is_clip(arm) else finetune
+        pipeline.run(make(DivaConfig if is_clip(arm) else FinetuneConfig, values))
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    curve = [
+        100 * float(np.mean([v for k, v in line.items() if k.startswith("accuracy/")]))
+        for line in lines
+        if any(k.startswith("accuracy/") for k in line)
+    ]
+    return curve[-1] if is_clip(arm) else max(curve[1:])
+
+
+def choose(name: str, arm: Arm, folder: Path, steps: int | None) -> Options:
+    """The arm's setting, tried with seed 0 where there are several."""
+    if len(arm.settings) == 1:
+        return arm.settings[0]
+    tried = []
+    for number, setting in enumerate(arm.settings):
+        out = folder / "arms" / f"{slug(name)}-choice{number}"
+        tried.append((train(arm, setting, 0, out, steps), setting))
+        print(f"{name}: {setting} has {tried[-1][0]:.1f}% on the scenes that choose", flush=True)
+    return max(tried, key=lambda pair: pair[0])[1]
+
+
+def scorer_of(arm: Arm | None, out: Path | None, world: Path, clip: bool) -> RowScorer:
+    """Of a trained arm, or of the model before it."""
+    if clip:
+        return ClipScorer(load_clip(resolve_clip(str(out) if out else "shapes")), str(world))
+    model = load_denoiser(resolve("shapes"))
+    if out is not None:
+        merge_file(model, str(out / "pytorch_lora_weights.safetensors"))
+    plan = make_plan(plan_timesteps("diffusionitm", TIMESTEPS), model.latent_shape)
+    return DiffusionScorer(model, plan, str(world))
+
+
+def measure(file: Path, scorer: Any, tasks: dict[str, int], world: Path) -> dict[str, list[float]]:
+    """Credits of each example, by task and metric; kept in the file."""
+    if file.exists():
+        return json.loads(file.read_text())["credits"]
+    begin, found = time.perf_counter(), {}
+    for name, count in tasks.items():
+        task = find_task(name)()
+        lines = credits_by_metric(task, list(task.examples(str(world))), scorer)
+        if any(line is None for line in lines):
+            raise SystemExit(f"{name}: some of its examples could not be scored")
+        good = [line for line in lines if line is not None]
+        for metric in list(good[0])[:count]:
+            label = f"{name} {metric}" if count > 1 else name
+            found[label] = [line[metric] for line in good]
+    seconds = time.perf_counter() - begin
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"credits": found, "seconds": seconds}))
+    told = ", ".join(f"{key} {100 * mean(values):.1f}" for key, values in found.items())
+    print(f"{file.stem}: {told}; {seconds:.0f} s", flush=True)
+    return found
+
+
+def table(folder: Path, clip: bool, seeds: Sequence[int]) -> str:
+    """All that is measured, in Markdown: accuracies in % as the mean over seeds and, in brackets, the 95%
+    interval of their difference from the model before it; bold where that leaves out 0."""
+    done = folder / "measured"
+    base = json.loads((done / f"before-{'clip' if clip else 'diffusion'}.json").read_text())[
+        "credits"
+    ]
+    head = ["", "seeds", *base]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines.append(["before", "", *(f"{100 * mean(values):.1f}" for values in base.values())])
+    for name, arm in ARMS.items():
+        files = [done / f"{slug(name)}-seed{seed}.json" for seed in seeds]
+        runs = [json.loads(file.read_text())["credits"] for file in files if file.exists()]
+        if runs and is_clip(arm) == clip:
+            cells = [cell([run[key] for run in runs], base[key]) for key in base]
+            lines.append([name, str(len(runs)), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def put(page: Path, tables: dict[str, str]) -> None:
+    """The tables between the marks of a page."""
+    text = page.read_text()
+    for name, found in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"{page}: has no {begin} and {end}")
+        before, after = text.partition(begin)[0], text.partition(end)[2]
+        text = f"{before}{begin}\n\n{found}\n{end}{after}"
+    page.write_text(text)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name.replace("'s", ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--scenes", type=int, default=300, help="that are measured on")
+    parser.add_argument("--steps", type=int, help="updates of every training, for a dry run")
+    parser.add_argument("--page", type=Path)
+    args = parser.parse_args()
+    folder = args.folder.absolute()
+    world = folder / "measure"
+    write_world(str(world), args.scenes, seed=MEASURE_SEED)
+    write_world(str(folder / "choice"), CHOICE_SCENES, seed=CHOICE_SEED)
+    for clip in (False, True):
+        file = folder / "measured" / f"before-{'clip' if clip else 'diffusion'}.json"
+        tasks = CLIP if clip else DIFFUSION
+        measure(file, Memo(scorer_of(None, None, world, clip)), tasks, world)
+    for name in args.only:
+        arm = ARMS[name]
+        tasks = CLIP if is_clip(arm) else DIFFUSION
+        setting = choose(name, arm, folder, args.steps)
+        for seed in args.seeds:
+            out = folder / "arms" / f"{slug(name)}-seed{seed}"
+            train(arm, setting, seed, out, args.steps)
+            file = folder / "measured" / f"{out.name}.json"
+            measure(file, Memo(scorer_of(arm, out, world, is_clip(arm))), tasks, world)
+    tables = {
+        "diffusion models": table(folder, False, args.seeds),
+        "CLIPs": table(folder, True, args.seeds),
+    }
+    (folder / "tables.md").write_text("\n".join(tables.values()))
+    if args.page:
+        put(args.page, tables)
+    print(f"tables {folder / 'tables.md'}")
+
+
+if __name__ == "__main__":
+    main()

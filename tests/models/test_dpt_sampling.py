@@ -1,0 +1,65 @@
+"""DPT's self-correction: against a plain loop, and towards a higher score."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from diffitm.models.dpt import DptAdapter
+from diffitm.models.dpt_file import AdapterShape
+from diffitm.models.dpt_sampling import Corrected
+from diffitm.models.stable_diffusion import StableDiffusion
+from tests import plain_dpt, tiny
+
+SHAPE = AdapterShape("up1", 32, tiny.WIDTH)
+STEPS, GUIDANCE = 3, 2.0
+
+
+def painter(sd: StableDiffusion, factor: float) -> Corrected:
+    return Corrected(sd, DptAdapter(SHAPE, 1).eval(), factor)
+
+
+@pytest.mark.parametrize("factor", [0.0, 3.0])
+def test_images_equal_a_plain_loop(sd: StableDiffusion, factor: float) -> None:
+    """One seed at a time, with the gradient of the formulas; it is given to the prompt's half alone."""
+    made = painter(sd, factor)
+    images = made.generate("a red circle", [4, 5], STEPS, GUIDANCE)
+    state = dict(made.adapter.named_parameters())
+    scheduler = DDIMScheduler.from_config(sd.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    for seed, image in zip((4, 5), images, strict=True):
+        latent = torch.randn(sd.latent_shape, generator=torch.Generator().manual_seed(seed))
+        hidden, pooled = (value.clone() for value in plain_dpt.encoded(sd, "a red circle"))
+        empty = plain_dpt.encoded(sd, "")[0]
+        for step in scheduler.timesteps.tolist():
+            moved = latent.clone().requires_grad_()
+            map, _ = plain_dpt.read(sd, "up1", moved, step, hidden)
+            plain_dpt.score(state, map, step, pooled).backward()
+            with torch.no_grad():
+                text = sd.unet((latent + factor * moved.grad)[None], step, hidden).sample
+                none = sd.unet(latent[None], step, empty).sample
+                guided = none + GUIDANCE * (text - none)
+                latent = scheduler.step(guided, step, latent[None]).prev_sample[0]
+        pixels = sd.decode(latent[None])[0].permute(1, 2, 0).numpy()
+        difference = np.asarray(image, float) - (pixels / 2 + 0.5) * 255
+        assert np.abs(difference).max() < 1.0
+
+
+def test_the_gradient_leads_to_a_higher_score(sd: StableDiffusion) -> None:
+    """And each latent's is its own."""
+    made = painter(sd, 1.0)
+    latents, at = torch.randn(2, *sd.latent_shape), torch.tensor([500, 500])
+    texts = made.texts("a red circle", 2)
+    gradient = made.gradient(latents, at, texts)
+    alone = made.gradient(latents[1:], at[1:], made.texts("a red circle", 1))
+    torch.testing.assert_close(gradient[1:], alone, rtol=1e-3, atol=1e-7)
+
+    def score(moved: torch.Tensor) -> torch.Tensor:
+        maps, _ = made.reader(moved, at, texts)
+        return made.adapter.score(maps, at, texts["pooled"])
+
+    with torch.no_grad():
+        size = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        assert (score(latents + 0.05 * gradient / size) > score(latents)).all()
