@@ -52,7 +52,7 @@ STEPS = {
     "diffusion": 5500,
     "text": 600,
     "layout": 3500,
-    "flow": 5000,
+    "flow": 4100,
 }
 BATCH = {"vae": 24, "clip": 128, "diffusion": 64, "text": 64, "layout": 48, "flow": 64}
 RATE = {
@@ -73,7 +73,7 @@ DECAY = {
     "flow": 0.999,
 }
 # Share of the steps before the rate begins to fall.
-FLAT = {"vae": 0.0, "clip": 0.0, "diffusion": 0.0, "text": 0.0, "layout": 0.0, "flow": 0.6}
+FLAT = {"vae": 0.0, "clip": 0.0, "diffusion": 0.0, "text": 0.0, "layout": 0.0, "flow": 0.62}
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
 
