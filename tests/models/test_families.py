@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -20,8 +21,9 @@ from diffitm.core.schema import PairRow
 from diffitm.evaluation.evaluate import evaluate
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.distilled import tell_untrained
+from diffitm.models.families import FAMILIES
 from diffitm.models.flow import FlowDiffusion, pack, unpack
-from diffitm.models.loading import FAMILIES, load_denoiser, resolve
+from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.models.text_limits import TextLimits, tell_long_texts
 from diffitm.scoring.batching import Batch
