@@ -296,6 +296,7 @@ def load_scorer(
 
         clip = resolve_clip(name.removeprefix("clip:")).fetched()
         return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
+    from diffitm.models.distilled import tell_untrained
     from diffitm.models.dpt_file import check_adapter, find_adapter
     from diffitm.models.loading import FAMILIES, resolve
     from diffitm.models.lora import locate
@@ -338,6 +339,7 @@ def load_scorer(
         compiled=compile,
         empty=empty,
     )
+    tell_untrained(spec.label, spec.timesteps)
     return ImageTextScorer(spec, device)
 
 

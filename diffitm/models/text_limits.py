@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import open_clip
@@ -33,15 +33,16 @@ class TextLimits:
             field = "clip" if isinstance(source, clip.ClipSource) else source.field
             text = f"{source.name!r}: its tokenizer cannot be loaded: {error}"
             raise InputError(text, field) from error
-        self._plain_text = Denoiser.plain_text
+        self._templated: Callable[[str, Any], str] = lambda text, _: text
         if isinstance(source, loading.ModelSource):
-            self._plain_text = _kind(source).plain_text
+            self._templated = _kind(source).templated
         self.most = min((most for _, most in self._limits), default=0)
 
     def cut(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that are not read to their end."""
-        given, cut = {text: self._plain_text(text) for text in texts}, set[str]()
+        distinct, cut = dict.fromkeys(texts), set[str]()
         for tokenizer, most in self._limits:
+            given = {text: self._templated(text, tokenizer) for text in distinct}
             # A token is a byte or more: a short text needs no tokenizer.
             long = [text for text, plain in given.items() if len(plain.encode()) + MARKS > most]
             for start in range(0, len(long), AT_ONCE):
@@ -52,8 +53,10 @@ class TextLimits:
 
     def read(self, texts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
         """What is read of each text: the encoders' inputs. Texts that have the same are one to the model."""
-        given = [self._plain_text(text) for text in texts]
-        columns = [_inputs(tokenizer, given, most) for tokenizer, most in self._limits]
+        columns = [
+            _inputs(tokenizer, [self._templated(text, tokenizer) for text in texts], most)
+            for tokenizer, most in self._limits
+        ]
         return list(zip(*columns, strict=True))
 
 
