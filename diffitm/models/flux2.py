@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -19,7 +25,13 @@ from transformers import (
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import GUIDANCE, PATCH, side_of
 from diffitm.models.language_flow import LanguageFlow, chat
-from diffitm.models.latent_diffusion import Folder, check_latents, check_text_width, tokenize_whole
+from diffitm.models.latent_diffusion import (
+    Folder,
+    check_latents,
+    check_text_width,
+    sample,
+    tokenize_whole,
+)
 from diffitm.models.noise_schedule import FLOW_TIME
 
 
@@ -51,6 +63,7 @@ class Flux2(LanguageFlow):
         self.transformer = parts.model(Flux2Transformer2DModel, "transformer")
         super().__init__(parts, self.transformer, parts.model(AutoencoderKLFlux2, "vae"))
         self.guidance = GUIDANCE if self.transformer.config.guidance_embeds else None
+        self.is_distilled = bool(parts.index().get("is_distilled"))
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:
@@ -132,6 +145,25 @@ class Flux2(LanguageFlow):
         found: Tensor = out.transpose(1, 2).unflatten(2, (height, width))
         return found.float()
 
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. Euler's steps, diffusers' pipeline with texts as scored; the guidance is what the
+        network is told."""
+        side, told = self.latent_shape[-1], self._texts(prompt, len(seeds))
+        return sample(
+            Flux2Pipeline(**self._parts()), self, prompt, seeds, steps, guidance, prompt_embeds=told,
+            unpacked=lambda tokens: tokens.transpose(1, 2).unflatten(2, (side, side)),
+        )  # fmt: skip
+
+    def _parts(self) -> dict[str, Any]:
+        """What a pipeline is made of that is given the texts' embeddings."""
+        own = {"scheduler": self.sampler(), "vae": self.vae, "transformer": self.transformer}
+        return {**own, "text_encoder": None, "tokenizer": None}
+
+    def _texts(self, text: str, count: int) -> Tensor:
+        return self.encode_texts([text])["hidden"].expand(count, -1, -1)
+
     def _places(self, count: int, height: int, width: int, length: int) -> Tensor:
         """[B, tokens, 4]: (0, row, column, word) of each token."""
         axes = (torch.arange(size, device=self.device) for size in (1, height, width, length))
@@ -149,6 +181,19 @@ class Flux2Klein(Flux2):
     def templated(cls, text: str, tokenizer: Any) -> str:
         """See Denoiser."""
         return chat(tokenizer, [{"role": "user", "content": text}], enable_thinking=False)
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. Euler's steps, diffusers' pipeline with texts as scored; a distilled one, which was
+        trained without, is not guided."""
+        middle, width = self._norm
+        told, empty = (self._texts(text, len(seeds)) for text in (prompt, ""))
+        return sample(
+            Flux2KleinPipeline(**self._parts(), is_distilled=self.is_distilled),
+            self, prompt, seeds, steps, guidance, prompt_embeds=told, negative_prompt_embeds=empty,
+            unpacked=lambda raw: (_cells(raw.float()) - middle) / width,
+        )  # fmt: skip
 
 
 def _cells(latents: Tensor) -> Tensor:

@@ -6,19 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import FlowDiffusion
-from diffitm.models.latent_diffusion import is_cut, tokenize_masked
+from diffitm.models.latent_diffusion import is_cut, sample, tokenize_masked
 
 
 class LanguageFlow(FlowDiffusion):
     """A flow model that is given hidden states of a language model, which reads texts in a template.
 
     The condition is {"hidden": [B, L, D], "mask": [B, L]}. Subclasses set `text_encoder`, its `tokenizer`
-    and `lengths`.
+    and `lengths`, and diffusers' `pipeline`.
     """
+
+    pipeline: ClassVar[Any]
 
     layer: ClassVar[int] = -2  # whose output the network is given
     skipped: ClassVar[int] = 0  # tokens before a text, which it is not given
@@ -45,6 +48,21 @@ class LanguageFlow(FlowDiffusion):
             ids, attention_mask=mask, use_cache=False, output_hidden_states=True
         ).hidden_states
         return found
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. Euler's steps with the folder's shift, diffusers' pipeline."""
+        pipeline = self.pipeline(
+            scheduler=self.sampler(), vae=self.vae, transformer=self.transformer,
+            text_encoder=self.text_encoder, tokenizer=self.tokenizer,
+        )  # fmt: skip
+        more = self.asked(len(seeds), guidance)
+        return sample(pipeline, self, prompt, seeds, steps, guidance, **more)
+
+    def asked(self, count: int, guidance: float) -> dict[str, Any]:
+        """What the pipeline is asked for so many images, beside what all are."""
+        return {"max_sequence_length": self.lengths["tokenizer"]}
 
 
 def chat(

@@ -30,6 +30,7 @@ class QwenImage(LanguageFlow):
     """
 
     lengths = {"tokenizer": SKIPPED + LENGTH}  # noqa: RUF012
+    pipeline = QwenImagePipeline
     layer = -1
     skipped = SKIPPED
 
@@ -104,6 +105,15 @@ class QwenImage(LanguageFlow):
             return_dict=False,
         )[0]
         return unpack(out, side).float()
+
+    def asked(self, count: int, guidance: float) -> dict[str, Any]:
+        """See LanguageFlow. The pipeline guides away from a text, here ''."""
+        return {
+            "max_sequence_length": LENGTH,
+            "negative_prompt": [""] * count,
+            "true_cfg_scale": guidance,
+            "unpacked": lambda tokens: unpack(tokens, self.latent_shape[-1]),
+        }
 
 
 @functools.cache
