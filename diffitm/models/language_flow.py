@@ -54,7 +54,7 @@ class LanguageFlow(FlowDiffusion):
     ) -> list[Image.Image]:
         """See Denoiser. Euler's steps with the folder's shift, diffusers' pipeline."""
         pipeline = self.pipeline(
-            scheduler=self.sampler(), vae=self.vae, transformer=self.transformer,
+            scheduler=self.sampler(), vae=self.vae, transformer=self.network,
             text_encoder=self.text_encoder, tokenizer=self.tokenizer,
         )  # fmt: skip
         more = self.asked(len(seeds), guidance)
