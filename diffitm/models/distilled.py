@@ -11,7 +11,7 @@ log = logging.getLogger("diffitm")
 NAMED = re.compile(r"turbo|schnell|lightning|hyper-sd|\blcm\b", re.I)
 # SD-Turbo and SDXL-Turbo (Sauer et al. 2023), and the timesteps that they were trained at.
 TURBO = re.compile(r"\bsd(xl)?[-_]turbo", re.I)
-TRAINED = (999, 749, 499, 249)
+TURBO_STEPS = (999, 749, 499, 249)
 
 
 def why_no_unconditional(name: str, settings: Mapping[str, Any]) -> str | None:
@@ -26,11 +26,11 @@ def why_no_unconditional(name: str, settings: Mapping[str, Any]) -> str | None:
 
 def tell_untrained(name: str, timesteps: Sequence[float]) -> None:
     """Log how many of the timesteps a model of this name was not trained at, as far as its name tells."""
-    others = [step for step in timesteps if step not in TRAINED]
+    others = [step for step in timesteps if step not in TURBO_STEPS]
     if TURBO.search(name) and others:
         log.warning(
             "%s is named as the turbo models are, which were trained at timesteps %s alone: %s of these %s "
             "are others, such as %g (--timestep-list %s)",
-            name, ", ".join(map(str, TRAINED)), len(others), len(timesteps), others[0],
-            " ".join(map(str, TRAINED)),
+            name, ", ".join(map(str, TURBO_STEPS)), len(others), len(timesteps), others[0],
+            " ".join(map(str, TURBO_STEPS)),
         )  # fmt: skip

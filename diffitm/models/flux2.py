@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +14,6 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
-from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -25,13 +25,7 @@ from transformers import (
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import GUIDANCE, PATCH, side_of
 from diffitm.models.language_flow import LanguageFlow, chat
-from diffitm.models.latent_diffusion import (
-    Folder,
-    check_latents,
-    check_text_width,
-    sample,
-    tokenize_whole,
-)
+from diffitm.models.latent_diffusion import Folder, check_latents, check_text_width, tokenize_whole
 from diffitm.models.noise_schedule import FLOW_TIME
 
 
@@ -45,6 +39,7 @@ class Flux2(LanguageFlow):
 
     lengths = {"tokenizer": 512}  # noqa: RUF012
     patch = 1
+    pipeline = Flux2Pipeline
     layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
     encoder_kind: ClassVar[Any] = Mistral3ForConditionalGeneration
     tokenizer_kind: ClassVar[Any] = AutoTokenizer
@@ -63,7 +58,8 @@ class Flux2(LanguageFlow):
         self.transformer = parts.model(Flux2Transformer2DModel, "transformer")
         super().__init__(parts, self.transformer, parts.model(AutoencoderKLFlux2, "vae"))
         self.guidance = GUIDANCE if self.transformer.config.guidance_embeds else None
-        self.is_distilled = bool(parts.index().get("is_distilled"))
+        if parts.index().get("is_distilled"):  # a klein, whose pipeline then takes no guidance
+            self.pipeline = functools.partial(self.pipeline, is_distilled=True)
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:
@@ -142,27 +138,15 @@ class Flux2(LanguageFlow):
             img_ids=self._places(count, height, width, 1),
             return_dict=False,
         )[0]
-        found: Tensor = out.transpose(1, 2).unflatten(2, (height, width))
-        return found.float()
+        return Flux2.unpacked(self, out).float()
 
-    def generate(
-        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
-    ) -> list[Image.Image]:
-        """See Denoiser. Euler's steps, diffusers' pipeline with texts as scored; the guidance is what the
-        network is told."""
-        side, told = self.latent_shape[-1], self._texts(prompt, len(seeds))
-        return sample(
-            Flux2Pipeline(**self._parts()), self, prompt, seeds, steps, guidance, prompt_embeds=told,
-            unpacked=lambda tokens: tokens.transpose(1, 2).unflatten(2, (side, side)),
-        )  # fmt: skip
+    def asked(self, prompt: str, count: int, guidance: float) -> dict[str, Any]:
+        """See LanguageFlow. The text as scored: the pipeline would ask for its processor of pictures."""
+        return {"prompt_embeds": self.encode_texts([prompt])["hidden"].expand(count, -1, -1)}
 
-    def _parts(self) -> dict[str, Any]:
-        """What a pipeline is made of that is given the texts' embeddings."""
-        own = {"scheduler": self.sampler(), "vae": self.vae, "transformer": self.transformer}
-        return {**own, "text_encoder": None, "tokenizer": None}
-
-    def _texts(self, text: str, count: int) -> Tensor:
-        return self.encode_texts([text])["hidden"].expand(count, -1, -1)
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """See LanguageFlow."""
+        return latents.transpose(1, 2).unflatten(2, self.latent_shape[1:])
 
     def _places(self, count: int, height: int, width: int, length: int) -> Tensor:
         """[B, tokens, 4]: (0, row, column, word) of each token."""
@@ -176,24 +160,21 @@ class Flux2Klein(Flux2):
     layers = (9, 18, 27)
     encoder_kind = Qwen3ForCausalLM
     tokenizer_kind = Qwen2TokenizerFast
+    pipeline = Flux2KleinPipeline
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:
         """See Denoiser."""
         return chat(tokenizer, [{"role": "user", "content": text}], enable_thinking=False)
 
-    def generate(
-        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
-    ) -> list[Image.Image]:
-        """See Denoiser. Euler's steps, diffusers' pipeline with texts as scored; a distilled one, which was
-        trained without, is not guided."""
+    def asked(self, prompt: str, count: int, guidance: float) -> dict[str, Any]:
+        """See LanguageFlow."""
+        return {}
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """See LanguageFlow. This pipeline gives its VAE's own."""
         middle, width = self._norm
-        told, empty = (self._texts(text, len(seeds)) for text in (prompt, ""))
-        return sample(
-            Flux2KleinPipeline(**self._parts(), is_distilled=self.is_distilled),
-            self, prompt, seeds, steps, guidance, prompt_embeds=told, negative_prompt_embeds=empty,
-            unpacked=lambda raw: (_cells(raw.float()) - middle) / width,
-        )  # fmt: skip
+        return (_cells(latents.float()) - middle) / width
 
 
 def _cells(latents: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ class LanguageFlow(FlowDiffusion):
     """A flow model that is given hidden states of a language model, which reads texts in a template.
 
     The condition is {"hidden": [B, L, D], "mask": [B, L]}. Subclasses set `text_encoder`, its `tokenizer`
-    and `lengths`, and diffusers' `pipeline`.
+    and `lengths`, and `pipeline`, diffusers' own.
     """
-
-    pipeline: ClassVar[Any]
 
     layer: ClassVar[int] = -2  # whose output the network is given
     skipped: ClassVar[int] = 0  # tokens before a text, which it is not given
+    pipeline: Any
+    transformer: Any
     text_encoder: Any
     tokenizer: Any
 
@@ -54,15 +54,22 @@ class LanguageFlow(FlowDiffusion):
     ) -> list[Image.Image]:
         """See Denoiser. Euler's steps with the folder's shift, diffusers' pipeline."""
         pipeline = self.pipeline(
-            scheduler=self.sampler(), vae=self.vae, transformer=self.network,
-            text_encoder=self.text_encoder, tokenizer=self.tokenizer,
+            scheduler=self.sampler(), vae=self.vae, text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer, transformer=self.transformer,
         )  # fmt: skip
-        more = self.asked(len(seeds), guidance)
-        return sample(pipeline, self, prompt, seeds, steps, guidance, **more)
+        asked = self.asked(prompt, len(seeds), guidance)
+        images: list[Image.Image] = sample(
+            pipeline, self, prompt, seeds, steps, guidance, self.unpacked, **asked
+        )
+        return images
 
-    def asked(self, count: int, guidance: float) -> dict[str, Any]:
-        """What the pipeline is asked for so many images, beside what all are."""
-        return {"max_sequence_length": self.lengths["tokenizer"]}
+    def asked(self, prompt: str, count: int, guidance: float) -> dict[str, Any]:
+        """What else its pipeline is called with for so many images of a prompt."""
+        return {}
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of what its pipeline gives."""
+        return latents
 
 
 def chat(

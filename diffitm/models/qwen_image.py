@@ -30,9 +30,9 @@ class QwenImage(LanguageFlow):
     """
 
     lengths = {"tokenizer": SKIPPED + LENGTH}  # noqa: RUF012
-    pipeline = QwenImagePipeline
     layer = -1
     skipped = SKIPPED
+    pipeline = QwenImagePipeline
 
     def __init__(
         self,
@@ -106,14 +106,13 @@ class QwenImage(LanguageFlow):
         )[0]
         return unpack(out, side).float()
 
-    def asked(self, count: int, guidance: float) -> dict[str, Any]:
-        """See LanguageFlow. The pipeline guides away from a text, here ''."""
-        return {
-            "max_sequence_length": LENGTH,
-            "negative_prompt": [""] * count,
-            "true_cfg_scale": guidance,
-            "unpacked": lambda tokens: unpack(tokens, self.latent_shape[-1]),
-        }
+    def asked(self, prompt: str, count: int, guidance: float) -> dict[str, Any]:
+        """See LanguageFlow. Its guidance has another name, and needs a negative prompt."""
+        return {"true_cfg_scale": guidance, "negative_prompt": [""] * count}
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """See LanguageFlow."""
+        return unpack(latents, self.latent_shape[-1])
 
 
 @functools.cache
