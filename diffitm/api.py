@@ -298,7 +298,8 @@ def load_scorer(
         return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
     from diffitm.models.distilled import tell_untrained
     from diffitm.models.dpt_file import check_adapter, find_adapter
-    from diffitm.models.loading import FAMILIES, resolve
+    from diffitm.models.families import FAMILIES
+    from diffitm.models.loading import resolve
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
 

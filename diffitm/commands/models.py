@@ -18,7 +18,8 @@ from diffitm.evaluation.races import describe
 from diffitm.metrics.score import other_dtype
 from diffitm.models.distilled import tell_untrained
 from diffitm.models.dpt_file import AdapterFile, check_adapter, find_adapter
-from diffitm.models.loading import FAMILIES, ModelSource, resolve, size_note
+from diffitm.models.families import FAMILIES
+from diffitm.models.loading import ModelSource, resolve, size_note
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer

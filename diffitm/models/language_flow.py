@@ -24,6 +24,7 @@ class LanguageFlow(FlowDiffusion):
     layer: ClassVar[int] = -2  # whose output the network is given
     skipped: ClassVar[int] = 0  # tokens before a text, which it is not given
     pipeline: Any
+    transformer: Any
     text_encoder: Any
     tokenizer: Any
 

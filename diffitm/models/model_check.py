@@ -20,9 +20,10 @@ from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.distilled import why_no_unconditional
+from diffitm.models.families import FAMILIES
 from diffitm.models.flow import GUIDANCE
 from diffitm.models.hub_weights import WITHOUT_WEIGHTS, check_variant, needed
-from diffitm.models.loading import FAMILIES, ModelSource, files_of, on_machine
+from diffitm.models.loading import ModelSource, files_of, on_machine
 from diffitm.models.lora import match_lora, naming, read_lora
 from diffitm.models.parts import (
     check_settings,

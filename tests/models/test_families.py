@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffitm.core import registry
 from diffitm.core.errors import InputError
@@ -19,8 +21,9 @@ from diffitm.core.schema import PairRow
 from diffitm.evaluation.evaluate import evaluate
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.distilled import tell_untrained
+from diffitm.models.families import FAMILIES
 from diffitm.models.flow import FlowDiffusion, pack, unpack
-from diffitm.models.loading import FAMILIES, load_denoiser, resolve
+from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.models.text_limits import TextLimits, tell_long_texts
 from diffitm.scoring.batching import Batch
@@ -199,6 +202,51 @@ def test_pixart_that_takes_the_images_size(tmp_path: Path) -> None:
     added = found["added_cond_kwargs"]
     assert added["resolution"].tolist() == [[32.0, 32.0]] * 2
     assert added["aspect_ratio"].tolist() == [[1.0]] * 2
+
+
+def test_sd3_with_one_clip(tmp_path: Path) -> None:
+    """Its network gets the tokens and what is pooled of that CLIP alone, as the pipeline hands them on."""
+    folder = families.write_sd3_of_one_clip(tmp_path / "m")
+    check_loadable(resolve(str(folder)))
+    model: Any = load_denoiser(resolve(str(folder)))
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    ids = CLIPTokenizer.from_pretrained(folder / "tokenizer")(
+        TEXTS[0], padding="max_length", return_tensors="pt"
+    )
+    with torch.no_grad():
+        text = encoder(ids.input_ids, output_hidden_states=True)
+    away = [f"{part}_{number}" for part in ("text_encoder", "tokenizer") for number in (2, 3)]
+    pipeline = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(away))
+    noised = latents_of(model, 1)
+
+    def draw() -> None:
+        pipeline(
+            prompt_embeds=text.hidden_states[-2], pooled_prompt_embeds=text.pooler_output,
+            height=32, width=32, num_inference_steps=2, latents=noised, guidance_scale=1.0,
+            output_type="latent",
+        )  # fmt: skip
+
+    given = spied(pipeline.transformer, draw)[0]
+    condition = model.encode_texts([TEXTS[0]])
+    (found,) = spied(
+        model.transformer,
+        lambda: model.predict(noised, given["timestep"], condition),
+    )
+    expected, found = flat(given), flat(found)
+    assert found.keys() == expected.keys()
+    for key in expected.keys() - {"return_dict"}:
+        torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5, msg=key)
+
+
+def test_sd3_with_one_clip_has_to_fit(tmp_path: Path) -> None:
+    """Its widths are the network's; a CLIP with a projection has a second one beside it."""
+    wide = families.write_sd3_of_one_clip(tmp_path / "wide", taken=2 * tiny.WIDTH)
+    for refuse in (load_denoiser, check_loadable):
+        with pytest.raises(InputError, match=f"{tiny.WIDTH} wide, its transformer takes"):
+            refuse(resolve(str(wide)))
+    kind = CLIPTextModelWithProjection
+    with pytest.raises(InputError, match="lacks text_encoder_2, tokenizer_2"):
+        resolve(str(families.write_sd3_of_one_clip(tmp_path / "projected", kind=kind)))
 
 
 def test_every_flow_family_says_so() -> None:
