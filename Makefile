@@ -8,7 +8,7 @@ READY := $(VENV)/installed
 .PHONY: demo sweep-demo findings test test-slow test-long lint rooms docs clean
 
 demo: $(READY)
-	$(BIN)/python pipelines/gdbench.py --model shapes --clip shapes --data shapes --out out/demo
+	$(BIN)/python pipelines/gdbench.py --model shapes shapes-flow --clip shapes --data shapes --out out/demo
 
 sweep-demo: $(READY)
 	$(BIN)/python pipelines/sweep.py timesteps --config pipelines/sweeps/timesteps.yaml out=out/sweeps/timesteps

@@ -235,6 +235,29 @@ def write_sd3(folder: Path, with_t5: bool = True) -> Path:
     return folder
 
 
+def write_sd3_of_one_clip(folder: Path, taken: int = tiny.WIDTH, kind: Any = CLIPTextModel) -> Path:
+    """Save a random SD3 with one CLIP and no T5, whose network takes texts so wide."""
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=taken, caption_projection_dim=32,
+        pooled_projection_dim=taken, out_channels=4, pos_embed_max_size=4,
+    )  # fmt: skip
+    _lively(transformer)
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=kind(tiny.text_config(tokenizer)),
+        text_encoder_2=None,
+        text_encoder_3=None,
+        tokenizer=tokenizer,
+        tokenizer_2=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+    return folder
+
+
 def write_sana(folder: Path) -> Path:
     """Save a random Sana, with the published scheduler."""
     tokenizer = gemma_tokenizer()

@@ -18,6 +18,7 @@ class Reference:
 
     # What the pipeline is asked so that it draws one square of the model's own size, unguided.
     asked: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0}
+    guided: ClassVar[dict[str, Any]] = {"guidance_scale": 4.0}  # and two, guided
 
     def given(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] as the pipeline takes them."""
@@ -149,6 +150,7 @@ class Schnell(Flux):
 
 class QwenImage(Packed):
     asked = {"true_cfg_scale": 1.0}  # noqa: RUF012
+    guided = {"true_cfg_scale": 4.0, "negative_prompt": ["", ""]}  # noqa: RUF012
 
     def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
         side = z.shape[-1]

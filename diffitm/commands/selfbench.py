@@ -20,7 +20,8 @@ from diffitm.core.registry import load
 from diffitm.evaluation.examples import write_examples
 from diffitm.evaluation.options import MOST, GdbenchConfig, ModelOptions, check_models
 from diffitm.models.denoiser import Denoiser
-from diffitm.models.loading import FAMILIES, ModelSource
+from diffitm.models.families import FAMILIES
+from diffitm.models.loading import ModelSource
 from diffitm.report.matrix import Generated
 from diffitm.scoring.specs import DiffusionSpec, Spec
 from diffitm.tasks import selfbench

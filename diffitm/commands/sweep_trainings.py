@@ -9,6 +9,7 @@ from typing import Any
 
 from diffitm.core import storage
 from diffitm.core.errors import InputError
+from diffitm.models.embedded import EMBEDDED
 from diffitm.sweep.options import Sweep, values_of
 from diffitm.sweep.result import Tried, open_sweep
 from diffitm.sweep.space import grid
@@ -47,7 +48,7 @@ def placed(sweep: Sweep) -> Sweep:
     def place(name: str, value: Any) -> Any:
         if isinstance(value, list):
             return [place(name, item) for item in value]
-        if name not in (*PATHS, *MODELS) or not isinstance(value, str) or value == "shapes":
+        if name not in (*PATHS, *MODELS) or not isinstance(value, str) or value in EMBEDDED:
             return value
         first, mark, last = value.partition(":")
         if "://" in value:

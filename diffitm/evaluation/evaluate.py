@@ -29,6 +29,7 @@ from diffitm.metrics.credit import LOST, Credit, Credits
 from diffitm.metrics.figures import Decision, Decisions, Figure, Groups, Labels
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
 from diffitm.metrics.score import other_dtype
+from diffitm.models.distilled import why_no_unconditional
 from diffitm.scoring.protocols import error_of_protocol
 from diffitm.scoring.racing import hold
 from diffitm.store.join import ScoredExample, ScoredPart, read_items, read_labels, read_parts
@@ -160,10 +161,9 @@ def evaluate(
     evaluation = Evaluation()
     names = titles(stores)
     evaluation.notes = [
-        f"{name} is distilled and was not trained without a text: its normalised scores are less the error "
-        "of no text anyway."
+        f"{name} {why}: its normalised scores are less the error of no text anyway."
         for name, store in zip(names, stores, strict=True)
-        if not store.config.get("unconditional", True)
+        if store.similarity is None and (why := why_no_unconditional(store.model, store.config))
     ]
     evaluation.settings = {
         name: store.config | {"error": error_of(store, error)}

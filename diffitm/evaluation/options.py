@@ -62,7 +62,7 @@ class ModelOptions(OnActors):
     )
     latents: Literal["mean", "sample"] = option("mean", "posterior mean, or one seeded sample")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto: on a GPU fp16 (bf16 for PixArt, SD3, Sana, FLUX), else fp32"
+        "auto", "auto: on a GPU fp16 (bf16 for transformers such as SD3), else fp32"
     )
     variant: str | None = option(
         None,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import Tensor
 from transformers import (
@@ -33,6 +39,7 @@ class Flux2(LanguageFlow):
 
     lengths = {"tokenizer": 512}  # noqa: RUF012
     patch = 1
+    pipeline = Flux2Pipeline
     layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
     encoder_kind: ClassVar[Any] = Mistral3ForConditionalGeneration
     tokenizer_kind: ClassVar[Any] = AutoTokenizer
@@ -51,6 +58,8 @@ class Flux2(LanguageFlow):
         self.transformer = parts.model(Flux2Transformer2DModel, "transformer")
         super().__init__(parts, self.transformer, parts.model(AutoencoderKLFlux2, "vae"))
         self.guidance = GUIDANCE if self.transformer.config.guidance_embeds else None
+        if parts.index().get("is_distilled"):  # a klein, whose pipeline then takes no guidance
+            self.pipeline = functools.partial(self.pipeline, is_distilled=True)
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:
@@ -129,8 +138,15 @@ class Flux2(LanguageFlow):
             img_ids=self._places(count, height, width, 1),
             return_dict=False,
         )[0]
-        found: Tensor = out.transpose(1, 2).unflatten(2, (height, width))
-        return found.float()
+        return Flux2.unpacked(self, out).float()
+
+    def asked(self, prompt: str, count: int, guidance: float) -> dict[str, Any]:
+        """See LanguageFlow. The text as scored: the pipeline would ask for its processor of pictures."""
+        return {"prompt_embeds": self.encode_texts([prompt])["hidden"].expand(count, -1, -1)}
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """See LanguageFlow."""
+        return latents.transpose(1, 2).unflatten(2, self.latent_shape[1:])
 
     def _places(self, count: int, height: int, width: int, length: int) -> Tensor:
         """[B, tokens, 4]: (0, row, column, word) of each token."""
@@ -144,11 +160,21 @@ class Flux2Klein(Flux2):
     layers = (9, 18, 27)
     encoder_kind = Qwen3ForCausalLM
     tokenizer_kind = Qwen2TokenizerFast
+    pipeline = Flux2KleinPipeline
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:
         """See Denoiser."""
         return chat(tokenizer, [{"role": "user", "content": text}], enable_thinking=False)
+
+    def asked(self, prompt: str, count: int, guidance: float) -> dict[str, Any]:
+        """See LanguageFlow."""
+        return {}
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """See LanguageFlow. This pipeline gives its VAE's own."""
+        middle, width = self._norm
+        return (_cells(latents.float()) - middle) / width
 
 
 def _cells(latents: Tensor) -> Tensor:

@@ -6,22 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import FlowDiffusion
-from diffitm.models.latent_diffusion import is_cut, tokenize_masked
+from diffitm.models.latent_diffusion import is_cut, sample, tokenize_masked
 
 
 class LanguageFlow(FlowDiffusion):
     """A flow model that is given hidden states of a language model, which reads texts in a template.
 
     The condition is {"hidden": [B, L, D], "mask": [B, L]}. Subclasses set `text_encoder`, its `tokenizer`
-    and `lengths`.
+    and `lengths`, and `pipeline`, diffusers' own.
     """
 
     layer: ClassVar[int] = -2  # whose output the network is given
     skipped: ClassVar[int] = 0  # tokens before a text, which it is not given
+    pipeline: Any
+    transformer: Any
     text_encoder: Any
     tokenizer: Any
 
@@ -45,6 +48,28 @@ class LanguageFlow(FlowDiffusion):
             ids, attention_mask=mask, use_cache=False, output_hidden_states=True
         ).hidden_states
         return found
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. Euler's steps with the folder's shift, diffusers' pipeline."""
+        pipeline = self.pipeline(
+            scheduler=self.sampler(), vae=self.vae, text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer, transformer=self.transformer,
+        )  # fmt: skip
+        asked = self.asked(prompt, len(seeds), guidance)
+        images: list[Image.Image] = sample(
+            pipeline, self, prompt, seeds, steps, guidance, self.unpacked, **asked
+        )
+        return images
+
+    def asked(self, prompt: str, count: int, guidance: float) -> dict[str, Any]:
+        """What else its pipeline is called with for so many images of a prompt."""
+        return {}
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of what its pipeline gives."""
+        return latents
 
 
 def chat(

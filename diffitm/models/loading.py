@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from safetensors import SafetensorError
 
 from diffitm.core import registry, storage
-from diffitm.core.errors import InputError, suggest
+from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.embedded import EMBEDDED, folder_of
+from diffitm.models.families import FAMILIES, Family, absent_parts, kind_of
 from diffitm.models.hub_weights import (
     STEMS,
     Weights,
@@ -28,7 +30,6 @@ from diffitm.models.lora import digest_of, lora_file, merge_file
 from diffitm.models.weight_cache import on_disk
 from diffitm.models.weight_files import POINTER, WeightsError, check_whole
 
-SHAPES = Path(__file__).resolve().parents[1] / "shapes" / "weights"
 INDEX = "model_index.json"
 SINGLE = (".safetensors", ".ckpt")  # how models in one file end
 CONVERT = (
@@ -37,168 +38,6 @@ CONVERT = (
 )
 SETTINGS = ("config.json", "scheduler_config.json", "generation_config.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family's Denoiser is, and what of a folder its scores depend on.
-
-    `parts` are its folders, each with the class that is read of it, None of the scheduler, of which the
-    settings are read alone. `optional` parts may be null in model_index.json. `settings` are those of
-    model_index.json with what they are if absent. `flow` is whether its noise is that of rectified flow.
-    `half` is the dtype on a GPU unless told. `told` is what else a store says of its scores: choices that
-    are made for all of the family, and `unconditional` False where its errors of no text are none.
-    """
-
-    denoiser: str
-    parts: Mapping[str, str | None]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    optional: tuple[str, ...] = ()
-    flow: bool = False
-    half: str = "fp16"
-    told: Mapping[str, Any] = field(default_factory=dict)
-
-
-_VAE = {"vae": "diffusers:AutoencoderKL", "scheduler": None}
-_CLIP = {"text_encoder": "transformers:CLIPTextModel", "tokenizer": "transformers:CLIPTokenizer"}
-_UNET = {"unet": "diffusers:UNet2DConditionModel", **_VAE, **_CLIP}
-_PROJECTED = "transformers:CLIPTextModelWithProjection"
-_FLOW: dict[str, Any] = {"flow": True, "half": "bf16", "told": {"prediction": "flow"}}
-_DISTILLED = {"prediction": "flow", "unconditional": False}
-_FLUX2 = {
-    "transformer": "diffusers:Flux2Transformer2DModel",
-    "vae": "diffusers:AutoencoderKLFlux2",
-    "scheduler": None,
-}
-_PIXART = {
-    "transformer": "diffusers:PixArtTransformer2DModel",
-    **_VAE,
-    "text_encoder": "transformers:T5EncoderModel",
-    "tokenizer": "transformers:T5TokenizerFast",
-}
-# The pipeline class that a diffusers folder names in model_index.json -> what runs it.
-FAMILIES = {
-    "StableDiffusionPipeline": Family("diffitm.models.stable_diffusion:StableDiffusion", _UNET),
-    "StableDiffusionXLPipeline": Family(
-        "diffitm.models.sdxl:StableDiffusionXL",
-        {
-            **_UNET,
-            "text_encoder_2": _PROJECTED,
-            "tokenizer_2": "transformers:CLIPTokenizer",
-        },
-        {"force_zeros_for_empty_prompt": True},
-    ),
-    "DiTPipeline": Family(
-        "diffitm.models.dit:Dit",
-        {"transformer": "diffusers:DiTTransformer2DModel", **_VAE},
-        {"id2label": None},
-    ),
-    "PixArtAlphaPipeline": Family("diffitm.models.pixart:PixArt", _PIXART, half="bf16"),
-    "PixArtSigmaPipeline": Family("diffitm.models.pixart:PixArtSigma", _PIXART, half="bf16"),
-    "StableDiffusion3Pipeline": Family(
-        "diffitm.models.sd3:StableDiffusion3",
-        {
-            "transformer": "diffusers:SD3Transformer2DModel",
-            **_VAE,
-            **{f"text_encoder{end}": _PROJECTED for end in ("", "_2")},
-            **{f"tokenizer{end}": "transformers:CLIPTokenizer" for end in ("", "_2")},
-            "text_encoder_3": "transformers:T5EncoderModel",
-            "tokenizer_3": "transformers:T5TokenizerFast",
-        },
-        optional=("text_encoder_3", "tokenizer_3"),
-        **_FLOW,
-    ),
-    "SanaPipeline": Family(
-        "diffitm.models.sana:Sana",
-        {
-            "transformer": "diffusers:SanaTransformer2DModel",
-            "vae": "diffusers:AutoencoderDC",
-            "scheduler": None,
-            "text_encoder": "transformers:Gemma2Model",
-            "tokenizer": "transformers:GemmaTokenizerFast",
-        },
-        **_FLOW,
-    ),
-    "FluxPipeline": Family(
-        "diffitm.models.flux:Flux",
-        {
-            "transformer": "diffusers:FluxTransformer2DModel",
-            **_VAE,
-            **_CLIP,
-            "text_encoder_2": "transformers:T5EncoderModel",
-            "tokenizer_2": "transformers:T5TokenizerFast",
-        },
-        flow=True,
-        half="bf16",
-        told=_DISTILLED,
-    ),
-    "QwenImagePipeline": Family(
-        "diffitm.models.qwen_image:QwenImage",
-        {
-            "transformer": "diffusers:QwenImageTransformer2DModel",
-            "vae": "diffusers:AutoencoderKLQwenImage",
-            "scheduler": None,
-            "text_encoder": "transformers:Qwen2_5_VLForConditionalGeneration",
-            "tokenizer": "transformers:Qwen2Tokenizer",
-        },
-        **_FLOW,
-    ),
-    "Lumina2Pipeline": Family(
-        "diffitm.models.lumina2:Lumina2",
-        {
-            "transformer": "diffusers:Lumina2Transformer2DModel",
-            **_VAE,
-            "text_encoder": "transformers:Gemma2Model",
-            "tokenizer": "transformers:GemmaTokenizerFast",
-        },
-        **_FLOW,
-    ),
-    "ZImagePipeline": Family(
-        "diffitm.models.z_image:ZImage",
-        {
-            "transformer": "diffusers:ZImageTransformer2DModel",
-            **_VAE,
-            "text_encoder": "transformers:Qwen3Model",
-            "tokenizer": "transformers:Qwen2Tokenizer",
-        },
-        **_FLOW,
-    ),
-    "Flux2Pipeline": Family(
-        "diffitm.models.flux2:Flux2",
-        {
-            **_FLUX2,
-            "text_encoder": "transformers:Mistral3ForConditionalGeneration",
-            "tokenizer": "transformers:AutoTokenizer",
-        },
-        flow=True,
-        half="bf16",
-        told=_DISTILLED,
-    ),
-    "Flux2KleinPipeline": Family(
-        "diffitm.models.flux2:Flux2Klein",
-        {
-            **_FLUX2,
-            "text_encoder": "transformers:Qwen3ForCausalLM",
-            "tokenizer": "transformers:Qwen2TokenizerFast",
-        },
-        **_FLOW,
-    ),
-}
-
-
-def family_of(index: Mapping[str, Any], name: str, field: str) -> Family:
-    """The family that a model_index.json names. Raises InputError for one that is not known here."""
-    kind = str(index["_class_name"])
-    if kind not in FAMILIES:
-        raise InputError(
-            f"{name!r}: unknown kind of diffusion model {kind!r}{suggest(kind, FAMILIES)}", field
-        )
-    return FAMILIES[kind]
-
-
-def _absent(family: Family, index: Mapping[str, Any]) -> tuple[str, ...]:
-    """The optional parts that a model_index.json has not."""
-    return tuple(part for part in family.optional if not (index.get(part) or [None])[0])
 
 
 @dataclass(frozen=True)
@@ -221,7 +60,14 @@ class ModelSource:
     )
     guidance: float | None = None  # what its network is told, where it takes one
     absent: tuple[str, ...] = ()  # optional parts of its family that it does without
+    distilled: bool = False  # its model_index.json says so, though not all of its family are
     sizes: tuple[tuple[str, int], ...] = ()  # parameters of each part, once it was checked
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a store says of its scores: what its family does, and that it is distilled."""
+        own = {"unconditional": False} if self.distilled else {}
+        return {**FAMILIES[self.family].told, **own}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -253,13 +99,13 @@ class ModelSource:
 
 
 def resolve(name: str, field: str = "model", variant: str | None = None) -> ModelSource:
-    """Find a diffusers model by name: 'shapes', a local folder, a URI of one or a Hub id. Loads no
+    """Find a diffusers model by name: one of EMBEDDED, a local folder, a URI of one or a Hub id. Loads no
     weights; those behind a URI are fetched. `variant` is that of the weights that will be loaded.
 
     Raises InputError that names `field` and says what was looked for.
     """
     given, name = name, storage.without_query(name)
-    folder = SHAPES / "diffusion" if name == "shapes" else Path(name).expanduser()
+    folder = folder_of(name) if name in EMBEDDED else Path(name).expanduser()
     if "://" in given:
         folder = _copy(given, field, variant)
     if folder.is_dir():
@@ -268,29 +114,35 @@ def resolve(name: str, field: str = "model", variant: str | None = None) -> Mode
         if not index.is_file():
             raise InputError(f"{name!r}: {_no_index(folder)}", field)
         settings = _read_index(index, name, field)
-        family = family_of(settings, name, field)
-        absent = _absent(family, settings)
+        kind = kind_of(settings, name, field)
+        family = FAMILIES[kind]
+        absent = absent_parts(family, settings)
         missing = [p for p in family.parts if p not in absent and not (folder / p).is_dir()]
         if missing:
             raise InputError(f"{name!r}: the folder lacks {', '.join(missing)}", field)
-        location = given if name == "shapes" or "://" in given else str(folder.absolute())
+        location = given if name in EMBEDDED or "://" in given else str(folder.absolute())
         digest = _digest(folder, family, settings, variant)
-        kind = str(settings["_class_name"])
         return ModelSource(
-            name, location, None, kind, digest, field, variant=variant, absent=absent
-        )
+            name, location, None, kind, digest, field, variant=variant, absent=absent,
+            distilled=bool(settings.get("is_distilled")),
+        )  # fmt: skip
     if folder.is_file():
         raise InputError(f"{name!r}: {_of_one_file(folder)}", field)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
         raise InputError(
-            f"{name!r} is neither a folder nor a Hub id such as 'org/name', nor 'shapes'", field
+            f"{name!r} is neither a folder nor a Hub id such as 'org/name', nor one of "
+            f"{', '.join(EMBEDDED)}",
+            field,
         )
     index = from_hub(name, INDEX, field)
     commit = index.parent.name
     settings = _read_index(index, name, field)
-    absent = _absent(family_of(settings, name, field), settings)
-    kind = str(settings["_class_name"])
-    return ModelSource(name, name, commit, kind, commit, field, variant=variant, absent=absent)
+    kind = kind_of(settings, name, field)
+    absent = absent_parts(FAMILIES[kind], settings)
+    return ModelSource(
+        name, name, commit, kind, commit, field, variant=variant, absent=absent,
+        distilled=bool(settings.get("is_distilled")),
+    )  # fmt: skip
 
 
 def load_denoiser(
@@ -411,8 +263,8 @@ def _of_one_file(file: Path) -> str:
 
 def on_machine(source: ModelSource) -> tuple[str, str | None]:
     """The local folder, or the Hub id and its commit, to load from."""
-    if source.location == "shapes":
-        return str(SHAPES / "diffusion"), None
+    if source.location in EMBEDDED:
+        return str(folder_of(source.location)), None
     if source.weights is not None:
         return str(source.weights.on_machine()), None
     if "://" in source.location:
@@ -430,8 +282,8 @@ def _copy(uri: str, field: str, variant: str | None, digest: str | None = None) 
     settings = _index_of(
         storage.read_text(storage.join(uri, INDEX)), storage.without_query(uri), field
     )
-    family = family_of(settings, storage.without_query(uri), field)
-    parts = [part for part in family.parts if part not in _absent(family, settings)]
+    family = FAMILIES[kind_of(settings, storage.without_query(uri), field)]
+    parts = [part for part in family.parts if part not in absent_parts(family, settings)]
     wanted = {name: there[name] for name in (INDEX, *needed(there, parts, variant))}
     copy, _ = on_disk(
         uri, wanted, lambda folder: _digest(folder, family, settings, variant), digest
@@ -472,7 +324,7 @@ def _digest(
     if family.settings:
         used = {key: index.get(key, absent) for key, absent in family.settings.items()}
         total.update(json.dumps(used, sort_keys=True).encode())
-    parts = [part for part in family.parts if part not in _absent(family, index)]
+    parts = [part for part in family.parts if part not in absent_parts(family, index)]
     read = filter(_is_loaded, needed(files_of(folder), parts, variant))
     for name in sorted(read, key=Path):
         total.update(name.encode())

@@ -25,6 +25,7 @@ class Lumina2(LanguageFlow):
     """
 
     lengths = {"tokenizer": 256}  # noqa: RUF012
+    pipeline = Lumina2Pipeline
 
     def __init__(
         self,

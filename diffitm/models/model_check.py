@@ -3,6 +3,7 @@ memory: before anything is scored, and on the driver."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,11 @@ from transformers import CLIPTextConfig
 from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.distilled import why_no_unconditional
+from diffitm.models.families import FAMILIES
 from diffitm.models.flow import GUIDANCE
 from diffitm.models.hub_weights import WITHOUT_WEIGHTS, check_variant, needed
-from diffitm.models.loading import FAMILIES, ModelSource, files_of, on_machine
+from diffitm.models.loading import ModelSource, files_of, on_machine
 from diffitm.models.lora import match_lora, naming, read_lora
 from diffitm.models.parts import (
     check_settings,
@@ -58,7 +61,6 @@ LITTER = (
 )
 # What stands before the names of a text model, by the part that it is of and the version.
 ABOVE = re.compile(r"^((text_model|language_model|model)\.)+")
-DISTILLED = re.compile(r"turbo|schnell|lightning|hyper-sd|\blcm\b", re.I)
 # Attention of older VAEs, which diffusers renames.
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -100,12 +102,8 @@ def check_loadable(
 
 
 def _tell_unconditional(source: ModelSource) -> None:
-    """Log that a model has no true unconditional, as far as family and name tell."""
-    why = None
-    if FAMILIES[source.family].told.get("unconditional") is False:
-        why = "is distilled and was not trained without a text"
-    elif DISTILLED.search(source.name):
-        why = "is named as step-distilled ones are, which are trained at few timesteps and without guidance"
+    """Log that a model has no true unconditional, as far as family, folder and name tell."""
+    why = why_no_unconditional(source.name, source.told)
     if why is not None:
         log.warning("%s %s: its error of no text is no unconditional one", source.name, why)
 
@@ -126,7 +124,7 @@ def settled(
         raise InputError(f"{text} take others", "resolution")
     try:
         upcast = source.family != ALWAYS_UPCAST and _says(location, revision, "vae", "force_upcast")
-        guidance = GUIDANCE if _says(location, revision, "transformer", "guidance_embeds") else None
+        guidance = GUIDANCE if _is_guided(source, location, revision) else None
         source = replace(source, upcast=upcast, guidance=guidance, resolution=resolution)
         if prediction is None:
             return source
@@ -142,10 +140,22 @@ def settled(
     return replace(source, prediction=prediction)
 
 
-def _says(location: str, revision: str | None, part: str, setting: str) -> bool:
-    """Whether the settings of a part on this machine have something switched on."""
+def _says(
+    location: str, revision: str | None, part: str, setting: str, default: bool = False
+) -> bool:
+    """Whether the settings of a part on this machine have something switched on; `default` where they do
+    not say."""
     file = Path(location, part, "config.json")
-    return revision is None and file.is_file() and bool(read_json(file).get(setting))
+    return revision is None and file.is_file() and bool(read_json(file).get(setting, default))
+
+
+def _is_guided(source: ModelSource, location: str, revision: str | None) -> bool:
+    """Whether its network takes a guidance: FLUX.2's does unless its settings say otherwise."""
+    kind = FAMILIES[source.family].parts.get("transformer")
+    known = inspect.signature(registry.load(kind).__init__).parameters if kind else {}
+    setting = known.get("guidance_embeds")
+    default = setting is not None and bool(setting.default)
+    return _says(location, revision, "transformer", "guidance_embeds", default)
 
 
 def _check_parts(source: ModelSource, folder: Path, variant: str | None) -> dict[str, nn.Module]:

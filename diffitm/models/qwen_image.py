@@ -32,6 +32,7 @@ class QwenImage(LanguageFlow):
     lengths = {"tokenizer": SKIPPED + LENGTH}  # noqa: RUF012
     layer = -1
     skipped = SKIPPED
+    pipeline = QwenImagePipeline
 
     def __init__(
         self,
@@ -104,6 +105,14 @@ class QwenImage(LanguageFlow):
             return_dict=False,
         )[0]
         return unpack(out, side).float()
+
+    def asked(self, prompt: str, count: int, guidance: float) -> dict[str, Any]:
+        """See LanguageFlow. Its guidance has another name, and needs a negative prompt."""
+        return {"true_cfg_scale": guidance, "negative_prompt": [""] * count}
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """See LanguageFlow."""
+        return unpack(latents, self.latent_shape[-1])
 
 
 @functools.cache

@@ -10,7 +10,12 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import CLIPTextModelWithProjection, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Condition
@@ -31,8 +36,9 @@ class StableDiffusion3(FlowDiffusion):
 
     The condition is {"hidden": [B, L, D], "pooled": [B, P]}: tokens of the CLIPs side by side, then those
     of the T5 with its padding, which the network was trained to see; and the CLIPs' projected embeddings.
-    Without `text_encoder_3` zeros stand for the T5's tokens, as the pipeline has it. Parameters as of
-    StableDiffusion. Raises OSError if a part cannot be read.
+    Without `text_encoder_3` zeros stand for the T5's tokens, as the pipeline has it. One CLIP alone, without
+    a projection, gives its tokens as they are and what it pools; the network has to be of their width.
+    Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
     """
 
     lengths = {"tokenizer_3": 256}  # noqa: RUF012
@@ -46,12 +52,13 @@ class StableDiffusion3(FlowDiffusion):
         variant: str | None = None,
     ) -> None:
         parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.text_encoders = [
-            parts.text_encoder(CLIPTextModelWithProjection, f"text_encoder{end}") for end in _CLIPS
-        ]
+        ends = _CLIPS if parts.has("text_encoder_2") else _CLIPS[:1]
+        self.is_alone = len(ends) == 1
+        kind = CLIPTextModel if self.is_alone else CLIPTextModelWithProjection
+        self.text_encoders = [parts.text_encoder(kind, f"text_encoder{end}") for end in ends]
         self.tokenizers = [
             parts.tokenizer(f"tokenizer{end}", encoder)
-            for end, encoder in zip(_CLIPS, self.text_encoders, strict=True)
+            for end, encoder in zip(ends, self.text_encoders, strict=True)
         ]
         self.t5: Any = None
         if parts.has("text_encoder_3"):
@@ -64,8 +71,13 @@ class StableDiffusion3(FlowDiffusion):
     def check_together(cls, configs: Mapping[str, Any]) -> None:
         """See Denoiser."""
         super().check_together(configs)
-        network, clips = configs["transformer"], [configs[f"text_encoder{end}"] for end in _CLIPS]
-        pooled = sum(clip.projection_dim for clip in clips)
+        network = configs["transformer"]
+        if "text_encoder_2" not in configs:
+            width = configs["text_encoder"].hidden_size
+            check_text_width(width, network.joint_attention_dim)
+            check_text_width(width, network.pooled_projection_dim)
+            return
+        pooled = sum(configs[f"text_encoder{end}"].projection_dim for end in _CLIPS)
         check_text_width(pooled, network.pooled_projection_dim)
         if "text_encoder_3" in configs:
             check_text_width(configs["text_encoder_3"].d_model, network.joint_attention_dim)
@@ -91,7 +103,9 @@ class StableDiffusion3(FlowDiffusion):
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             out = encoder(tokenize(tokenizer, texts).to(self.device), output_hidden_states=True)
             hidden.append(out.hidden_states[-2])
-            pooled.append(out.text_embeds)
+            pooled.append(out.pooler_output if self.is_alone else out.text_embeds)
+        if self.is_alone:
+            return {"hidden": hidden[0], "pooled": pooled[0]}
         short, width = torch.cat(hidden, -1), self.transformer.config.joint_attention_dim
         long = self._t5_tokens(texts, width)
         both = torch.cat([pad(short, (0, width - short.shape[-1])), long.to(short.dtype)], 1)

@@ -13,6 +13,7 @@ from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.models import clip, loading
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.families import FAMILIES
 
 log = logging.getLogger("diffitm")
 MARKS = 2  # around a text's tokens
@@ -82,7 +83,7 @@ def _limits(source: loading.ModelSource | clip.ClipSource) -> list[tuple[Any, in
         tokenizer = open_clip.get_tokenizer(clip.on_machine(source)[0])
         return [(tokenizer, int(tokenizer.context_length))]
     location, revision = loading.on_machine(source)
-    family = loading.FAMILIES[source.family]
+    family = FAMILIES[source.family]
     parts = [part for part in source.parts if part.startswith("tokenizer")]
     if not parts:
         return []
@@ -99,7 +100,7 @@ def _limits(source: loading.ModelSource | clip.ClipSource) -> list[tuple[Any, in
 
 
 def _kind(source: loading.ModelSource) -> type[Denoiser]:
-    kind: type[Denoiser] = registry.load(loading.FAMILIES[source.family].denoiser)
+    kind: type[Denoiser] = registry.load(FAMILIES[source.family].denoiser)
     return kind
 
 

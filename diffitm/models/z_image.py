@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Model
 
@@ -26,6 +26,7 @@ class ZImage(LanguageFlow):
     """
 
     lengths = {"tokenizer": 512}  # noqa: RUF012
+    pipeline = ZImagePipeline
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from diffitm.core import storage
 from diffitm.evaluation.diagnostics import Denoising
 from diffitm.evaluation.evaluate import Comparison, Evaluation
 from diffitm.metrics.figures import SECONDARY
+from diffitm.models.embedded import EMBEDDED
 from diffitm.report import charts, wide_charts
 from diffitm.report.gallery import QUALITIES, Gallery, Thumbnails
 from diffitm.report.looks import NAIVE_SCORE, PALETTE, Looks
@@ -197,8 +198,9 @@ def _setting(evaluation: Evaluation) -> str:
         for row in evaluation.rows
     )
     text = "Accuracy in %, with 95% intervals. " + "; ".join(models) + "."
-    if any(row.model.split(",")[0] == "shapes" for row in evaluation.rows):
-        text += " The model 'shapes' is the small embedded one, on drawn scenes."
+    if any(row.model.split(",")[0] in EMBEDDED for row in evaluation.rows):
+        names = " and ".join(repr(name) for name in EMBEDDED)
+        text += f" {names} are the small embedded models, on drawn scenes."
     return text
 
 

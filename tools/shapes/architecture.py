@@ -7,7 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffitm.shapes.language import vocabulary
@@ -115,6 +121,31 @@ def build_unet() -> UNet2DConditionModel:
         norm_num_groups=8,
         use_linear_projection=True,
     )
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    """Its blocks begin as the identity, and it predicts zeros (adaLN-Zero, Peebles and Xie 2023)."""
+    transformer = SD3Transformer2DModel(
+        sample_size=PIXELS // 4,
+        patch_size=2,
+        in_channels=4,
+        num_layers=6,
+        attention_head_dim=24,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        caption_projection_dim=96,
+        pooled_projection_dim=96,
+        out_channels=4,
+        pos_embed_max_size=PIXELS // 8,
+        qk_norm="rms_norm",
+    )
+    modulations = [transformer.norm_out.linear, transformer.proj_out]
+    for block in transformer.transformer_blocks:
+        modulations += [block.norm1.linear, block.norm1_context.linear]
+    for module in modulations:
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+    return transformer
 
 
 def build_scheduler() -> DDPMScheduler:

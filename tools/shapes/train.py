@@ -46,11 +46,34 @@ BAGS = 0.75  # of CLIP's captions
 EVERY = 250  # steps, a checkpoint
 LOGGED = 100  # steps, a line of the log
 UNSEEN = 500  # scenes that the text encoder's reading is measured on
-STEPS = {"vae": 5000, "clip": 2500, "diffusion": 5500, "text": 600, "layout": 3500}
-BATCH = {"vae": 24, "clip": 128, "diffusion": 64, "text": 64, "layout": 48}
-RATE = {"vae": 1.5e-3, "clip": 1e-3, "diffusion": 1e-3, "text": 1e-3, "layout": 8e-4}
+STEPS = {
+    "vae": 5000,
+    "clip": 2500,
+    "diffusion": 5500,
+    "text": 600,
+    "layout": 3500,
+    "flow": 4100,
+}
+BATCH = {"vae": 24, "clip": 128, "diffusion": 64, "text": 64, "layout": 48, "flow": 64}
+RATE = {
+    "vae": 1.5e-3,
+    "clip": 1e-3,
+    "diffusion": 1e-3,
+    "text": 1e-3,
+    "layout": 8e-4,
+    "flow": 1.5e-3,
+}
 # How far the averages of the weights look back; those of the text encoder are its last ones.
-DECAY = {"vae": 0.999, "clip": 0.999, "diffusion": 0.999, "text": 0.0, "layout": 0.996}
+DECAY = {
+    "vae": 0.999,
+    "clip": 0.999,
+    "diffusion": 0.999,
+    "text": 0.0,
+    "layout": 0.996,
+    "flow": 0.999,
+}
+# Share of the steps before the rate begins to fall.
+FLAT = {"vae": 0.0, "clip": 0.0, "diffusion": 0.0, "text": 0.0, "layout": 0.0, "flow": 0.62}
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
 
@@ -207,7 +230,7 @@ def fit(
     snapshots: tuple[int, ...] = (),
 ) -> None:
     """Train to the stage's number of steps; the averaged weights end in {stage}.safetensors."""
-    rank, steps, rate = dist.get_rank(), STEPS[stage], RATE[stage]
+    rank, steps, rate, flat = dist.get_rank(), STEPS[stage], RATE[stage], FLAT[stage]
     model = DistributedDataParallel(module)
     average = torch.optim.swa_utils.AveragedModel(
         module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY[stage])
@@ -224,7 +247,8 @@ def fit(
     for step in range(first, steps):
         rng = np.random.default_rng([seed, list(STEPS).index(stage), step, rank])
         torch.manual_seed(int(rng.integers(2**31)))
-        warm = min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        fallen = max(0.0, (step / steps - flat) / (1 - flat))
+        warm = min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * fallen))
         for group in optimizer.param_groups:
             group["lr"] = rate * (0.02 + 0.98 * warm)
         optimizer.zero_grad(set_to_none=True)
@@ -318,6 +342,17 @@ def run(rank: int, args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+def spawn(process: Callable[[int, argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run `process` as so many as are asked for, each with its rank."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+        process, (args,), args.processes
+    )
+
+
 def _prepare(work: Path, scenes: int) -> None:
     """Draw what all processes read."""
     arch.write_tokenizer(work / "tokenizer")
@@ -394,13 +429,7 @@ def main() -> None:
         "--snapshots", type=int, nargs="*", default=[], help="also keep the denoiser at these steps"
     )
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-        run, (args,), args.processes
-    )
+    spawn(run, args)
     export_diffusion(args.work, args.out)
     export_clip(args.work, args.out)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffitm.distributed.train_loop import work
 from diffitm.models.denoiser import Condition
-from diffitm.models.loading import FAMILIES, load_denoiser
+from diffitm.models.families import FAMILIES
+from diffitm.models.loading import load_denoiser
 from diffitm.models.lora import lora_network, lora_weights, restore_adapter
 from diffitm.scoring.diffusion import DiffusionScorer, scaled
 from diffitm.scoring.noise_plan import make_plan
