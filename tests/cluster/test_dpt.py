@@ -41,7 +41,7 @@ def test_probe_then_tune_then_gdbench(tmp_path: Path) -> None:
     lora = tuned / "pytorch_lora_weights.safetensors"
     pipeline.run(
         "--model", "shapes", "--data", "shapes", "--scenes", 10, "--tasks", *TASKS,
-        "--timesteps", 2, "--lora", "none", lora, "--dpt", "none", probe, tuned, "--out", out,
+        "--timesteps", 2, "--actors", 1, "--lora", "none", lora, "--dpt", "none", probe, tuned, "--out", out,
     )  # fmt: skip
     figures = {(row["model"], row["score"], row["timesteps"]) for row in pipeline.rows(out)}
     names = [f"shapes + DPT {folder}" for folder in (probe, tuned)]
