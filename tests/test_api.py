@@ -418,3 +418,13 @@ def test_an_evaluation_by_races(
     assert again.equals(raced)
     plain = diffitm.evaluate("clip:shapes", "winoground", str(world), racing=0.1)
     assert set(plain["racing"]) == {None}
+
+
+def test_a_turbo_is_told_its_timesteps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By its name; others are told and not refused."""
+    turbo = tmp_path / "sd-turbo"
+    turbo.symlink_to(SHAPES / "diffusion")
+    diffitm.load_scorer(str(turbo), timesteps=(999, 249))
+    assert "were trained at timesteps" not in caplog.text
+    diffitm.load_scorer(str(turbo), timesteps=(999, 250))
+    assert "1 of these 2 are others, such as 250" in caplog.text
