@@ -22,7 +22,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from benchmarks.densities import Pixels
 from benchmarks.objectives import Latents
 from benchmarks.tuning import BATCH, SCENES, WARM, compare, encoded, logged
-from diffitm.models.loading import SHAPES, load_denoiser, resolve
+from diffitm.models.embedded import SHAPES
+from diffitm.models.loading import load_denoiser, resolve
 from diffitm.shapes.training import write_training
 from diffitm.training.image_pool import read_images
 

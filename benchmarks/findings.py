@@ -26,12 +26,15 @@ from benchmarks.objectives import Memo, cell, mean
 from diffitm.commands import diva, finetune
 from diffitm.core.config import make
 from diffitm.models.clip import load_clip, resolve_clip
+from diffitm.models.dpt_file import find_adapter
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import merge_file
 from diffitm.scoring.clip import ClipScorer
 from diffitm.scoring.diffusion import DiffusionScorer
-from diffitm.scoring.noise_plan import make_plan, plan_timesteps
+from diffitm.scoring.noise_plan import make_plan
+from diffitm.scoring.protocols import plan_timesteps
 from diffitm.scoring.scorer import RowScorer
+from diffitm.scoring.specs import DptSpec
 from diffitm.shapes.layouts import write_world
 from diffitm.tasks.registry import find_task
 from diffitm.training.diva.options import DivaConfig
@@ -40,7 +43,7 @@ from diffitm.training.validation import credits_by_metric
 
 CHOICE_SEED, MEASURE_SEED = 31, 37  # of the scenes; others than the tasks' and the training's
 CHOICE_SCENES = 150
-TIMESTEPS = 8
+TIMESTEPS = 4  # with more the model before it leaves little to gain
 # What is measured, and how many of each task's metrics.
 DIFFUSION = {
     "imagecode": 1,
@@ -56,13 +59,16 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """A tuning: a pipeline's options, and the settings that are tried."""
+    """A tuning: a pipeline's options, the settings that are tried, the scores that it is measured by ('error'
+    or 'dpt' of a diffusion model, 'clip'), and the arm whose result of the same seed it goes on from."""
 
     options: Options
     settings: tuple[Options, ...] = ({},)
+    scores: tuple[str, ...] = ("error",)
+    after: str | None = None
 
 
-LORA: Options = {
+OF_DIFFUSION: Options = {
     "model": "shapes",
     "data": "shapes",
     "scenes": 1000,
@@ -71,9 +77,10 @@ LORA: Options = {
     "effective_batch": 32,
     "validate_every": 50,
     "validation_examples": 150,
-    "cache_latents": True,
     "checkpoint_every": 100,
 }
+# Errors at two timesteps alone choose: at more of them the model before it has most of them right.
+LORA = OF_DIFFUSION | {"validation_timesteps": 2}
 RATES: tuple[Options, ...] = ({"lr": 3e-4}, {"lr": 1e-3})
 OF_CLIP: Options = {
     "clip": "shapes",
@@ -93,6 +100,7 @@ SDS: Options = OF_CLIP | {
     "batch_size": 64,
     "validate_every": 300,
 }
+DPT = OF_DIFFUSION | {"objective": "dpt"}
 ARMS = {
     "no-neg": Arm(LORA | {"objective": "no-neg"}, RATES),
     "hard-neg": Arm(LORA | {"objective": "hard-neg"}, RATES),
@@ -103,45 +111,55 @@ ARMS = {
     "dpo": Arm(
         LORA | {"objective": "dpo"}, tuple({"lr": 3e-4, "beta": b} for b in (250.0, 2500.0))
     ),
-    "sds-clip": Arm(SDS, tuple({"lr": 1e-3, "lambda_": v} for v in (1e-3, 1e-1))),
-    "sds-clip's control": Arm(SDS | {"lambda_": 0.0, "lr": 1e-3}),
+    "dpt, probe": Arm(DPT | {"steps": 400, "lr": 1e-3, "validate_every": 100}, scores=("dpt",)),
+    "dpt, tuned": Arm(
+        DPT | {"stage": "tune", "lr": 3e-4}, scores=("dpt", "error"), after="dpt, probe"
+    ),
+    "sds-clip": Arm(SDS, tuple({"lr": 1e-3, "lambda_": v} for v in (1e-3, 1e-1)), scores=("clip",)),
+    "sds-clip's control": Arm(SDS | {"lambda_": 0.0, "lr": 1e-3}, scores=("clip",)),
     "diva": Arm(
         OF_CLIP
-        | {"recap": "random:0.3", "repeats": 1, "crop_scale": 1.0, "cache_latents": True}
+        | {"recap": "random:0.3", "repeats": 1, "crop_scale": 1.0}
         | {"steps": 600, "projection_steps": 300, "projection_lr": 3e-3, "measure_every": 0}
         | {"effective_batch": 32, "batch_size": 32, "validate_every": 600},
         ({"lr": 3e-4},),
+        scores=("clip",),
     ),
 }
 
 
 def is_clip(arm: Arm) -> bool:
-    return "clip" in arm.options
+    return arm.scores == ("clip",)
+
+
+def out_of(name: str, seed: int, folder: Path) -> Path:
+    """Where an arm's training with a seed is."""
+    return folder / "arms" / f"{slug(name)}-seed{seed}"
 
 
 def train(arm: Arm, setting: Options, seed: int, out: Path, steps: int | None) -> float:
     """Train once; the validation accuracy in % that it is chosen by."""
+    folder = out.parents[1]
     values = arm.options | setting | {"seed": seed, "out": str(out)}
+    if arm.after is not None:
+        values["adapter"] = str(out_of(arm.after, seed, folder))
+    if is_clip(arm):
+        values["validation_data"] = str(folder / "choice")
     if steps is not None:  # a dry run
         values |= {"steps": steps, "validate_every": steps}
         values |= {"projection_steps": 1} if "projection_steps" in values else {}
-    if is_clip(arm):
-        values["validation_data"] = str(out.parents[1] / "choice")
     note = out / "training.json"
     known = json.loads(note.read_text()) if note.exists() else {"done": False}
     if known["done"]:
-        other = [k for k, v in values.items() if known["settings"].get(k, v) != v and k != "out"]
-        if other:
-            raise SystemExit(f"{out} was trained with another {', '.join(other)}: delete it")
+        told = [k for k in values if k in known["settings"] and known["settings"][k] != values[k]]
+        if told:
+            raise SystemExit(f"{out} was trained with another {', '.join(told)}: delete it")
     else:
         pipeline: Any = diva if is_clip(arm) else finetune
         pipeline.run(make(DivaConfig if is_clip(arm) else FinetuneConfig, values))
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    curve = [
-        100 * float(np.mean([v for k, v in line.items() if k.startswith("accuracy/")]))
-        for line in lines
-        if any(k.startswith("accuracy/") for k in line)
-    ]
+    found = [[v for k, v in line.items() if k.startswith("accuracy/")] for line in lines]
+    curve = [100 * float(np.mean(values)) for values in found if values]
     return curve[-1] if is_clip(arm) else max(curve[1:])
 
 
@@ -157,10 +175,14 @@ def choose(name: str, arm: Arm, folder: Path, steps: int | None) -> Options:
     return max(tried, key=lambda pair: pair[0])[1]
 
 
-def scorer_of(arm: Arm | None, out: Path | None, world: Path, clip: bool) -> RowScorer:
+def scorer_of(score: str, out: Path | None, world: Path) -> RowScorer:
     """Of a trained arm, or of the model before it."""
-    if clip:
+    if score == "clip":
         return ClipScorer(load_clip(resolve_clip(str(out) if out else "shapes")), str(world))
+    if score == "dpt":
+        return DptSpec(resolve("shapes"), find_adapter(str(out), "dpt"), str(world), 500).build(
+            "cpu"
+        )
     model = load_denoiser(resolve("shapes"))
     if out is not None:
         merge_file(model, str(out / "pytorch_lora_weights.safetensors"))
@@ -168,10 +190,12 @@ def scorer_of(arm: Arm | None, out: Path | None, world: Path, clip: bool) -> Row
     return DiffusionScorer(model, plan, str(world))
 
 
-def measure(file: Path, scorer: Any, tasks: dict[str, int], world: Path) -> dict[str, list[float]]:
-    """Credits of each example, by task and metric; kept in the file."""
+def measure(file: Path, score: str, out: Path | None, world: Path) -> None:
+    """Credits of each example, by task and metric, as the file keeps them."""
     if file.exists():
-        return json.loads(file.read_text())["credits"]
+        return
+    scorer: Any = Memo(scorer_of(score, out, world))
+    tasks = CLIP if score == "clip" else DIFFUSION
     begin, found = time.perf_counter(), {}
     for name, count in tasks.items():
         task = find_task(name)()
@@ -187,26 +211,41 @@ def measure(file: Path, scorer: Any, tasks: dict[str, int], world: Path) -> dict
     file.write_text(json.dumps({"credits": found, "seconds": seconds}))
     told = ", ".join(f"{key} {100 * mean(values):.1f}" for key, values in found.items())
     print(f"{file.stem}: {told}; {seconds:.0f} s", flush=True)
-    return found
 
 
 def table(folder: Path, clip: bool, seeds: Sequence[int]) -> str:
     """All that is measured, in Markdown: accuracies in % as the mean over seeds and, in brackets, the 95%
     interval of their difference from the model before it; bold where that leaves out 0."""
     done = folder / "measured"
-    base = json.loads((done / f"before-{'clip' if clip else 'diffusion'}.json").read_text())[
-        "credits"
-    ]
+    base = credits_of(done / f"before-{'clip' if clip else 'error'}.json")
     head = ["", "seeds", *base]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     lines.append(["before", "", *(f"{100 * mean(values):.1f}" for values in base.values())])
     for name, arm in ARMS.items():
-        files = [done / f"{slug(name)}-seed{seed}.json" for seed in seeds]
-        runs = [json.loads(file.read_text())["credits"] for file in files if file.exists()]
-        if runs and is_clip(arm) == clip:
-            cells = [cell([run[key] for run in runs], base[key]) for key in base]
-            lines.append([name, str(len(runs)), *cells])
+        for score in arm.scores if is_clip(arm) == clip else ():
+            files = [done / f"{slug(name)}-seed{seed}-{score}.json" for seed in seeds]
+            runs = [credits_of(file) for file in files if file.exists()]
+            if runs:
+                cells = [cell([run[key] for run in runs], base[key]) for key in base]
+                label = f"{name}, its own score" if score == "dpt" else name
+                lines.append([label, str(len(runs)), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def credits_of(file: Path) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = json.loads(file.read_text())["credits"]
+    return found
+
+
+def write_tables(folder: Path, seeds: Sequence[int], page: Path | None) -> None:
+    """FOLDER/tables.md, and the page if one is given."""
+    tables = {
+        "diffusion models": table(folder, False, seeds),
+        "CLIPs": table(folder, True, seeds),
+    }
+    (folder / "tables.md").write_text("\n".join(tables.values()))
+    if page is not None:
+        put(page, tables)
 
 
 def put(page: Path, tables: dict[str, str]) -> None:
@@ -238,26 +277,17 @@ def main() -> None:
     world = folder / "measure"
     write_world(str(world), args.scenes, seed=MEASURE_SEED)
     write_world(str(folder / "choice"), CHOICE_SCENES, seed=CHOICE_SEED)
-    for clip in (False, True):
-        file = folder / "measured" / f"before-{'clip' if clip else 'diffusion'}.json"
-        tasks = CLIP if clip else DIFFUSION
-        measure(file, Memo(scorer_of(None, None, world, clip)), tasks, world)
+    for score in ("error", "clip"):
+        measure(folder / "measured" / f"before-{score}.json", score, None, world)
     for name in args.only:
         arm = ARMS[name]
-        tasks = CLIP if is_clip(arm) else DIFFUSION
         setting = choose(name, arm, folder, args.steps)
         for seed in args.seeds:
-            out = folder / "arms" / f"{slug(name)}-seed{seed}"
+            out = out_of(name, seed, folder)
             train(arm, setting, seed, out, args.steps)
-            file = folder / "measured" / f"{out.name}.json"
-            measure(file, Memo(scorer_of(arm, out, world, is_clip(arm))), tasks, world)
-    tables = {
-        "diffusion models": table(folder, False, args.seeds),
-        "CLIPs": table(folder, True, args.seeds),
-    }
-    (folder / "tables.md").write_text("\n".join(tables.values()))
-    if args.page:
-        put(args.page, tables)
+            for score in arm.scores:
+                measure(folder / "measured" / f"{out.name}-{score}.json", score, out, world)
+        write_tables(folder, args.seeds, args.page)  # of as much as there is
     print(f"tables {folder / 'tables.md'}")
 
 

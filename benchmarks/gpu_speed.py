@@ -31,7 +31,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.published import MODELS, Model, Part, count_flops
-from diffitm.models.loading import DTYPES, SHAPES, load_denoiser, resolve
+from diffitm.models.embedded import SHAPES
+from diffitm.models.loading import DTYPES, load_denoiser, resolve
 from diffitm.scoring.batching import Batch
 from diffitm.scoring.compiled import CompiledPredict
 from diffitm.scoring.noise_plan import make_plan

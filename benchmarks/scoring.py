@@ -31,7 +31,8 @@ from diffitm.core.schema import Example
 from diffitm.evaluation.examples import Examples
 from diffitm.evaluation.race_table import Races, write_races
 from diffitm.evaluation.races import RaceOptions, pair_values
-from diffitm.models.loading import SHAPES, resolve
+from diffitm.models.embedded import SHAPES
+from diffitm.models.loading import resolve
 from diffitm.scoring.racing import RacePlan, Racing, hold
 from diffitm.scoring.scorer import RowScorer
 from diffitm.scoring.specs import DiffusionSpec

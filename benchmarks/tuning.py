@@ -29,7 +29,8 @@ from peft import LoraConfig
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from benchmarks.objectives import Latents, paths
-from diffitm.models.loading import SHAPES, load_denoiser, resolve
+from diffitm.models.embedded import SHAPES
+from diffitm.models.loading import load_denoiser, resolve
 from diffitm.shapes.training import write_training
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.step import Tuner

@@ -296,8 +296,10 @@ def load_scorer(
 
         clip = resolve_clip(name.removeprefix("clip:")).fetched()
         return ImageTextScorer(ClipSpec(clip, "", batch_size), device)
+    from diffitm.models.distilled import tell_untrained
     from diffitm.models.dpt_file import check_adapter, find_adapter
-    from diffitm.models.loading import FAMILIES, resolve
+    from diffitm.models.families import FAMILIES
+    from diffitm.models.loading import resolve
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
 
@@ -338,6 +340,7 @@ def load_scorer(
         compiled=compile,
         empty=empty,
     )
+    tell_untrained(spec.label, spec.timesteps)
     return ImageTextScorer(spec, device)
 
 

@@ -55,6 +55,11 @@ COMMANDS = {
         "diffitm.commands.score:ScoreConfig",
         "diffitm.commands.score:run",
     ),
+    "selfbench": Command(
+        "Score models on pictures that they make of prompts (Self-Bench); see docs/selfbench.md.",
+        "diffitm.commands.selfbench:SelfbenchConfig",
+        "diffitm.commands.selfbench:run",
+    ),
     "candidates": Command(
         "Pick each caption's and each image's top-k candidates with CLIP; see docs/gdbench.md.",
         "diffitm.commands.candidates:CandidatesConfig",
@@ -71,7 +76,7 @@ COMMANDS = {
         "diffitm.commands.finetune:run",
     ),
     "diva": Command(
-        "Tune a CLIP's image tower under a frozen diffusion model (DIVA); see docs/diva.md.",
+        "Tune a CLIP under a frozen diffusion model (DIVA, SDS-CLIP); see docs/diva.md.",
         "diffitm.training.diva.options:DivaConfig",
         "diffitm.commands.diva:run",
     ),

@@ -9,25 +9,48 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizerFast,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -37,6 +60,23 @@ from tests import tiny
 from tools.shapes.architecture import write_tokenizer
 
 WIDTH = 32  # of texts
+# As Qwen3's tokenizer has it, of messages that are texts.
+CHAT = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}"
+)
+# As Mistral's processor has it, of a system's message and a user's.
+MISTRAL_CHAT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set mark = 'SYSTEM_PROMPT' if message.role == 'system' else 'INST' %}"
+    "{{ '[' + mark + ']' + message.content[0].text + '[/' + mark + ']' }}"
+    "{% endfor %}"
+)
 LETTERS = [chr(code) for code in range(33, 127)]
 
 
@@ -64,6 +104,62 @@ def gemma_tokenizer() -> Any:
     return made
 
 
+def gemma(words: int) -> Gemma2Model:
+    settings = Gemma2Config(
+        vocab_size=words, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096,
+        hidden_activation="gelu_pytorch_tanh",
+    )  # fmt: skip
+    return Gemma2Model(settings)
+
+
+def qwen_tokenizer() -> Any:
+    """Bytes, each a token, with the marks of Qwen."""
+    made = Qwen2Tokenizer(vocab={byte: i for i, byte in enumerate(ByteLevel.alphabet())}, merges=[])
+    made.add_tokens([AddedToken(f"<|im_{mark}|>", special=True) for mark in ("start", "end")])
+    made.chat_template = CHAT
+    return made
+
+
+def qwen3(words: int, kind: Any = Qwen3Model, layers: int = 3) -> Any:
+    settings = Qwen3Config(
+        vocab_size=words, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    return kind(settings)
+
+
+def pixtral_processor() -> Any:
+    """Bytes, each a token, with the marks of Mistral, beside the part that reads pictures."""
+    marks = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]"]
+    marks += ["[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    words = {word: i for i, word in enumerate([*marks, *ByteLevel.alphabet()])}
+    plain = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    plain.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    plain.pre_tokenizer, plain.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    plain.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="<pad>", padding_side="left",
+    )  # fmt: skip
+    return PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=MISTRAL_CHAT)
+
+
+def mistral3(words: int) -> Mistral3ForConditionalGeneration:
+    text = {
+        "model_type": "mistral", "vocab_size": words, "hidden_size": WIDTH, "head_dim": 16,
+        "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 31,
+        "num_key_value_heads": 1, "sliding_window": None,
+    }  # fmt: skip
+    sight = {
+        "model_type": "pixtral", "hidden_size": 16, "num_hidden_layers": 1, "image_size": 30,
+        "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 6, "num_channels": 3,
+    }  # fmt: skip
+    settings = Mistral3Config(text_config=text, vision_config=sight, image_token_index=8)
+    return Mistral3ForConditionalGeneration(settings)
+
+
 def vae(channels: int = 4, shift: float | None = None) -> AutoencoderKL:
     """A VAE from 32 to 8 pixels a side."""
     return AutoencoderKL(
@@ -81,11 +177,13 @@ def vae(channels: int = 4, shift: float | None = None) -> AutoencoderKL:
     )
 
 
-def _lively(module: torch.nn.Module) -> None:
-    """Give what begins as zeros values, so that every input changes the output."""
+def _lively(module: torch.nn.Module, factor: float = 1.0) -> None:
+    """Give what begins as zeros values, so that every input changes the output, and matrices larger ones."""
     for value in module.parameters():
         if not value.any():
             torch.nn.init.normal_(value, std=0.1)
+        if value.dim() == 2:
+            value.data *= factor
 
 
 def write_pixart(folder: Path, kind: Any = PixArtAlphaPipeline, sized: bool = False) -> Path:
@@ -183,14 +281,9 @@ def write_sana(folder: Path) -> Path:
         "downsample_block_type": "stride_conv",
         "decoder_act_fns": "silu",
     }
-    encoder = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=4096,
-        hidden_activation="gelu_pytorch_tanh",
-    )  # fmt: skip
     SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=Gemma2Model(encoder),
+        text_encoder=gemma(len(tokenizer)),
         vae=AutoencoderDC(in_channels=3, latent_channels=4, scaling_factor=0.41407, **blocks),
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(
@@ -223,6 +316,106 @@ def write_flux(folder: Path, guided: bool = True) -> Path:
     return folder
 
 
+def write_qwen_image(folder: Path) -> Path:
+    """Save a random Qwen-Image; at 32 pixels, not at the 1,024 that its pipeline takes."""
+    tokenizer = qwen_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=3, joint_attention_dim=WIDTH, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    _lively(transformer, 2.0)
+    transformer.register_to_config(sample_size=8)
+    rope = {"mrope_section": [2, 2, 4], "rope_type": "default", "rope_theta": 1e6}
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_parameters": rope, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    sight = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": WIDTH,
+    }  # fmt: skip
+    encoder = Qwen2_5_VLConfig(text_config=text, vision_config=sight)
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1,
+            temperal_downsample=[False, True], latents_mean=[-0.7, 0.1, 0.9, 0.0],
+            latents_std=[2.8, 1.4, 0.6, 1.0],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(encoder),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_lumina2(folder: Path) -> Path:
+    """Save a random Lumina-Image 2.0."""
+    tokenizer = gemma_tokenizer()
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
+        num_refiner_layers=1, num_attention_heads=3, num_kv_heads=1, multiple_of=16,
+        axes_dim_rope=(4, 2, 2), axes_lens=(300, 32, 32), cap_feat_dim=WIDTH,
+    )  # fmt: skip
+    _lively(transformer, 2.0)
+    Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae(4, 0.06),
+        text_encoder=gemma(len(tokenizer)),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_z_image(folder: Path) -> Path:
+    """Save a random Z-Image; at 32 pixels, not at the 1,024 that its pipeline takes."""
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=WIDTH, axes_dims=(8, 4, 4), axes_lens=(1024, 32, 32),
+    )  # fmt: skip
+    _lively(transformer, 2.0)
+    transformer.register_to_config(sample_size=8)
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(16, 0.1),
+        text_encoder=qwen3(len(tokenizer)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_flux2(folder: Path, guided: bool = True) -> Path:
+    """Save a random FLUX.2, dev or klein; at 32 pixels, not at the 1,024 that its pipelines take."""
+    tokenizer: Any = pixtral_processor() if guided else qwen_tokenizer()
+    words = len(tokenizer.tokenizer if guided else tokenizer)
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=3 * WIDTH, axes_dims_rope=(4, 4, 4, 4),
+        timestep_guidance_channels=32, guidance_embeds=guided,
+    )  # fmt: skip
+    _lively(transformer, 2.0)
+    transformer.register_to_config(sample_size=8)
+    coder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=32,
+    )  # fmt: skip
+    torch.nn.init.normal_(coder.bn.running_mean)
+    torch.nn.init.uniform_(coder.bn.running_var, 0.5, 2.0)
+    (Flux2Pipeline if guided else Flux2KleinPipeline)(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=coder,
+        text_encoder=mistral3(words) if guided else qwen3(words, Qwen3ForCausalLM, 28),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)
+    return folder
+
+
 WRITERS: dict[str, Any] = {
     "PixArt-alpha": write_pixart,
     "PixArt-Sigma": lambda folder: write_pixart(folder, PixArtSigmaPipeline),
@@ -231,6 +424,11 @@ WRITERS: dict[str, Any] = {
     "Sana": write_sana,
     "FLUX.1-dev": write_flux,
     "FLUX.1-schnell": lambda folder: write_flux(folder, guided=False),
+    "Qwen-Image": write_qwen_image,
+    "Lumina2": write_lumina2,
+    "Z-Image": write_z_image,
+    "FLUX.2-dev": write_flux2,
+    "FLUX.2-klein": lambda folder: write_flux2(folder, guided=False),
 }
 
 

@@ -134,7 +134,7 @@ def pair(
     text: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """s(z_t, t, y) and the denoising error of an image's latent with a text, at what the seed draws."""
-    drawn = draw_noise([seed], model.latent_shape, 1000)
+    drawn = draw_noise([seed], model.latent_shape, model.schedule)
     step, noise = int(drawn.timesteps[0]), drawn.noise[0]
     signal, sigma = model.schedule.signal[step], model.schedule.sigma[step]
     clean = mean + deviation * drawn.posterior[0]

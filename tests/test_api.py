@@ -19,7 +19,7 @@ from torch import Tensor
 import diffitm
 from diffitm.core import images
 from diffitm.core.errors import InputError
-from diffitm.models.loading import SHAPES
+from diffitm.models.embedded import SHAPES
 from diffitm.shapes.layouts import write_world
 from diffitm.store.join import read_scored
 from diffitm.store.score_store import read_store

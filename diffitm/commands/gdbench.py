@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,9 +43,16 @@ from diffitm.evaluation.options import (
 )
 from diffitm.evaluation.race_table import Races
 from diffitm.report.html import write_report
+from diffitm.report.matrix import (
+    Generated,
+    make_matrix,
+    matrix_latex,
+    matrix_markdown,
+    print_matrix,
+)
 from diffitm.report.means import means_latex, means_table
 from diffitm.report.table import latex, make_table, markdown
-from diffitm.report.terminal import print_results, print_state, print_summary
+from diffitm.report.terminal import WIDTH, print_results, print_state, print_summary
 from diffitm.scoring.specs import Spec
 from diffitm.store.run_summary import write_summary
 from diffitm.store.score_store import Store
@@ -91,12 +98,14 @@ def run(config: GdbenchConfig) -> None:
     else:
         check_options(config)
         with entered(config, out, _read(config)):
-            score_and_report(config, out)
+            score_and_report(prepare(config))
 
 
-def score_and_report(config: GdbenchConfig, out: str) -> None:
-    """See run; OUT is held."""
-    prepared = prepare(config)
+def score_and_report(
+    prepared: Prepared, generated: Sequence[Generated] = (), more: Mapping[str, Any] | None = None
+) -> None:
+    """See run; OUT is held. `generated` are tasks of pictures that models made, `more` is provenance."""
+    config, out = prepared.config, prepared.out
     extras = Extras(config, prepared.specs, out)
     run_record = RunRecord(
         out=out,
@@ -105,8 +114,11 @@ def score_and_report(config: GdbenchConfig, out: str) -> None:
         root=prepared.root,
         drawn=storage.exists(storage.join(prepared.root, WORLD)),
         artifacts=extras.artifacts,
-        provenance=record(asdict(config)) | {"stores": {s.name: s.config for s in prepared.stores}},
+        provenance=record(asdict(config))
+        | {"stores": {s.name: s.config for s in prepared.stores}}
+        | dict(more or {}),
         cut_texts=tuple(count_cut(prepared.specs, prepared.files)),
+        generated=tuple(generated),
     )
     run_record.write()
     score_all([prepared], out)
@@ -157,14 +169,25 @@ def report(config: GdbenchConfig, record: RunRecord) -> None:
     table = make_table(evaluation, not record.drawn, config.published_bias)
     results = write_results(evaluation, record.provenance, out)
     means = means_table(table)
+    matrix = None
+    if record.generated:
+        names = zip(titles(record.stores), (store.model for store in record.stores), strict=True)
+        matrix = make_matrix(evaluation, record.generated, dict(names))
     texts = markdown(table), latex(table)
     if means is not None:
         texts = f"{texts[0]}\n{markdown(means)}", f"{texts[1]}\n{means_latex(means)}"
+    if matrix is not None:
+        texts = (
+            f"{texts[0]}\n{matrix_markdown(matrix)}",
+            f"{texts[1]}\n{matrix_latex(matrix)}",
+        )
     for name, text in zip(("table.md", "table.tex"), texts, strict=True):
         storage.write_text(storage.join(out, name), text)
-    shown = (read_images(out, artifacts), read_curves(artifacts), read_pictures(artifacts))
-    page = write_report(evaluation, table, record.provenance, record.root, out, *shown)
+    shown = (read_images(record), read_curves(artifacts), read_pictures(artifacts))
+    page = write_report(evaluation, table, record.provenance, record.root, out, *shown, matrix)
     print_results(evaluation, table)
+    if matrix is not None:
+        print_matrix(matrix, WIDTH)
     print(f"results  {results}")
     print(f"tables   {storage.join(out, 'table.md')}, table.tex")
     print(f"scores   {storage.join(out, 'scores')}")

@@ -16,8 +16,10 @@ from diffitm.evaluation.options import ModelOptions, dpt_names, lora_names, plan
 from diffitm.evaluation.race_table import Races, full_part, write_races
 from diffitm.evaluation.races import describe
 from diffitm.metrics.score import other_dtype
+from diffitm.models.distilled import tell_untrained
 from diffitm.models.dpt_file import AdapterFile, check_adapter, find_adapter
-from diffitm.models.loading import FAMILIES, ModelSource, resolve, size_note
+from diffitm.models.families import FAMILIES
+from diffitm.models.loading import ModelSource, resolve, size_note
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
@@ -112,6 +114,8 @@ def make_specs(
         for source in models
         for adapter in adapters
     ]
+    for name, steps in {(s.label, s.timesteps): 1 for s in specs if isinstance(s, DiffusionSpec)}:
+        tell_untrained(name, steps)
     for spec in {(s.source, s.dtype): s for s in specs if isinstance(s, DiffusionSpec)}.values():
         if spec.source.sizes:
             log.info("%s: %s", spec.source.name, size_note(spec.source, spec.dtype))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.evaluation.cut_texts import CutTexts
+from diffitm.report.matrix import Generated
 from diffitm.store.score_store import Store, read_store
 
 log = logging.getLogger("diffitm")
@@ -35,7 +36,7 @@ class RunArtifacts(NamedTuple):
 @dataclass(frozen=True)
 class RunRecord:
     """What a report is made of: the examples' files by task, the stores, the data root (`drawn`: it is
-    the shapes world), texts that models cut."""
+    the shapes world), texts that models cut, and which of the tasks are pictures that models made."""
 
     out: str
     examples: dict[str, str]
@@ -45,6 +46,7 @@ class RunRecord:
     artifacts: RunArtifacts
     provenance: dict[str, Any]
     cut_texts: tuple[CutTexts, ...] = ()
+    generated: tuple[Generated, ...] = ()
 
     def write(self) -> None:
         """What --report-only needs to find; from here on it reports on this run."""
@@ -56,6 +58,7 @@ class RunRecord:
             "drawn": self.drawn,
             **self.artifacts.noted(),
             "cut_texts": [asdict(part) for part in self.cut_texts],
+            "generated": [asdict(part) for part in self.generated],
             "provenance": self.provenance,
         }
         storage.write_text(storage.join(self.out, RUN), json.dumps(note, indent=2))
@@ -83,6 +86,7 @@ def read_record(out: str) -> RunRecord:
         artifacts=RunArtifacts(*(note.get(name, {}) for name in RunArtifacts._fields)),
         provenance=note["provenance"],
         cut_texts=tuple(CutTexts(**part) for part in note.get("cut_texts", [])),
+        generated=tuple(Generated(**part) for part in note.get("generated", [])),
     )
 
 
@@ -102,12 +106,19 @@ def read_pictures(artifacts: RunArtifacts) -> dict[str, bytes]:
     return pictures
 
 
-def read_images(out: str, artifacts: RunArtifacts) -> dict[str, dict[str, list[bytes]]]:
+def read_images(record: RunRecord) -> dict[str, dict[str, list[bytes]]]:
     """Model -> prompt -> PNGs."""
     from diffitm.commands.stages.sample import read_samples
 
-    folders = {name: storage.join(out, folder) for name, folder in artifacts.samples.items()}
-    return {name: read_samples(f) for name, f in folders.items() if storage.exists(f)}
+    samples = record.artifacts.samples
+    folders = {name: storage.join(record.out, folder) for name, folder in samples.items()}
+    found = {name: read_samples(f) for name, f in folders.items() if storage.exists(f)}
+    for made in record.generated:
+        for prompt, paths in made.shown.items():
+            with contextlib.suppress(OSError):
+                images = [storage.read_bytes(storage.join(record.root, path)) for path in paths]
+                found.setdefault(made.model, {})[prompt] = images
+    return found
 
 
 def read_curves(artifacts: RunArtifacts) -> dict[str, list[dict[str, float]]]:

@@ -21,7 +21,7 @@ from diffitm.models.model_check import check_loadable
 from diffitm.training.diva.options import DivaConfig, find_problems, micro_batch
 from diffitm.training.diva.sds import load_norms
 from diffitm.training.job import SdsJob
-from diffitm.training.rows import read_rows, usable
+from diffitm.training.rows import read_rows, texts_of, usable
 from diffitm.training.run_folder import write_log, write_note
 
 ARO = ("vg_relation", "vg_attribution", "coco_order", "flickr30k_order")
@@ -101,6 +101,7 @@ def build_plan(config: DivaConfig) -> Plan[SdsJob]:
 
     from diffitm.commands.weights import share
     from diffitm.distributed import session
+    from diffitm.models.text_limits import tell_long_texts
 
     check = validation_of(config, _validation_data(config, out), TASKS)
     file, root = captioned(config.data, None, config.scenes, out)
@@ -111,6 +112,8 @@ def build_plan(config: DivaConfig) -> Plan[SdsJob]:
     teacher, clip = share(teacher, work), share(clip, work)
     check_loadable(teacher, variant=config.variant)
     check_clip(clip)
+    for source in (teacher, clip):
+        tell_long_texts(source, texts_of([rows[position] for position in kept]))
     stored = hand_over(out, rows, kept)
     job = SdsJob(
         **common(config, teacher, stored, micro_batch(config), session.gpus()),

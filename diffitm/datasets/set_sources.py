@@ -259,4 +259,10 @@ SET_SOURCES: dict[str, DatasetRecipe] = {
         ),
         licence="not stated",
     ),
+    "selfbench": DatasetRecipe(
+        steps=(),
+        needs=(Need("selfbench/outputs"),),
+        licence="not stated",
+        by_hand="put outputs/ of the Hub dataset eugene6923/Self-Bench to selfbench/outputs",
+    ),
 }

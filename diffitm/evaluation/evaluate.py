@@ -29,6 +29,7 @@ from diffitm.metrics.credit import LOST, Credit, Credits
 from diffitm.metrics.figures import Decision, Decisions, Figure, Groups, Labels
 from diffitm.metrics.intervals import difference_interval, paired_p, paired_test
 from diffitm.metrics.score import other_dtype
+from diffitm.models.distilled import why_no_unconditional
 from diffitm.scoring.protocols import error_of_protocol
 from diffitm.scoring.racing import hold
 from diffitm.store.join import ScoredExample, ScoredPart, read_items, read_labels, read_parts
@@ -129,6 +130,8 @@ class Evaluation:
     races: list[RaceFigure] = field(default_factory=list)
     cut_texts: list[CutTexts] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # of models, on all of their figures
+    # By model: what its store depends on, with the kind of `error` that is averaged.
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,14 @@ def evaluate(
     evaluation = Evaluation()
     names = titles(stores)
     evaluation.notes = [
-        f"{name} is distilled and was not trained without a text: its normalised scores are less the error "
-        "of no text anyway."
+        f"{name} {why}: its normalised scores are less the error of no text anyway."
         for name, store in zip(names, stores, strict=True)
-        if not store.config.get("unconditional", True)
+        if store.similarity is None and (why := why_no_unconditional(store.model, store.config))
     ]
+    evaluation.settings = {
+        name: store.config | {"error": error_of(store, error)}
+        for name, store in zip(names, stores, strict=True)
+    }
     connection, read = connect(), dict[int, LinesByTask]()
     for name, uri in examples.items():
         task: Task = find_task(name)()

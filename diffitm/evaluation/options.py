@@ -62,7 +62,7 @@ class ModelOptions(OnActors):
     )
     latents: Literal["mean", "sample"] = option("mean", "posterior mean, or one seeded sample")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto: on a GPU fp16 (bf16 for PixArt, SD3, Sana, FLUX), else fp32"
+        "auto", "auto: on a GPU fp16 (bf16 for transformers such as SD3), else fp32"
     )
     variant: str | None = option(
         None,
@@ -126,7 +126,7 @@ class GdbenchConfig(ModelOptions):
         [], "texts that every diffusion model generates images of, from the same seeds"
     )
     samples: int = option(4, "images of a prompt", at_least=1)
-    sampling_steps: int = option(25, "steps of DPM-Solver++ for an image", at_least=1)
+    sampling_steps: int = option(25, "steps of the sampler for an image", at_least=1)
     guidance: float = option(7.5, "classifier-free guidance of the images")
     dpt_correction: float = option(
         0.5,

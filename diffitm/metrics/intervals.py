@@ -95,6 +95,19 @@ def mean_interval(values: np.ndarray, clusters: np.ndarray) -> tuple[float, floa
     return float(centre - half), float(centre + half)
 
 
+def jackknife(without: np.ndarray, least: float, most: float) -> tuple[float, float]:
+    """The 95% interval of a statistic by its values [number] without each cluster: Student's t around their
+    mean. All that it can be where one of them is not finite, none makes a difference or there is one cluster.
+    """
+    number = len(without)
+    if number < 2 or not np.isfinite(without).all() or no_spread(without):
+        return least, most
+    centre = float(without.mean())
+    error = np.sqrt((number - 1) / number * ((without - centre) ** 2).sum())
+    half = _student(number - 1) * float(error)
+    return max(least, centre - half), min(most, centre + half)
+
+
 def no_spread(values: np.ndarray) -> bool:
     """Whether the values are the same but for rounding."""
     return bool(np.ptp(values) <= ROUNDING * np.abs(values).max(initial=0))

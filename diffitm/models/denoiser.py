@@ -39,8 +39,14 @@ class Denoiser(ABC):
 
     @staticmethod
     def plain_text(text: str) -> str:
-        """A text as the tokenizers are given it."""
+        """A text as the network was trained to see it, such as in lower case."""
         return text
+
+    @classmethod
+    def templated(cls, text: str, tokenizer: Any) -> str:
+        """What a tokenizer is given of a text: the plain one, with a language model's template around it
+        where there is one, which `lengths` count, too."""
+        return cls.plain_text(text)
 
     takes_lora: ClassVar[bool] = True
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from diffitm.core.errors import InputError
@@ -13,6 +15,7 @@ from diffitm.models.parts import read_flow
 
 GUIDANCE = 1.0  # what a network that takes one is told, as it is when it is trained further
 PATCH = 2  # a network's token is so many latents high and wide
+SIDE = 128  # of latents, where the network's settings do not say it: the pipelines'
 
 
 class FlowDiffusion(LatentDiffusion):
@@ -26,8 +29,14 @@ class FlowDiffusion(LatentDiffusion):
 
     def read_schedule(self, folder: Folder) -> Schedule:
         """See LatentDiffusion."""
-        read_flow(folder.location, folder.revision)
+        self.sampling = read_flow(folder.location, folder.revision)
         return FlowSchedule()
+
+    def sampler(self) -> Any:
+        """See LatentDiffusion: the folder's own kind, Euler's steps or (of Sana) DPM-Solver++."""
+        is_solver = self.sampling.get("use_flow_sigmas")
+        kind = DPMSolverMultistepScheduler if is_solver else FlowMatchEulerDiscreteScheduler
+        return kind.from_config(self.sampling)
 
     def take_resolution(self, side: int) -> None:
         """See Denoiser."""
@@ -37,6 +46,20 @@ class FlowDiffusion(LatentDiffusion):
             raise InputError(f"{side}: this model takes multiples of {cell} pixels", "resolution")
         self.resolution = side
         self.latent_shape = (self.latent_shape[0], side // factor, side // factor)
+
+
+def side_of(network: Mapping[str, Any]) -> int:
+    """The side of latents by the network's settings."""
+    return int(network.get("sample_size") or SIDE)
+
+
+def check_packed(network: Any, channels: int) -> None:
+    """Raises OSError if the network does not take a VAE's latents of so many channels, packed by `pack`."""
+    if network.in_channels != PATCH**2 * channels:
+        raise OSError(
+            f"its network takes {network.in_channels} channels, its VAE gives {PATCH**2 * channels} packed: "
+            "parts of two models, or one that also takes an image"
+        )
 
 
 def pack(latents: Tensor) -> Tensor:

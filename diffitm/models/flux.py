@@ -6,16 +6,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.flow import GUIDANCE, PATCH, FlowDiffusion, pack, unpack
-from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
+from diffitm.models.flow import (
+    GUIDANCE,
+    PATCH,
+    FlowDiffusion,
+    check_packed,
+    pack,
+    side_of,
+    unpack,
+)
+from diffitm.models.latent_diffusion import (
+    Folder,
+    check_text_width,
+    is_cut,
+    sample,
+    tokenize,
+)
 from diffitm.models.noise_schedule import FLOW_TIME
 
-SIDE = 128  # of latents, where the network's settings do not say it: the pipeline's
 SCHNELL_LENGTH = 256  # tokens of a text that schnell was trained with
 
 
@@ -56,12 +70,8 @@ class Flux(FlowDiffusion):
     @classmethod
     def check_together(cls, configs: Mapping[str, Any]) -> None:
         """See Denoiser."""
-        network, channels = configs["transformer"], PATCH**2 * configs["vae"].latent_channels
-        if network.in_channels != channels:
-            raise OSError(
-                f"its network takes {network.in_channels} channels, its VAE gives {channels} packed: parts "
-                "of two models, or one that also takes an image"
-            )
+        network = configs["transformer"]
+        check_packed(network, configs["vae"].latent_channels)
         check_text_width(configs["text_encoder_2"].d_model, network.joint_attention_dim)
         check_text_width(configs["text_encoder"].hidden_size, network.pooled_projection_dim)
 
@@ -69,7 +79,7 @@ class Flux(FlowDiffusion):
     def geometry(network: Any, vae: Any) -> tuple[int, int, int]:
         """See LatentDiffusion."""
         factor = 2 ** (len(vae.block_out_channels) - 1)
-        return int(vae.latent_channels), int(network.get("sample_size") or SIDE), factor
+        return int(vae.latent_channels), side_of(network), factor
 
     def cuts(self, text: str) -> bool:
         """See Denoiser."""
@@ -99,6 +109,22 @@ class Flux(FlowDiffusion):
             return_dict=False,
         )[0]
         return unpack(out, side).float()
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. Euler's steps, diffusers' pipeline; the guidance is what dev's network is
+        told, schnell has none."""
+        pipeline = FluxPipeline(
+            scheduler=self.sampler(), vae=self.vae, transformer=self.transformer,
+            text_encoder=self.clip, tokenizer=self.tokenizer,
+            text_encoder_2=self.t5, tokenizer_2=self.t5_tokenizer,
+        )  # fmt: skip
+        return sample(
+            pipeline, self, prompt, seeds, steps, guidance,
+            max_sequence_length=self.length,
+            unpacked=lambda tokens: unpack(tokens, self.latent_shape[-1]),
+        )  # fmt: skip
 
 
 def _places(side: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,6 +135,11 @@ def check_network(config: Any, latent_channels: int) -> None:
             f"the config.json of its network gives sample_size {config.sample_size!r}, not the side of its "
             "latents (64 for images of 512 pixels, 128 for 1024)"
         )
+    check_latents(config, latent_channels)
+
+
+def check_latents(config: Any, latent_channels: int) -> None:
+    """Raises OSError if the network does not take the VAE's latents alone."""
     if config.in_channels != latent_channels:
         raise OSError(
             f"its network takes {config.in_channels} channels, its VAE gives {latent_channels}: parts of two "
@@ -238,8 +243,8 @@ class LatentDiffusion(Denoiser):
         """See Denoiser."""
         self.network.enable_gradient_checkpointing()
 
-    def sampler(self) -> DPMSolverMultistepScheduler:
-        """DPM-Solver++ (Lu et al. 2022) on the training schedule."""
+    def sampler(self) -> Any:
+        """What images are made with: DPM-Solver++ (Lu et al. 2022) on the training schedule."""
         return DPMSolverMultistepScheduler.from_config(self.scheduler.config)
 
 
@@ -265,6 +270,16 @@ def tokenize_masked(
     return found.input_ids, found.attention_mask.bool()
 
 
+def tokenize_whole(
+    tokenizer: Any, texts: Sequence[str], length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask int64 [B, length], padded where the tokenizer does."""
+    found = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).to(device)
+    return found.input_ids, found.attention_mask
+
+
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> Tensor:
     """Token ids [B, L], L the tokenizer's or `length`. Longer texts are cut, as Stable Diffusion does."""
     return tokenizer(
@@ -283,18 +298,31 @@ def sample(
     seeds: Sequence[int],
     steps: int,
     guidance: float,
+    unpacked: Callable[[Tensor], Tensor] | None = None,
+    **more: Any,
 ) -> Any:
-    """What a pipeline of diffusers makes of the prompt, once a seed; see Denoiser.generate.
+    """What a pipeline of diffusers makes of the prompt, once a seed; see Denoiser.generate. `unpacked` turns
+    its latents into those that the denoiser decodes, `more` is what else it is called with; embeddings stand
+    for the prompt.
 
-    The pipeline itself would give a float32 VAE latents of the U-Net's dtype.
+    The pipeline itself would give a float32 VAE latents of the U-Net's dtype. Raises InputError for pictures
+    that are not finite.
     """
     pipeline.set_progress_bar_config(disable=True)
-    latents = pipeline(
-        [prompt] * len(seeds),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-    ).images
+    text = {} if "prompt_embeds" in more else {"prompt": [prompt] * len(seeds)}
+    given: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "height": denoiser.resolution,
+        "width": denoiser.resolution,
+        "output_type": "latent",
+    }
+    latents = pipeline(**text, **given, **more).images
+    latents = latents if unpacked is None else unpacked(latents)
     pixels = torch.cat([denoiser.decode(one[None]) for one in latents])
+    if not pixels.isfinite().all():
+        raise InputError(
+            f"the picture of {prompt!r} is not finite in {denoiser.dtype}: give another --dtype"
+        )
     return pipeline.image_processor.postprocess(pixels)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 
 from diffitm.core import registry, storage
-from diffitm.core.errors import InputError, suggest
+from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.embedded import EMBEDDED, folder_of
-from diffitm.models.embedded import SHAPES as SHAPES  # which others import from here
+from diffitm.models.families import FAMILIES, Family, absent_parts, kind_of
 from diffitm.models.hub_weights import (
     STEMS,
     Weights,
@@ -41,125 +41,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Family:
-    """Where a family's Denoiser is, and what of a folder its scores depend on.
-
-    `parts` are its folders, each with the class that is read of it, None of the scheduler, of which the
-    settings are read alone. `optional` parts may be null in model_index.json. `settings` are those of
-    model_index.json with what they are if absent. `flow` is whether its noise is that of rectified flow.
-    `half` is the dtype on a GPU unless told. `told` is what else a store says of its scores: choices that
-    are made for all of the family, and `unconditional` False where its errors of no text are none.
-    """
-
-    denoiser: str
-    parts: Mapping[str, str | None]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    optional: tuple[str, ...] = ()
-    flow: bool = False
-    half: str = "fp16"
-    told: Mapping[str, Any] = field(default_factory=dict)
-
-
-_VAE = {"vae": "diffusers:AutoencoderKL", "scheduler": None}
-_CLIP = {"text_encoder": "transformers:CLIPTextModel", "tokenizer": "transformers:CLIPTokenizer"}
-_UNET = {"unet": "diffusers:UNet2DConditionModel", **_VAE, **_CLIP}
-_PROJECTED = "transformers:CLIPTextModelWithProjection"
-_FLOW: dict[str, Any] = {"flow": True, "half": "bf16", "told": {"prediction": "flow"}}
-_PIXART = {
-    "transformer": "diffusers:PixArtTransformer2DModel",
-    **_VAE,
-    "text_encoder": "transformers:T5EncoderModel",
-    "tokenizer": "transformers:T5TokenizerFast",
-}
-_SD3, ONE_CLIP = "StableDiffusion3Pipeline", "StableDiffusion3Pipeline of one CLIP"
-# The pipeline class that a diffusers folder names in model_index.json -> what runs it.
-FAMILIES = {
-    "StableDiffusionPipeline": Family("diffitm.models.stable_diffusion:StableDiffusion", _UNET),
-    "StableDiffusionXLPipeline": Family(
-        "diffitm.models.sdxl:StableDiffusionXL",
-        {
-            **_UNET,
-            "text_encoder_2": _PROJECTED,
-            "tokenizer_2": "transformers:CLIPTokenizer",
-        },
-        {"force_zeros_for_empty_prompt": True},
-    ),
-    "DiTPipeline": Family(
-        "diffitm.models.dit:Dit",
-        {"transformer": "diffusers:DiTTransformer2DModel", **_VAE},
-        {"id2label": None},
-    ),
-    "PixArtAlphaPipeline": Family("diffitm.models.pixart:PixArt", _PIXART, half="bf16"),
-    "PixArtSigmaPipeline": Family("diffitm.models.pixart:PixArtSigma", _PIXART, half="bf16"),
-    _SD3: Family(
-        "diffitm.models.sd3:StableDiffusion3",
-        {
-            "transformer": "diffusers:SD3Transformer2DModel",
-            **_VAE,
-            **{f"text_encoder{end}": _PROJECTED for end in ("", "_2")},
-            **{f"tokenizer{end}": "transformers:CLIPTokenizer" for end in ("", "_2")},
-            "text_encoder_3": "transformers:T5EncoderModel",
-            "tokenizer_3": "transformers:T5TokenizerFast",
-        },
-        optional=("text_encoder_3", "tokenizer_3"),
-        **_FLOW,
-    ),
-    ONE_CLIP: Family(
-        "diffitm.models.sd3:StableDiffusion3",
-        {"transformer": "diffusers:SD3Transformer2DModel", **_VAE, **_CLIP},
-        **_FLOW,
-    ),
-    "SanaPipeline": Family(
-        "diffitm.models.sana:Sana",
-        {
-            "transformer": "diffusers:SanaTransformer2DModel",
-            "vae": "diffusers:AutoencoderDC",
-            "scheduler": None,
-            "text_encoder": "transformers:Gemma2Model",
-            "tokenizer": "transformers:GemmaTokenizerFast",
-        },
-        **_FLOW,
-    ),
-    "FluxPipeline": Family(
-        "diffitm.models.flux:Flux",
-        {
-            "transformer": "diffusers:FluxTransformer2DModel",
-            **_VAE,
-            **_CLIP,
-            "text_encoder_2": "transformers:T5EncoderModel",
-            "tokenizer_2": "transformers:T5TokenizerFast",
-        },
-        flow=True,
-        half="bf16",
-        told={"prediction": "flow", "unconditional": False},
-    ),
-}
-
-
-def kind_of(index: Mapping[str, Any], name: str, field: str) -> str:
-    """The family, a key of FAMILIES, that a model_index.json names. Raises InputError for one that is not
-    known here."""
-    kind = str(index["_class_name"])
-    if kind not in FAMILIES:
-        raise InputError(
-            f"{name!r}: unknown kind of diffusion model {kind!r}{suggest(kind, FAMILIES)}", field
-        )
-    plain_clip = (index.get("text_encoder") or [None])[-1] == "CLIPTextModel"
-    others = any(_has(index, f"text_encoder_{number}") for number in (2, 3))
-    return ONE_CLIP if kind == _SD3 and plain_clip and not others else kind
-
-
-def _has(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a model_index.json names a part, and not null."""
-    return bool((index.get(part) or [None])[0])
-
-
-def _absent(family: Family, index: Mapping[str, Any]) -> tuple[str, ...]:
-    """The optional parts that a model_index.json has not."""
-    return tuple(part for part in family.optional if not _has(index, part))
-
-
-@dataclass(frozen=True)
 class ModelSource:
     """Where a model lies: a local folder, a URI, or a Hub id with its commit; `digest` names the weights
     of the `variant`, `field` is what the user gave it with."""
@@ -179,7 +60,14 @@ class ModelSource:
     )
     guidance: float | None = None  # what its network is told, where it takes one
     absent: tuple[str, ...] = ()  # optional parts of its family that it does without
+    distilled: bool = False  # its model_index.json says so, though not all of its family are
     sizes: tuple[tuple[str, int], ...] = ()  # parameters of each part, once it was checked
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a store says of its scores: what its family does, and that it is distilled."""
+        own = {"unconditional": False} if self.distilled else {}
+        return {**FAMILIES[self.family].told, **own}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -228,15 +116,16 @@ def resolve(name: str, field: str = "model", variant: str | None = None) -> Mode
         settings = _read_index(index, name, field)
         kind = kind_of(settings, name, field)
         family = FAMILIES[kind]
-        absent = _absent(family, settings)
+        absent = absent_parts(family, settings)
         missing = [p for p in family.parts if p not in absent and not (folder / p).is_dir()]
         if missing:
             raise InputError(f"{name!r}: the folder lacks {', '.join(missing)}", field)
         location = given if name in EMBEDDED or "://" in given else str(folder.absolute())
         digest = _digest(folder, family, settings, variant)
         return ModelSource(
-            name, location, None, kind, digest, field, variant=variant, absent=absent
-        )
+            name, location, None, kind, digest, field, variant=variant, absent=absent,
+            distilled=bool(settings.get("is_distilled")),
+        )  # fmt: skip
     if folder.is_file():
         raise InputError(f"{name!r}: {_of_one_file(folder)}", field)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
@@ -249,8 +138,11 @@ def resolve(name: str, field: str = "model", variant: str | None = None) -> Mode
     commit = index.parent.name
     settings = _read_index(index, name, field)
     kind = kind_of(settings, name, field)
-    absent = _absent(FAMILIES[kind], settings)
-    return ModelSource(name, name, commit, kind, commit, field, variant=variant, absent=absent)
+    absent = absent_parts(FAMILIES[kind], settings)
+    return ModelSource(
+        name, name, commit, kind, commit, field, variant=variant, absent=absent,
+        distilled=bool(settings.get("is_distilled")),
+    )  # fmt: skip
 
 
 def load_denoiser(
@@ -391,7 +283,7 @@ def _copy(uri: str, field: str, variant: str | None, digest: str | None = None) 
         storage.read_text(storage.join(uri, INDEX)), storage.without_query(uri), field
     )
     family = FAMILIES[kind_of(settings, storage.without_query(uri), field)]
-    parts = [part for part in family.parts if part not in _absent(family, settings)]
+    parts = [part for part in family.parts if part not in absent_parts(family, settings)]
     wanted = {name: there[name] for name in (INDEX, *needed(there, parts, variant))}
     copy, _ = on_disk(
         uri, wanted, lambda folder: _digest(folder, family, settings, variant), digest
@@ -432,7 +324,7 @@ def _digest(
     if family.settings:
         used = {key: index.get(key, absent) for key, absent in family.settings.items()}
         total.update(json.dumps(used, sort_keys=True).encode())
-    parts = [part for part in family.parts if part not in _absent(family, index)]
+    parts = [part for part in family.parts if part not in absent_parts(family, index)]
     read = filter(_is_loaded, needed(files_of(folder), parts, variant))
     for name in sorted(read, key=Path):
         total.update(name.encode())

@@ -33,7 +33,17 @@ from diffitm.models.weight_cache import on_disk
 from diffitm.models.weight_files import WeightsError, few, read_weights, tensors_of
 
 Key = tuple[str, str]  # a part and a module of it
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+# Of attention; the last four are those of a text's own tokens in joint attention.
+PROJECTIONS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
 _FILES = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
@@ -205,25 +215,24 @@ def _number(value: object, key: str, file: Path) -> float:
 
 
 def lora_unet(denoiser: Denoiser) -> nn.Module:
-    """The U-Net whose LoRA is trained.
-
-    Raises InputError for a model without one.
-    """
+    """The U-Net. Raises InputError for a model without one."""
     unet: nn.Module | None = getattr(denoiser, "unet", None)
     if unet is None:
-        name = type(denoiser).__name__
-        raise InputError(
-            f": a {name} cannot be tuned, only Stable Diffusion's U-Net can",
-            "model",
-        )
+        raise InputError(f": a {type(denoiser).__name__} has no U-Net", "model")
     return unet
+
+
+def lora_network(denoiser: Denoiser) -> nn.Module:
+    """The network whose LoRA is trained. Raises InputError for a model that takes none."""
+    network: nn.Module | None = getattr(denoiser, "network", None)
+    if network is None or not denoiser.takes_lora:
+        raise InputError(f": a {type(denoiser).__name__} takes no LoRA", "model")
+    return network
 
 
 def merge_file(denoiser: Denoiser, path: str) -> None:
     """Merge a LoRA file into a model. Raises InputError that names the file."""
-    network: nn.Module | None = getattr(denoiser, "network", None)
-    if network is None or not denoiser.takes_lora:
-        raise InputError(f": a {type(denoiser).__name__} takes no LoRA", "model")
+    network = lora_network(denoiser)
     tensors, scale = read_lora(path)
     with naming(path):
         merge_lora(network, tensors, scale, text_encoders(denoiser))
@@ -350,44 +359,62 @@ def _fits(parts: Mapping[str, nn.Module], part: str, name: str, pair: Mapping[st
     return up.shape[1] == down.shape[0] and (up.shape[0], down.shape[1]) == tuple(flat.shape)
 
 
-def add_lora(unet: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
+def add_lora(network: nn.Module, rank: int, seed: int) -> list[nn.Parameter]:
     """Give every attention projection a trainable LoRA of scale 1, which changes nothing yet.
 
-    The rest of the U-Net stays frozen. The weights are float32 and a function of the seed.
+    The rest of the network stays frozen. The weights are float32 and a function of the seed.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
         r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(PROJECTIONS)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(config)  # type: ignore[operator]
-    found = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        inject_adapter_in_model(config, network)
+    found = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in found:
         parameter.data = parameter.data.float()
     return found
 
 
-def lora_weights(unet: nn.Module) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def without_lora(network: nn.Module) -> Iterator[None]:
+    """In its block the network works as before it had a LoRA."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def lora_weights(network: nn.Module) -> dict[str, Tensor]:
     """The LoRA tensors by diffusers' names, on the CPU."""
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(unet)
-    return {f"unet.{name}": tensor.detach().float().cpu() for name, tensor in found.items()}
+    part = PARTS[0] if isinstance(network, UNet2DConditionModel) else TRANSFORMER
+    found = get_peft_model_state_dict(network)
+    return {f"{part}.{name}": tensor.detach().float().cpu() for name, tensor in found.items()}
 
 
-def restore_adapter(unet: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors of `lora_weights` into a U-Net that has its LoRA."""
+def restore_adapter(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors of `lora_weights` into a network that has its LoRA."""
     from peft import set_peft_model_state_dict
 
-    plain = {name.removeprefix("unet."): tensor for name, tensor in tensors.items()}
-    set_peft_model_state_dict(unet, plain)
+    plain = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    set_peft_model_state_dict(network, plain)
 
 
 def save_lora(tensors: Mapping[str, Tensor], folder: str, rank: int) -> None:
-    """`pytorch_lora_weights.safetensors`, which StableDiffusionPipeline.load_lora_weights takes."""
-    settings = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": PROJECTIONS}
+    """`pytorch_lora_weights.safetensors`, which a pipeline's load_lora_weights takes."""
+    part = next(iter(tensors)).partition(".")[0]
+    named = [name for name in PROJECTIONS if any(f".{name}.lora_A" in key for key in tensors)]
+    settings = {f"{part}.r": rank, f"{part}.lora_alpha": rank, f"{part}.target_modules": named}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     storage.write_bytes(storage.join(folder, _FILES[0]), data)

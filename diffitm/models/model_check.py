@@ -3,6 +3,7 @@ memory: before anything is scored, and on the driver."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,11 @@ from transformers import CLIPTextConfig
 from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.distilled import why_no_unconditional
+from diffitm.models.families import FAMILIES
 from diffitm.models.flow import GUIDANCE
 from diffitm.models.hub_weights import WITHOUT_WEIGHTS, check_variant, needed
-from diffitm.models.loading import FAMILIES, ModelSource, files_of, on_machine
+from diffitm.models.loading import ModelSource, files_of, on_machine
 from diffitm.models.lora import match_lora, naming, read_lora
 from diffitm.models.parts import (
     check_settings,
@@ -47,15 +50,17 @@ UNSEEN = {
     "text_encoder_2": _OF_TEXT,
 }
 ALWAYS_UPCAST = "StableDiffusionXLPipeline"  # its stores need not say so
-# What files hold beyond their configs that changes nothing: buffers of older versions, and what a whole CLIP
-# has beside its text model.
+# What files hold beyond their configs that changes nothing: buffers of older versions, what a whole CLIP
+# has beside its text model, and what a language model says its next word with.
 LITTER = (
     r"(^|\.)position_ids$",
     r"^pos_embed\.pos_embed$",
     r"^(vision_model|visual_projection)\.",
     r"^(logit_scale|text_projection\.weight)$",
+    r"^lm_head\.weight$",
 )
-DISTILLED = re.compile(r"turbo|schnell|lightning|hyper-sd|\blcm\b", re.I)
+# What stands before the names of a text model, by the part that it is of and the version.
+ABOVE = re.compile(r"^((text_model|language_model|model)\.)+")
 # Attention of older VAEs, which diffusers renames.
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -97,12 +102,8 @@ def check_loadable(
 
 
 def _tell_unconditional(source: ModelSource) -> None:
-    """Log that a model has no true unconditional, as far as family and name tell."""
-    why = None
-    if FAMILIES[source.family].told.get("unconditional") is False:
-        why = "is distilled and was not trained without a text"
-    elif DISTILLED.search(source.name):
-        why = "is named as step-distilled ones are, which are trained at few timesteps and without guidance"
+    """Log that a model has no true unconditional, as far as family, folder and name tell."""
+    why = why_no_unconditional(source.name, source.told)
     if why is not None:
         log.warning("%s %s: its error of no text is no unconditional one", source.name, why)
 
@@ -123,7 +124,7 @@ def settled(
         raise InputError(f"{text} take others", "resolution")
     try:
         upcast = source.family != ALWAYS_UPCAST and _says(location, revision, "vae", "force_upcast")
-        guidance = GUIDANCE if _says(location, revision, "transformer", "guidance_embeds") else None
+        guidance = GUIDANCE if _is_guided(source, location, revision) else None
         source = replace(source, upcast=upcast, guidance=guidance, resolution=resolution)
         if prediction is None:
             return source
@@ -139,10 +140,22 @@ def settled(
     return replace(source, prediction=prediction)
 
 
-def _says(location: str, revision: str | None, part: str, setting: str) -> bool:
-    """Whether the settings of a part on this machine have something switched on."""
+def _says(
+    location: str, revision: str | None, part: str, setting: str, default: bool = False
+) -> bool:
+    """Whether the settings of a part on this machine have something switched on; `default` where they do
+    not say."""
     file = Path(location, part, "config.json")
-    return revision is None and file.is_file() and bool(read_json(file).get(setting))
+    return revision is None and file.is_file() and bool(read_json(file).get(setting, default))
+
+
+def _is_guided(source: ModelSource, location: str, revision: str | None) -> bool:
+    """Whether its network takes a guidance: FLUX.2's does unless its settings say otherwise."""
+    kind = FAMILIES[source.family].parts.get("transformer")
+    known = inspect.signature(registry.load(kind).__init__).parameters if kind else {}
+    setting = known.get("guidance_embeds")
+    default = setting is not None and bool(setting.default)
+    return _says(location, revision, "transformer", "guidance_embeds", default)
 
 
 def _check_parts(source: ModelSource, folder: Path, variant: str | None) -> dict[str, nn.Module]:
@@ -165,7 +178,8 @@ def _check_parts(source: ModelSource, folder: Path, variant: str | None) -> dict
     for name in names:
         if name.startswith("tokenizer"):
             encoder = configs[encoder_of(name)].to_dict()
-            read_tokenizer(str(folder), name, None, encoder, registry.load(str(family.parts[name])))
+            kind = registry.load(str(family.parts[name]))
+            denoiser.templated("", read_tokenizer(str(folder), name, None, encoder, kind))
     denoiser.check_together(configs)
     if "scheduler" in names:
         (read_flow if family.flow else read_schedule)(str(folder), None)
@@ -218,13 +232,13 @@ def _check_shapes(part: nn.Module, name: str, files: Sequence[Path]) -> None:
 def _tied(part: nn.Module) -> dict[str, str]:
     """Tensors that are another's and lie in a file once, each with that other."""
     pairs = getattr(part, "_tied_weights_keys", None) or {}
-    both = dict(pairs) if isinstance(pairs, dict) else {}
+    both = {_plain(k): _plain(v) for k, v in pairs.items()} if isinstance(pairs, dict) else {}
     return both | {other: key for key, other in both.items()}
 
 
 def _plain(key: str) -> str:
     """A tensor's name as all versions of the libraries have it."""
-    key = key.removeprefix("text_model.")
+    key = ABOVE.sub("", key)
     for old, new in OLDER.items():
         key = key.replace(old, new)
     return key

@@ -33,6 +33,10 @@ class Schedule(ABC):
     def check(self, timesteps: Tensor) -> None:
         """Raises ValueError for a timestep, of [N], that the model was not trained at."""
 
+    @abstractmethod
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A timestep [1] to be trained at."""
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t [B, C, h, w] from latents z0 and noise of that shape, timesteps [B]."""
         signal, sigma = self.at(timesteps, latents)
@@ -102,6 +106,10 @@ class NoiseSchedule(Schedule):
         signal = self.signal[index].to(like.device).view(shape)
         return signal, self.sigma[index].to(like.device).view(shape)
 
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """See Schedule. All are as likely."""
+        return torch.randint(self.timesteps, (1,), generator=generator)
+
     def check(self, timesteps: Tensor) -> None:
         """See Schedule."""
         if timesteps.is_floating_point():
@@ -131,6 +139,10 @@ class FlowSchedule(Schedule):
         sigma = timesteps.to(like.device, torch.float32) / FLOW_TIME
         sigma = sigma.view((-1,) + (1,) * (like.dim() - 1))
         return 1 - sigma, sigma
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """See Schedule. The logit of sigma is standard normal, as for SD3 (Esser et al. 2024, 3.1)."""
+        return FLOW_TIME * torch.sigmoid(torch.randn(1, generator=generator))
 
     def check(self, timesteps: Tensor) -> None:
         """See Schedule."""

@@ -168,9 +168,9 @@ def read_schedule(location: str, revision: str | None) -> DDPMScheduler:
     return scheduler
 
 
-def read_flow(location: str, revision: str | None) -> None:
-    """Whether the scheduler is that of a rectified flow of 1000 steps. Its shift, which spreads a sampler's
-    steps, changes no noise. Raises OSError."""
+def read_flow(location: str, revision: str | None) -> dict[str, Any]:
+    """The settings of a scheduler that is one of a rectified flow of 1000 steps. Its shift, which spreads a
+    sampler's steps, changes no noise. Raises OSError."""
     config = DDPMScheduler.load_config(location, subfolder="scheduler", revision=revision)
     name, steps = str(config.get("_class_name")), config.get("num_train_timesteps", FLOW_TIME)
     if not name.startswith("FlowMatch") and not config.get("use_flow_sigmas"):
@@ -181,6 +181,7 @@ def read_flow(location: str, revision: str | None) -> None:
         )
     if config.get("invert_sigmas"):
         raise OSError("its scheduler_config.json gives invert_sigmas, which is not supported")
+    return dict(config)
 
 
 def _check_schedule(config: Mapping[str, Any]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+from PIL import Image
 from torch import Tensor
 from transformers import T5EncoderModel, T5TokenizerFast
 
@@ -17,6 +18,7 @@ from diffitm.models.latent_diffusion import (
     check_text_width,
     is_cut,
     lowered,
+    sample,
     tokenize_masked,
 )
 
@@ -31,6 +33,7 @@ class PixArt(LatentDiffusion):
     """
 
     lengths = {"tokenizer": 120}  # noqa: RUF012
+    pipeline: ClassVar[Any] = PixArtAlphaPipeline
     plain_text = staticmethod(lowered)
 
     def __init__(
@@ -86,8 +89,23 @@ class PixArt(LatentDiffusion):
         )[0]
         return out[:, : self.latent_shape[0]].float()
 
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. DPM-Solver++, diffusers' pipeline with texts as scored."""
+        pipeline = self.pipeline(
+            tokenizer=self.tokenizer, text_encoder=self.text_encoder, vae=self.vae,
+            transformer=self.transformer, scheduler=self.sampler(),
+        )  # fmt: skip
+        return sample(
+            pipeline, self, prompt, seeds, steps, guidance,
+            clean_caption=False, use_resolution_binning=False,
+            max_sequence_length=self.lengths["tokenizer"],
+        )  # fmt: skip
+
 
 class PixArtSigma(PixArt):
     """PixArt-Sigma, which reads longer texts."""
 
     lengths = {"tokenizer": 300}  # noqa: RUF012
+    pipeline = PixArtSigmaPipeline

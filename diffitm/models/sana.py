@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, SanaTransformer2DModel
+from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+from PIL import Image
 from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizerFast
 
@@ -21,6 +22,7 @@ from diffitm.models.latent_diffusion import (
     check_text_width,
     is_cut,
     lowered,
+    sample,
     tokenize_masked,
 )
 
@@ -116,11 +118,22 @@ class Sana(FlowDiffusion):
         )[0]
         return out.float()
 
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. The folder's sampler, diffusers' pipeline with its instruction."""
+        pipeline = SanaPipeline(
+            tokenizer=self.tokenizer, text_encoder=self.text_encoder, vae=self.vae,
+            transformer=self.transformer, scheduler=self.sampler(),
+        )  # fmt: skip
+        return sample(
+            pipeline, self, prompt, seeds, steps, guidance,
+            clean_caption=False, use_resolution_binning=False, max_sequence_length=LENGTH,
+        )  # fmt: skip
+
 
 @functools.cache
 def instruction() -> str:
     """What the pipeline puts before a text: an order to describe it in detail."""
-    from diffusers import SanaPipeline
-
     given = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"]
     return "\n".join(given.default)

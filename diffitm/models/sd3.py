@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
@@ -19,7 +20,13 @@ from transformers import (
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import FlowDiffusion
-from diffitm.models.latent_diffusion import Folder, check_text_width, is_cut, tokenize
+from diffitm.models.latent_diffusion import (
+    Folder,
+    check_text_width,
+    is_cut,
+    sample,
+    tokenize,
+)
 
 _CLIPS = ("", "_2")  # how the names of their parts end
 
@@ -122,3 +129,22 @@ class StableDiffusion3(FlowDiffusion):
             return_dict=False,
         )[0]
         return out.float()
+
+    def generate(
+        self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[Image.Image]:
+        """See Denoiser. Euler's steps with the folder's shift, diffusers' pipeline with texts as scored."""
+        texts = ("text_encoder", "tokenizer")
+        absent = dict.fromkeys(f"{part}{end}" for part in texts for end in ("", "_2", "_3"))
+        pipeline = StableDiffusion3Pipeline(
+            transformer=self.transformer, scheduler=self.sampler(), vae=self.vae, **absent
+        )
+        text, empty = (
+            {k: v.expand(len(seeds), *v.shape[1:]) for k, v in self.encode_texts([one]).items()}
+            for one in (prompt, "")
+        )
+        return sample(
+            pipeline, self, prompt, seeds, steps, guidance,
+            prompt_embeds=text["hidden"], pooled_prompt_embeds=text["pooled"],
+            negative_prompt_embeds=empty["hidden"], negative_pooled_prompt_embeds=empty["pooled"],
+        )  # fmt: skip

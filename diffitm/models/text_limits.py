@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import open_clip
@@ -13,6 +13,7 @@ from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.models import clip, loading
 from diffitm.models.denoiser import Denoiser
+from diffitm.models.families import FAMILIES
 
 log = logging.getLogger("diffitm")
 MARKS = 2  # around a text's tokens
@@ -33,15 +34,16 @@ class TextLimits:
             field = "clip" if isinstance(source, clip.ClipSource) else source.field
             text = f"{source.name!r}: its tokenizer cannot be loaded: {error}"
             raise InputError(text, field) from error
-        self._plain_text = Denoiser.plain_text
+        self._templated: Callable[[str, Any], str] = lambda text, _: text
         if isinstance(source, loading.ModelSource):
-            self._plain_text = _kind(source).plain_text
+            self._templated = _kind(source).templated
         self.most = min((most for _, most in self._limits), default=0)
 
     def cut(self, texts: Iterable[str]) -> set[str]:
         """Those of the texts that are not read to their end."""
-        given, cut = {text: self._plain_text(text) for text in texts}, set[str]()
+        distinct, cut = dict.fromkeys(texts), set[str]()
         for tokenizer, most in self._limits:
+            given = {text: self._templated(text, tokenizer) for text in distinct}
             # A token is a byte or more: a short text needs no tokenizer.
             long = [text for text, plain in given.items() if len(plain.encode()) + MARKS > most]
             for start in range(0, len(long), AT_ONCE):
@@ -52,8 +54,10 @@ class TextLimits:
 
     def read(self, texts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
         """What is read of each text: the encoders' inputs. Texts that have the same are one to the model."""
-        given = [self._plain_text(text) for text in texts]
-        columns = [_inputs(tokenizer, given, most) for tokenizer, most in self._limits]
+        columns = [
+            _inputs(tokenizer, [self._templated(text, tokenizer) for text in texts], most)
+            for tokenizer, most in self._limits
+        ]
         return list(zip(*columns, strict=True))
 
 
@@ -79,7 +83,7 @@ def _limits(source: loading.ModelSource | clip.ClipSource) -> list[tuple[Any, in
         tokenizer = open_clip.get_tokenizer(clip.on_machine(source)[0])
         return [(tokenizer, int(tokenizer.context_length))]
     location, revision = loading.on_machine(source)
-    family = loading.FAMILIES[source.family]
+    family = FAMILIES[source.family]
     parts = [part for part in source.parts if part.startswith("tokenizer")]
     if not parts:
         return []
@@ -96,7 +100,7 @@ def _limits(source: loading.ModelSource | clip.ClipSource) -> list[tuple[Any, in
 
 
 def _kind(source: loading.ModelSource) -> type[Denoiser]:
-    kind: type[Denoiser] = registry.load(loading.FAMILIES[source.family].denoiser)
+    kind: type[Denoiser] = registry.load(FAMILIES[source.family].denoiser)
     return kind
 
 

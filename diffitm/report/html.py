@@ -18,9 +18,10 @@ from diffitm.models.embedded import EMBEDDED
 from diffitm.report import charts, wide_charts
 from diffitm.report.gallery import QUALITIES, Gallery, Thumbnails
 from diffitm.report.looks import NAIVE_SCORE, PALETTE, Looks
+from diffitm.report.matrix import NOTE as MATRIX
+from diffitm.report.matrix import Matrix, matrix_cells
 from diffitm.report.means import NOTE as MEANS
 from diffitm.report.means import heat, means_table
-from diffitm.report.published_figures import LABEL
 from diffitm.report.table import NOTE, RACES, Table, TableLine, columns, race_texts
 from diffitm.report.terminal import comparison_texts
 
@@ -43,10 +44,11 @@ def write_report(
     samples: Samples | None = None,
     logs: dict[str, list[dict[str, float]]] | None = None,
     pictures: dict[str, bytes] | None = None,
+    matrix: Matrix | None = None,
 ) -> str:
     """Write OUT/report.html and return its path. `root` is the data root of the images, `samples` are
     generated images, `logs` the lines of a training's log and `pictures` PNGs of reconstructions, by
-    model."""
+    model; `matrix` is that of pictures that models made."""
     overview = [
         line
         for line in table.lines
@@ -61,10 +63,12 @@ def write_report(
         "patterns": looks.patterns,
         "main": _sortable(table, [line for line in table.lines if _is_main(line)]),
         "note": " ".join([NOTE, *table.notes]),
+        "matrix": matrix_cells(matrix) if matrix else None,
+        "matrix_note": MATRIX,
         "means": _means(table),
         "means_note": MEANS,
         "races": _races(evaluation),
-        "published": f"{LABEL}: Krojer et al. 2023, table 2." if table.published else "",
+        "published": " ".join(dict.fromkeys(f"{p.about}." for p in table.published)),
         "tests": _tests(evaluation.comparisons[:SHOWN_TESTS]),
         "number_of_tests": len(evaluation.comparisons),
         "groups": _groups(table, looks),
@@ -160,6 +164,7 @@ def _fitted(page: Template, parts: dict[str, Any], pictures: Pictures) -> str:
 def _sections(parts: dict[str, Any]) -> list[tuple[str, str]]:
     """Links to the sections that have something to show."""
     known = {
+        "matrix": ("self-bench", "Self-Bench"),
         "races": ("races", "Races"),
         "tests": ("tests", "Paired tests"),
         "groups": ("groups", "By group"),
@@ -211,8 +216,10 @@ def _sortable(table: Table, lines: Sequence[TableLine], by_task: bool = True) ->
         found = [line.cells[name] for name in table.columns]
         values: list[Any] = [row.value if row else None for row in found]
         texts = table.texts(line)
-        known = re.match(r"[\d.]+", texts[-1]) if table.published else None
-        values = [None, None, line.n, *values, line.chance, float(known[0]) if known else None]
+        more = texts[len(texts) - len(table.published) :]
+        known = [re.match(r"[\d.]+", text) for text in more]
+        values = [None, None, line.n, *values, line.chance]
+        values += [float(found[0]) if found else None for found in known]
         rows.append({"key": line.task if by_task else line.group, "cells": _cells(texts, values)})
     return {"head": table.head(), "shown": short_titles(table.head()), "texts": 2, "rows": rows}
 

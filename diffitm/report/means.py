@@ -26,7 +26,7 @@ def means_table(table: Table) -> Table | None:
             chance = sum(line.chance or 0.0 for line in own) / len(own)
             cells = {name: _mean(table, own, name) for name in table.columns}
             lines.append(TableLine(group, "all", "mean", len(own), chance, cells))
-    return Table(table.columns, lines, False) if lines else None
+    return Table(table.columns, lines) if lines else None
 
 
 def _mean(table: Table, lines: list[TableLine], name: str) -> ResultRow | None:

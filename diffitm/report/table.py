@@ -9,7 +9,7 @@ from diffitm.evaluation.cut_texts import cut_note
 from diffitm.evaluation.evaluate import Evaluation, ResultRow
 from diffitm.evaluation.races import RaceFigure
 from diffitm.metrics.figures import Unit
-from diffitm.report.published_figures import LABEL, TIMESTEPS, published
+from diffitm.report.published_figures import Published, published
 from diffitm.tasks.mmbias import PUBLISHED_EFFECT
 
 NAIVE, NORMALISED = "diffusion naive", "diffusion normalised"
@@ -46,13 +46,13 @@ class TableLine:
 
 @dataclass(frozen=True)
 class Table:
-    """Column titles and lines; `published` adds the column of published figures, `raced` says what of the
+    """Column titles and lines; `published` adds columns of published figures, `raced` says what of the
     figures was raced, `cut` which texts were not read to their end, `about` more of the
     models."""
 
     columns: list[str]
     lines: list[TableLine]
-    published: bool
+    published: Sequence[Published] = ()
     raced: str = ""
     cut: str = ""
     about: str = ""
@@ -70,7 +70,7 @@ class Table:
             "n",
             *self.columns,
             "chance",
-            *([LABEL] if self.published else []),
+            *(column.title for column in self.published),
         ]
 
     def texts(self, line: TableLine) -> list[str]:
@@ -83,7 +83,8 @@ class Table:
             decided = naive is not None and naive.value is not None
             same = row is None and name.endswith("normalised") and decided
             cells.append("=" if same else cell(row, line.n))
-        more = [published(line.task, line.metric, line.group)] if self.published else []
+        key = line.task, line.group, line.metric
+        more = [column.figures.get(key, "") for column in self.published]
         count = "" if line.unit == "number" and not line.n else str(line.n)
         return [label, line.metric, count, *cells, chance, *more]
 
@@ -91,8 +92,8 @@ class Table:
 def make_table(
     evaluation: Evaluation, real_data: bool = False, published_bias: bool = False
 ) -> Table:
-    """The table of all results. Published figures stand beside ours only on real data at their own
-    number of timesteps; the published pooling of bias is left out unless asked for."""
+    """The table of all results. Published figures stand beside ours only on real data and where they are
+    comparable; the published pooling of bias is left out unless asked for."""
     titles = columns(evaluation)
     found: dict[tuple[str, str, str], dict[tuple[str, str], ResultRow]] = {}
     for row in evaluation.rows:
@@ -109,11 +110,7 @@ def make_table(
         }
         cells = {title: known.get((model, score)) for title, model, score in titles}
         lines.append(TableLine(task, group, metric, first.n, first.chance, cells))
-    diffusion = [row for row in evaluation.rows if row.score in OF_ERRORS]
-    steps = {row.timesteps for row in diffusion}
-    protocols = {row.protocol for row in diffusion}
-    comparable = steps == {TIMESTEPS} and protocols == {"diffusionitm"}
-    shown = real_data and comparable and any(published(x.task, x.metric, x.group) for x in lines)
+    shown = published(evaluation) if real_data else []
     about = " ".join(evaluation.notes)
     notes = raced_note(evaluation.races), cut_note(evaluation.cut_texts), about
     return Table([title for title, _, _ in titles], lines, shown, *notes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from diffitm.core.errors import InputError
 from diffitm.core.storage import without_query
 from diffitm.models.dpt_file import AdapterFile
-from diffitm.models.loading import FAMILIES, ModelSource, load_denoiser, lora_digest
+from diffitm.models.loading import ModelSource, load_denoiser, lora_digest
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.scorer import CLIP_IMAGE_COST, RowScorer
@@ -114,7 +114,7 @@ class DiffusionSpec:
             config["guidance"] = self.source.guidance
         if self.empty != "text":
             config["empty"] = self.empty
-        return {**config, **FAMILIES[self.source.family].told}
+        return {**config, **self.source.told}
 
     def painter(self, device: str) -> Painter:
         """Load what generates images, on this machine."""

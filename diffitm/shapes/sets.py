@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from diffitm.core import storage
-from diffitm.shapes.drawing import SEED, World, absent, encoded
+from diffitm.shapes.drawing import SEED, World, absent, encoded, repainted
 from diffitm.shapes.language import (
     OPPOSITE,
     PLACES,
@@ -29,9 +29,10 @@ from diffitm.shapes.language import (
     swapped,
 )
 from diffitm.shapes.probes import PATTERNS
+from diffitm.shapes.prompts import coloured, placed
 from diffitm.shapes.world import SIZES, Scene, render, sample_scene
 
-VERSION = 1
+VERSION = 2
 LEAST, SHARE = 4, 10  # entries of a part: a tenth of the scenes
 OF_PAIRS = ("Colour", "Binding of colours", "Relation", "Shape")
 PLACED = {"left": (0.25, 0.5), "right": (0.75, 0.5), "above": (0.5, 0.25), "below": (0.5, 0.75)}
@@ -367,6 +368,18 @@ def write_genai_bench(world: World, rng: np.random.Generator) -> None:
     world.save_json("genai_bench/genai_image.json", prompts)
 
 
+def write_selfbench(world: World, rng: np.random.Generator) -> None:
+    """Two models' pictures of prompts of two kinds, two of each."""
+    for model in ("stable-diffusion-v1-5", "stable-diffusion-3-medium-diffusers"):
+        for number in range(2 * LEAST):
+            scene = world.scene(rng)
+            line = coloured(scene) if number < LEAST else placed(scene)
+            place = f"selfbench/outputs/9/{model}/{number:05d}"
+            world.save_text(f"{place}/metadata.jsonl", f"{json.dumps(line)}\n")
+            for sample in (scene, repainted(scene, scene.things, rng)):
+                world.save(f"{place}/samples/{int(sample is not scene):05d}.png", sample)
+
+
 WRITERS: tuple[Callable[[World, np.random.Generator], None], ...] = (
     write_sugarcrepe,
     write_whatsup,
@@ -380,4 +393,5 @@ WRITERS: tuple[Callable[[World, np.random.Generator], None], ...] = (
     write_spec,
     write_vl_checklist,
     write_genai_bench,
+    write_selfbench,
 )

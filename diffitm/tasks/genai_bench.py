@@ -11,7 +11,7 @@ from scipy import stats
 from diffitm.core.schema import Example
 from diffitm.metrics.credit import LOST, Credit
 from diffitm.metrics.figures import Decision, Figure, Unit
-from diffitm.metrics.pairwise import pairwise_accuracy
+from diffitm.metrics.pairwise import agreement_intervals, pairwise_accuracy
 from diffitm.tasks.base import Task, pictures
 
 FILE, HUMAN = "genai_image.json", "human"
@@ -64,19 +64,25 @@ class GenAiBench(Task):
         return {"score": 0.0}
 
     def figures(self, decisions: Sequence[Decision]) -> list[Figure]:
-        """Agreement over the images that have a score; no intervals."""
+        """Agreement over the images that have a score, with intervals in which prompts are clusters."""
         kept = [d for d in decisions if d.credits is not None and d.credits["score"].finite]
         scores = np.array([d.credits["score"].value for d in kept if d.credits])
         ratings = np.array([float(d.groups[HUMAN]) for d in kept])
         failures = sum(decision.failed for decision in decisions)
-        found: dict[str, float | None] = dict.fromkeys(UNITS)
+        values: tuple[float | None, ...] = (None, None, None)
+        bounds: tuple[tuple[float | None, float | None], ...] = ((None, None),) * 3
         if len(kept) >= LEAST and len(set(ratings)) > 1 and len(set(scores)) > 1:
-            found[KENDALL] = float(stats.kendalltau(ratings, scores, variant="b").statistic)
-            found[PEARSON] = float(stats.pearsonr(ratings, scores).statistic)
-            found[PAIRWISE] = pairwise_accuracy(ratings, scores)
+            accuracy, threshold = pairwise_accuracy(ratings, scores)
+            values = (
+                float(stats.kendalltau(ratings, scores, variant="b").statistic),
+                float(stats.pearsonr(ratings, scores).statistic),
+                accuracy,
+            )
+            clusters = np.array([d.cluster for d in kept])
+            bounds = agreement_intervals(ratings, scores, clusters, threshold)
         return [
-            Figure("all", name, value, None, None, len(kept), None, 0, failures, UNITS[name])
-            for name, value in found.items()
+            Figure("all", name, value, low, high, len(kept), None, 0, failures, UNITS[name])
+            for name, value, (low, high) in zip(UNITS, values, bounds, strict=True)
         ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ PAIRS, CHOICES, PICKS = (
     ("image", "texts", "right"),
     ("text", "images", "right"),
 )
-TAG = "tag"
+TAG, CLUSTER = "tag", "cluster"
 
 
 def pair(line: Line) -> Example:
@@ -52,6 +53,12 @@ def _tag(line: Line) -> dict[str, str]:
     return {TAG: tag} if tag else {}
 
 
+def _clustered(example: Example, line: Line) -> Example:
+    """The example in the cluster that its line names; without one it shares that of its image."""
+    cluster = line.label(CLUSTER)
+    return replace(example, cluster=cluster) if cluster else example
+
+
 READERS = {PAIRS: pair, CHOICES: choice, PICKS: pick}
 
 
@@ -70,7 +77,8 @@ PAIR_TASK, CANDIDATE_TASK = _Pairs(), _Candidates()
 
 class OwnFile(Task):
     """A file whose lines are all pairs (i0, i1, c0, c1), all choices (image, texts, right) or all picks
-    (text, images, right), each with a `tag` or without: JSON lines, JSON, CSV, TSV, Parquet or shards.
+    (text, images, right), each with a `tag` and a `cluster` or without: JSON lines, JSON, CSV, TSV, Parquet
+    or shards.
 
     Images are paths below the data root, or lie in the file.
     """
@@ -84,7 +92,7 @@ class OwnFile(Task):
         reader = None
         for line in read_lines(self._found(root), root):
             reader = reader or _reader(line)
-            yield reader(line)
+            yield _clustered(reader(line), line)
 
     def _found(self, root: str) -> str:
         """The file, from here or from the data root. Raises InputError."""

@@ -54,6 +54,7 @@ SETS = {
     "spec_t2i": "diffitm.tasks.spec:SpecImage",
     "vl_checklist": "diffitm.tasks.vl_checklist:VlChecklist",
     "genai_bench": "diffitm.tasks.genai_bench:GenAiBench",
+    "selfbench": "diffitm.tasks.selfbench:SelfBench",
 }
 TASKS = GDBENCH | SETS
 # Names of several tasks at once.
@@ -61,7 +62,7 @@ SUITES = {
     "gdbench": tuple(GDBENCH),
     "composition": (
         *("winoground", "vg_relation", "vg_attribution", "coco_order", "flickr30k_order"),
-        *(name for name in SETS if name not in ("eqben", "genai_bench")),
+        *(name for name in SETS if name not in ("eqben", "genai_bench", "selfbench")),
     ),
     "all": tuple(TASKS),
 }

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import torch
 from pyarrow import parquet
 from safetensors.torch import load
 from torch import Tensor
 
 from diffitm.core import storage
+from diffitm.models.denoiser import stack
 from diffitm.training.job import Training
 from diffitm.training.sampler import Item, Loaded, images_in
 
@@ -59,9 +59,10 @@ class Cache:
                         self.failures[name] = failure
 
     def __call__(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The items' tensors, stacked [B, ...]; none of them may be among the failures."""
+        """The items' tensors, stacked [B, ...]; none of them may be among the failures. Masked texts are
+        padded to the longest."""
         found = [self._item(*self.place[name]) for name in names]
-        return {key: torch.stack([item[key] for item in found]) for key in found[0]}
+        return stack([{key: value[None] for key, value in item.items()} for item in found])
 
     def _item(self, file: int, group: int, row: int) -> Mapping[str, Tensor]:
         known = self.kept.get((file, group))

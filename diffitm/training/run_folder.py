@@ -53,8 +53,8 @@ def open_run(out: str, settings: dict[str, Any]) -> RunState:
     old = known["settings"]
     if old.get("pipeline") != settings.get("pipeline"):
         raise InputError(f"{out} holds a run of {old.get('pipeline')}: give another --out")
-    if old != settings:
-        differ = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    # An option that a newer version has, and that is not given, is no other setting.
+    if differ := [k for k in {**old, **settings} if old.get(k) != settings.get(k)]:
         told = ", ".join(f"{k} was {old.get(k)!r} and is {settings.get(k)!r}" for k in differ)
         raise InputError(f"{out} holds a run with other settings ({told}): give another --out")
     return RunState(bool(known["done"]), known["key"])

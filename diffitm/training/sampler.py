@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffitm.core.errors import InputError
+from diffitm.models.noise_schedule import Schedule
 from diffitm.training.rows import TrainingRow
 
 # DiffusionITM's: half of the micro-batches a near image, a quarter each kind of caption.
@@ -133,21 +134,21 @@ def seed_of(*parts: object) -> int:
 
 @dataclass(frozen=True)
 class Noise:
-    """Timesteps [B], noise and the posterior's noise [B, C, h, w], on the CPU."""
+    """Timesteps [B] (int64, of a flow float32), noise and the posterior's noise [B, C, h, w], on the CPU."""
 
     timesteps: Tensor
     noise: Tensor
     posterior: Tensor
 
 
-def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int], timesteps: int) -> Noise:
-    """Each example's own, whatever batch it is in: a uniform timestep below `timesteps`, noise."""
+def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int], schedule: Schedule) -> Noise:
+    """Each example's own, whatever batch it is in: a timestep that the schedule draws, noise."""
     drawn = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         drawn.append(
             (
-                torch.randint(timesteps, (1,), generator=generator),
+                schedule.draw(generator),
                 torch.randn(1, *shape, generator=generator),
                 torch.randn(1, *shape, generator=generator),
             )

@@ -24,8 +24,7 @@ def test_probe_then_tune_then_gdbench(tmp_path: Path) -> None:
     """Each leaves what the next one takes; the scores stand in one table, with what each costs."""
     probe, tuned, out = (tmp_path / name for name in ("probe", "tuned", "out"))
     done = finetune(
-        *SMALL, "--steps", 12, "--lr", "1e-3", "--validate-every", 12, "--cache-latents",
-        "--out", probe,
+        *SMALL, "--steps", 12, "--lr", "1e-3", "--validate-every", 12, "--out", probe,
     )  # fmt: skip
     assert f"weights {probe}/dpt_adapter.safetensors" in done.stdout
     assert f"--dpt none {probe}/dpt_adapter.safetensors" in done.stdout

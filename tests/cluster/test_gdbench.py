@@ -18,7 +18,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import diffitm
-from diffitm.models.loading import SHAPES
+from diffitm.models.embedded import SHAPES
 from diffitm.shapes.layouts import write_world
 from diffitm.tasks.registry import GDBENCH
 from tests import pipeline

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from diffitm.models.loading import SHAPES
+from diffitm.models.embedded import SHAPES
 from diffitm.shapes.layouts import write_world
 from diffitm.shapes.training import write_training
 from tests import pipeline

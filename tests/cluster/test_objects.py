@@ -16,7 +16,7 @@ from pyarrow import parquet
 from ray.cluster_utils import Cluster
 
 from diffitm.core import storage
-from diffitm.models.loading import SHAPES
+from diffitm.models.embedded import SHAPES
 from diffitm.shapes.layouts import write_world
 from diffitm.shapes.masks import write_masks
 from diffitm.shapes.training import write_training

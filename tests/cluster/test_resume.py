@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from diffitm.models.loading import SHAPES
+from diffitm.models.embedded import SHAPES
 from diffitm.store.compaction import tidy
 from diffitm.store.score_store import read_store
 from diffitm.tasks.flickr30k import Flickr30kImage, Flickr30kText

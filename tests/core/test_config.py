@@ -15,7 +15,7 @@ from diffitm.core.errors import InputError, suggest
 from diffitm.core.provenance import fingerprint, record, redact
 from diffitm.evaluation.options import GdbenchConfig
 from diffitm.models.denoiser import Denoiser
-from diffitm.models.loading import FAMILIES
+from diffitm.models.families import FAMILIES
 from diffitm.scoring.protocols import FLOW_PROTOCOLS, PROTOCOLS
 from diffitm.tasks.base import Task
 from diffitm.tasks.registry import TASKS

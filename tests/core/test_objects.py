@@ -28,7 +28,8 @@ from diffitm.core.errors import InputError, Unavailable
 from diffitm.core.provenance import redact
 from diffitm.core.schema import PairRow
 from diffitm.models.clip import load_clip, resolve_clip
-from diffitm.models.loading import SHAPES, load_denoiser, lora_digest, resolve
+from diffitm.models.embedded import SHAPES
+from diffitm.models.loading import load_denoiser, lora_digest, resolve
 from diffitm.models.lora import add_lora, locate, lora_file, lora_weights, save_lora, unpinned
 from diffitm.models.weight_cache import cache_folder, content_digest, on_disk
 from diffitm.scoring.image_reader import load_images

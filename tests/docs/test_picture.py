@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from diffitm.core.errors import InputError
-from diffitm.models.loading import SHAPES
+from diffitm.models.embedded import SHAPES
 from diffitm.shapes.layouts import write_world
 from tools.shapes import drawn
 from tools.shapes.picture import BARS, KINDS, draw

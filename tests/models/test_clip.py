@@ -16,7 +16,7 @@ from PIL import Image
 from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
 from diffitm.models.clip import resolve_clip
-from diffitm.models.loading import SHAPES
+from diffitm.models.embedded import SHAPES
 from diffitm.scoring.clip import ClipScorer
 from diffitm.scoring.specs import ClipSpec
 from tests import tiny

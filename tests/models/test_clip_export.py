@@ -39,7 +39,7 @@ from diffitm.models.clip_export import (
     write_open_clip,
     write_transformers,
 )
-from diffitm.models.loading import SHAPES
+from diffitm.models.embedded import SHAPES
 from diffitm.models.weight_cache import content_digest
 from tests import tiny_clip
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from diffitm.core.errors import InputError
 from diffitm.models.clip import check_clip, load_clip, resolve_clip
-from diffitm.models.loading import SHAPES
+from diffitm.models.embedded import SHAPES
 from diffitm.scoring.specs import ClipSpec
 
 SMALL = {

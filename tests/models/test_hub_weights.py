@@ -24,8 +24,9 @@ from diffitm.core.errors import InputError, Unavailable
 from diffitm.distributed import session
 from diffitm.models import clip, hub_weights
 from diffitm.models.causal_lm import LanguageModel, resolve_language_model
+from diffitm.models.embedded import SHAPES
 from diffitm.models.hub_weights import needed
-from diffitm.models.loading import SHAPES, load_denoiser, resolve
+from diffitm.models.loading import load_denoiser, resolve
 from tests import tiny_language
 from tests.hub import COMMIT, REPO, Hub, serving
 

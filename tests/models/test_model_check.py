@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import diffitm
 from diffitm.core.errors import InputError
-from diffitm.models.loading import SHAPES, load_denoiser, resolve
+from diffitm.models.embedded import SHAPES
+from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.models.parts import _check_merges
 from diffitm.models.weight_files import read_shapes

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
-from diffitm.models.loading import DTYPES, SHAPES, load_denoiser, resolve
+from diffitm.models.embedded import SHAPES
+from diffitm.models.loading import DTYPES, load_denoiser, resolve
 from diffitm.models.sdxl import StableDiffusionXL
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.specs import DiffusionSpec

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffitm.core.errors import InputError
-from diffitm.models import loading
+from diffitm.models import families, loading
 from diffitm.models.denoiser import Denoiser, select
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.noise_plan import make_plan
@@ -333,8 +333,8 @@ def test_a_family_of_ones_own(broken: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """One line tells which class runs it and of which parts a score depends; other weights are another
     model."""
     rename_family(broken, "OurPipeline")
-    family = loading.Family("tests.tiny:Ours", dict.fromkeys(("unet", "vae")))
-    monkeypatch.setitem(loading.FAMILIES, "OurPipeline", family)
+    family = families.Family("tests.tiny:Ours", dict.fromkeys(("unet", "vae")))
+    monkeypatch.setitem(families.FAMILIES, "OurPipeline", family)
     monkeypatch.setattr(tiny, "Ours", StableDiffusion, raising=False)
     first = loading.resolve(str(broken))
     assert isinstance(loading.load_denoiser(first), StableDiffusion)

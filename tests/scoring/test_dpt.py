@@ -14,12 +14,14 @@ import torch
 import diffitm
 from diffitm.commands.models import find_sources
 from diffitm.commands.score import ScoreConfig, run
+from diffitm.commands.stages.sample import Sampling, samples_folder
 from diffitm.core import images
 from diffitm.core.errors import InputError
 from diffitm.core.schema import SCORES, PairRow
 from diffitm.evaluation.options import GdbenchConfig, check_models, check_options, dpt_names
 from diffitm.models.dpt import DptAdapter, load_adapter
 from diffitm.models.dpt_file import NAME, AdapterShape, find_adapter, save_adapter
+from diffitm.models.dpt_sampling import Corrected
 from diffitm.models.loading import resolve
 from diffitm.models.lora import add_lora, lora_weights, save_lora
 from diffitm.models.stable_diffusion import StableDiffusion
@@ -190,3 +192,16 @@ def test_score_takes_one(adapter: str, tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="score takes one model, --lora, --dpt and number"):
         run(config)
+
+
+def test_images_by_self_correction(sd_folder: Path, adapter: str) -> None:
+    """Generated with the adapter and the factor, which name their folder."""
+    file = find_adapter(adapter, "dpt")
+    spec = DptSpec(resolve(str(sd_folder)), file, "", 500, correction=0.5)
+    painter = spec.painter("cpu")
+    assert isinstance(painter, Corrected) and painter.factor == 0.5
+    assert len(painter.generate("a red circle", [0, 1], 2, 1.0)) == 2
+    how = Sampling(1, 2, 1.0)
+    others = [spec, replace(spec, correction=0.0), replace(spec, adapter=replace(file, digest="x"))]
+    assert len({samples_folder(one, ["x"], how) for one in others}) == 3
+    assert samples_folder(replace(spec, timestep=1), ["x"], how) == samples_folder(spec, ["x"], how)

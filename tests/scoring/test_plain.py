@@ -12,7 +12,8 @@ import torch
 
 from diffitm.core.schema import Example, PairRow
 from diffitm.metrics.score import averaged, conditional_score, normalised_score
-from diffitm.models.loading import SHAPES, resolve
+from diffitm.models.embedded import SHAPES
+from diffitm.models.loading import resolve
 from diffitm.scoring.protocols import plan_timesteps
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.shapes.layouts import write_world

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffitm.core import images
 from diffitm.models import loading
+from diffitm.models.embedded import folder_of
 from diffitm.shapes import language, layouts
 from diffitm.shapes.drawing import World
 from diffitm.shapes.language import PLACES, RELATIONS, Caption, Mention, full
@@ -30,7 +31,7 @@ from diffitm.tasks.aro import VgRelation
 from diffitm.tasks.registry import find_task
 from tools.shapes.architecture import LENGTH, write_tokenizer
 
-WEIGHTS = loading.SHAPES
+WEIGHTS = folder_of("shapes").parent
 MAX_WEIGHTS = 12 * 2**20
 
 

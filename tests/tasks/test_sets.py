@@ -26,7 +26,8 @@ from diffitm.core.errors import InputError
 from diffitm.core.schema import Example
 from diffitm.evaluation.evaluate import evaluate
 from diffitm.metrics.figures import Decision
-from diffitm.metrics.pairwise import pairwise_accuracy
+from diffitm.metrics.intervals import jackknife
+from diffitm.metrics.pairwise import agreement_intervals, pairwise_accuracy
 from diffitm.models.clip import SHAPES
 from diffitm.shapes.language import full
 from diffitm.shapes.layouts import write_world
@@ -190,6 +191,18 @@ def genai_bench(root: Path) -> Iterator[Item]:
             yield Item([image], [row["prompt"]], lambda s: {})
 
 
+def selfbench(root: Path) -> Iterator[Item]:
+    for model in sorted((root / "selfbench/outputs/9").iterdir()):
+        folders = sorted(model.iterdir())
+        rows = [loaded(folder / "metadata.jsonl") for folder in folders]
+        for folder, row in zip(folders, rows, strict=True):
+            same = {r["prompt"]: None for r in rows if r["tag"] == row["tag"]}
+            others = [t for t in row.get("candidates", same) if t != row["prompt"]]
+            for k in (0, 1):
+                image = picture(folder / "samples" / f"0000{k}.png")
+                yield Item([image], [row["prompt"], *others], choose())
+
+
 PLAIN: dict[str, Callable[[Path], Iterator[Item]]] = {
     "sugarcrepe": sugarcrepe,
     "sugarcrepe_pp": sugarcrepe_pp,
@@ -211,6 +224,7 @@ PLAIN: dict[str, Callable[[Path], Iterator[Item]]] = {
     "spec_t2i": spec_t2i,
     "vl_checklist": vl_checklist,
     "genai_bench": genai_bench,
+    "selfbench": selfbench,
 }
 
 
@@ -493,8 +507,38 @@ def test_pairwise_accuracy() -> None:
         return right / (30 * 29 / 2)
 
     gaps = np.abs(scores[:, None] - scores[None]).ravel()
-    assert pairwise_accuracy(ratings, scores) == pytest.approx(max(map(share, gaps)))
-    assert pairwise_accuracy(ratings, ratings) == 1.0
+    accuracy, threshold = pairwise_accuracy(ratings, scores)
+    assert accuracy == pytest.approx(max(map(share, gaps))) == share(threshold)
+    assert pairwise_accuracy(ratings, ratings) == (1.0, 0.0)
+
+
+def test_agreement_intervals() -> None:
+    """Against every statistic computed anew without each cluster, whatever clusters are called."""
+    rng = np.random.default_rng(1)
+    ratings = rng.integers(1, 5, 300).astype(float)
+    scores = (ratings + rng.normal(size=300)).round(1)
+    clusters = rng.permutation(np.repeat(np.arange(60), 5)).astype(str)
+    _, threshold = pairwise_accuracy(ratings, scores)
+
+    def share(r: np.ndarray, s: np.ndarray) -> float:
+        i, j = np.triu_indices(len(r), 1)
+        gap = np.where(np.abs(s[i] - s[j]) <= threshold, 0.0, np.sign(s[i] - s[j]))
+        return float(np.mean(gap == np.sign(r[i] - r[j])))
+
+    kept = [clusters != name for name in set(clusters)]
+    statistics = (
+        lambda r, s: stats.kendalltau(r, s).statistic,
+        lambda r, s: np.corrcoef(r, s)[0, 1],
+        share,
+    )
+    found = agreement_intervals(ratings, scores, clusters, threshold)
+    for statistic, (low, high) in zip(statistics, found, strict=True):
+        values = np.array([statistic(ratings[k], scores[k]) for k in kept])
+        half = stats.t.ppf(0.975, 59) * np.sqrt(59 * values.var())
+        assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half))
+        assert low < statistic(ratings, scores) < high
+    assert jackknife(np.array([0.5]), -1, 1) == (-1, 1)
+    assert jackknife(np.array([0.9, 0.1]), 0, 1) == (0, 1)
 
 
 def test_genai_bench_figures(drawn: Path, plain_clip: Callable[[Item], np.ndarray]) -> None:
@@ -502,7 +546,9 @@ def test_genai_bench_figures(drawn: Path, plain_clip: Callable[[Item], np.ndarra
     scores = [plain_clip(item).item() for item in genai_bench(drawn)]
     table = loaded(drawn / "genai_bench/genai_image.json")
     ratings = [np.mean(r) for row in table.values() for r in row["models"].values()]
-    found = diffitm.evaluate("clip:shapes", "genai_bench", str(drawn)).set_index("metric")["value"]
+    figures = diffitm.evaluate("clip:shapes", "genai_bench", str(drawn)).set_index("metric")
+    found = figures["value"]
+    assert ((figures["low"] <= found) & (found <= figures["high"])).all()
     assert found["Kendall tau-b"] == pytest.approx(stats.kendalltau(ratings, scores).statistic)
     assert found["Pearson r"] == pytest.approx(np.corrcoef(ratings, scores)[0, 1], abs=1e-4)
     assert 0.5 < found["pairwise accuracy"] <= 1
@@ -549,6 +595,7 @@ COLOUR = "vl_checklist/data/Attribute/vg/color.json"
 SPEC = "spec/data/count/{}.json"
 EQBEN = "eqben/eqben_vllm/all_select.json"
 NATURAL = "NaturalBench-Retrieval/metadata.json"
+DRAWN = "selfbench/outputs/9/stable-diffusion-v1-5/00001/metadata.jsonl"
 GENAI = "genai_bench/genai_image.json"
 WRONG: list[tuple[str, Callable[[Path], None], str]] = [
     ("sugarcrepe", first("sugarcrepe/data/swap_att.json", set_to("negative_caption", 3), "2"),
@@ -587,6 +634,12 @@ WRONG: list[tuple[str, Callable[[Path], None], str]] = [
     ("vl_checklist", first(COLOUR, set_to("NEG", ["a", "b"]), 2, 1), "as many texts as POS has, 1"),
     ("genai_bench", first(GENAI, set_to("DALLE_3", []), "00001", "models"),
      "key 00001, models: DALLE_3 is '[]', it must be a list of ratings"),
+    ("selfbench", first(DRAWN, set_to("prompt", None)),
+     "00001/metadata.jsonl, line 1: prompt is 'null', it must be a text"),
+    ("selfbench", first(DRAWN, set_to("tag", "counting")),
+     "the candidates of tag counting need a prompt with one, as"),
+    ("selfbench", lambda root: [p.unlink() for p in (root / DRAWN).parent.rglob("*.png")],
+     "00001/samples: holds no .png"),
 ]  # fmt: skip
 
 

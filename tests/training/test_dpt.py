@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from diffitm.commands.workers.dpt import ProbeModule, TuneModule
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError
 from diffitm.distributed.trainer import hand_over
+from diffitm.models.denoiser import Condition
 from diffitm.models.dpt import DptAdapter, load_adapter
 from diffitm.models.dpt_file import LORA, AdapterShape, find_adapter
 from diffitm.models.loading import load_denoiser, resolve
@@ -186,6 +187,22 @@ def test_checkpointing_changes_no_gradient(folder: Path) -> None:
         made.losses(items(), *posteriors()).loss.backward()
     for one, two in zip(plain.parameters, spare.parameters, strict=True):
         torch.testing.assert_close(one.grad, two.grad)
+
+
+def test_texts_that_were_encoded_beforehand(folder: Path) -> None:
+    """Their pooled output is a row of what was kept; nothing is encoded again."""
+    model, made = StableDiffusion(str(folder)), dpt(folder)
+    kept = {text: model.encode_texts([text])["hidden"][0] for text in CAPTIONS}
+
+    def read(texts: Sequence[str]) -> Condition:
+        return {"hidden": torch.stack([kept[text] for text in texts])}
+
+    cached = dpt(folder, encode_texts=read)
+    cached.denoiser.text_encoder.forward = None
+    expected = made.losses(items(), *posteriors()).loss
+    with pytest.raises(TypeError):
+        cached.denoiser.encode_texts(CAPTIONS)
+    torch.testing.assert_close(cached.losses(items(), *posteriors()).loss, expected)
 
 
 def test_dropout_is_the_examples_own(folder: Path) -> None:

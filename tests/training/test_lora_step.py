@@ -32,6 +32,7 @@ from diffitm.core.schema import Example, PairRow
 from diffitm.evaluation import evaluate
 from diffitm.metrics.credit import Credit
 from diffitm.models.lora import lora_weights, merge_lora, read_lora, save_lora
+from diffitm.models.noise_schedule import NoiseSchedule
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
@@ -63,6 +64,7 @@ from tests.tiny import write_scores
 
 HEAD = "\ttitle\tfilepath\tneg_caption\tneg_image\n"
 SHAPE, STEPS = (4, 8, 8), [10, 260, 510, 760]
+TABLE = NoiseSchedule.from_alphas_cumprod(torch.linspace(0.99, 0.01, 1000), "epsilon")
 
 
 # Rows --------------------------------------------------------------------------------------------
@@ -472,7 +474,7 @@ def test_draws_are_those_of_plain_code() -> None:
     generator = torch.Generator().manual_seed(9)
     at = torch.randint(1000, (1,), generator=generator)
     noise, posterior = torch.randn(2, 1, *SHAPE, generator=generator)
-    found = draw_noise([9], SHAPE, 1000)
+    found = draw_noise([9], SHAPE, TABLE)
     assert torch.equal(found.timesteps, at)
     assert torch.equal(found.noise, noise) and torch.equal(found.posterior, posterior)
 
@@ -503,7 +505,7 @@ def test_a_random_text_is_of_another_image() -> None:
 def test_noise_is_an_examples_own() -> None:
     """Whatever batch it is in; timesteps are uniform."""
     seeds = [seed_of("x", i) for i in range(500)]
-    whole, one = draw_noise(seeds, SHAPE, 1000), draw_noise(seeds[7:8], SHAPE, 1000)
+    whole, one = draw_noise(seeds, SHAPE, TABLE), draw_noise(seeds[7:8], SHAPE, TABLE)
     assert torch.equal(whole.noise[7:8], one.noise)
     assert torch.equal(whole.posterior[7:8], one.posterior)
     assert whole.timesteps[7] == one.timesteps[0]
@@ -540,7 +542,7 @@ def plain_error(model: StableDiffusion, p: Posterior, item: Item, i: int, text: 
 
     folder = model.unet.config._name_or_path.removesuffix("/unet")
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    drawn = draw_noise([item.seed], SHAPE, 1000)
+    drawn = draw_noise([item.seed], SHAPE, model.schedule)
     z0 = p.mean[i : i + 1] + p.std[i : i + 1] * drawn.posterior
     noised = scheduler.add_noise(z0, drawn.noise, drawn.timesteps)
     hidden = model.encode_texts([text])["hidden"].clone()
@@ -561,7 +563,7 @@ def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
     found = tuner.losses(items(), right, wrong if images else None)
     found.loss.backward()
     gradients = [parameter.grad.clone() for parameter in tuner.parameters]
-    tuner.unet.zero_grad()
+    tuner.network.zero_grad()
     total, rights, contrasts = torch.zeros(()), list[Tensor](), list[Tensor]()
     for i, item in enumerate(items()):
         one = plain_error(tuner.denoiser, right, item, i, item.caption)
@@ -598,7 +600,7 @@ def test_dpo_equals_plain_code(folder: Path, images: bool) -> None:
     found = tuner.losses(items(), right, wrong if images else None)
     found.loss.backward()
     gradients = [parameter.grad.clone() for parameter in tuner.parameters]
-    tuner.unet.zero_grad()
+    tuner.network.zero_grad()
     total = torch.zeros(())
     for i, item in enumerate(items()):
         other, texts = wrong if images else right, (item.caption, item.negative_caption)
@@ -628,8 +630,8 @@ def test_softrepa_equals_plain_code(folder: Path) -> None:
     found = tuner.losses(items(), right, None)
     found.loss.backward()
     gradients = [parameter.grad.clone() for parameter in tuner.parameters]
-    tuner.unet.zero_grad()
-    own = [draw_noise([item.seed], SHAPE, 1000) for item in items()]
+    tuner.network.zero_grad()
+    own = [draw_noise([item.seed], SHAPE, model.schedule) for item in items()]
     rows = []
     for i in range(3):
         z0 = right.mean[i : i + 1] + right.std[i : i + 1] * own[i].posterior
@@ -697,7 +699,7 @@ def test_lora_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) 
     tuner = Tuner(StableDiffusion(str(folder)), Objective("no-neg"), rank=2)
     for parameter in tuner.parameters:
         torch.nn.init.normal_(parameter, std=0.2)
-    save_lora(lora_weights(tuner.unet), str(tmp_path), 2)
+    save_lora(lora_weights(tuner.network), str(tmp_path), 2)
     generator = torch.Generator().manual_seed(1)
     z, hidden = (
         torch.randn(2, *SHAPE, generator=generator),
@@ -705,7 +707,7 @@ def test_lora_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) 
     )
     at = torch.tensor([3, 700])
     with torch.no_grad():
-        expected = tuner.unet(z, at, hidden).sample
+        expected = tuner.network(z, at, hidden).sample
         pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         pipeline.load_lora_weights(tmp_path)
         torch.testing.assert_close(
@@ -841,6 +843,7 @@ def test_problems_are_told_together() -> None:
         (["no-neg", "--beta", "2"], "--beta 2.0: only dpo takes one, not no-neg"),
         (["dpo", "--guard", "clip"], "--guard clip: only soft-neg takes one, not dpo"),
         (["softrepa", "--lambda", "2"], "--lambda 2: softrepa has no bound"),
+        (["dpt", "--beta", "2"], "--beta 2.0: dpt has no use for it"),
     ],
 )
 def test_settings_of_other_objectives(options: list[str], problem: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from diffitm.models import loading
+from diffitm.models.embedded import SHAPES
 
 CAPTIONS = (
     "a red circle to the left of a blue cross",
@@ -71,9 +71,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", help="picture to write, .png")
-    parser.add_argument(
-        "--model", default=str(loading.SHAPES / "diffusion"), help="diffusers folder"
-    )
+    parser.add_argument("--model", default=str(SHAPES / "diffusion"), help="diffusers folder")
     args = parser.parse_args()
     Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     draw(args.model, args.out)

@@ -17,6 +17,7 @@ from diffitm.core.schema import PairRow
 from diffitm.core.storage import join
 from diffitm.distributed.item_stage import ItemStage, run_items, work_folder
 from diffitm.distributed.session import ActorPool
+from diffitm.models.denoiser import rows_of
 from diffitm.models.loading import ModelSource, load_denoiser
 from diffitm.scoring.diffusion import to_input
 from diffitm.scoring.image_reader import load_images
@@ -78,10 +79,9 @@ class EncodeActor:
 
 
 def _packed(values: dict[str, torch.Tensor]) -> list[bytes]:
-    """Each row of the tensors [B, ...] as safetensors."""
-    rows = {name: value.cpu().contiguous() for name, value in values.items()}
-    count = len(next(iter(rows.values())))
-    return [save({name: value[i].clone() for name, value in rows.items()}) for i in range(count)]
+    """Each row of the tensors [B, ...] as safetensors, of masked texts without their padding."""
+    rows = rows_of({name: value.cpu() for name, value in values.items()})
+    return [save({name: value[0].contiguous() for name, value in row.items()}) for row in rows]
 
 
 def encode(

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from diffitm.distributed.train_loop import work
 from diffitm.models.denoiser import Condition
+from diffitm.models.families import FAMILIES
 from diffitm.models.loading import load_denoiser
-from diffitm.models.lora import lora_unet, lora_weights, restore_adapter
+from diffitm.models.lora import lora_network, lora_weights, restore_adapter
 from diffitm.scoring.diffusion import DiffusionScorer, scaled
 from diffitm.scoring.noise_plan import make_plan
-from diffitm.scoring.protocols import plan_timesteps
+from diffitm.scoring.protocols import choose_protocol, planned
 from diffitm.training.crops import Whole
 from diffitm.training.dataloader import Loader
 from diffitm.training.job import DenoiserJob, LoraJob, Validation
@@ -81,7 +82,7 @@ class DenoiserModule(TrainModule):
         """Accuracy of the tasks; their mean is the quality."""
         check = self.job.validation
         assert check is not None, "measures() asks for it"
-        lora_unet(self.denoiser).eval()
+        lora_network(self.denoiser).eval()
         scorer = self.scorer(check)
         values = {name: accuracy(name, check, scorer, self.worker) for name in check.tasks}
         measured = {f"accuracy/{name}": v for name, v in values.items() if v is not None}
@@ -117,13 +118,14 @@ class LoraModule(DenoiserModule):
         yield made.loss, (made.loss.detach(), made.right, made.contrast, made.clipped_share)
 
     def weights(self) -> dict[str, Tensor]:
-        return lora_weights(self.tuner.unet)
+        return lora_weights(self.tuner.network)
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        restore_adapter(self.tuner.unet, weights)
+        restore_adapter(self.tuner.network, weights)
 
     def scorer(self, check: Validation) -> DiffusionScorer:
-        steps = plan_timesteps("diffusionitm", check.timesteps)
+        protocol = choose_protocol("auto", FAMILIES[self.job.source.family].flow)
+        steps = planned(protocol, check.timesteps)
         plan = make_plan(steps, self.denoiser.latent_shape)
         return DiffusionScorer(self.denoiser, plan, check.root, self.job.resize)
 

@@ -97,7 +97,7 @@ class SdsClip:
         """Mean squared error [B] of the teacher's noise, given z_t of the projected embeddings [B, W] with
         the timestep and noise of the seeds, and the captions."""
         schedule, device = self.teacher.schedule, self.teacher.device
-        drawn = draw_noise(seeds, self.teacher.latent_shape, schedule.timesteps)
+        drawn = draw_noise(seeds, self.teacher.latent_shape, schedule)
         at, noise = drawn.timesteps.to(device), drawn.noise.to(device)
         latents = self.projection(images).view(-1, *self.teacher.latent_shape)
         noised = schedule.add_noise(latents, noise, at)

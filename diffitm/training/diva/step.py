@@ -133,7 +133,7 @@ class Diva:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """z_t [B, C, h, w], timesteps [B] (all `at`, if given) and what the teacher should predict."""
         device, schedule = self.teacher.device, self.teacher.schedule
-        drawn = draw_noise(seeds, self.teacher.latent_shape, schedule.timesteps)
+        drawn = draw_noise(seeds, self.teacher.latent_shape, schedule)
         steps = drawn.timesteps.to(device)
         if at is not None:
             steps = torch.full_like(steps, at)

@@ -34,7 +34,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # Options of the objectives of errors, which DPT has no use for.
-OTHERS = ("lambda_", "clip_over", "guard", "negatives", "draw_negatives", "validation_timesteps")
+OTHERS = (
+    *("lambda_", "clip_over", "guard", "negatives", "draw_negatives", "validation_timesteps"),
+    *("preference", "beta", "scale", "temperature", "diagonal"),
+)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Dpt:
         """(I, y), (I, y-), (I, y°), (I-, y), (I°, y) of every example, one kind after the other."""
         device, denoiser = self.denoiser.device, self.denoiser
         seeds = [item.seed for item in items]
-        drawn = draw_noise(seeds, denoiser.latent_shape, denoiser.schedule.timesteps)
+        drawn = draw_noise(seeds, denoiser.latent_shape, denoiser.schedule)
         one, two, three = (
             p.mean.to(device) + p.std.to(device) * drawn.posterior.to(device)
             for p in (right, hard, random)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffitm.models.denoiser import Condition, Denoiser
-from diffitm.models.lora import add_lora, lora_unet
+from diffitm.models.lora import add_lora, lora_network, without_lora
 from diffitm.scoring.text_cache import TextCache
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.sampler import Item, draw_noise
@@ -44,7 +43,7 @@ class Tuner:
 
     `parameters` are the LoRA's, float32. With `autocast` the forward runs in the denoiser's dtype.
     `encode_texts` stands in for the denoiser's own where texts were encoded beforehand. Raises
-    InputError for a denoiser without a U-Net.
+    InputError for a denoiser that takes no LoRA.
     """
 
     def __init__(
@@ -57,8 +56,8 @@ class Tuner:
         encode_texts: Callable[[Sequence[str]], Condition] | None = None,
     ) -> None:
         self.denoiser, self.objective = denoiser, objective
-        self.unet = lora_unet(denoiser)
-        self.parameters = add_lora(self.unet, rank, seed)
+        self.network = lora_network(denoiser)
+        self.parameters = add_lora(self.network, rank, seed)
         if checkpointing:
             denoiser.checkpoint_gradients()
         self.texts = TextCache(encode_texts or denoiser.encode_texts, TEXT_CACHE_BYTES, TEXT_BATCH)
@@ -76,7 +75,7 @@ class Tuner:
         drawn = draw_noise(
             [item.seed for item in items],
             self.denoiser.latent_shape,
-            self.denoiser.schedule.timesteps,
+            self.denoiser.schedule,
         )
         at, noise = drawn.timesteps.to(device), drawn.noise.to(device)
         latents = self._latents(right, drawn.posterior)
@@ -101,7 +100,7 @@ class Tuner:
         )
         if self.objective.guard == "frozen":
             error, _ = self._errors(latents, captions, at, noise)
-            with torch.no_grad(), _base(self.unet):
+            with torch.no_grad(), without_lora(self.network):
                 subtracted, _ = self._errors(other_latents, others, at, noise)
         else:
             errors, predicted = self._errors(*pairs)
@@ -110,7 +109,7 @@ class Tuner:
                 one, two = predicted.chunk(2)
                 subtracted = ((two - one) ** 2).flatten(1).mean(1)
         if contrast == "base":
-            with torch.no_grad(), _base(self.unet):
+            with torch.no_grad(), without_lora(self.network):
                 before, _ = self._errors(*pairs)
             one, two = before.chunk(2)
             loss, held = self.objective.prefer(error, subtracted, (one, two))
@@ -148,13 +147,3 @@ class Tuner:
             predicted = self.denoiser.predict(noised, at, self.texts.repeated(texts))
         wrong = predicted.float() - schedule.target(latents, noise, at)
         return (wrong**2).flatten(1).mean(1), predicted.float()
-
-
-@contextlib.contextmanager
-def _base(unet: torch.nn.Module) -> Iterator[None]:
-    """The model without its LoRA."""
-    unet.disable_adapters()  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        unet.enable_adapters()  # type: ignore[operator]

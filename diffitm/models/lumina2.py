@@ -1,0 +1,71 @@
+"""Lumina-Image 2.0 in the diffusers layout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+from torch import Tensor
+from transformers import Gemma2Model, GemmaTokenizerFast
+
+from diffitm.models.denoiser import Condition
+from diffitm.models.language_flow import LanguageFlow
+from diffitm.models.latent_diffusion import Folder, check_text_width
+from diffitm.models.noise_schedule import FLOW_TIME
+
+
+class Lumina2(LanguageFlow):
+    """A transformer over latents and Gemma-2's tokens (Qin et al. 2025), which predicts z0 - eps.
+
+    A text follows the pipeline's system prompt, which counts among its tokens; '' comes without it.
+    Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
+    """
+
+    lengths = {"tokenizer": 256}  # noqa: RUF012
+    pipeline = Lumina2Pipeline
+
+    def __init__(
+        self,
+        folder: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        self.text_encoder = parts.text_encoder(Gemma2Model, "text_encoder")
+        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, GemmaTokenizerFast)
+        self.transformer = parts.model(Lumina2Transformer2DModel, "transformer")
+        super().__init__(parts, self.transformer, parts.vae())
+
+    @classmethod
+    def templated(cls, text: str, tokenizer: Any) -> str:
+        """See Denoiser."""
+        return f"{system_prompt()} <Prompt Start> {text}" if text else ""
+
+    @classmethod
+    def check_together(cls, configs: Mapping[str, Any]) -> None:
+        """See Denoiser."""
+        super().check_together(configs)
+        check_text_width(configs["text_encoder"].hidden_size, configs["transformer"].cap_feat_dim)
+
+    def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """See Denoiser. The network's time is 1 where there is no noise."""
+        out = self.transformer(
+            hidden_states=noised.to(self.dtype),
+            timestep=1 - timesteps / FLOW_TIME,
+            encoder_hidden_states=condition["hidden"].to(self.dtype),
+            encoder_attention_mask=condition["mask"],
+            return_dict=False,
+        )[0]
+        return -out.float()
+
+
+@functools.cache
+def system_prompt() -> str:
+    """What the pipeline puts before a text."""
+    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+    return str(Lumina2Pipeline(**dict.fromkeys(parts)).system_prompt)
