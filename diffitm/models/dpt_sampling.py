@@ -35,7 +35,8 @@ class Corrected:
         """As Denoiser.generate."""
         denoiser, count = self.denoiser, len(seeds)
         texts, empty = self.texts(prompt, count), self.texts("", count)
-        scheduler: Any = DDIMScheduler.from_config(denoiser.scheduler.config)
+        # Stable Diffusion's latents are not cut to [-1, 1], which DDIM does where its folder does not say so.
+        scheduler: Any = DDIMScheduler.from_config(denoiser.scheduler.config, clip_sample=False)
         scheduler.set_timesteps(steps)
         latents = torch.stack(
             [

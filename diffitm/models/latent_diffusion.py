@@ -218,8 +218,9 @@ class LatentDiffusion(Denoiser):
     def take_prediction(self, prediction: str) -> None:
         """See Denoiser."""
         super().take_prediction(prediction)
-        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
-        self.scheduler = DDPMScheduler(**config | {"prediction_type": prediction})
+        self.scheduler = DDPMScheduler.from_config(
+            self.scheduler.config, prediction_type=prediction
+        )
 
     @torch.inference_mode()
     def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
