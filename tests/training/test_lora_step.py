@@ -858,6 +858,8 @@ def test_problems_are_told_together() -> None:
         (["no-neg", "--beta", "2"], "--beta 2.0: only dpo takes one, not no-neg"),
         (["dpo", "--guard", "clip"], "--guard clip: only soft-neg takes one, not dpo"),
         (["softrepa", "--lambda", "2"], "--lambda 2: softrepa has no bound"),
+        (["no-neg", "--lambda", "2"], "--lambda 2: no-neg has no bound"),
+        (["soft-neg", "--lambda", "2"], "--lambda 2: soft-neg has no bound"),
         (["dpt", "--beta", "2"], "--beta 2.0: dpt has no use for it"),
     ],
 )
@@ -865,3 +867,9 @@ def test_settings_of_other_objectives(options: list[str], problem: str) -> None:
     given = ["--model", "shapes", "--data", "shapes", "--objective", *options]
     (found,) = find_problems(parse(FinetuneConfig, given))
     assert problem in found
+
+
+def test_the_bound_of_a_guard_and_the_control_of_a_preset() -> None:
+    shared = ["--model", "shapes", "--data", "shapes", "--objective"]
+    for more in (["soft-neg", "--guard", "clip", "--lambda", "2"], ["no-neg", "--preset", "diffusionitm"]):
+        assert find_problems(parse(FinetuneConfig, [*shared, *more])) == []
