@@ -322,8 +322,11 @@ def sample(
     latents = pipeline(**text, **given, **more).images
     latents = latents if unpacked is None else unpacked(latents)
     pixels = torch.cat([denoiser.decode(one[None]) for one in latents])
-    if not pixels.isfinite().all():
-        raise InputError(
-            f"the picture of {prompt!r} is not finite in {denoiser.dtype}: give another --dtype"
-        )
+    check_finite(pixels, prompt, denoiser.dtype)
     return pipeline.image_processor.postprocess(pixels)
+
+
+def check_finite(pixels: Tensor, prompt: str, dtype: torch.dtype) -> None:
+    """Raises InputError for pictures of a prompt that are not finite."""
+    if not pixels.isfinite().all():
+        raise InputError(f"the picture of {prompt!r} is not finite in {dtype}: give another --dtype")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+from diffitm.core.errors import InputError
 from diffitm.models.dpt import DptAdapter
 from diffitm.models.dpt_file import AdapterShape
 from diffitm.models.dpt_sampling import Corrected
@@ -77,3 +78,9 @@ def test_latents_are_not_cut(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sd, "scheduler", read)
     found: Any = made.generate("a red circle", [4], STEPS, GUIDANCE)
     assert np.abs(np.asarray(found[0], float) - np.asarray(expected[0], float)).max() == 0
+
+
+def test_a_picture_that_is_not_finite_is_told(sd: StableDiffusion) -> None:
+    """Not a black one."""
+    with pytest.raises(InputError, match="the picture of 'a red circle' is not finite in torch.float"):
+        painter(sd, float("nan")).generate("a red circle", [4], STEPS, GUIDANCE)

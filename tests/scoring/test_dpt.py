@@ -203,5 +203,7 @@ def test_images_by_self_correction(sd_folder: Path, adapter: str) -> None:
     assert len(painter.generate("a red circle", [0, 1], 2, 1.0)) == 2
     how = Sampling(1, 2, 1.0)
     others = [spec, replace(spec, correction=0.0), replace(spec, adapter=replace(file, digest="x"))]
-    assert len({samples_folder(one, ["x"], how) for one in others}) == 3
+    # Its images are made of what the network is said to predict; its score is not.
+    others.append(replace(spec, source=replace(spec.source, prediction="v_prediction")))
+    assert len({samples_folder(one, ["x"], how) for one in others}) == 4
     assert samples_folder(replace(spec, timestep=1), ["x"], how) == samples_folder(spec, ["x"], how)

@@ -69,6 +69,8 @@ def samples_folder(spec: Paints, prompts: Sequence[str], how: Sampling) -> str:
         of_model |= {"adapter": known["adapter"], "correction": spec.correction}
     else:
         of_model["lora"] = known["lora"]
+    told = {"prediction_type": spec.source.prediction, "resolution": spec.source.resolution}
+    of_model |= {key: value for key, value in told.items() if value is not None}
     settings = {"version": VERSION, **of_model, **asdict(how), "prompts": list(prompts)}
     return f"samples/{fingerprint(settings)[:12]}/images"
 
