@@ -329,4 +329,6 @@ def sample(
 def check_finite(pixels: Tensor, prompt: str, dtype: torch.dtype) -> None:
     """Raises InputError for pictures of a prompt that are not finite."""
     if not pixels.isfinite().all():
-        raise InputError(f"the picture of {prompt!r} is not finite in {dtype}: give another --dtype")
+        raise InputError(
+            f"the picture of {prompt!r} is not finite in {dtype}: give another --dtype"
+        )

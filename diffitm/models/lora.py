@@ -33,8 +33,8 @@ from diffitm.models.weight_cache import on_disk
 from diffitm.models.weight_files import WeightsError, few, read_weights, tensors_of
 
 Key = tuple[str, str]  # a part and a module of it
-# Of attention; four are those of a text's own tokens in joint attention, and the last is q, k, v and the MLP's
-# input in one, of FLUX.2's single blocks.
+# Of attention; four are those of a text's own tokens in joint attention, and the last is q, k, v and the
+# MLP's input in one, of FLUX.2's single blocks.
 PROJECTIONS = (
     "to_q",
     "to_k",

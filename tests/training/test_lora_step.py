@@ -871,5 +871,8 @@ def test_settings_of_other_objectives(options: list[str], problem: str) -> None:
 
 def test_the_bound_of_a_guard_and_the_control_of_a_preset() -> None:
     shared = ["--model", "shapes", "--data", "shapes", "--objective"]
-    for more in (["soft-neg", "--guard", "clip", "--lambda", "2"], ["no-neg", "--preset", "diffusionitm"]):
+    for more in (
+        ["soft-neg", "--guard", "clip", "--lambda", "2"],
+        ["no-neg", "--preset", "diffusionitm"],
+    ):
         assert find_problems(parse(FinetuneConfig, [*shared, *more])) == []

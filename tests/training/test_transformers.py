@@ -106,9 +106,13 @@ def test_every_attention_learns(folder: Path) -> None:
     """A block's attention in the network has a LoRA, also where q, k and v are one layer."""
     network = lora_network(tuner_of(folder).denoiser)
     attends = re.compile(r".+\.\d+\.(attn\d?|attention)(?=\.|$)")
-    blocks = {m[0] for name, _ in network.named_modules() if (m := attends.match(name))}
-    named = [name for name, _ in network.named_parameters() if "lora_" in name]
-    assert blocks == {m[0] for name in named if (m := attends.match(name))} != set()
+
+    def blocks(names: list[str]) -> set[str]:
+        return {found[0] for name in names if (found := attends.match(name))}
+
+    learn = blocks([name for name, _ in network.named_parameters() if "lora_" in name])
+    assert learn == blocks([name for name, _ in network.named_modules()])
+    assert len(learn) > 0
 
 
 def test_the_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) -> None:
