@@ -175,6 +175,10 @@ def check_options(config: GdbenchConfig) -> None:
     problems = check_models(config)
     if not config.clip and (config.segmentation or config.clip_benchmark or config.mllm):
         problems.append("--segmentation, --clip-benchmark and --mllm measure CLIPs: give a --clip")
+    corrects = bool(config.prompts) and any(dpt_names(config))
+    if config.dpt_correction != GdbenchConfig().dpt_correction and not corrects:
+        text = "is of images by DPT: give a --dpt and --prompts"
+        problems.append(f"--dpt-correction {config.dpt_correction:g}: {text}")
     problems += task_problems(config)
     if problems:
         raise InputError("\n".join(problems))
@@ -281,6 +285,8 @@ def _dpt_problems(config: ModelOptions) -> list[str]:
             problems.append(error.on_command_line())
     if config.dpt and not config.model:
         problems.append("--dpt is a score of diffusion models: give a --model")
+    if not any(dpt_names(config)) and config.dpt_timestep != ModelOptions().dpt_timestep:
+        problems.append(f"--dpt-timestep {config.dpt_timestep}: is of DPT's score: give a --dpt")
     if None in dpt_names(config):
         return problems
     raced = config.racing is not None or bool(config.n_samples)

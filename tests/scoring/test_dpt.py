@@ -180,6 +180,18 @@ def test_problems_of_options(adapter: str, options: dict[str, Any], told: str) -
         check_options(replace(config, dpt=["none", adapter]))
 
 
+def test_options_of_dpt_where_nothing_is(adapter: str) -> None:
+    """They would do nothing."""
+    for dpt in ([], ["none"]):
+        config = GdbenchConfig(model=["shapes"], dpt=dpt, dpt_timestep=300)
+        assert check_models(config) == ["--dpt-timestep 300: is of DPT's score: give a --dpt"]
+    for more in ({"dpt": [adapter]}, {"prompts": ["a red circle"]}):
+        with pytest.raises(InputError, match="--dpt-correction 0: is of images by DPT"):
+            check_options(GdbenchConfig(**{"model": ["shapes"], "dpt_correction": 0.0} | more))
+    both: dict[str, Any] = {"dpt": [adapter], "prompts": ["a red circle"], "dpt_correction": 0.0}
+    check_options(GdbenchConfig(model=["shapes"], dpt_timestep=300, **both))
+
+
 def test_names() -> None:
     assert dpt_names(GdbenchConfig()) == [None]
     assert dpt_names(GdbenchConfig(dpt=["a", "none", "a"])) == ["a", None]
