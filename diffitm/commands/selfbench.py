@@ -95,8 +95,9 @@ def read_prompts(config: SelfbenchConfig) -> list[tuple[Prompt, tuple[str, ...]]
         found = selfbench.read_prompts(storage.absolute(config.prompts))
     kept = selfbench.chosen(found, config.tags, config.limit)
     # Among all of the file, so that a picture has the same candidates whatever was chosen.
-    known = [prompt for prompt in found if prompt.tag in {p.tag for p in kept}]
-    texts = dict(zip((p.index for p in known), selfbench.candidates(known), strict=True))
+    tags = {prompt.tag for prompt in kept}
+    known = [prompt.index for prompt in found if prompt.tag in tags]
+    texts = dict(zip(known, selfbench.candidates(found, tags), strict=True))
     return [(prompt, texts[prompt.index]) for prompt in kept]
 
 

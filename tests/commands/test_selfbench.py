@@ -55,6 +55,26 @@ def test_prompts_that_are_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_candidates_do_not_depend_on_the_tags_that_are_chosen(tmp_path: Path) -> None:
+    """A thing that prompts of another tag alone have stands in, too."""
+    things = ("bench", "cat", "dog", "kite")
+    lines: list[dict[str, Any]] = [
+        {"tag": "single_object", "include": [{"class": name}], "prompt": f"a {name}"}
+        for name in things
+    ]
+    both = [{"class": "bench"}, {"class": "cat"}]
+    lines.append({"tag": "two_object", "include": both, "prompt": "a bench and a cat"})
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    whole = command.read_prompts(config(prompts=str(file)))
+    some = command.read_prompts(config(prompts=str(file), tags=["two_object"]))
+    assert some == whole[-1:]
+    assert set(some[0][1]) == {
+        "a bench and a cat", "a bench and a dog", "a bench and a kite", "a dog and a cat",
+        "a kite and a cat",
+    }  # fmt: skip
+
+
 def test_models_that_make_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are refused by name before Ray starts."""
     monkeypatch.setattr(session, "connect", lambda *given, **more: pytest.fail("Ray was started"))
