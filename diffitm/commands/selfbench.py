@@ -205,23 +205,33 @@ def keep_settings(
         "picture_seed": config.picture_seed,
     }
     own = {str(prompt.index): fingerprint(prompt.fields)[:12] for prompt, _ in prompts}
-    where = storage.join(out, maker.folder, selfbench.SETTINGS)
-    if storage.exists(where):
-        there = json.loads(storage.read_text(where))
+    folder = storage.join(out, maker.folder)
+    where = storage.join(folder, selfbench.SETTINGS)
+    # Beside the tasks, too: pictures that somebody deleted were scored, and scores know them by their paths.
+    kept = storage.join(out, "tasks", f"{maker.folder.replace('/', '_')}.json")
+    notes = [uri for uri in (where, kept) if storage.exists(uri)]
+    if where not in notes and any(name.endswith(".png") for name in storage.sizes(folder, True)):
+        raise InputError(
+            f"{folder} holds pictures and no {selfbench.SETTINGS}, so others than this command's: give "
+            "another --out"
+        )
+    for uri in notes:
+        there = json.loads(storage.read_text(uri))
         for key in dict.fromkeys([*there["settings"], *settings]):
             if (had := there["settings"].get(key)) != (asked := settings.get(key)):
                 raise InputError(
-                    f"{storage.join(out, maker.folder)} holds pictures of {key} {had}, not {asked}: give "
-                    "another --out, or the same settings"
+                    f"{folder} holds pictures of {key} {had}, or did, not {asked}: give another --out, or "
+                    f"the same settings (noted in {uri})"
                 )
         for index, digest in own.items():
             if there["prompts"].get(index, digest) != digest:
                 raise InputError(
-                    f"{storage.join(out, maker.folder)} holds pictures of another prompt {index} than "
-                    f"{config.prompts} has: give another --out"
+                    f"{folder} holds pictures of another prompt {index}, or did, than {config.prompts} has: "
+                    f"give another --out (noted in {uri})"
                 )
         own = {**there["prompts"], **own}
-    storage.write_text(where, json.dumps({"settings": settings, "prompts": own}, indent=1))
+    for uri in (kept, where):
+        storage.write_text(uri, json.dumps({"settings": settings, "prompts": own}, indent=1))
     return settings
 
 

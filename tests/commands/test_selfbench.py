@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,14 +200,32 @@ def test_other_settings_or_prompts_need_another_out(tmp_path: Path, spec: Diffus
     assert keep_settings(config(seed=5), maker, prompts[:1], out) == first  # that of scoring
     noted = json.loads((tmp_path / "outputs" / "9" / "m" / "settings.json").read_text())
     assert list(noted["prompts"]) == ["0", "1", "2"]
-    with pytest.raises(InputError, match="holds pictures of picture_seed 0, not 1: give another"):
+    with pytest.raises(InputError, match="holds pictures of picture_seed 0, or did, not 1: give another"):
         keep_settings(config(picture_seed=1), maker, prompts, out)
     half = maker._replace(spec=replace(spec, dtype="bf16"))
-    with pytest.raises(InputError, match="holds pictures of dtype fp32, not bf16"):
+    with pytest.raises(InputError, match="holds pictures of dtype fp32, or did, not bf16"):
         keep_settings(config(), half, prompts, out)
     other = [(replace(prompts[1][0], fields={"prompt": "b"}), ())]
-    with pytest.raises(InputError, match="holds pictures of another prompt 1 than"):
+    with pytest.raises(InputError, match="holds pictures of another prompt 1, or did, than"):
         keep_settings(config(), maker, other, out)
+
+
+def test_pictures_of_others_are_never_mixed_in(tmp_path: Path, spec: DiffusionSpec) -> None:
+    """Those that were there before, as Self-Bench's own are, and those that were deleted, whose scores are
+    kept by their paths."""
+    prompts = [(prompt, ()) for prompt in selfbench.make_prompts(LINES, "x")]
+    maker, out = Maker(spec, 9.0, "outputs/9/m"), str(tmp_path)
+    samples = tmp_path / "outputs" / "9" / "m" / "00000" / "samples"
+    samples.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(samples / "00000.png")
+    with pytest.raises(InputError, match=r"m holds pictures and no settings.json, so others"):
+        keep_settings(config(), maker, prompts, out)
+    shutil.rmtree(tmp_path / "outputs")
+    first = keep_settings(config(), maker, prompts, out)
+    shutil.rmtree(tmp_path / "outputs")
+    with pytest.raises(InputError, match="holds pictures of picture_seed 0, or did, not 1"):
+        keep_settings(config(picture_seed=1), maker, prompts, out)
+    assert keep_settings(config(), maker, prompts, out) == first
 
 
 def test_folders_of_models(tmp_path: Path, spec: DiffusionSpec) -> None:
