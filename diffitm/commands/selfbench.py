@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diffitm")
 VERSION = 1  # grows when the same settings would give other pictures
+OF_CORRECT = "-correct"  # how tasks of a model's correct pictures end
 OF_PICTURES = ("weights", "variant", "lora", "dtype", "prediction_type", "vae", "resolution")
 
 
@@ -179,6 +180,12 @@ def find_makers(
                 f"pictures of {labels[name]} and {spec.label} both lie in {name}: rename one"
             )
         found.setdefault(name, Maker(spec, guidance, selfbench.folder_of(guidance, name)))
+    for name in found:
+        if (other := f"{name}{OF_CORRECT}") in found:
+            raise InputError(
+                f"the correct pictures of {labels[name]} and all of {labels[other]} are both the task "
+                f"by_{other}: rename one"
+            )
     return list(found.values())
 
 
@@ -282,7 +289,7 @@ def write_tasks(
         counts = (f"{n:,}" for n in (labelled, len(lines), len(right)))
         log.info(text, maker.spec.label, *counts)
         if right:
-            sets.append(("-correct", right))
+            sets.append((OF_CORRECT, right))
     found = {}
     for end, kept in sets:
         uri = storage.join(out, "tasks", f"by_{maker.name}{end}.jsonl")

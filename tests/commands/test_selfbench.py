@@ -245,6 +245,9 @@ def test_folders_of_models(tmp_path: Path, spec: DiffusionSpec) -> None:
         InputError, match="org/stable-diffusion-v1-5 and mine/stable-diffusion-v1-5"
     ):
         find_makers(config(), [source, other], [base, replace(spec, source=other)])
+    correct = replace(source, name="org/stable-diffusion-v1-5-correct")
+    with pytest.raises(InputError, match="are both the task by_stable-diffusion-v1-5-correct"):
+        find_makers(config(), [source, correct], [base, replace(spec, source=correct)])
 
 
 def test_tasks_of_pictures(tmp_path: Path, spec: DiffusionSpec) -> None:
