@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("diffitm")
 VERSION = 1  # grows when the same settings would give other pictures
 OF_CORRECT = "-correct"  # how tasks of a model's correct pictures end
-OF_PICTURES = ("weights", "variant", "lora", "dtype", "prediction_type", "vae", "resolution")
+OF_PICTURES = (
+    *("weights", "variant", "lora", "dtype", "prediction_type", "vae", "resolution"),
+    "around_texts",
+)
 
 
 @dataclass(frozen=True)

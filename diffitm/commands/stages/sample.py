@@ -70,7 +70,8 @@ def samples_folder(spec: Paints, prompts: Sequence[str], how: Sampling) -> str:
     if isinstance(spec, DptSpec):
         of_model |= {"adapter": known["adapter"], "correction": spec.correction}
     else:
-        of_model["lora"] = known["lora"]
+        more = ("lora", "around_texts")
+        of_model |= {key: known[key] for key in more if key in known}
     settings = {"version": VERSION, **of_model, **asdict(how), "prompts": list(prompts)}
     return f"samples/{fingerprint(settings)[:12]}/images"
 
