@@ -10,8 +10,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 import diffitm
-from diffitm.models.embedded import FLOW, SHARED, UNET, folder_of
-from diffitm.models.loading import ONE_CLIP, SHAPES, load_denoiser, resolve
+from diffitm.models.embedded import FLOW, SHAPES, SHARED, UNET, folder_of
+from diffitm.models.families import ONE_CLIP
+from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.model_check import check_loadable
 from diffitm.models.sd3 import StableDiffusion3
 
