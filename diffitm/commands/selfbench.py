@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("diffitm")
 VERSION = 1  # grows when the same settings would give other pictures
-OF_PICTURES = ("weights", "variant", "lora", "dtype", "prediction_type", "vae", "resolution")
+OF_CORRECT = "-correct"  # how tasks of a model's correct pictures end
+OF_PICTURES = (
+    *("weights", "variant", "lora", "dtype", "prediction_type", "vae", "resolution"),
+    "around_texts",
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ def read_prompts(config: SelfbenchConfig) -> list[tuple[Prompt, tuple[str, ...]]
         found = selfbench.read_prompts(storage.absolute(config.prompts))
     kept = selfbench.chosen(found, config.tags, config.limit)
     # Among all of the file, so that a picture has the same candidates whatever was chosen.
-    known = [prompt for prompt in found if prompt.tag in {p.tag for p in kept}]
-    texts = dict(zip((p.index for p in known), selfbench.candidates(known), strict=True))
+    tags = {prompt.tag for prompt in kept}
+    known = [prompt.index for prompt in found if prompt.tag in tags]
+    texts = dict(zip(known, selfbench.candidates(found, tags), strict=True))
     return [(prompt, texts[prompt.index]) for prompt in kept]
 
 
@@ -178,6 +183,12 @@ def find_makers(
                 f"pictures of {labels[name]} and {spec.label} both lie in {name}: rename one"
             )
         found.setdefault(name, Maker(spec, guidance, selfbench.folder_of(guidance, name)))
+    for name in found:
+        if (other := f"{name}{OF_CORRECT}") in found:
+            raise InputError(
+                f"the correct pictures of {labels[name]} and all of {labels[other]} are both the task "
+                f"by_{other}: rename one"
+            )
     return list(found.values())
 
 
@@ -204,23 +215,33 @@ def keep_settings(
         "picture_seed": config.picture_seed,
     }
     own = {str(prompt.index): fingerprint(prompt.fields)[:12] for prompt, _ in prompts}
-    where = storage.join(out, maker.folder, selfbench.SETTINGS)
-    if storage.exists(where):
-        there = json.loads(storage.read_text(where))
+    folder = storage.join(out, maker.folder)
+    where = storage.join(folder, selfbench.SETTINGS)
+    # Beside the tasks, too: pictures that somebody deleted were scored, and scores know them by their paths.
+    kept = storage.join(out, "tasks", f"{maker.folder.replace('/', '_')}.json")
+    notes = [uri for uri in (where, kept) if storage.exists(uri)]
+    if where not in notes and any(name.endswith(".png") for name in storage.sizes(folder, True)):
+        raise InputError(
+            f"{folder} holds pictures and no {selfbench.SETTINGS}, so others than this command's: give "
+            "another --out"
+        )
+    for uri in notes:
+        there = json.loads(storage.read_text(uri))
         for key in dict.fromkeys([*there["settings"], *settings]):
             if (had := there["settings"].get(key)) != (asked := settings.get(key)):
                 raise InputError(
-                    f"{storage.join(out, maker.folder)} holds pictures of {key} {had}, not {asked}: give "
-                    "another --out, or the same settings"
+                    f"{folder} holds pictures of {key} {had}, or did, not {asked}: give another --out, or "
+                    f"the same settings (noted in {uri})"
                 )
         for index, digest in own.items():
             if there["prompts"].get(index, digest) != digest:
                 raise InputError(
-                    f"{storage.join(out, maker.folder)} holds pictures of another prompt {index} than "
-                    f"{config.prompts} has: give another --out"
+                    f"{folder} holds pictures of another prompt {index}, or did, than {config.prompts} has: "
+                    f"give another --out (noted in {uri})"
                 )
         own = {**there["prompts"], **own}
-    storage.write_text(where, json.dumps({"settings": settings, "prompts": own}, indent=1))
+    for uri in (kept, where):
+        storage.write_text(uri, json.dumps({"settings": settings, "prompts": own}, indent=1))
     return settings
 
 
@@ -271,7 +292,7 @@ def write_tasks(
         counts = (f"{n:,}" for n in (labelled, len(lines), len(right)))
         log.info(text, maker.spec.label, *counts)
         if right:
-            sets.append(("-correct", right))
+            sets.append((OF_CORRECT, right))
     found = {}
     for end, kept in sets:
         uri = storage.join(out, "tasks", f"by_{maker.name}{end}.jsonl")

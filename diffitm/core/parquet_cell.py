@@ -7,6 +7,7 @@ import bisect
 import functools
 import itertools
 import threading
+from collections import OrderedDict
 
 import pyarrow as pa
 from pyarrow import parquet
@@ -16,6 +17,8 @@ from diffitm.core import storage
 # Row groups, each about a hundred images as datasets are published. Rows come in the order of their names
 # (1, 10, 100, 1000, 1001), so about four groups are in use at a time, and threads are a little out of order.
 KEPT = 6
+KEPT_BYTES = 2**29  # of a process; a larger group is kept alone
+_groups: OrderedDict[tuple[str, str | None, int, str], pa.ChunkedArray] = OrderedDict()
 _reading = threading.Lock()  # threads that read ahead want the same group, once
 
 
@@ -47,8 +50,17 @@ def _starts(uri: str, stamp: str | None) -> list[int]:
     return list(itertools.accumulate(groups, initial=0))
 
 
-@functools.lru_cache(maxsize=KEPT)
 def _column(uri: str, stamp: str | None, group: int, column: str) -> pa.ChunkedArray:
-    found, path = storage.filesystem(uri)
-    with found.open_input_file(path) as stream:
-        return parquet.ParquetFile(stream).read_row_group(group, columns=[column])[column]
+    """A row group's images, of those that are kept or read; the one that waited longest goes."""
+    key = uri, stamp, group, column
+    if key not in _groups:
+        found, path = storage.filesystem(uri)
+        with found.open_input_file(path) as stream:
+            table = parquet.ParquetFile(stream).read_row_group(group, columns=[column])
+        _groups[key] = table[column]
+    _groups.move_to_end(key)
+    while len(_groups) > 1 and (
+        len(_groups) > KEPT or sum(values.nbytes for values in _groups.values()) > KEPT_BYTES
+    ):
+        _groups.popitem(last=False)
+    return _groups[key]

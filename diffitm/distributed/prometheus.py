@@ -21,8 +21,9 @@ class Metrics:
         self.counters = {k: Counter(f"diffitm_{k}", text, TAGS) for k, text in COUNTERS.items()}
         self.memory = Gauge("diffitm_gpu_memory_bytes", "Most GPU memory that was allocated", TAGS)
         self.batch = Gauge("diffitm_batch_size", "Forwards of the model in one batch", TAGS)
+        tag = model.encode("ascii", "backslashreplace").decode()  # Ray takes no other letters
         for metric in (*self.counters.values(), self.memory, self.batch):
-            metric.set_default_tags({"model": model})
+            metric.set_default_tags({"model": tag})
 
     def add(self, done: Done) -> None:
         """Count a block."""

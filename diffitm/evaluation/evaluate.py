@@ -130,7 +130,8 @@ class Evaluation:
     races: list[RaceFigure] = field(default_factory=list)
     cut_texts: list[CutTexts] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # of models, on all of their figures
-    # By model: what its store depends on, with the kind of `error` that is averaged.
+    # By model: what its store depends on, with the kind of `error` that is averaged and whether its timesteps
+    # are `weighted`.
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -166,7 +167,8 @@ def evaluate(
         if store.similarity is None and (why := why_no_unconditional(store.model, store.config))
     ]
     evaluation.settings = {
-        name: store.config | {"error": error_of(store, error)}
+        name: store.config
+        | {"error": error_of(store, error), "weighted": _are_of(weights, store) is not None}
         for name, store in zip(names, stores, strict=True)
     }
     connection, read = connect(), dict[int, LinesByTask]()
@@ -207,6 +209,12 @@ def error_of(store: Store, error: str) -> str:
     return error_of_protocol(store.config.get("protocol", "diffusionitm"))
 
 
+def _are_of(weights: np.ndarray | None, store: Store) -> np.ndarray | None:
+    """The weights of timesteps, where a store has as many."""
+    fits = weights is not None and len(weights) == len(store.config.get("timesteps", []))
+    return weights if fits else None
+
+
 def titles(stores: Sequence[Store]) -> list[str]:
     """A name for every store: the model's, with the settings that tell two of one model apart."""
     same = Counter(store.model for store in stores)
@@ -239,8 +247,7 @@ class Part:
     ) -> None:
         self.task, self.store, self.title = task, store, title
         self.timesteps: list[int] = store.config.get("timesteps", [])
-        fits = weights is not None and len(weights) == len(self.timesteps)
-        self.weights = weights if fits else None
+        self.weights = _are_of(weights, store)
         self.kinds = [store.similarity] if store.similarity else ["conditional", "normalised"]
         self.decisions: dict[str, Decisions] = {}
         self._raced: dict[str, list[Decision]] = {kind: [] for kind in self.kinds}

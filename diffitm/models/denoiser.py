@@ -48,6 +48,11 @@ class Denoiser(ABC):
         where there is one, which `lengths` count, too."""
         return cls.plain_text(text)
 
+    @classmethod
+    def around_texts(cls) -> str:
+        """What the installed diffusers, and no file of the model, says to put around texts."""
+        return ""
+
     takes_lora: ClassVar[bool] = True
 
     resolution: int  # side of the input image in pixels

@@ -79,6 +79,11 @@ class Flux2(LanguageFlow):
                 )
 
     @classmethod
+    def around_texts(cls) -> str:
+        """See Denoiser."""
+        return str(format_input([""])[0])
+
+    @classmethod
     def check_together(cls, configs: Mapping[str, Any]) -> None:
         """See Denoiser."""
         network = configs["transformer"]
@@ -166,6 +171,11 @@ class Flux2Klein(Flux2):
     def templated(cls, text: str, tokenizer: Any) -> str:
         """See Denoiser."""
         return chat(tokenizer, [{"role": "user", "content": text}], enable_thinking=False)
+
+    @classmethod
+    def around_texts(cls) -> str:
+        """See Denoiser. Its template is the tokenizer's alone."""
+        return ""
 
     def asked(self, prompt: str, count: int, guidance: float) -> dict[str, Any]:
         """See LanguageFlow."""

@@ -20,6 +20,7 @@ from diffitm.models.parts import read_json, read_schedule, read_tokenizer
 
 INDEX = "model_index.json"
 HALF = (torch.float16, torch.bfloat16)
+FLAT = 4  # dimensions of weights that can lie channels last; a video's have one more
 
 
 def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
@@ -79,8 +80,9 @@ class Folder:
             variant=self.variant_of(part),
         )
         self.configs[part] = loaded.config
-        loaded = loaded.to(self.device, memory_format=layout(self.device, dtype))
-        return loaded.eval().requires_grad_(False)
+        is_flat = all(weight.dim() <= FLAT for weight in loaded.parameters())
+        laid = layout(self.device, dtype) if is_flat else torch.contiguous_format
+        return loaded.to(self.device, memory_format=laid).eval().requires_grad_(False)
 
     def has(self, part: str) -> bool:
         """Whether model_index.json names a part, and not null."""

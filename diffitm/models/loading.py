@@ -188,6 +188,8 @@ def _check_memory(source: ModelSource, dtype: str, device: str) -> None:
     if not device.startswith("cuda") or not source.sizes:
         return
     free, total = torch.cuda.mem_get_info(device)
+    # What this process keeps of models that it no longer has is free for the next one.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if (wanted := source.memory(dtype)) > free:
         raise InputError(
             f"{source.name!r}: its weights are {_gigabytes(wanted)} in {dtype}, of the GPU's "

@@ -47,6 +47,11 @@ class Lumina2(LanguageFlow):
         return f"{system_prompt()} <Prompt Start> {text}" if text else ""
 
     @classmethod
+    def around_texts(cls) -> str:
+        """See Denoiser."""
+        return system_prompt()
+
+    @classmethod
     def check_together(cls, configs: Mapping[str, Any]) -> None:
         """See Denoiser."""
         super().check_together(configs)

@@ -66,6 +66,11 @@ class QwenImage(LanguageFlow):
             raise OSError("its transformer takes a guidance, which is not supported")
 
     @classmethod
+    def around_texts(cls) -> str:
+        """See Denoiser."""
+        return template()
+
+    @classmethod
     def check_together(cls, configs: Mapping[str, Any]) -> None:
         """See Denoiser."""
         network = configs["transformer"]

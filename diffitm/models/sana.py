@@ -66,6 +66,11 @@ class Sana(FlowDiffusion):
             raise OSError("its transformer takes a guidance (Sana-Sprint), which is not supported")
 
     @classmethod
+    def around_texts(cls) -> str:
+        """See Denoiser."""
+        return instruction()
+
+    @classmethod
     def check_together(cls, configs: Mapping[str, Any]) -> None:
         """See Denoiser."""
         network = configs["transformer"]

@@ -49,7 +49,9 @@ class Published:
 
 def published(evaluation: Evaluation) -> list[Published]:
     """The columns that go with an evaluation of real data."""
-    settings, found = evaluation.settings, _of_paper(evaluation.rows)
+    settings = evaluation.settings
+    is_weighted = any(known.get("weighted") for known in settings.values())
+    found = [] if is_weighted else _of_paper(evaluation.rows)
     for source, about in SOURCES.items():
         for model, figures in _table(source).items():
             shown = {
@@ -89,6 +91,7 @@ def _is_same(model: str, row: ResultRow, settings: Mapping[str, Any]) -> bool:
     return (
         name in SELF_BENCH_MODELS[model]
         and row.racing is None
+        and not settings.get("weighted")
         and sorted(settings.get("timesteps", [])) == SELF_BENCH_TIMESTEPS
         and settings.get("latent_seed") is not None
         and settings.get("error") == "l2"

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffitm.core.errors import InputError
+from diffitm.core.provenance import fingerprint
+from diffitm.core.registry import load
 from diffitm.core.storage import without_query
 from diffitm.models.dpt_file import AdapterFile
+from diffitm.models.families import FAMILIES
 from diffitm.models.loading import ModelSource, load_denoiser, lora_digest
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
@@ -114,6 +117,8 @@ class DiffusionSpec:
             config["guidance"] = self.source.guidance
         if self.empty != "text":
             config["empty"] = self.empty
+        if around := load(FAMILIES[self.source.family].denoiser).around_texts():
+            config["around_texts"] = fingerprint(around)[:12]
         return {**config, **self.source.told}
 
     def painter(self, device: str) -> Painter:

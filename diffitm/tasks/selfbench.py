@@ -87,8 +87,9 @@ def _prompt(number: int, line: Line) -> Prompt:
     return Prompt(number, tag, text, dict(line.fields), own, line.where)
 
 
-def candidates(prompts: Sequence[Prompt]) -> list[tuple[str, ...]]:
-    """The texts that each prompt's pictures are compared with, its own first, each once.
+def candidates(prompts: Sequence[Prompt], tags: Collection[str] = ()) -> list[tuple[str, ...]]:
+    """The texts that the pictures of each prompt of some tags (all, if none is given) are compared with, its
+    own first, each once. They are the same whichever the other tags are.
 
     They are those of its line or, by its tag, the thing in other colours (colors) or numbers (counting), the
     things in other places (position), another thing instead of either (two_object), for which it must be of
@@ -99,7 +100,7 @@ def candidates(prompts: Sequence[Prompt]) -> list[tuple[str, ...]]:
         same.setdefault(prompt.tag, []).append(prompt.text)
     classes = sorted({str(t["class"]) for p in prompts for t in p.include if "class" in t})
     found = []
-    for prompt in prompts:
+    for prompt in (prompt for prompt in prompts if not tags or prompt.tag in tags):
         others: Iterable[str] = prompt.candidates
         if not prompt.candidates:
             rule = RULES.get(prompt.tag)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,26 @@ def test_prompts_that_are_not_there(tmp_path: Path) -> None:
     assert "there is no file" in message(*given, tmp_path / "none.jsonl")
     assert "must be shapes or a file that ends in .jsonl" in message(*given, tmp_path / "none.txt")
     assert not (tmp_path / "out").exists()
+
+
+def test_candidates_do_not_depend_on_the_tags_that_are_chosen(tmp_path: Path) -> None:
+    """A thing that prompts of another tag alone have stands in, too."""
+    things = ("bench", "cat", "dog", "kite")
+    lines: list[dict[str, Any]] = [
+        {"tag": "single_object", "include": [{"class": name}], "prompt": f"a {name}"}
+        for name in things
+    ]
+    both = [{"class": "bench"}, {"class": "cat"}]
+    lines.append({"tag": "two_object", "include": both, "prompt": "a bench and a cat"})
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    whole = command.read_prompts(config(prompts=str(file)))
+    some = command.read_prompts(config(prompts=str(file), tags=["two_object"]))
+    assert some == whole[-1:]
+    assert set(some[0][1]) == {
+        "a bench and a cat", "a bench and a dog", "a bench and a kite", "a dog and a cat",
+        "a kite and a cat",
+    }  # fmt: skip
 
 
 def test_models_that_make_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,14 +200,34 @@ def test_other_settings_or_prompts_need_another_out(tmp_path: Path, spec: Diffus
     assert keep_settings(config(seed=5), maker, prompts[:1], out) == first  # that of scoring
     noted = json.loads((tmp_path / "outputs" / "9" / "m" / "settings.json").read_text())
     assert list(noted["prompts"]) == ["0", "1", "2"]
-    with pytest.raises(InputError, match="holds pictures of picture_seed 0, not 1: give another"):
+    with pytest.raises(
+        InputError, match="holds pictures of picture_seed 0, or did, not 1: give another"
+    ):
         keep_settings(config(picture_seed=1), maker, prompts, out)
     half = maker._replace(spec=replace(spec, dtype="bf16"))
-    with pytest.raises(InputError, match="holds pictures of dtype fp32, not bf16"):
+    with pytest.raises(InputError, match="holds pictures of dtype fp32, or did, not bf16"):
         keep_settings(config(), half, prompts, out)
     other = [(replace(prompts[1][0], fields={"prompt": "b"}), ())]
-    with pytest.raises(InputError, match="holds pictures of another prompt 1 than"):
+    with pytest.raises(InputError, match="holds pictures of another prompt 1, or did, than"):
         keep_settings(config(), maker, other, out)
+
+
+def test_pictures_of_others_are_never_mixed_in(tmp_path: Path, spec: DiffusionSpec) -> None:
+    """Those that were there before, as Self-Bench's own are, and those that were deleted, whose scores are
+    kept by their paths."""
+    prompts = [(prompt, ()) for prompt in selfbench.make_prompts(LINES, "x")]
+    maker, out = Maker(spec, 9.0, "outputs/9/m"), str(tmp_path)
+    samples = tmp_path / "outputs" / "9" / "m" / "00000" / "samples"
+    samples.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(samples / "00000.png")
+    with pytest.raises(InputError, match=r"m holds pictures and no settings.json, so others"):
+        keep_settings(config(), maker, prompts, out)
+    shutil.rmtree(tmp_path / "outputs")
+    first = keep_settings(config(), maker, prompts, out)
+    shutil.rmtree(tmp_path / "outputs")
+    with pytest.raises(InputError, match="holds pictures of picture_seed 0, or did, not 1"):
+        keep_settings(config(picture_seed=1), maker, prompts, out)
+    assert keep_settings(config(), maker, prompts, out) == first
 
 
 def test_folders_of_models(tmp_path: Path, spec: DiffusionSpec) -> None:
@@ -206,6 +247,9 @@ def test_folders_of_models(tmp_path: Path, spec: DiffusionSpec) -> None:
         InputError, match="org/stable-diffusion-v1-5 and mine/stable-diffusion-v1-5"
     ):
         find_makers(config(), [source, other], [base, replace(spec, source=other)])
+    correct = replace(source, name="org/stable-diffusion-v1-5-correct")
+    with pytest.raises(InputError, match="are both the task by_stable-diffusion-v1-5-correct"):
+        find_makers(config(), [source, correct], [base, replace(spec, source=correct)])
 
 
 def test_tasks_of_pictures(tmp_path: Path, spec: DiffusionSpec) -> None:

@@ -60,3 +60,9 @@ def test_exported_counters(monkeypatch: pytest.MonkeyPatch) -> None:
         "diffitm_batch_size": [8],
     }
     assert prometheus.gpu_memory("cpu") == 0
+
+
+def test_a_models_name_in_any_letters() -> None:
+    """Such as a path's; Ray's own counters take ASCII alone."""
+    exported = prometheus.Metrics("/modèles/小")
+    exported.add(Done(pairs=3, forwards=12, failures=1, memory=99, batch_size=8))

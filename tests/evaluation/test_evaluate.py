@@ -75,6 +75,7 @@ def test_weights_decide(tmp_path: Path, weights: list[float] | None, value: floa
     store = stored(tmp_path, [score_row("i0", "x", [1.0, 4.0]), score_row("i0", "y", [2.0, 2.0])])
     given = None if weights is None else np.array(weights)
     found = evaluate.evaluate({"clevr": uri}, [store], weights=given)
+    assert {s["weighted"] for s in found.settings.values()} == {len(weights or []) == 2}
     assert found.rows[0].value == value
 
 

@@ -19,6 +19,7 @@ from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
 from diffitm.evaluation.evaluate import evaluate
+from diffitm.models import flux2, latent_diffusion, lumina2, qwen_image, sana
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.distilled import tell_untrained
 from diffitm.models.families import FAMILIES
@@ -181,6 +182,44 @@ def test_gradients_reach_the_condition(name: str, models: dict[str, Any]) -> Non
 @pytest.mark.parametrize("name", families.WRITERS)
 def test_folders_are_found_whole(name: str, folders: dict[str, Path]) -> None:
     check_loadable(resolve(str(folders[name])))
+
+
+def test_a_store_names_what_diffusers_puts_around_texts(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version's words would give other scores from the same files."""
+
+    def stated() -> dict[str, Any]:
+        sources = {name: resolve(str(folder)) for name, folder in folders.items()}
+        specs = {n: DiffusionSpec(s, "", "snr", (500.0,)) for n, s in sources.items()}
+        return {name: spec.store_config().get("around_texts") for name, spec in specs.items()}
+
+    first = stated()
+    known = {name for name, value in first.items() if value}
+    assert {"Qwen-Image", "Lumina2", "FLUX.2-dev", "Sana"} == known
+    other = "Answer <Prompt Start> {}"
+    monkeypatch.setattr(qwen_image, "template", lambda: other)
+    monkeypatch.setattr(lumina2, "system_prompt", lambda: other)
+    monkeypatch.setattr(sana, "instruction", lambda: other)
+    monkeypatch.setattr(flux2, "format_input", lambda prompts: [[{"content": other}]])
+    second = stated()
+    assert {name for name, value in first.items() if second[name] != value} == known
+
+
+@pytest.mark.parametrize("name", ["Qwen-Image", "FLUX.2-klein"])
+def test_where_a_gpu_has_channels_last(
+    name: str, folders: dict[str, Path], models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its half precisions do: also a VAE of videos, whose weights cannot lie so, is loaded."""
+    last = torch.channels_last
+    monkeypatch.setattr(latent_diffusion, "layout", lambda device, dtype: last)
+    found: Any = load_denoiser(resolve(str(folders[name])))
+    pixels = torch.rand(1, 3, found.resolution, found.resolution)
+    expected = models[name].encode_images(pixels)
+    torch.testing.assert_close(found.encode_images(pixels), expected, rtol=1e-4, atol=1e-5)
+    weights = [weight for weight in found.vae.parameters() if weight.dim() == 4]
+    is_last = all(weight.is_contiguous(memory_format=last) for weight in weights)
+    assert is_last is (name != "Qwen-Image")
 
 
 def test_packing_is_the_pipelines(folders: dict[str, Path]) -> None:

@@ -284,6 +284,14 @@ def test_weights_that_a_gpu_has_no_room_for(folder: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError) as found:  # there is no GPU here
         load_denoiser(source, "fp16", "cuda")
     assert "are free" not in found.value.message
+    # Of a model before this one, in the same process: torch keeps its memory, but not for it.
+    card["free"] -= total
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * total)
+    for held, fits in ((2 * total, True), (2 * total + 1, False)):
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _, held=held: held)
+        with pytest.raises(InputError) as found:
+            load_denoiser(source, "fp16", "cuda")
+        assert ("are free" not in found.value.message) is fits
 
 
 def test_a_model_of_inpainting(folder: Path) -> None:

@@ -67,7 +67,10 @@ def test_a_diffusion_model_needs_the_published_protocol() -> None:
     assert SELF_BENCH_TIMESTEPS[:2] == [32, 65] and SELF_BENCH_TIMESTEPS[-1] == 989
     assert titles(made, **known) == ["published: SD 2.0 (Self-Bench)"]
     assert titles(row(**{**vars(made), "racing": "0.01"}), **known) == []
-    for other in ({"timesteps": list(range(10, 990, 33))}, {"latent_seed": None}, {"error": "mse"}):
+    for other in (
+        {"timesteps": list(range(10, 990, 33))}, {"latent_seed": None}, {"error": "mse"},
+        {"weighted": True},
+    ):  # fmt: skip
         assert titles(made, **(known | other)) == []
 
 

@@ -27,7 +27,7 @@ from diffitm.models.lora import add_lora, lora_weights, save_lora
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.dpt import DptScorer
 from diffitm.scoring.noise_plan import standard_noise
-from diffitm.scoring.specs import DptSpec
+from diffitm.scoring.specs import DiffusionSpec, DptSpec
 from diffitm.store.score_store import open_store
 from tests import plain_dpt, tiny
 
@@ -215,7 +215,9 @@ def test_images_by_self_correction(sd_folder: Path, adapter: str) -> None:
     assert len(painter.generate("a red circle", [0, 1], 2, 1.0)) == 2
     how = Sampling(1, 2, 1.0)
     others = [spec, replace(spec, correction=0.0), replace(spec, adapter=replace(file, digest="x"))]
-    # Its images are made of what the network is said to predict; its score is not.
-    others.append(replace(spec, source=replace(spec.source, prediction="v_prediction")))
-    assert len({samples_folder(one, ["x"], how) for one in others}) == 4
+    sources = [replace(spec.source, prediction="sample"), replace(spec.source, resolution=512)]
+    others += [replace(spec, source=source) for source in sources]
+    plain = DiffusionSpec(spec.source, "", "diffusionitm", (500,))
+    others += [plain, *(replace(plain, source=source) for source in sources)]
+    assert len({samples_folder(one, ["x"], how) for one in others}) == len(others)
     assert samples_folder(replace(spec, timestep=1), ["x"], how) == samples_folder(spec, ["x"], how)

@@ -65,12 +65,13 @@ def samples_folder(spec: Paints, prompts: Sequence[str], how: Sampling) -> str:
     """The folder below OUT for these images, named by everything that they depend on."""
     known = spec.store_config()
     of_model = {key: known[key] for key in ("weights", "variant", "dtype")}
+    asked = {"prediction_type": spec.source.prediction, "resolution": spec.source.resolution}
+    of_model |= {key: value for key, value in asked.items() if value is not None}
     if isinstance(spec, DptSpec):
         of_model |= {"adapter": known["adapter"], "correction": spec.correction}
     else:
-        of_model["lora"] = known["lora"]
-    told = {"prediction_type": spec.source.prediction, "resolution": spec.source.resolution}
-    of_model |= {key: value for key, value in told.items() if value is not None}
+        more = ("lora", "around_texts")
+        of_model |= {key: known[key] for key in more if key in known}
     settings = {"version": VERSION, **of_model, **asdict(how), "prompts": list(prompts)}
     return f"samples/{fingerprint(settings)[:12]}/images"
 
