@@ -200,7 +200,9 @@ def test_other_settings_or_prompts_need_another_out(tmp_path: Path, spec: Diffus
     assert keep_settings(config(seed=5), maker, prompts[:1], out) == first  # that of scoring
     noted = json.loads((tmp_path / "outputs" / "9" / "m" / "settings.json").read_text())
     assert list(noted["prompts"]) == ["0", "1", "2"]
-    with pytest.raises(InputError, match="holds pictures of picture_seed 0, or did, not 1: give another"):
+    with pytest.raises(
+        InputError, match="holds pictures of picture_seed 0, or did, not 1: give another"
+    ):
         keep_settings(config(picture_seed=1), maker, prompts, out)
     half = maker._replace(spec=replace(spec, dtype="bf16"))
     with pytest.raises(InputError, match="holds pictures of dtype fp32, or did, not bf16"):
