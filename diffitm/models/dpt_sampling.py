@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.dpt import DptAdapter, MapReader, with_pooled
+from diffitm.models.latent_diffusion import check_finite
 from diffitm.models.stable_diffusion import StableDiffusion
 
 
@@ -32,10 +33,11 @@ class Corrected:
     def generate(
         self, prompt: str, seeds: Sequence[int], steps: int, guidance: float
     ) -> list[Image.Image]:
-        """As Denoiser.generate."""
+        """As Denoiser.generate. Raises InputError for pictures that are not finite."""
         denoiser, count = self.denoiser, len(seeds)
         texts, empty = self.texts(prompt, count), self.texts("", count)
-        scheduler: Any = DDIMScheduler.from_config(denoiser.scheduler.config)
+        # Stable Diffusion's latents are not cut to [-1, 1], which DDIM does where its folder does not say so.
+        scheduler: Any = DDIMScheduler.from_config(denoiser.scheduler.config, clip_sample=False)
         scheduler.set_timesteps(steps)
         latents = torch.stack(
             [
@@ -52,6 +54,7 @@ class Corrected:
                 predicted = without + guidance * (with_text - without)
                 latents = scheduler.step(predicted, step, latents).prev_sample
         pixels = torch.cat([denoiser.decode(one[None]) for one in latents])
+        check_finite(pixels, prompt, denoiser.dtype)
         images: list[Image.Image] = VaeImageProcessor().postprocess(pixels.cpu())
         return images
 

@@ -220,8 +220,9 @@ class LatentDiffusion(Denoiser):
     def take_prediction(self, prediction: str) -> None:
         """See Denoiser."""
         super().take_prediction(prediction)
-        config = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
-        self.scheduler = DDPMScheduler(**config | {"prediction_type": prediction})
+        self.scheduler = DDPMScheduler.from_config(
+            self.scheduler.config, prediction_type=prediction
+        )
 
     @torch.inference_mode()
     def encode_posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,8 +324,13 @@ def sample(
     latents = pipeline(**text, **given, **more).images
     latents = latents if unpacked is None else unpacked(latents)
     pixels = torch.cat([denoiser.decode(one[None]) for one in latents])
+    check_finite(pixels, prompt, denoiser.dtype)
+    return pipeline.image_processor.postprocess(pixels)
+
+
+def check_finite(pixels: Tensor, prompt: str, dtype: torch.dtype) -> None:
+    """Raises InputError for pictures of a prompt that are not finite."""
     if not pixels.isfinite().all():
         raise InputError(
-            f"the picture of {prompt!r} is not finite in {denoiser.dtype}: give another --dtype"
+            f"the picture of {prompt!r} is not finite in {dtype}: give another --dtype"
         )
-    return pipeline.image_processor.postprocess(pixels)

@@ -33,7 +33,8 @@ from diffitm.models.weight_cache import on_disk
 from diffitm.models.weight_files import WeightsError, few, read_weights, tensors_of
 
 Key = tuple[str, str]  # a part and a module of it
-# Of attention; the last four are those of a text's own tokens in joint attention.
+# Of attention; four are those of a text's own tokens in joint attention, and the last is q, k, v and the
+# MLP's input in one, of FLUX.2's single blocks.
 PROJECTIONS = (
     "to_q",
     "to_k",
@@ -43,6 +44,7 @@ PROJECTIONS = (
     "add_k_proj",
     "add_v_proj",
     "to_add_out",
+    "to_qkv_mlp_proj",
 )
 _FILES = (
     "pytorch_lora_weights.safetensors",

@@ -53,7 +53,8 @@ def credits_by_metric(
             texts.setdefault(image, {}).update(wanted)
     work = [PairRow(row, image, list(found)) for row, (image, found) in enumerate(texts.items())]
     lines = scorer.score(work) if work else []
-    kind = "similarity" if lines and lines[0]["l2"] is None else "l2"
+    # A line of a failure has neither.
+    kind = "similarity" if any(line["similarity"] is not None for line in lines) else "l2"
     values = {
         (line["image"], line["text"]): line[kind] for line in lines if line["failure"] is None
     }

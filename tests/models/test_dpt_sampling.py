@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+from diffitm.core.errors import InputError
 from diffitm.models.dpt import DptAdapter
 from diffitm.models.dpt_file import AdapterShape
 from diffitm.models.dpt_sampling import Corrected
@@ -63,3 +66,21 @@ def test_the_gradient_leads_to_a_higher_score(sd: StableDiffusion) -> None:
     with torch.no_grad():
         size = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         assert (score(latents + 0.05 * gradient / size) > score(latents)).all()
+
+
+def test_latents_are_not_cut(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's scheduler that says nothing of it, such as DPM-Solver++'s, is none that cuts."""
+    config = dict(DPMSolverMultistepScheduler.from_config(sd.scheduler.config).config)
+    silent = {k: v for k, v in config.items() if k != "clip_sample"}
+    made, read = painter(sd, 0.0), DDPMScheduler.from_config(silent)
+    assert read.config.clip_sample
+    expected = made.generate("a red circle", [4], STEPS, GUIDANCE)
+    monkeypatch.setattr(sd, "scheduler", read)
+    found: Any = made.generate("a red circle", [4], STEPS, GUIDANCE)
+    assert np.abs(np.asarray(found[0], float) - np.asarray(expected[0], float)).max() == 0
+
+
+def test_a_picture_that_is_not_finite_is_told(sd: StableDiffusion) -> None:
+    """Not a black one."""
+    with pytest.raises(InputError, match="the picture of 'a red circle' is not finite"):
+        painter(sd, float("nan")).generate("a red circle", [4], STEPS, GUIDANCE)

@@ -132,6 +132,19 @@ def test_true_target_makes_no_error(
             assert found.min() > 0.05
 
 
+def test_prediction_type_of_a_folder_with_another_sampler(tmp_path: Path) -> None:
+    """The settings of PNDM, as Stable Diffusion's own folders have them, are none of DDPM's."""
+    folder = tiny.write_sd(tmp_path / "m")
+    file = folder / "scheduler" / "scheduler_config.json"
+    pndm = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | pndm))
+    model = StableDiffusion(str(folder))
+    table = model.scheduler.alphas_cumprod
+    model.take_prediction("v_prediction")
+    assert model.schedule.prediction == model.sampler().config.prediction_type == "v_prediction"
+    torch.testing.assert_close(model.scheduler.alphas_cumprod, table, rtol=0, atol=0)
+
+
 def test_prediction_type_changes_the_error_only(tmp_path: Path, sd: StableDiffusion) -> None:
     """The same weights under v-prediction: other errors, the same latents and texts."""
     other = StableDiffusion(str(tiny.write_sd(tmp_path / "v", "v_prediction")))

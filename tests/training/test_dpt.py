@@ -310,6 +310,7 @@ def test_presets() -> None:
         ({"lambda_": 2.0}, "--lambda 2.0: dpt has no use for it"),
         ({"adapter": "x"}, "--adapter is of --stage tune"),
         ({"train_adapter": False}, "--train-adapter is of --stage tune"),
+        ({"rank": 8}, "--rank is of --stage tune"),
         ({"stage": "tune"}, "--stage tune begins with a probe's adapter"),
         ({"stage": "tune", "adapter": "/none"}, "--adapter '/none': there is no /none/dpt_adapter"),
         ({"stage": "tune", "feature_map": "mid"}, "--feature-map mid: --stage tune has the adapter's"),

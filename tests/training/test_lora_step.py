@@ -746,6 +746,21 @@ def test_validation_equals_gdbench(tmp_path: Path, name: str) -> None:
     assert np.mean([value for value in found if value is not None]) == pytest.approx(last.value)
 
 
+def test_an_unreadable_image_costs_a_validation_its_own_examples(tmp_path: Path) -> None:
+    """A scorer gives the lines of failures first."""
+    write_world(str(tmp_path), 20)
+    model = StableDiffusion(str(tiny.write_sd(tmp_path / "sd")))
+    scorer = DiffusionScorer(model, make_plan(STEPS, SHAPE), str(tmp_path))
+    task = find_task("coco_neg_text")()
+    examples = list(task.examples(str(tmp_path)))
+    whole = credits(task, examples, scorer)
+    broken = examples[3].images[0]
+    (tmp_path / broken).write_bytes(b"no image")
+    lost = [broken in example.images for example in examples]
+    found = credits(task, examples, scorer)
+    assert found == [None if out else credit for out, credit in zip(lost, whole, strict=True)]
+
+
 @pytest.mark.parametrize("kind", ["l2", "similarity"])
 def test_credits_by_hand(kind: str) -> None:
     """In the first metric: errors less the empty text's where images are compared, else errors alone;
@@ -843,6 +858,8 @@ def test_problems_are_told_together() -> None:
         (["no-neg", "--beta", "2"], "--beta 2.0: only dpo takes one, not no-neg"),
         (["dpo", "--guard", "clip"], "--guard clip: only soft-neg takes one, not dpo"),
         (["softrepa", "--lambda", "2"], "--lambda 2: softrepa has no bound"),
+        (["no-neg", "--lambda", "2"], "--lambda 2: no-neg has no bound"),
+        (["soft-neg", "--lambda", "2"], "--lambda 2: soft-neg has no bound"),
         (["dpt", "--beta", "2"], "--beta 2.0: dpt has no use for it"),
     ],
 )
@@ -850,3 +867,12 @@ def test_settings_of_other_objectives(options: list[str], problem: str) -> None:
     given = ["--model", "shapes", "--data", "shapes", "--objective", *options]
     (found,) = find_problems(parse(FinetuneConfig, given))
     assert problem in found
+
+
+def test_the_bound_of_a_guard_and_the_control_of_a_preset() -> None:
+    shared = ["--model", "shapes", "--data", "shapes", "--objective"]
+    for more in (
+        ["soft-neg", "--guard", "clip", "--lambda", "2"],
+        ["no-neg", "--preset", "diffusionitm"],
+    ):
+        assert find_problems(parse(FinetuneConfig, [*shared, *more])) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,19 @@ def test_an_update_equals_plain_code(folder: Path) -> None:
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)
         moved += bool(parameter.grad.any())
     assert moved > 0.8 * len(gradients)
+
+
+def test_every_attention_learns(folder: Path) -> None:
+    """A block's attention in the network has a LoRA, also where q, k and v are one layer."""
+    network = lora_network(tuner_of(folder).denoiser)
+    attends = re.compile(r".+\.\d+\.(attn\d?|attention)(?=\.|$)")
+
+    def blocks(names: list[str]) -> set[str]:
+        return {found[0] for name in names if (found := attends.match(name))}
+
+    learn = blocks([name for name, _ in network.named_parameters() if "lora_" in name])
+    assert learn == blocks([name for name, _ in network.named_modules()])
+    assert len(learn) > 0
 
 
 def test_the_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) -> None:

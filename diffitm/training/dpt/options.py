@@ -77,6 +77,7 @@ def dpt_problems(config: Any) -> list[str]:
         of_tune = {
             "adapter": config.adapter is not None,
             "train_adapter": not config.train_adapter,
+            "rank": config.rank != plain["rank"],
         }
         problems += [f"{flag(name)} is of --stage tune" for name, given in of_tune.items() if given]
         return problems

@@ -150,4 +150,7 @@ def _check_objective(config: FinetuneConfig) -> None:
     if config.objective not in OBJECTIVES:
         known = suggest(config.objective, [*OBJECTIVES, DPT])
         raise InputError(f"{config.objective!r} is unknown{known}", "objective")
-    objective_of(config)
+    objective = objective_of(config)
+    # --clip-over passes, as the published control without negatives is a run of that preset.
+    if not objective.clipped and config.lambda_ != 1.0:
+        raise InputError(f"{config.lambda_:g}: {objective.name} has no bound", "lambda")
