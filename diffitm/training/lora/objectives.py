@@ -64,7 +64,8 @@ class Objective:
       mean E_ii.
 
     `clip_over` says where the bound holds: of each example, or of a micro-batch's means, which is
-    the published way. What only some objectives have is None where the published value is meant.
+    the published way. What only some objectives have is None where the published value is meant (`diagonal`:
+    that of Stable Diffusion).
     Raises InputError for a value that none of them is, and for one that the objective does not take.
     """
 
