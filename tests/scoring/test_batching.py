@@ -231,7 +231,7 @@ def test_the_driver_is_told(
     """From an actor over the counter into the log, each change once however many actors it was."""
     limit(monkeypatch, sd, "predict", 4)
     monkeypatch.setattr("ray.get", lambda found: found())
-    remote, lines = Remote(), _Lines("SD", Left(4, 12, 0), Cost(3), 2)
+    remote, lines = Remote(), _Lines("SD", Left(4, 12, 0), Cost(3), 2, 2)
     with caplog.at_level(logging.WARNING, "diffitm"):
         for _ in range(2):
             ScoringActor(Spec(scorer(sd, root, 8)), "SD", "cpu", remote)  # type: ignore[arg-type]
@@ -247,7 +247,7 @@ def test_the_driver_is_told(
 
 def test_the_time_left_is_that_of_finished_blocks(caplog: pytest.LogCaptureFixture) -> None:
     """The first blocks are long: what is in work is no reason to fear for hours."""
-    lines = _Lines("SD", Left(40, 120, 0), Cost(3), 2)
+    lines = _Lines("SD", Left(40, 120, 0), Cost(3), 2, 2)
     with caplog.at_level(logging.INFO, "diffitm"):
         lines.tell(Done(actors=2, rate=24.0))
         lines.next_line = 0

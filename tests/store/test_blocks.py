@@ -115,7 +115,7 @@ def test_sizes() -> None:
     """A minute's work at most, less as the end comes near, and never so little that it does not pay."""
     size = Sizes(4, 100.0).next
     assert size(1e9) == SECONDS * 100
-    assert size(8000) == 500  # a quarter of an actor's part
+    assert size(6000) == 500  # a third of an actor's part
     assert size(10) == LEAST_SECONDS * 100
     unknown = Sizes(4, 0.0).next
-    assert (unknown(1e9), unknown(160)) == (UNMEASURED, 10)
+    assert (unknown(1e9), unknown(120)) == (UNMEASURED, 10)

@@ -158,7 +158,7 @@ def score(
     build = Build(ScoringActor, (spec, store.model), counter)
     if plan:
         build = Build(RacingActor, (spec, store.model, plan), counter)
-    lines = _Lines(store.model, work.left, cost, pool.min_actors)
+    lines = _Lines(store.model, work.left, cost, pool.min_actors, pool.max_actors)
 
     def execute(attempts: Any) -> None:
         if plan:
@@ -223,8 +223,9 @@ class BlockSource(Datasource):
 class _Lines:
     """The estimate when the actors are up, then the rate and the time left."""
 
-    def __init__(self, name: str, left: Left, cost: Cost, actors: int) -> None:
+    def __init__(self, name: str, left: Left, cost: Cost, actors: int, most: int) -> None:
         self.name, self.total, self.cost, self.actors = name, left.pairs, cost.pair, actors
+        self.most = most  # actors at a time: more are counted where some were lost
         self.forwards = cost.total(*left)
         # What a rate is told in: an actor measures forwards, whatever costs them.
         self.unit, self.each = ("images", cost.image) if cost.image else ("forwards", 1)
@@ -252,7 +253,8 @@ class _Lines:
         if self.first and done.pairs and now >= self.next_line:
             self.next_line = now + REPORT_EVERY
             # By the blocks that are done: those in work are long, and all of them may be the first.
-            rate = done.actors * done.pairs / (done.busy + done.loading + done.waited)
+            spent = done.busy + done.loading + done.waited
+            rate = min(done.actors, self.most) * done.pairs / spent
             left = clock((self.total - done.pairs) / rate)
             share = 100 * done.pairs / self.total
             text = "%s: %s of %s pairs (%.0f%%), %.0f forwards/s, %s left"
