@@ -41,22 +41,12 @@ class Flux2(LanguageFlow):
     patch = 1
     pipeline = Flux2Pipeline
     layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
+    network_kind, vae_kind = Flux2Transformer2DModel, AutoencoderKLFlux2
     encoder_kind: ClassVar[Any] = Mistral3ForConditionalGeneration
     tokenizer_kind: ClassVar[Any] = AutoTokenizer
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.text_encoder = parts.text_encoder(self.encoder_kind, "text_encoder")
-        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, self.tokenizer_kind)
-        self.transformer = parts.model(Flux2Transformer2DModel, "transformer")
-        super().__init__(parts, self.transformer, parts.model(AutoencoderKLFlux2, "vae"))
+    def finish(self, parts: Folder) -> None:
+        """See OneEncoder."""
         self.guidance = GUIDANCE if self.transformer.config.guidance_embeds else None
         if parts.index().get("is_distilled"):  # a klein, whose pipeline then takes no guidance
             self.pipeline = functools.partial(self.pipeline, is_distilled=True)

@@ -11,22 +11,19 @@ from torch import Tensor
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import FlowDiffusion
-from diffitm.models.latent_diffusion import is_cut, sample, tokenize_masked
+from diffitm.models.latent_diffusion import OneEncoder, is_cut, sample, tokenize_masked
 
 
-class LanguageFlow(FlowDiffusion):
+class LanguageFlow(OneEncoder, FlowDiffusion):
     """A flow model that is given hidden states of a language model, which reads texts in a template.
 
-    The condition is {"hidden": [B, L, D], "mask": [B, L]}. Subclasses set `text_encoder`, its `tokenizer`
-    and `lengths`, and `pipeline`, diffusers' own.
+    The condition is {"hidden": [B, L, D], "mask": [B, L]}. Subclasses set `lengths`, diffusers' own
+    `pipeline`, and what OneEncoder asks for.
     """
 
     layer: ClassVar[int] = -2  # whose output the network is given
     skipped: ClassVar[int] = 0  # tokens before a text, which it is not given
     pipeline: Any
-    transformer: Any
-    text_encoder: Any
-    tokenizer: Any
 
     def cuts(self, text: str) -> bool:
         """See Denoiser."""

@@ -251,6 +251,38 @@ class LatentDiffusion(Denoiser):
         return DPMSolverMultistepScheduler.from_config(self.scheduler.config)
 
 
+class OneEncoder(LatentDiffusion):
+    """A transformer whose texts one encoder reads. Subclasses say which classes its parts are of.
+
+    Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
+    """
+
+    network_kind: ClassVar[Any]
+    encoder_kind: ClassVar[Any]
+    tokenizer_kind: ClassVar[Any]
+    vae_kind: ClassVar[Any] = AutoencoderKL
+
+    def __init__(
+        self,
+        folder: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        variant: str | None = None,
+    ) -> None:
+        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        self.text_encoder = parts.text_encoder(self.encoder_kind, "text_encoder")
+        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, self.tokenizer_kind)
+        self.transformer = parts.model(self.network_kind, "transformer")
+        own = self.vae_kind is not AutoencoderKL
+        vae = parts.model(self.vae_kind, "vae") if own else parts.vae()
+        super().__init__(parts, self.transformer, vae)
+        self.finish(parts)
+
+    def finish(self, parts: Folder) -> None:
+        """Set what else a family keeps, when its parts are read."""
+
+
 def is_cut(tokenizer: Any, text: str, length: int | None = None) -> bool:
     """Whether a text's end is left out by tokenize, or where `length` tokens are read."""
     return len(tokenizer(text).input_ids) > (length or tokenizer.model_max_length)

@@ -6,14 +6,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizerFast
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.language_flow import LanguageFlow
-from diffitm.models.latent_diffusion import Folder, check_text_width
+from diffitm.models.latent_diffusion import check_text_width
 from diffitm.models.noise_schedule import FLOW_TIME
 
 
@@ -26,20 +25,9 @@ class Lumina2(LanguageFlow):
 
     lengths = {"tokenizer": 256}  # noqa: RUF012
     pipeline = Lumina2Pipeline
-
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.text_encoder = parts.text_encoder(Gemma2Model, "text_encoder")
-        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, GemmaTokenizerFast)
-        self.transformer = parts.model(Lumina2Transformer2DModel, "transformer")
-        super().__init__(parts, self.transformer, parts.vae())
+    network_kind = Lumina2Transformer2DModel
+    encoder_kind = Gemma2Model
+    tokenizer_kind = GemmaTokenizerFast
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:

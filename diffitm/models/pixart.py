@@ -14,7 +14,7 @@ from transformers import T5EncoderModel, T5TokenizerFast
 from diffitm.models.denoiser import Condition
 from diffitm.models.latent_diffusion import (
     Folder,
-    LatentDiffusion,
+    OneEncoder,
     check_text_width,
     is_cut,
     lowered,
@@ -23,7 +23,7 @@ from diffitm.models.latent_diffusion import (
 )
 
 
-class PixArt(LatentDiffusion):
+class PixArt(OneEncoder):
     """A transformer that attends to a T5's tokens (Chen et al. 2024), epsilon on DDPM's schedule.
 
     The condition is {"hidden": [B, L, D], "mask": [B, L]}. Texts are in lower case and without space around
@@ -35,20 +35,12 @@ class PixArt(LatentDiffusion):
     lengths = {"tokenizer": 120}  # noqa: RUF012
     pipeline: ClassVar[Any] = PixArtAlphaPipeline
     plain_text = staticmethod(lowered)
+    network_kind = PixArtTransformer2DModel
+    encoder_kind = T5EncoderModel
+    tokenizer_kind = T5TokenizerFast
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.text_encoder = parts.text_encoder(T5EncoderModel, "text_encoder")
-        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, T5TokenizerFast)
-        self.transformer = parts.model(PixArtTransformer2DModel, "transformer")
-        super().__init__(parts, self.transformer, parts.vae())
+    def finish(self, parts: Folder) -> None:
+        """See OneEncoder."""
         side = float(self.resolution)
         self.size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.transformer.use_additional_conditions:

@@ -33,20 +33,13 @@ class QwenImage(LanguageFlow):
     layer = -1
     skipped = SKIPPED
     pipeline = QwenImagePipeline
+    network_kind = QwenImageTransformer2DModel
+    encoder_kind = Qwen2_5_VLForConditionalGeneration
+    tokenizer_kind = Qwen2Tokenizer
+    vae_kind = AutoencoderKLQwenImage
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.text_encoder = parts.text_encoder(Qwen2_5_VLForConditionalGeneration, "text_encoder")
-        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, Qwen2Tokenizer)
-        self.transformer = parts.model(QwenImageTransformer2DModel, "transformer")
-        super().__init__(parts, self.transformer, parts.model(AutoencoderKLQwenImage, "vae"))
+    def finish(self, parts: Folder) -> None:
+        """See OneEncoder."""
         self._mean, self._deviation = (
             torch.tensor(values, device=self.device, dtype=torch.float32).view(-1, 1, 1)
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)

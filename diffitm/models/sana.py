@@ -16,7 +16,7 @@ from transformers import Gemma2Model, GemmaTokenizerFast
 from diffitm.models.denoiser import Condition, rows_of, stack
 from diffitm.models.flow import FlowDiffusion
 from diffitm.models.latent_diffusion import (
-    Folder,
+    OneEncoder,
     check_network,
     check_scale,
     check_text_width,
@@ -30,7 +30,7 @@ LENGTH = 300  # tokens of a text, the first of all among them
 MARKS = 2  # tokens that the instruction and a text are counted with twice
 
 
-class Sana(FlowDiffusion):
+class Sana(OneEncoder, FlowDiffusion):
     """A linear transformer on latents of 32 pixels a side (Xie et al. 2025) that attends to Gemma-2's tokens.
 
     The condition is {"hidden": [B, L, D], "mask": [B, L]}. A text follows the pipeline's instruction to the
@@ -42,20 +42,10 @@ class Sana(FlowDiffusion):
     lengths = {"tokenizer": LENGTH}  # noqa: RUF012
     patch = 1
     plain_text = staticmethod(lowered)
-
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.text_encoder = parts.text_encoder(Gemma2Model, "text_encoder")
-        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, GemmaTokenizerFast)
-        self.transformer = parts.model(SanaTransformer2DModel, "transformer")
-        super().__init__(parts, self.transformer, parts.model(AutoencoderDC, "vae"))
+    network_kind = SanaTransformer2DModel
+    encoder_kind = Gemma2Model
+    tokenizer_kind = GemmaTokenizerFast
+    vae_kind = AutoencoderDC
 
     @classmethod
     def check_part(cls, name: str, config: Any) -> None:

@@ -13,7 +13,7 @@ from transformers import Qwen2Tokenizer, Qwen3Model
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import side_of
 from diffitm.models.language_flow import LanguageFlow, chat
-from diffitm.models.latent_diffusion import Folder, check_latents, check_text_width
+from diffitm.models.latent_diffusion import check_latents, check_text_width
 from diffitm.models.noise_schedule import FLOW_TIME
 
 
@@ -27,20 +27,9 @@ class ZImage(LanguageFlow):
 
     lengths = {"tokenizer": 512}  # noqa: RUF012
     pipeline = ZImagePipeline
-
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
-        self.text_encoder = parts.text_encoder(Qwen3Model, "text_encoder")
-        self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, Qwen2Tokenizer)
-        self.transformer = parts.model(ZImageTransformer2DModel, "transformer")
-        super().__init__(parts, self.transformer, parts.vae())
+    network_kind = ZImageTransformer2DModel
+    encoder_kind = Qwen3Model
+    tokenizer_kind = Qwen2Tokenizer
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:
