@@ -250,7 +250,7 @@ def _race(
     _tell_long(spec, examples.values())
     _tell_resumed(work, store)
     most = Cost(spec.cost).total(*work.left)
-    text = "%s: %s pairs race (%s), %s U-Net forwards (%s timesteps) at most"
+    text = "%s: %s pairs race (%s), %s forwards (%s timesteps) at most"
     pairs = f"{work.left.pairs:,}"
     log.info(text, store.model, pairs, describe(plan.rules), f"{most:,}", spec.cost)
     return done + _score(spec, work, store, pool, plan)
@@ -266,7 +266,7 @@ def _score_in_full(
         return Done()
     _tell_long(spec, examples)
     _tell_resumed(work, store)
-    unit = "scores" if store.similarity else f"U-Net forwards ({spec.cost} timesteps)"
+    unit = "scores" if store.similarity else f"forwards ({spec.cost} timesteps)"
     needed = f"{work.left.pairs:,} pairs of {work.left.images:,} images need"
     count = Cost(spec.cost).total(*work.left)
     log.info("%s: %s %s %s", store.model, needed, f"{count:,}", unit)

@@ -110,7 +110,7 @@ def build_plan(config: DivaConfig) -> Plan[SdsJob]:
     session.connect(config.ray, verbose=config.verbose)
     work = storage.join(storage.parent(out), "work")
     teacher, clip = share(teacher, work), share(clip, work)
-    check_loadable(teacher, variant=config.variant)
+    teacher = check_loadable(teacher, variant=config.variant)
     check_clip(clip)
     for source in (teacher, clip):
         tell_long_texts(source, texts_of([rows[position] for position in kept]))

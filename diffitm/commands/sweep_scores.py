@@ -138,7 +138,7 @@ def score(sweep: Sweep, out: str) -> StoredErrors:
                     list(spec.timesteps),
                     [errors for errors in tasks if errors],
                 )
-    log.info("%s U-Net forwards were needed; all settings read the stored errors", f"{forwards:,}")
+    log.info("%s forwards were needed; all settings read the stored errors", f"{forwards:,}")
     return StoredErrors(tables, forwards)
 
 
@@ -162,7 +162,7 @@ def run(sweep: Sweep, out: str) -> Tried:
     failures, where = stored.failures(), storage.join(out, "failures.json")
     storage.write_text(where, json.dumps({"failures": failures}, indent=2))
     text = "accuracy in %, mean of the tasks: of the half of the examples that chooses, measured on the other"
-    text += f"; {stored.forwards:,} U-Net forwards were done for it"
+    text += f"; {stored.forwards:,} forwards were done for it"
     if not failures:
         return Tried(rows, text, "")
     return Tried(

@@ -134,7 +134,7 @@ def test_races(bucket: Objects) -> None:
     done = pipeline.run(*options, "--out", out)
     total = json.loads((bucket.folder / "raced" / "summary.json").read_text())["total"]
     assert total["forwards"] == race["full"] - race["forwards"]
-    assert f"{total['forwards']:,} U-Net forwards (12 timesteps)" in done.stderr
+    assert f"{total['forwards']:,} forwards (12 timesteps)" in done.stderr
 
 
 def test_sweeps(bucket: Objects, tmp_path: Path) -> None:

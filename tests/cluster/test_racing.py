@@ -95,7 +95,7 @@ def test_a_full_run_afterwards(raced: Path, tmp_path: Path) -> None:
     done = pipeline.run(*OPTIONS, "--actors", 2, "--out", raced)
     missing = sum(30 - len(places) for places in stored.values())
     assert forwards(raced) == missing > 0
-    assert f"{missing:,} U-Net forwards (30 timesteps)" in done.stderr
+    assert f"{missing:,} forwards (30 timesteps)" in done.stderr
     full = results(raced)
     assert not full["races"] and {row["racing"] for row in full["rows"]} == {None}
     third = pipeline.run(*OPTIONS, *RACING, "--actors", 2, "--out", raced)

@@ -36,7 +36,7 @@ ACTORS = 2
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     done = pipeline.run(*OPTIONS, "--out", out, "--actors", ACTORS)
-    needed = re.search(r"need ([\d,]+) U-Net forwards", done.stderr)
+    needed = re.search(r"need ([\d,]+) forwards", done.stderr)
     made = re.search(r"([\d,]+) forwards done", done.stderr)
     assert needed and made, done.stderr
     assert needed[1] == made[1]

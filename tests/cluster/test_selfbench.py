@@ -57,7 +57,7 @@ def test_each_model_on_each_ones_pictures(tmp_path: Path) -> None:
     assert [path for path in made if before[path] != after[path]] == [made[3]]
     assert "pictures: 1 to do" in again.stderr and "0 forwards needed" in again.stderr
     assert again.stderr.count("labelled, 4 of them correct") == 2
-    assert "U-Net forwards" not in again.stderr
+    assert " forwards (" not in again.stderr
     correct = {r["n"] for r in pipeline.rows(out) if r["task"] == "by_sd3-correct"}
     assert correct == {4, 2}
     report = pipeline.run("--out", out, "--report-only")

@@ -44,7 +44,7 @@ def table(out: Path) -> list[dict[str, Any]]:
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sweep") / "scores"
     done = run(*SCORES, f"out={out}")
-    forwards = re.search(r"([\d,]+) U-Net forwards were needed", done.stderr)
+    forwards = re.search(r"([\d,]+) forwards were needed", done.stderr)
     assert forwards and int(forwards[1].replace(",", "")) == 8 * len(pipeline.scores(out))
     return out
 
@@ -53,7 +53,7 @@ def test_a_sweep_over_timesteps_reads_what_is_stored(scored: Path, tmp_path: Pat
     """Other settings on the same store need no forward, and the same ones give the same table."""
     other = tmp_path / "other"
     done = run(*SCORES, "range=0-1000,0-500", f"store={scored}", f"out={other}")
-    assert " 0 U-Net forwards were needed" in done.stderr
+    assert " 0 forwards were needed" in done.stderr
     kept = json.loads((scored / "summary.json").read_text())["total"]
     assert kept["forwards"] == 8 * len(pipeline.scores(scored))  # not overwritten by the reader's
     known = {(row["number"], row["weighting"]): row["measured"] for row in table(scored)}
