@@ -166,7 +166,7 @@ def test_bad_images_cost_their_own_examples(tmp_path: Path) -> None:
     for name, data_ in whole.items():
         (images / name).write_bytes(data_)
     again = pipeline.run(*options, code=3)  # the empty caption is still there
-    assert re.search(r"need [\d,]+ U-Net", again.stderr)
+    assert re.search(r"need [\d,]+ forwards", again.stderr)
     assert "of 3 images" in again.stderr
     found = {row["task"]: row for row in pipeline.rows(out) if row["group"] == "all"}
     assert (found["clevr"]["n"], found["clevr"]["failures"]) == (10 * 14, 0)
