@@ -217,7 +217,7 @@ def prepare(config: GdbenchConfig) -> Prepared:
     tasks = task_names(config)
     root = data_root(config.data, config.scenes, out, tasks)
     examples = write_examples(tasks, root, out, config.limit)
-    specs, pool = make_specs(config, sources, root, out)
+    specs, pool = make_specs(config, sources, root, out, generates=bool(config.prompts))
     stores = open_stores(specs, root, out)
     return Prepared(config, out, root, examples, specs, stores, pool)
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from diffitm.commands.text_stage import TextPlaces, with_texts
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.evaluation.examples import Examples
@@ -74,10 +75,10 @@ def paths_read(config: ModelOptions) -> list[tuple[str, str | None]]:
 
 
 def make_specs(
-    config: ModelOptions, sources: Sources, root: str, out: str
+    config: ModelOptions, sources: Sources, root: str, out: str, generates: bool = False
 ) -> tuple[list[Spec], ActorPool]:
     """Start or join Ray, bring weights of the Hub to its nodes, check them; what scores the images below
-    `root`, and the actors for it.
+    `root`, and the actors for it. `generates` is whether the models also make images.
 
     Raises InputError for weights that cannot be loaded.
     """
@@ -102,13 +103,14 @@ def make_specs(
     for source, adapter in itertools.product(models, adapters):
         check_adapter(adapter, source, "dpt")
     _check_clips(clips)
-    specs: list[Spec] = [
+    errors = [
         _diffusion(config, source, lora, root, steps, bool(pool.gpus))
         for source in models
         for lora in lora_names(config)
         for steps in plans(config, FAMILIES[source.family].flow)
         if None in dpt_names(config)
     ]
+    specs: list[Spec] = [*TextPlaces(config.text_encoders, pool, generates).place(errors)]
     specs += [
         _dpt(config, source, adapter, root, bool(pool.gpus))
         for source in models
@@ -253,7 +255,7 @@ def _race(
     text = "%s: %s pairs race (%s), %s forwards (%s timesteps) at most"
     pairs = f"{work.left.pairs:,}"
     log.info(text, store.model, pairs, describe(plan.rules), f"{most:,}", spec.cost)
-    return done + _score(spec, work, store, pool, plan)
+    return done + _score(spec, work, store, out, pool, plan)
 
 
 def _score_in_full(
@@ -270,7 +272,7 @@ def _score_in_full(
     needed = f"{work.left.pairs:,} pairs of {work.left.images:,} images need"
     count = Cost(spec.cost).total(*work.left)
     log.info("%s: %s %s %s", store.model, needed, f"{count:,}", unit)
-    return _score(spec, work, store, pool)
+    return _score(spec, work, store, out, pool)
 
 
 def _tell_long(spec: Spec, examples: Iterable[Examples]) -> None:
@@ -285,11 +287,18 @@ def _tell_resumed(work: OpenWork, store: Store) -> None:
 
 
 def _score(
-    spec: Spec, work: OpenWork, store: Store, pool: ActorPool, plan: RacePlan | None = None
+    spec: Spec,
+    work: OpenWork,
+    store: Store,
+    out: str,
+    pool: ActorPool,
+    plan: RacePlan | None = None,
 ) -> Done:
     """Score a work table, close it and tell what was done."""
     from diffitm.commands.stages.score import score
 
+    if isinstance(spec, DiffusionSpec) and spec.staged:
+        spec = with_texts(spec, work.table, out, pool)
     if isinstance(spec, DiffusionSpec) and spec.compiled:
         log.info("%s: actors compile it before they score, for a minute or more", store.model)
     done = score(spec, work, store, pool, plan)

@@ -110,7 +110,7 @@ def _run(config: SelfbenchConfig, prompts: list[tuple[Prompt, tuple[str, ...]]],
     sources = find_sources(config)
     for source in sources.models:
         check_makes(source)
-    specs, pool = make_specs(config, sources, out, out)
+    specs, pool = make_specs(config, sources, out, out, generates=True)
     makers = find_makers(config, sources.models, specs)
     lines = [selfbench.choices(prompts, maker.folder, config.samples) for maker in makers]
     labels = None
@@ -137,6 +137,10 @@ def _check(config: SelfbenchConfig) -> None:
     problems = check_models(config)
     if not config.model:
         problems.append("give a --model, whose pictures all others are scored on, too")
+    if config.text_encoders == "stage":
+        problems.append(
+            "--text-encoders stage: pictures are made with text encoders and network on one GPU"
+        )
     counts = len(config.guidance), len(dict.fromkeys(config.model))
     if counts[0] not in (1, counts[1]):
         problems.append(

@@ -25,6 +25,13 @@ def actor_device(gpus: float) -> str:
     return "cuda"
 
 
+def free_memory() -> int | None:
+    """Bytes that this process's GPU has free; None where torch sees none."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
 def worker_device() -> torch.device:
     """The device of this worker of Ray Train.
 

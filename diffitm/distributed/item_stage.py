@@ -27,7 +27,12 @@ WORK = pa.schema(
 
 def work_folder(out: str, kind: str, settings: dict[str, Any]) -> str:
     """A folder beside `out`, named by everything that its content depends on."""
-    folder = storage.join(storage.parent(out), "work", f"{kind}-{fingerprint(settings)[:12]}")
+    return folder_below(storage.parent(out), kind, settings)
+
+
+def folder_below(base: str, kind: str, settings: dict[str, Any]) -> str:
+    """The same in `base`."""
+    folder = storage.join(base, "work", f"{kind}-{fingerprint(settings)[:12]}")
     note = storage.join(folder, "_config.json")
     if not storage.exists(note):
         storage.write_text(note, json.dumps(settings, indent=1))

@@ -26,6 +26,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffitm.core.errors import InputError, Unavailable
+from diffitm.distributed import devices
 
 log = logging.getLogger("diffitm")
 T = TypeVar("T")
@@ -225,10 +226,12 @@ def other_nodes() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
 
 
-def ask_nodes(nodes: dict[str, str], function: Callable[..., T], *arguments: Any) -> dict[str, T]:
+def ask_nodes(
+    nodes: dict[str, str], function: Callable[..., T], *arguments: Any, gpus: float = 0.0
+) -> dict[str, T]:
     """What a function returns on each of these nodes, by address; those that go away meanwhile are left
-    out. It takes no processor."""
-    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    out. It takes no processor, and so many GPUs."""
+    task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(function)
     asked = {
         name: task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
@@ -288,6 +291,18 @@ def ask(cpus: float, gpus: float, function: Callable[..., T], *given: Any) -> T:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
+
+
+def free_gpu_memory(gpus: float) -> list[int]:
+    """Bytes that a GPU has free, of each node that has so many GPUs; where none is up yet, the first that
+    comes. Nothing of those whose torch sees none."""
+    nodes = {
+        node["NodeID"]: node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU", 0) >= gpus
+    }
+    found = ask_nodes(nodes, devices.free_memory, gpus=gpus).values()
+    return [free for free in found or [ask(0, gpus, devices.free_memory)] if free is not None]
 
 
 def fitting(cpus: float, gpus: float) -> int:

@@ -87,6 +87,11 @@ class ModelOptions(OnActors):
     empty: Literal["text", "zeros"] = option(
         "text", "what no text is: the encoded empty text, or zeros, which SD3 was trained with"
     )
+    text_encoders: Literal["auto", "resident", "stage"] = option(
+        "auto",
+        "where diffusion models' texts are encoded: resident, on the GPU of the network; stage, before, by "
+        "actors of their own, and kept in OUT/work; auto: stage where a GPU has no room for both",
+    )
     batch_size: int = option(64, "forwards of the model in one batch", at_least=1)
     compile: bool = option(
         False,
@@ -175,6 +180,11 @@ def check_options(config: GdbenchConfig) -> None:
     problems = check_models(config)
     if not config.clip and (config.segmentation or config.clip_benchmark or config.mllm):
         problems.append("--segmentation, --clip-benchmark and --mllm measure CLIPs: give a --clip")
+    if config.prompts and config.text_encoders == "stage":
+        problems.append(
+            "--text-encoders stage: images of --prompts are made with text encoders and network on one GPU; "
+            "make them in a run of their own"
+        )
     corrects = bool(config.prompts) and any(dpt_names(config))
     if config.dpt_correction != GdbenchConfig().dpt_correction and not corrects:
         text = "is of images by DPT: give a --dpt and --prompts"
@@ -204,6 +214,8 @@ def check_models(config: ModelOptions) -> list[str]:
     problems += _list_problems(config) + _race_problems(config) + _dpt_problems(config)
     if config.compile and not config.model:
         problems.append("--compile is of diffusion models: give a --model")
+    if config.text_encoders != "auto" and not config.model:
+        problems.append("--text-encoders is of diffusion models: give a --model")
     for count in asked_timesteps(config):
         try:
             _planned(config, count, config.protocol in FLOW_PROTOCOLS)
@@ -287,6 +299,9 @@ def _dpt_problems(config: ModelOptions) -> list[str]:
         problems.append("--dpt is a score of diffusion models: give a --model")
     if not any(dpt_names(config)) and config.dpt_timestep != ModelOptions().dpt_timestep:
         problems.append(f"--dpt-timestep {config.dpt_timestep}: is of DPT's score: give a --dpt")
+    if any(dpt_names(config)) and config.text_encoders == "stage":
+        text = "DPT's score reads texts with the encoder beside the network"
+        problems.append(f"--text-encoders stage: {text}; leave one of both out")
     if None in dpt_names(config):
         return problems
     raced = config.racing is not None or bool(config.n_samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from diffitm.models.noise_schedule import NoiseSchedule, Schedule
 # {"hidden": [B, L, D]}; a model with pooled text adds its own. A model that looks away from padding adds
 # "mask", bool [B, L], of the tokens that are a text's: the others can be left out or added at will.
 Condition = dict[str, Tensor]
+Encode = Callable[[Sequence[str]], Condition]
 
 
 class Denoiser(ABC):
@@ -147,9 +148,9 @@ def select(condition: Condition, index: Tensor) -> Condition:
     return {name: value[index.to(value.device)] for name, value in condition.items()}
 
 
-def encode_with_zeros(denoiser: Denoiser, texts: Sequence[str]) -> Condition:
-    """As its encode_texts, but '' is zeros: what some were trained with where a text was dropped."""
-    empty, condition = torch.tensor([not text for text in texts]), denoiser.encode_texts(texts)
+def encode_with_zeros(encode: Encode, texts: Sequence[str]) -> Condition:
+    """As `encode` has them, but '' is zeros: what some were trained with where a text was dropped."""
+    empty, condition = torch.tensor([not text for text in texts]), encode(texts)
 
     def zeros(value: Tensor) -> Tensor:
         rows = empty.to(value.device).view(-1, *(1,) * (value.dim() - 1))

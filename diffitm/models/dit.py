@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.latent_diffusion import Folder, LatentDiffusion
+from diffitm.models.sides import Side
 
 
 class Dit(LatentDiffusion):
@@ -32,8 +33,9 @@ class Dit(LatentDiffusion):
         device: torch.device | str = "cpu",
         revision: str | None = None,
         variant: str | None = None,
+        side: Side = "whole",
     ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
         self.transformer = parts.model(DiTTransformer2DModel, "transformer")
         super().__init__(parts, self.transformer, parts.vae())
         self.table = _take_table(self.transformer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from diffitm.core.errors import InputError
-from diffitm.models.denoiser import Condition, Denoiser
+from diffitm.models.denoiser import Condition, Denoiser, Encode
 from diffitm.models.dpt_file import AdapterFile, AdapterShape, check_fits
 from diffitm.models.lora import lora_unet
 from diffitm.models.stable_diffusion import StableDiffusion
@@ -27,7 +27,6 @@ TIME_HIDDEN = 1024
 TEMPERATURE = 0.07  # of the logits at first
 FREQUENCIES, EPSILON = 10_000, 1e-6  # of DETR's positions
 BLOCKS = {"bottom": "down_blocks", "mid": "mid_block", "up": "up_blocks"}  # of a U-Net of diffusers
-Encode = Callable[[Sequence[str]], Condition]
 
 
 class DptAdapter(nn.Module):

@@ -29,6 +29,7 @@ from diffitm.models.latent_diffusion import (
     tokenize,
 )
 from diffitm.models.noise_schedule import FLOW_TIME
+from diffitm.models.sides import Side
 
 SCHNELL_LENGTH = 256  # tokens of a text that schnell was trained with
 
@@ -50,8 +51,9 @@ class Flux(FlowDiffusion):
         device: torch.device | str = "cpu",
         revision: str | None = None,
         variant: str | None = None,
+        side: Side = "whole",
     ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
         self.clip = parts.text_encoder(CLIPTextModel, "text_encoder")
         self.tokenizer = parts.tokenizer("tokenizer", self.clip)
         self.t5 = parts.text_encoder(T5EncoderModel, "text_encoder_2")

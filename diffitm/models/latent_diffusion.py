@@ -17,6 +17,7 @@ from diffitm.models.denoiser import Denoiser
 from diffitm.models.hub_weights import choose_variant
 from diffitm.models.noise_schedule import NoiseSchedule, Schedule
 from diffitm.models.parts import read_json, read_schedule, read_tokenizer
+from diffitm.models.sides import Side, empty_part, is_loaded
 
 INDEX = "model_index.json"
 HALF = (torch.float16, torch.bfloat16)
@@ -42,6 +43,7 @@ class Folder:
     device: torch.device
     revision: str | None
     variant: str | None
+    side: Side = "whole"  # the parts of another have no weights
     configs: dict[str, Any] = field(default_factory=dict)  # of the parts that were read, by name
 
     def index(self) -> dict[str, Any]:
@@ -72,6 +74,9 @@ class Folder:
         products overflow there, is met without a step of its own.
         """
         dtype = dtype or self.dtype
+        if not is_loaded(part, self.side):
+            there = {"subfolder": part, "revision": self.revision}
+            return self._empty(kind, part, kind.load_config(self.location, **there))
         loaded = kind.from_pretrained(
             self.location,
             subfolder=part,
@@ -97,6 +102,11 @@ class Folder:
 
     def text_encoder(self, kind: Any, part: str) -> Any:
         """A text model of transformers."""
+        if not is_loaded(part, self.side):
+            given, _ = kind.config_class.get_config_dict(
+                self.location, subfolder=part, revision=self.revision
+            )
+            return self._empty(kind, part, given)
         loaded, report = kind.from_pretrained(
             self.location,
             subfolder=part,
@@ -109,6 +119,12 @@ class Folder:
             raise OSError(f"the weights of {part} lack {', '.join(missing[:5])}")
         self.configs[part] = loaded.config
         return loaded.to(self.device).eval().requires_grad_(False)
+
+    def _empty(self, kind: Any, part: str, settings: Mapping[str, Any]) -> Any:
+        """What stands for a part of the other side."""
+        made = empty_part(kind, settings)
+        self.configs[part] = made.config
+        return made.eval().requires_grad_(False)
 
     def tokenizer(self, part: str, encoder: Any, kind: Any = CLIPTokenizer) -> Any:
         """The tokenizer of a text encoder, which it has to fit."""
@@ -269,8 +285,9 @@ class OneEncoder(LatentDiffusion):
         device: torch.device | str = "cpu",
         revision: str | None = None,
         variant: str | None = None,
+        side: Side = "whole",
     ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
         self.text_encoder = parts.text_encoder(self.encoder_kind, "text_encoder")
         self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder, self.tokenizer_kind)
         self.transformer = parts.model(self.network_kind, "transformer")

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from diffitm.core import registry, storage
 from diffitm.core.errors import InputError
+from diffitm.core.provenance import fingerprint
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.embedded import EMBEDDED, folder_of
 from diffitm.models.families import FAMILIES, Family, absent_parts, kind_of
@@ -27,6 +28,7 @@ from diffitm.models.hub_weights import (
     needed,
 )
 from diffitm.models.lora import digest_of, lora_file, merge_file
+from diffitm.models.sides import Side, is_loaded
 from diffitm.models.weight_cache import on_disk
 from diffitm.models.weight_files import POINTER, WeightsError, check_whole
 
@@ -37,6 +39,11 @@ CONVERT = (
     "(StableDiffusionXLPipeline of an SDXL), and give the FOLDER"
 )
 SETTINGS = ("config.json", "scheduler_config.json", "generation_config.json")
+SIDES: dict[Side, str] = {
+    "whole": "its weights",
+    "texts": "the weights of its text encoders",
+    "network": "the weights of its network and VAE",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,12 +81,18 @@ class ModelSource:
         """What of its folder is read."""
         return tuple(p for p in FAMILIES[self.family].parts if p not in self.absent)
 
-    def memory(self, dtype: str) -> int:
-        """Bytes of its weights in a dtype, 0 before it was checked."""
+    @property
+    def has_text_encoders(self) -> bool:
+        """Whether weights of their own read its texts."""
+        return any(is_loaded(part, "texts") for part in self.parts)
+
+    def memory(self, dtype: str, side: Side = "whole") -> int:
+        """Bytes of the weights of a side of it in a dtype, 0 before it was checked."""
         wide = {"vae"} if self.upcast else set[str]()
         return sum(
             count * (DTYPES["fp32"] if part in wide else DTYPES[dtype]).itemsize
             for part, count in self.sizes
+            if is_loaded(part, side)
         )
 
     def fetched(self) -> ModelSource:
@@ -151,15 +164,16 @@ def load_denoiser(
     device: str = "cpu",
     variant: str | None = None,
     lora: str | None = None,
+    side: Side = "whole",
 ) -> Denoiser:
-    """Load the model and merge LoRA weights into its U-Net.
+    """Load the model, or a side of it alone, and merge LoRA weights into what is loaded.
 
     Raises InputError for an unknown family or dtype, unreadable weights, LoRA keys that do not fit,
     a LoRA for a model without a U-Net, weights that are larger than what a GPU has free.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    _check_memory(source, dtype, device)
+    _check_memory(source, dtype, device, side)
     build = registry.load(FAMILIES[source.family].denoiser)
     if dtype == "fp32":  # cuDNN would round convolutions to TF32
         torch.backends.cudnn.allow_tf32 = False
@@ -167,7 +181,7 @@ def load_denoiser(
     try:
         if revision is None:
             check_variant(files_of(Path(folder)), source.parts, variant)
-        denoiser: Denoiser = build(folder, DTYPES[dtype], device, revision, variant)
+        denoiser: Denoiser = build(folder, DTYPES[dtype], device, revision, variant, side)
     except InputError as error:
         raise InputError(
             f"{source.name!r} cannot be loaded: {error.message}", source.field
@@ -184,16 +198,16 @@ def load_denoiser(
     return denoiser
 
 
-def _check_memory(source: ModelSource, dtype: str, device: str) -> None:
+def _check_memory(source: ModelSource, dtype: str, device: str, side: Side) -> None:
     if not device.startswith("cuda") or not source.sizes:
         return
     free, total = torch.cuda.mem_get_info(device)
     # What this process keeps of models that it no longer has is free for the next one.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if (wanted := source.memory(dtype)) > free:
+    if (wanted := source.memory(dtype, side)) > free:
         raise InputError(
-            f"{source.name!r}: its weights are {_gigabytes(wanted)} in {dtype}, of the GPU's "
-            f"{_gigabytes(total)} {_gigabytes(free)} are free: --dtype fp16 or bf16, a smaller model, fewer "
+            f"{source.name!r}: {SIDES[side]} are {gigabytes(wanted)} in {dtype}, of the GPU's "
+            f"{gigabytes(total)} {gigabytes(free)} are free: --dtype fp16 or bf16, a smaller model, fewer "
             "actors on a GPU (--gpus-per-actor 1), or a GPU with more",
             source.field,
         )
@@ -203,10 +217,11 @@ def size_note(source: ModelSource, dtype: str) -> str:
     """The parameters of a checked source's parts and the memory of its weights, in words."""
     parts = ", ".join(f"{part} {count / 1e6:,.1f}" for part, count in source.sizes)
     total = sum(count for _, count in source.sizes)
-    return f"{total / 1e6:,.1f} million parameters ({parts}), {_gigabytes(source.memory(dtype))} in {dtype}"
+    return f"{total / 1e6:,.1f} million parameters ({parts}), {gigabytes(source.memory(dtype))} in {dtype}"
 
 
-def _gigabytes(count: int) -> str:
+def gigabytes(count: int) -> str:
+    """Bytes in words."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
@@ -291,6 +306,12 @@ def _copy(uri: str, field: str, variant: str | None, digest: str | None = None) 
         uri, wanted, lambda folder: _digest(folder, family, settings, variant), digest
     )
     return copy
+
+
+def around_texts(source: ModelSource) -> str:
+    """A fingerprint of what the installed diffusers puts around its texts; '' where that is nothing."""
+    around = registry.load(FAMILIES[source.family].denoiser).around_texts()
+    return fingerprint(around)[:12] if around else ""
 
 
 def lora_digest(path: str) -> str:

@@ -11,10 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextConfig
 
 from diffitm.core import registry
 from diffitm.core.errors import InputError
@@ -35,6 +33,7 @@ from diffitm.models.parts import (
     strange_scheduler,
     tokenizer_defaults,
 )
+from diffitm.models.sides import empty_part
 from diffitm.models.weight_files import Shapes, check_whole, few, read_shapes
 
 log = logging.getLogger("diffitm")
@@ -190,14 +189,7 @@ def _empty(folder: Path, name: str, kind: str | None) -> nn.Module | None:
     """A part of that class without memory for its weights; None of what has none."""
     if kind is None or name.startswith(WITHOUT_WEIGHTS):
         return None
-    made, settings = registry.load(kind), read_json(folder / name / "config.json")
-    with torch.device("meta"):
-        if not kind.startswith("transformers:"):
-            part: nn.Module = made.from_config(settings)
-        elif made.config_class is CLIPTextConfig:
-            part = made(CLIPTextConfig.from_dict(of_text(settings)))
-        else:
-            part = made(made.config_class.from_dict(settings))
+    part: nn.Module = empty_part(registry.load(kind), read_json(folder / name / "config.json"))
     return part
 
 
@@ -242,11 +234,6 @@ def _plain(key: str) -> str:
     for old, new in OLDER.items():
         key = key.replace(old, new)
     return key
-
-
-def of_text(settings: dict[str, Any]) -> dict[str, Any]:
-    """A text encoder's settings, also where the config is that of a whole CLIP."""
-    return dict(settings.get("text_config") or settings)
 
 
 def encoder_of(tokenizer: str) -> str:

@@ -27,6 +27,7 @@ from diffitm.models.latent_diffusion import (
     sample,
     tokenize,
 )
+from diffitm.models.sides import Side
 
 _CLIPS = ("", "_2")  # how the names of their parts end
 
@@ -50,8 +51,9 @@ class StableDiffusion3(FlowDiffusion):
         device: torch.device | str = "cpu",
         revision: str | None = None,
         variant: str | None = None,
+        side: Side = "whole",
     ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
         ends = _CLIPS if parts.has("text_encoder_2") else _CLIPS[:1]
         self.is_alone = len(ends) == 1
         kind = CLIPTextModel if self.is_alone else CLIPTextModelWithProjection

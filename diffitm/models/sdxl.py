@@ -20,6 +20,7 @@ from diffitm.models.latent_diffusion import (
     sample,
     tokenize,
 )
+from diffitm.models.sides import Side
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -42,8 +43,9 @@ class StableDiffusionXL(LatentDiffusion):
         device: torch.device | str = "cpu",
         revision: str | None = None,
         variant: str | None = None,
+        side: Side = "whole",
     ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
         index = parts.index()
         if absent := [part for part in _TEXT_PARTS if not (index.get(part) or [None])[0]]:
             raise OSError(f"model_index.json names no {', '.join(absent)} (a refiner has not all)")
@@ -58,9 +60,9 @@ class StableDiffusionXL(LatentDiffusion):
         ]
         self.unet = parts.model(UNet2DConditionModel, "unet")
         super().__init__(parts, self.unet, parts.vae(upcast=True))
-        side = float(self.resolution)
+        pixels = float(self.resolution)
         # Original size, crop's corner and target size.
-        self.time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
+        self.time_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=self.device)
 
     @classmethod
     def check_together(cls, configs: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from diffitm.models.latent_diffusion import (
     sample,
     tokenize,
 )
+from diffitm.models.sides import Side
 
 _OLD_END = 2
 
@@ -28,7 +29,8 @@ class StableDiffusion(LatentDiffusion):
     """VAE, text encoder and U-Net; epsilon or v-prediction, as the scheduler's config says.
 
     `folder` is a local folder or a Hub id, `revision` a commit of the latter. The scheduler gives
-    the training schedule only. Raises OSError if a part cannot be read.
+    the training schedule only. Of one `side` the other's weights are not loaded. Raises OSError if a part
+    cannot be read.
     """
 
     def __init__(
@@ -38,8 +40,9 @@ class StableDiffusion(LatentDiffusion):
         device: torch.device | str = "cpu",
         revision: str | None = None,
         variant: str | None = None,
+        side: Side = "whole",
     ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant)
+        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
         self.text_encoder = parts.text_encoder(CLIPTextModel, "text_encoder")
         self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder)
         self.unet = parts.model(UNet2DConditionModel, "unet")

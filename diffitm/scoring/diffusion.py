@@ -14,10 +14,11 @@ from torch import Tensor
 
 from diffitm.core import images
 from diffitm.core.schema import PairRow
-from diffitm.models.denoiser import Condition, Denoiser, encode_with_zeros, select
+from diffitm.models.denoiser import Condition, Denoiser, Encode, encode_with_zeros, select
 from diffitm.models.noise_schedule import FLOW_TIME
 from diffitm.scoring.batching import Batch, measured
 from diffitm.scoring.compiled import CompiledPredict
+from diffitm.scoring.encoded_items import Cache
 from diffitm.scoring.image_reader import Loaded
 from diffitm.scoring.noise_plan import NoisePlan
 from diffitm.scoring.pair_errors import error_batches
@@ -44,7 +45,8 @@ class DiffusionScorer(RowScorer):
 
     `root` is the data root, `resize` 'squash' or 'crop', `latent_seed` None for the posterior mean.
     `compiled` has the denoiser's forwards compiled (scoring/compiled.py). `empty` is what no text is: 'text',
-    the encoded '', or 'zeros'.
+    the encoded '', or 'zeros'. With `encoded` all texts, '' too, are read from there, and the denoiser needs
+    no text encoders.
     """
 
     def __init__(
@@ -58,11 +60,15 @@ class DiffusionScorer(RowScorer):
         text_cache_bytes: int = TEXT_CACHE_BYTES,
         compiled: bool = False,
         empty: str = "text",
+        encoded: Cache | None = None,
     ) -> None:
         self.denoiser, self.root, self.device = denoiser, root, denoiser.device
         self.plan = replace(plan, noise=plan.noise.to(self.device))
         self.resize, self.latent_seed = resize, latent_seed
-        encode = denoiser.encode_texts if empty == "text" else partial(encode_with_zeros, denoiser)
+        self.encoded = encoded
+        encode: Encode = denoiser.encode_texts if encoded is None else self._read
+        if empty != "text":
+            encode = partial(encode_with_zeros, encode)
         self.texts = TextCache(encode, text_cache_bytes, batch_size)
         # VAE batches are small: at 512 px an encode weighs more than a forward of the U-Net.
         images = Batch(max(1, batch_size // 4), "batch size of images")
@@ -72,6 +78,16 @@ class DiffusionScorer(RowScorer):
         self.timesteps: list[float] = plan.timesteps.tolist()
         self.is_flow = plan.timesteps.is_floating_point()
         self.elements = int(np.prod(denoiser.latent_shape))
+
+    def _read(self, texts: Sequence[str]) -> Condition:
+        """Texts that were encoded before."""
+        assert self.encoded is not None, "the constructor asks for it"
+        return {name: value.to(self.device) for name, value in self.encoded(texts).items()}
+
+    def refuses(self, text: str) -> str | None:
+        """Why a text has no score; None if it has one."""
+        failures = self.encoded.failures if self.encoded else {}
+        return failures.get(text) or self.denoiser.refuses(text)
 
     def cut(self, texts: Sequence[str]) -> list[int]:
         return [number for number, text in enumerate(texts) if self.denoiser.cuts(text)]
@@ -89,7 +105,7 @@ class DiffusionScorer(RowScorer):
     ) -> list[dict[str, Any]]:
         """Errors of every kind a pair; a text that the model refuses is a failure of its own pairs."""
         asked = dict.fromkeys(text for row in rows for text in row.texts)
-        refused = {t: reason for t in asked if (reason := self.denoiser.refuses(t)) is not None}
+        refused = {t: reason for t in asked if (reason := self.refuses(t)) is not None}
         texts = [text for text in asked if text not in refused]
         number = {text: t for t, text in enumerate(texts)}
         # Before the first images are waited for: they are read meanwhile.

@@ -52,7 +52,7 @@ class BlockRaces:
     ) -> None:
         self.scorer, self.block, self.plan = scorer, block, plan
         pictures = (load or _loader(scorer, block))(block.images)
-        self.refused = refused = [scorer.denoiser.refuses(text) for text in block.texts]
+        self.refused = refused = [scorer.refuses(text) for text in block.texts]
         kept = [text for text, reason in zip(block.texts, refused, strict=True) if reason is None]
         # Before the first images are waited for: they are read meanwhile.
         self.condition = scorer.texts(kept) if kept else {}

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffitm.core.errors import InputError
-from diffitm.core.provenance import fingerprint
-from diffitm.core.registry import load
 from diffitm.core.storage import without_query
 from diffitm.models.dpt_file import AdapterFile
-from diffitm.models.families import FAMILIES
-from diffitm.models.loading import ModelSource, load_denoiser, lora_digest
+from diffitm.models.loading import ModelSource, around_texts, load_denoiser, lora_digest
+from diffitm.models.sides import Side
 from diffitm.scoring.diffusion import DiffusionScorer
+from diffitm.scoring.encoded_items import Cache
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.scorer import CLIP_IMAGE_COST, RowScorer
+from diffitm.scoring.text_cache import TEXT_CACHE_BYTES
 
 if TYPE_CHECKING:  # open_clip is imported only where CLIP is used
     from collections.abc import Sequence
@@ -77,6 +77,8 @@ class DiffusionSpec:
     batch_size: int = 64
     compiled: bool = False
     empty: str = "text"
+    staged: bool = False  # its texts are encoded by actors of their own
+    encoded: tuple[str, ...] = ()  # folders of scoring.encoded_items, with its texts once they are
     image_cost = 0
 
     @property
@@ -117,8 +119,8 @@ class DiffusionSpec:
             config["guidance"] = self.source.guidance
         if self.empty != "text":
             config["empty"] = self.empty
-        if around := load(FAMILIES[self.source.family].denoiser).around_texts():
-            config["around_texts"] = fingerprint(around)[:12]
+        if around := around_texts(self.source):
+            config["around_texts"] = around
         return {**config, **self.source.told}
 
     def painter(self, device: str) -> Painter:
@@ -130,7 +132,8 @@ class DiffusionSpec:
         if not self.timesteps or min(self.timesteps) < 0:
             text = f": {list(self.timesteps)}: give at least one timestep, none of them below 0"
             raise InputError(text, "timesteps")
-        denoiser = load_denoiser(self.source, self.dtype, device, self.variant, self.lora)
+        side: Side = "network" if self.staged else "whole"
+        denoiser = load_denoiser(self.source, self.dtype, device, self.variant, self.lora, side)
         plan = make_plan(self.timesteps, denoiser.latent_shape, self.seed)
         try:
             denoiser.schedule.check(plan.timesteps)
@@ -145,6 +148,7 @@ class DiffusionSpec:
             self.latent_seed,
             compiled=self.compiled,
             empty=self.empty,
+            encoded=Cache(*self.encoded, limit=TEXT_CACHE_BYTES) if self.staged else None,
         )
 
 

@@ -194,6 +194,16 @@ def distinct_texts(uris: list[str]) -> Iterator[str]:
         yield from batch["text"].to_pylist()
 
 
+def work_texts(table: WorkTable) -> Iterator[str]:
+    """Each text of a work table's pairs, or of its races, once."""
+    found, path = storage.filesystem(table.uri)
+    rows = ds.dataset(path, filesystem=found, format="parquet")
+    column = "text" if "text" in rows.schema.names else "unnest(texts)"
+    query = f"SELECT DISTINCT {column} AS text FROM rows ORDER BY text"
+    for batch in connect(rows=rows).sql(query).to_arrow_reader(BATCH):
+        yield from batch["text"].to_pylist()
+
+
 def write_work(examples: list[str], store: Store, uri: str) -> WorkTable:
     """Write the pairs that the examples need and the store lacks, by image path and text.
 

@@ -59,7 +59,7 @@ class Training:
     checkpoint_every: int
     log_every: int
     validation: Validation | None
-    latents: str | None  # folder of training.latent_cache, None to encode on the way
+    latents: str | None  # folder of scoring.encoded_items, None to encode on the way
 
     @property
     def reads_images(self) -> bool:
@@ -86,7 +86,7 @@ class DenoiserJob(Training):
 
     resize: str
     rank: int
-    texts: str | None  # folder of training.latent_cache
+    texts: str | None  # folder of scoring.encoded_items
 
     @property
     def reads_images(self) -> bool:

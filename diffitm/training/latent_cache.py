@@ -1,84 +1,14 @@
-"""Latents and encoded texts that were computed beforehand, read by name from Parquet."""
+"""Micro-batches whose latents were computed beforehand."""
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
-from pyarrow import parquet
-from safetensors.torch import load
-from torch import Tensor
-
-from diffitm.core import storage
-from diffitm.models.denoiser import stack
+from diffitm.scoring.encoded_items import Cache
 from diffitm.training.job import Training
 from diffitm.training.sampler import Item, Loaded, images_in
-
-# `value`: the item's tensors as safetensors; null, with the reason in `failure`, if unreadable.
-CACHED = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("position", pa.int64()),
-        ("name", pa.string()),
-        ("failure", pa.string()),
-        ("value", pa.large_binary()),
-    ]
-)
-ROW_GROUP = 4  # a row group: what is read for one item
-MEMORY = 2 * 2**30
-
-
-class Cache:
-    """Encoded items of a folder; the most recently read `limit` bytes of them stay in memory.
-
-    `failures` are the names that have no value, and why.
-    """
-
-    def __init__(self, folder: str, limit: int = MEMORY) -> None:
-        found, _ = storage.filesystem(folder)
-        self.files = [
-            parquet.ParquetFile(path, filesystem=found)
-            for path in storage.readable_parquet(folder)[0]
-        ]
-        self.limit, self.used = limit, 0
-        self.kept: OrderedDict[tuple[int, int], list[dict[str, Tensor]]] = OrderedDict()
-        self.place: dict[str, tuple[int, int, int]] = {}
-        self.failures: dict[str, str] = {}
-        for number, file in enumerate(self.files):
-            columns = file.read(columns=["name", "failure"]).to_pydict()
-            lines = zip(columns["name"], columns["failure"], strict=True)
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                for row, (name, failure) in enumerate(itertools.islice(lines, rows)):
-                    self.place[name] = (number, group, row)
-                    if failure is not None:
-                        self.failures[name] = failure
-
-    def __call__(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The items' tensors, stacked [B, ...]; none of them may be among the failures. Masked texts are
-        padded to the longest."""
-        found = [self._item(*self.place[name]) for name in names]
-        return stack([{key: value[None] for key, value in item.items()} for item in found])
-
-    def _item(self, file: int, group: int, row: int) -> Mapping[str, Tensor]:
-        known = self.kept.get((file, group))
-        if known is None:
-            values = self.files[file].read_row_group(group, columns=["value"])["value"].to_pylist()
-            known = [{} if value is None else load(value) for value in values]
-            self.kept[file, group] = known
-            self.used += _size(known)
-            while self.used > self.limit and len(self.kept) > 1:
-                self.used -= _size(self.kept.popitem(last=False)[1])
-        self.kept.move_to_end((file, group))
-        return known[row]
-
-
-def _size(items: list[dict[str, Tensor]]) -> int:
-    return sum(value.numel() * value.element_size() for item in items for value in item.values())
 
 
 class CachedLoader:

@@ -30,7 +30,7 @@ from diffitm.negatives.rules import rules
 from diffitm.retrieval.candidate_lists import FOUND
 from diffitm.retrieval.exact_knn import EMBEDDINGS
 from diffitm.scoring.diffusion import to_input
-from diffitm.training.latent_cache import CACHED
+from diffitm.scoring.encoded_items import CACHED
 from tests.ranks import Handle
 from tests.tiny import write_image
 

@@ -170,6 +170,10 @@ def test_from_python(sd: StableDiffusion, sd_folder: Path, adapter: str, root: P
         ({"lora": ["none"]}, "--lora is of the error score (an adapter brings"),
         ({"compile": True}, "--compile is of the error score"),
         ({"racing": 0.01}, "--racing is of the error score"),
+        (
+            {"text_encoders": "stage"},
+            "--text-encoders stage: DPT's score reads texts with the encoder",
+        ),
     ],
 )
 def test_problems_of_options(adapter: str, options: dict[str, Any], told: str) -> None:

@@ -35,13 +35,14 @@ from diffitm.models.lora import lora_weights, merge_lora, read_lora, save_lora
 from diffitm.models.noise_schedule import NoiseSchedule
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.diffusion import DiffusionScorer
+from diffitm.scoring.encoded_items import CACHED, Cache
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.shapes.layouts import write_world
 from diffitm.shapes.training import write_training
 from diffitm.store.pair_table import write_examples
 from diffitm.store.score_store import open_store
 from diffitm.tasks.registry import find_task
-from diffitm.training.latent_cache import CACHED, Cache, CachedLoader
+from diffitm.training.latent_cache import CachedLoader
 from diffitm.training.lora.objectives import OBJECTIVES, Objective
 from diffitm.training.lora.options import FinetuneConfig, find_problems
 from diffitm.training.lora.step import Posterior, Tuner

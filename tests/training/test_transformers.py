@@ -21,7 +21,7 @@ from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import lora_network, lora_weights, restore_adapter, save_lora
 from diffitm.models.model_check import check_loadable
 from diffitm.models.noise_schedule import FlowSchedule
-from diffitm.training.latent_cache import Cache
+from diffitm.scoring.encoded_items import Cache
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.lora.step import Posterior, Tuner
 from diffitm.training.sampler import Item, draw_noise, seed_of

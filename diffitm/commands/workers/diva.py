@@ -16,13 +16,13 @@ from diffitm.models.clip import LoadedClip, load_clip
 from diffitm.models.loading import load_denoiser
 from diffitm.scoring.clip import ClipScorer
 from diffitm.scoring.diffusion import scaled
+from diffitm.scoring.encoded_items import Cache
 from diffitm.training.crops import Views
 from diffitm.training.dataloader import Loader
 from diffitm.training.diva.reconstructions import row_of_pictures, write_pictures
 from diffitm.training.diva.step import Diva
 from diffitm.training.gradient_sync import Gradients
 from diffitm.training.job import DivaJob
-from diffitm.training.latent_cache import Cache
 from diffitm.training.lora.step import Posterior
 from diffitm.training.module import Measured, TrainModule, Worker
 from diffitm.training.run_folder import PICTURES

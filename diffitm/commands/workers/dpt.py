@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diffitm.commands.workers.lora import DenoiserModule
 from diffitm.distributed.train_loop import work
-from diffitm.models.denoiser import Denoiser
-from diffitm.models.dpt import DptAdapter, Encode, load_adapter, settings_of
+from diffitm.models.denoiser import Denoiser, Encode
+from diffitm.models.dpt import DptAdapter, load_adapter, settings_of
 from diffitm.models.dpt_file import shape_of
 from diffitm.scoring.dpt import DptScorer
 from diffitm.training.dpt.step import Dpt

@@ -16,12 +16,13 @@ from diffitm.models.families import FAMILIES
 from diffitm.models.loading import load_denoiser
 from diffitm.models.lora import lora_network, lora_weights, restore_adapter
 from diffitm.scoring.diffusion import DiffusionScorer, scaled
+from diffitm.scoring.encoded_items import Cache
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.protocols import choose_protocol, planned
 from diffitm.training.crops import Whole
 from diffitm.training.dataloader import Loader
 from diffitm.training.job import DenoiserJob, LoraJob, Validation
-from diffitm.training.latent_cache import Cache, CachedLoader
+from diffitm.training.latent_cache import CachedLoader
 from diffitm.training.lora.step import Posterior, Tuner
 from diffitm.training.module import Measured, TrainModule, Worker
 from diffitm.training.sampler import Item, images_in

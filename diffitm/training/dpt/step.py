@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from diffitm.models.denoiser import Condition, Denoiser
-from diffitm.models.dpt import DptAdapter, Encode, MapReader, with_pooled
+from diffitm.models.denoiser import Condition, Denoiser, Encode
+from diffitm.models.dpt import DptAdapter, MapReader, with_pooled
 from diffitm.models.lora import add_lora, lora_unet, lora_weights, restore_adapter
 from diffitm.scoring.text_cache import TextCache
 from diffitm.training.dpt.weights import ADAPTER, divided
