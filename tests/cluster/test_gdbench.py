@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
@@ -32,6 +33,28 @@ class Mine(Clevr):
     name = "mine"
     version = 7
 """
+
+
+def test_texts_in_a_stage(tmp_path: Path) -> None:
+    """The scores are those of resident encoders; what a killed stage left whole is not encoded again."""
+    given = ("--model", "shapes", "--data", "shapes", "--scenes", 10, "--tasks", "winoground")
+    given += ("--timesteps", 1, "--actors", 1, "--text-encoders")
+    staged, resident = tmp_path / "staged", tmp_path / "resident"
+    for where, out in (("resident", resident), ("stage", staged)):
+        pipeline.run(*given, where, "--out", out)
+    shutil.rmtree(staged / "scores")
+    (file,) = staged.glob("work/texts-*/0000/encoded/*.parquet")
+    count = pq.read_metadata(file).num_rows
+    file.write_bytes(file.read_bytes()[:-20])
+    done = pipeline.run(*given, "stage", "--out", staged)
+    assert f"encoding texts: {count} to do" in done.stderr
+    assert len(list(staged.glob("work/texts-*/0001/encoded/*.parquet"))) == 1
+    found, expected = pipeline.scores(staged), pipeline.scores(resident)
+    for column in ("image", "text", "failure", "digest"):
+        assert found[column].equals(expected[column])
+    # Rates say how large blocks are, and so what is in a batch.
+    pairs = zip(found["l2"].to_pylist(), expected["l2"].to_pylist(), strict=True)
+    assert all(one == pytest.approx(other, rel=1e-5) for one, other in pairs)
 
 
 def test_whole_run(tmp_path: Path) -> None:

@@ -18,7 +18,15 @@ from tests import families, tiny
 
 TEXTS = ["a cup", "a small red bird sits on the branch of a tree beside two other birds" * 9, ""]
 # One of each constructor, and of each kind of encoder that is built by its settings.
-NAMES = ("SD3", "SD3 without T5", "PixArt-alpha", "FLUX.1-dev", "Qwen-Image", "Lumina2", "FLUX.2-dev")
+NAMES = (
+    "SD3",
+    "SD3 without T5",
+    "PixArt-alpha",
+    "FLUX.1-dev",
+    "Qwen-Image",
+    "Lumina2",
+    "FLUX.2-dev",
+)
 WRITERS: dict[str, Any] = {
     "SD": tiny.write_sd,
     "SDXL": tiny.write_sdxl,
