@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from diffitm.core.errors import InputError
 from diffitm.models.loading import gigabytes
-from diffitm.models.lora import changes_texts
+from diffitm.models.lora import read_lora
+from diffitm.models.lora_formats import changes_texts
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.store.pair_table import WorkTable, work_texts
 
@@ -84,7 +85,7 @@ def with_texts(spec: DiffusionSpec, table: WorkTable, out: str, pool: ActorPool)
     """The spec with the texts of a work table encoded, below OUT/work."""
     from diffitm.commands.stages.encode import Encoder, encode_more_texts
 
-    lora = spec.lora if spec.lora and changes_texts(spec.lora) else None
+    lora = spec.lora if spec.lora and changes_texts(read_lora(spec.lora)[0]) else None
     encoder = Encoder(spec.source, spec.variant, spec.dtype, spec.root, spec.resize, lora)
     # With the empty text an actor measures its rate.
     texts = dict.fromkeys(["", *work_texts(table)])

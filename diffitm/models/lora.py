@@ -249,11 +249,6 @@ def naming(path: str) -> Iterator[None]:
         raise InputError(f"{unpinned(path)}: {error.message}", "lora") from error
 
 
-def changes_texts(path: str) -> bool:
-    """Whether a LoRA file has weights of text encoders. Raises as read_lora."""
-    return any("text_encoder" in key or key.startswith("lora_te") for key in read_lora(path)[0])
-
-
 def text_encoders(denoiser: Denoiser) -> list[nn.Module]:
     """The text encoders, which a LoRA may change too."""
     found = getattr(denoiser, "text_encoders", None) or [getattr(denoiser, "text_encoder", None)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -163,6 +163,11 @@ def place_of(key: str) -> Place | None:
     if match := _ALPHA.fullmatch(rest):
         return Place(part, match["module"], "alpha")
     return None
+
+
+def changes_texts(keys: Iterable[str]) -> bool:
+    """Whether some keys of a LoRA file are of text encoders, in diffusers' names, PEFT's or kohya's."""
+    return any("text_encoder" in key or key.startswith("lora_te") for key in keys)
 
 
 def find_module(part: nn.Module, name: str) -> nn.Module | None:

@@ -233,6 +233,20 @@ def test_an_encoder_tells_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+def test_large_encoders_write_few_texts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of theirs lies in memory: of FLUX.2-dev a text has 16 MB."""
+    stages = list[ItemStage]()
+    monkeypatch.setattr(encode, "run_items", lambda stage, *given: stages.append(stage) or "")
+    source = resolve("shapes")
+    for count in (2 * 10**9, 2 * 10**9 + 1):
+        large = replace(source, sizes=(("unet", 10**11), ("text_encoder", count)))
+        out = f"memory://large{count}/out"
+        encode_more_texts(out, ["a"], Encoder(large, None, "fp32", "", "squash"), POOL)
+    assert [(s.items_per_row, s.rows_per_block, s.row_group) for s in stages] == [
+        (64, 4, 4), (16, 1, 4),
+    ]  # fmt: skip
+
+
 def test_texts_of_a_work_table(tmp_path: Path) -> None:
     """Each once, of pairs and of races."""
     assert list(work_texts(work(tmp_path, ["b", "", "b", "a"]))) == ["", "a", "b"]

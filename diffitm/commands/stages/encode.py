@@ -69,12 +69,12 @@ class Encoder:
 
 
 class EncodeActor:
-    """Loads the model once, for texts its text encoders alone; encodes images (`kind`) or texts."""
+    """Loads a side of the model once; encodes images (`kind`) or texts."""
 
     def __init__(self, kind: str, encoder: Encoder, device: str, counter: Any) -> None:
         self.kind, self.encoder, self.counter = kind, encoder, counter
         source = encoder.source
-        side: Side = "texts" if kind == "text" and source.has_text_encoders else "whole"
+        side: Side = "texts" if kind == "text" and source.has_text_encoders else "network"
         self.denoiser = load_denoiser(
             source, encoder.dtype, device, encoder.variant, encoder.lora, side
         )
