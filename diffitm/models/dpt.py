@@ -18,11 +18,12 @@ from torch.nn.functional import cosine_similarity
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.dpt_file import AdapterFile, AdapterShape, check_fits
+from diffitm.models.dpt_grounding import WIDTH, Grounding
 from diffitm.models.lora import lora_unet
 from diffitm.models.stable_diffusion import StableDiffusion
 
 QUERIES = 10
-WIDTH, HEADS, HIDDEN, DROPOUT = 256, 8, 2048, 0.1
+HEADS, HIDDEN, DROPOUT = 8, 2048, 0.1
 TIME_HIDDEN = 1024
 TEMPERATURE = 0.07  # of the logits at first
 FREQUENCIES, EPSILON = 10_000, 1e-6  # of DETR's positions
@@ -33,7 +34,8 @@ Encode = Callable[[Sequence[str]], Condition]
 class DptAdapter(nn.Module):
     """Queries that read a feature map, and a head that compares them with a text; float32.
 
-    All of it that is drawn is a function of the seed.
+    A shape with grounding brings a hundred queries more, which see the others and are seen by them, and the
+    heads of their boxes. All of it that is drawn is a function of the seed.
     """
 
     def __init__(self, shape: AdapterShape, seed: int = 0) -> None:
@@ -54,23 +56,36 @@ class DptAdapter(nn.Module):
                 for parameter in layer.parameters():
                     if parameter.dim() > 1:
                         nn.init.xavier_uniform_(parameter)
+            self.grounding = Grounding(shape.clip_dim) if shape.grounding else None
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))
 
     def forward(self, maps: Tensor, timesteps: Tensor) -> Tensor:
-        """The queries [B, Q, clip_dim] of maps float32 [B, C, h, w] at timesteps [B]."""
+        """The matching queries [B, Q, clip_dim] of maps float32 [B, C, h, w] at timesteps [B]."""
+        found: Tensor = self.head(self.read(maps, timesteps)[:, :QUERIES])
+        return found
+
+    def read(self, maps: Tensor, timesteps: Tensor) -> Tensor:
+        """What all queries have read of maps, [B, Q, WIDTH]: those of matching, then those of boxes."""
         memory = self.input_proj(maps).flatten(2).transpose(1, 2)
         time = self.time_embedding(self.time_freqs(timesteps.to(maps.device)))
         places = positions(*maps.shape[2:]).to(maps.device) + time[:, None]
         memory = self.encoder(memory, places)
-        queries = self.queries.expand(len(maps), -1, -1)
-        found: Tensor = self.head(self.norm(self.decoder(memory, places, queries)))
+        asked: Tensor = self.queries
+        if self.grounding is not None:
+            asked = torch.cat([asked, self.grounding.queries])
+        queries = asked.expand(len(maps), -1, -1)
+        found: Tensor = self.norm(self.decoder(memory, places, queries))
         return found
 
     def score(self, maps: Tensor, timesteps: Tensor, pooled: Tensor) -> Tensor:
         """s(z_t, t, y) = max_i cos(q_i(z_t, t, y), p(y)), [B], of maps [B, C, h, w], timesteps [B] and pooled
         texts float32 [B, clip_dim]."""
-        cosines = cosine_similarity(self(maps, timesteps), pooled[:, None], dim=-1)
-        return cosines.max(1).values
+        return self.compare(self.read(maps, timesteps), pooled)
+
+    def compare(self, read: Tensor, pooled: Tensor) -> Tensor:
+        """The score [B] of what read() gave with pooled texts [B, clip_dim]."""
+        queries = self.head(read[:, :QUERIES])
+        return cosine_similarity(queries, pooled[:, None], dim=-1).max(1).values
 
 
 class EncoderLayer(nn.Module):
