@@ -66,9 +66,9 @@ Example = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor], Sequence[Seque
 
 
 def losses(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of classes, L1, GIoU and alignment. Each example: logits [Q, CLASSES], boxes [Q, 4] and vectors [Q, D] of
-    the queries, vectors [L, D] of the tokens, its boxes, the tokens that name each, and how many tokens
-    are the text's."""
+    """Of classes, L1, GIoU and alignment. Each example: logits [Q, CLASSES], boxes [Q, 4] and vectors [Q, D]
+    of the queries, vectors [L, D] of the tokens, its boxes, the tokens that name each, and how many
+    tokens are the text's."""
     of_classes, of_l1, of_giou, of_alignment = ([torch.zeros(())] for _ in range(4))
     count = max(1, sum(len(example[4]) for example in examples))
     for logits, boxes, queries, vectors, wanted, tokens, length in examples:

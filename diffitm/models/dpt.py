@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.dpt_file import AdapterFile, AdapterShape, check_fits
-from diffitm.models.dpt_grounding import WIDTH, Grounding
+from diffitm.models.dpt_grounding import WIDTH, Boxes, Grounding
 from diffitm.models.lora import lora_unet
 from diffitm.models.stable_diffusion import StableDiffusion
 
@@ -34,8 +34,10 @@ Encode = Callable[[Sequence[str]], Condition]
 class DptAdapter(nn.Module):
     """Queries that read a feature map, and a head that compares them with a text; float32.
 
-    A shape with grounding brings a hundred queries more, which see the others and are seen by them, and the
-    heads of their boxes. All of it that is drawn is a function of the seed.
+    A shape with grounding brings a hundred queries more and the heads of their boxes. As published all
+    queries are one sequence; but since the decoder's one layer begins with targets of zero, none learns of
+    another in it, dropout aside, so each question asks its own queries alone. All that is drawn is a
+    function of the seed.
     """
 
     def __init__(self, shape: AdapterShape, seed: int = 0) -> None:
@@ -61,31 +63,30 @@ class DptAdapter(nn.Module):
 
     def forward(self, maps: Tensor, timesteps: Tensor) -> Tensor:
         """The matching queries [B, Q, clip_dim] of maps float32 [B, C, h, w] at timesteps [B]."""
-        found: Tensor = self.head(self.read(maps, timesteps)[:, :QUERIES])
+        found: Tensor = self.head(self._read(maps, timesteps, self.queries))
         return found
 
-    def read(self, maps: Tensor, timesteps: Tensor) -> Tensor:
-        """What all queries have read of maps, [B, Q, WIDTH]: those of matching, then those of boxes."""
+    def find(self, maps: Tensor, timesteps: Tensor) -> Boxes:
+        """The boxes in maps float32 [B, C, h, w] at timesteps [B], of an adapter with grounding."""
+        assert self.grounding is not None, "the caller knows the shape"
+        found: Boxes = self.grounding(self._read(maps, timesteps, self.grounding.queries))
+        return found
+
+    def _read(self, maps: Tensor, timesteps: Tensor, queries: Tensor) -> Tensor:
+        """What queries [Q, WIDTH] have read of maps, [B, Q, WIDTH]."""
         memory = self.input_proj(maps).flatten(2).transpose(1, 2)
         time = self.time_embedding(self.time_freqs(timesteps.to(maps.device)))
         places = positions(*maps.shape[2:]).to(maps.device) + time[:, None]
         memory = self.encoder(memory, places)
-        asked: Tensor = self.queries
-        if self.grounding is not None:
-            asked = torch.cat([asked, self.grounding.queries])
-        queries = asked.expand(len(maps), -1, -1)
+        queries = queries.expand(len(maps), -1, -1)
         found: Tensor = self.norm(self.decoder(memory, places, queries))
         return found
 
     def score(self, maps: Tensor, timesteps: Tensor, pooled: Tensor) -> Tensor:
         """s(z_t, t, y) = max_i cos(q_i(z_t, t, y), p(y)), [B], of maps [B, C, h, w], timesteps [B] and pooled
         texts float32 [B, clip_dim]."""
-        return self.compare(self.read(maps, timesteps), pooled)
-
-    def compare(self, read: Tensor, pooled: Tensor) -> Tensor:
-        """The score [B] of what read() gave with pooled texts [B, clip_dim]."""
-        queries = self.head(read[:, :QUERIES])
-        return cosine_similarity(queries, pooled[:, None], dim=-1).max(1).values
+        cosines = cosine_similarity(self(maps, timesteps), pooled[:, None], dim=-1)
+        return cosines.max(1).values
 
 
 class EncoderLayer(nn.Module):

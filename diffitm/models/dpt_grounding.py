@@ -34,28 +34,23 @@ class Grounding(nn.Module):
     def __init__(self, clip_dim: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(QUERIES, WIDTH))
-        self.heads = nn.ModuleDict(
-            {
-                "classes": nn.Linear(WIDTH, CLASSES),
-                "boxes": nn.Sequential(
-                    *(nn.Linear(WIDTH, WIDTH), nn.ReLU()),
-                    *(nn.Linear(WIDTH, WIDTH), nn.ReLU()),
-                    nn.Linear(WIDTH, 4),
-                ),
-                "queries": nn.Linear(WIDTH, ALIGNED),
-                "tokens": nn.Linear(clip_dim, ALIGNED),
-            }
+        self.of_classes = nn.Linear(WIDTH, CLASSES)
+        self.of_boxes = nn.Sequential(
+            *(nn.Linear(WIDTH, WIDTH), nn.ReLU()),
+            *(nn.Linear(WIDTH, WIDTH), nn.ReLU()),
+            nn.Linear(WIDTH, 4),
         )
+        self.of_queries = nn.Linear(WIDTH, ALIGNED)
+        self.of_tokens = nn.Linear(clip_dim, ALIGNED)
 
     def forward(self, read: Tensor) -> Boxes:
-        """Of what DptAdapter.read gave [B, matching queries + Q, WIDTH]."""
-        own = read[:, -QUERIES:]
+        """Of what the queries have read, [B, Q, WIDTH]."""
         return Boxes(
-            self.heads["classes"](own),
-            self.heads["boxes"](own).sigmoid(),
-            normalize(self.heads["queries"](own), dim=-1),
+            self.of_classes(read),
+            self.of_boxes(read).sigmoid(),
+            normalize(self.of_queries(read), dim=-1),
         )
 
     def tokens(self, hidden: Tensor) -> Tensor:
         """The unit vectors [B, L, ALIGNED] of the text encoder's states float32 [B, L, clip_dim]."""
-        return normalize(self.heads["tokens"](hidden), dim=-1)
+        return normalize(self.of_tokens(hidden), dim=-1)

@@ -22,7 +22,7 @@ from diffitm.core.errors import InputError
 from diffitm.distributed.trainer import hand_over
 from diffitm.models.denoiser import Condition
 from diffitm.models.dpt import DptAdapter, load_adapter
-from diffitm.models.dpt_file import LORA, AdapterShape, find_adapter
+from diffitm.models.dpt_file import LORA, AdapterShape, find_adapter, save_adapter
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.shapes.training import write_training
@@ -140,16 +140,16 @@ def plain_boxes(made: Dpt, name: str, own: list[Posterior], which: list[int]) ->
         hidden, _ = plain_dpt.encoded(model, said.caption)
         map, _ = plain_dpt.read(model, name, noised, at, hidden)
         read = plain_dpt.outputs(state, map, at)[10:]
-        boxes = plain_dpt.linear(state, "grounding.heads.boxes.0", read).relu()
-        boxes = plain_dpt.linear(state, "grounding.heads.boxes.2", boxes).relu()
+        boxes = plain_dpt.linear(state, "grounding.of_boxes.0", read).relu()
+        boxes = plain_dpt.linear(state, "grounding.of_boxes.2", boxes).relu()
         aligned = [
-            plain_dpt.linear(state, f"grounding.heads.{kind}", values)
+            plain_dpt.linear(state, f"grounding.of_{kind}", values)
             for kind, values in (("queries", read), ("tokens", hidden[0]))
         ]
         examples.append(
             (
-                plain_dpt.linear(state, "grounding.heads.classes", read),
-                plain_dpt.linear(state, "grounding.heads.boxes.4", boxes).sigmoid(),
+                plain_dpt.linear(state, "grounding.of_classes", read),
+                plain_dpt.linear(state, "grounding.of_boxes.4", boxes).sigmoid(),
                 *(vectors / vectors.norm(dim=1, keepdim=True) for vectors in aligned),
                 [torch.tensor(box) for box in said.boxes],
                 TOKENS[i],
@@ -165,8 +165,8 @@ def plain_boxes(made: Dpt, name: str, own: list[Posterior], which: list[int]) ->
 def test_losses_with_boxes_equal_plain_code(
     folder: Path, name: str, tunes: bool, which: list[int]
 ) -> None:
-    """Beside matching: an image with its expression, of those that have one; all hundred and ten queries see each
-    other."""
+    """Beside matching: an image with its expression, of those that have one. The plain code has all hundred
+    and ten queries in one sequence, as published."""
     weights = GroundingWeights()
     made, own = dpt(folder, name, 2 if tunes else None, True, grounding=weights), posteriors()
     said = [SAID[i] if i in which else None for i in range(2)]
@@ -187,16 +187,16 @@ def test_losses_with_boxes_equal_plain_code(
 
 
 def test_without_expressions_nothing_is_of_boxes(folder: Path) -> None:
-    """The loss is that of matching; an adapter that has learned boxes is tuned without them, whose heads get no
-    gradient then."""
+    """The loss is that of matching; of an adapter that has learned boxes and is tuned without them what is of
+    boxes stays as it is."""
     made = dpt(folder, boxes=True, grounding=GroundingWeights())
     found = made.losses(items(), *posteriors(), [None, None])
     assert found.grounding is None
     torch.testing.assert_close(found.loss.detach(), found.of_texts + found.of_images)
     plain = dpt(folder, rank=2, boxes=True)
     assert made.adapter.grounding is not None and plain.adapter.grounding is not None
-    heads = {id(p) for p in plain.adapter.grounding.heads.parameters()}
-    assert heads and not heads & {id(p) for p in plain.parameters}
+    frozen = {id(p) for p in plain.adapter.grounding.parameters()}
+    assert frozen and not frozen & {id(p) for p in plain.parameters}
     plain.losses(items(), *posteriors()).loss.backward()
     assert all(p.grad is not None for p in plain.parameters)
 
@@ -506,6 +506,25 @@ def job(root: Path, adapter: Path | None = None, **more: Any) -> DptJob:
     return replace(made, **more)
 
 
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        (AdapterShape("up1", 48, 768, True), "up1 of 48 channels and texts 768 wide; this model has 48 and 96"),
+        (AdapterShape("up1", 32, 96), "up1 of 32 channels and texts 96 wide; this model has 48 and 96"),
+        (AdapterShape("up3", 48, 96), "is an adapter of up3: the maps of this U-Net are bottom0, bottom1"),
+    ],
+)  # fmt: skip
+def test_a_tuning_with_another_models_adapter(
+    world: Path, tmp_path: Path, shape: AdapterShape, told: str
+) -> None:
+    """It is refused by the settings of the model, before anything is loaded."""
+    save_adapter(DptAdapter(shape).state_dict(), shape, str(tmp_path), tuned=False)
+    with pytest.raises(InputError) as caught:
+        job(world, tmp_path)
+    message = caught.value.on_command_line()
+    assert message.startswith(f"--adapter '{tmp_path}'") and told in message, message
+
+
 @pytest.fixture
 def _own_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here, which share torch's generator as processes do not."""
@@ -524,13 +543,11 @@ def _own_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_any_number_of_workers_and_after_a_resume(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """The same losses and weights, with dropout, of a tuning with boxes; one group of two workers goes on from
-    the checkpoint of another's."""
+    """The same losses and weights, with dropout, of a tuning with boxes; one group of two workers goes on
+    from the checkpoint of another's."""
     kind, adapter = (ProbeModule, None) if stage == "probe" else (TuneModule, tmp_path)
     if adapter:
         channels = AdapterShape("up1", 48, 96, grounding=True)
-        from diffitm.models.dpt_file import save_adapter
-
         save_adapter(DptAdapter(channels, 2).state_dict(), channels, str(tmp_path), tuned=False)
     runs = []
     for name, groups in (("alone", [(1, 2)]), ("two", [(2, 1), (2, 2)])):
@@ -545,6 +562,6 @@ def test_on_any_number_of_workers_and_after_a_resume(
     assert norm({k: ours[k] - theirs[k] for k in theirs}) < 1e-4 * norm(theirs)
     has_lora = any(key.startswith("unet.") for key in ours)
     assert has_lora == (stage == "tune")
-    has_boxes = "adapter.grounding.heads.boxes.0.weight" in ours
+    has_boxes = "adapter.grounding.of_boxes.0.weight" in ours
     assert has_boxes == (stage == "tune")
     assert all(("of_giou" in line) == has_boxes for line in runs[1].monitor.lines)

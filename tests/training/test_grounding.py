@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch.nn.functional import normalize
 
 from diffitm.core.errors import InputError
 from diffitm.core.images import to_pixels
+from diffitm.models.dpt import DptAdapter
+from diffitm.models.dpt_file import AdapterShape
 from diffitm.models.dpt_grounding import CLASSES, Boxes
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.shapes.drawing import World
@@ -34,8 +37,9 @@ from diffitm.training.dpt.expressions import (
     write_expressions,
 )
 from diffitm.training.dpt.grounding import Target, grounding_losses
+from diffitm.training.dpt.locating import Locator, located
 from diffitm.training.dpt.step import targets_of
-from tests import plain_grounding
+from tests import plain_grounding, tiny
 
 CAPTION = "a red circle to the left of a blue square"
 BOXES = ((0.25, 0.5, 0.3, 0.4), (0.7, 0.5, 0.2, 0.3))
@@ -69,7 +73,7 @@ def found_of(leaves: list[Tensor]) -> tuple[Boxes, Tensor]:
 
 @pytest.mark.parametrize("counts", [[2, 0, 1], [0, 0], [1], [3, 3]])
 def test_losses_equal_plain_code(counts: list[int]) -> None:
-    """Values and gradients, of examples with several boxes, with one and with none; padding counts nothing."""
+    """Values and gradients, of examples with several boxes, one and none; padding counts nothing."""
     leaves, targets = drawn(5, counts)
     found, tokens = found_of(leaves)
     made = grounding_losses(found, tokens, targets, GroundingWeights(1, 5, 2, 3))
@@ -116,8 +120,8 @@ def test_more_boxes_than_queries() -> None:
 
 
 def test_tokens_of_phrases(sd: StableDiffusion) -> None:
-    """Those whose characters a span has, whatever the text's case and spaces; none of what the model cuts; the
-    classes are their places, all alike."""
+    """Those whose characters a span has, whatever the text's case and spaces; none of what the model cuts;
+    the classes are their places, all alike."""
     texts = [CAPTION, CAPTION.upper().replace(" ", "  "), f"{CAPTION} and {CAPTION}"]
     spans = [SPANS, (((0, 15),), ((36, 52),)), (((0, 12),), ((46, 58),), ((28, 41), (46, 52)))]
     said = [
@@ -317,3 +321,59 @@ def test_expressions_of_scenes(tmp_path: Path) -> None:
         assert [len(one.boxes) for one in read.expressions] == [1, 1, 2] * scenes
         assert read.outside == 0
         assert all((tmp_path / one.image).exists() for one in read.expressions)
+
+
+# How well boxes are found -------------------------------------------------------------------------
+
+
+def test_overlaps_of_the_surest_queries(
+    sd: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each box with the ten queries that are surest to be of its words, by plain code; an image that
+    cannot be read is left out, and two workers have what one has."""
+    for i in range(2):
+        tiny.write_image(tmp_path / f"{i}.png", seed=i, size=(40, 32))
+    said = [
+        Expression("0.png", CAPTION, BOXES, SPANS),
+        Expression("none.png", CAPTION, BOXES, SPANS),
+        Expression("1.png", CAPTION, BOXES[:1], SPANS[:1]),
+    ]
+    adapter = DptAdapter(AdapterShape("mid", 64, tiny.WIDTH, grounding=True))
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(100, CLASSES, generator=generator)
+    boxes = 0.3 + 0.4 * torch.rand(100, 4, generator=generator)
+    maps: list[Tensor] = []
+
+    def find(found: Tensor, at: Tensor) -> Boxes:
+        maps.append(found)
+        assert at.tolist() == [500] * len(found)
+        count = (len(found), -1, -1)
+        return Boxes(logits.expand(*count), boxes.expand(*count), boxes.expand(*count))
+
+    monkeypatch.setattr(adapter, "find", find)
+    locator = Locator(sd, adapter, str(tmp_path), "squash")
+    overlaps = locator.overlaps(said)
+    probabilities, rows = logits.softmax(1), []
+    for i, tokens in ((0, [1, 2, 3]), (1, [8, 9, 10]), (0, [1, 2, 3])):
+        surest = sorted(range(100), key=lambda q: -float(probabilities[q, tokens].sum()))
+        rows.append([plain_grounding.iou(BOXES[i], boxes[q].tolist()) for q in surest[:10]])
+    torch.testing.assert_close(overlaps, torch.tensor(rows), rtol=1e-4, atol=1e-5)
+    assert [len(one) for one in maps] == [2] and maps[0].shape[1:] == (64, 4, 4)
+    sums = torch.zeros(5, dtype=torch.float64)
+    for rank in range(2):
+        worker: Any = SimpleNamespace(
+            rank=rank, world=2, summed=lambda v: sums.add_(torch.tensor(v))
+        )
+        found = located(locator, said, worker)
+    assert found == pytest.approx(
+        {
+            "boxes/iou": np.mean([row[0] for row in rows]),
+            **{
+                f"boxes/precision_at_{best}": np.mean([max(row[:best]) >= 0.5 for row in rows])
+                for best in (1, 5, 10)
+            },
+        },
+        rel=1e-4,
+    )
+    worker = SimpleNamespace(rank=0, world=1, summed=torch.tensor)
+    assert located(locator, said[1:2], worker) == {}

@@ -59,8 +59,7 @@ class Locator:
         noised = self.denoiser.schedule.add_noise(self.denoiser.encode_images(pixels), noise, at)
         condition = self.denoiser.encode_texts([one.caption for one in said])
         maps, _ = self.reader(noised, at, condition)
-        assert self.adapter.grounding is not None
-        boxes = self.adapter.grounding(self.adapter.read(maps, at))
+        boxes = self.adapter.find(maps, at)
         overlaps = []
         for i, target in enumerate(targets_of(self.denoiser, said)):
             sure = target.classes @ boxes.logits[i].softmax(-1).T

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.dpt import DptAdapter, Encode, MapReader, with_pooled
+from diffitm.models.dpt_grounding import Boxes
 from diffitm.models.lora import add_lora, lora_unet, lora_weights, restore_adapter
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.text_cache import TextCache
@@ -53,7 +54,7 @@ class Dpt:
     """A frozen denoiser, an adapter and, with a `rank`, a LoRA on the denoiser.
 
     `parameters` are what is trained, float32; the adapter is, unless `trains_adapter` is False, and without
-    `grounding`, the weights of its losses, the heads of its boxes are not, if it has any. With a LoRA
+    `grounding`, the weights of its losses, what it has of boxes is not. With a LoRA
     in a dtype of 16 bits the U-Net's forward runs under autocast; adapter and losses are in float32.
     `encode_texts` stands in for the denoiser's own where texts were encoded beforehand.
     """
@@ -73,7 +74,7 @@ class Dpt:
         self.adapter = adapter.to(denoiser.device).requires_grad_(trains_adapter)
         self.grounding = grounding
         if adapter.grounding is not None and grounding is None:
-            adapter.grounding.heads.requires_grad_(False)
+            adapter.grounding.requires_grad_(False)
         self.reader = MapReader(denoiser, adapter.shape.map)
         self.tunes = rank is not None
         self.parameters = [p for p in self.adapter.parameters() if p.requires_grad]
@@ -112,9 +113,13 @@ class Dpt:
         pooled = pairs.condition["pooled"][: 5 * size].float()
         self.adapter.train()
         with drawn_from(self.denoiser.device, seed_of("dropout", *(item.seed for item in items))):
-            read = self.adapter.read(maps, pairs.at)
-            scores = self.adapter.compare(read[: 5 * size], pooled).view(5, size)
-        logits = self.adapter.logit_scale.exp() * scores.T
+            scores = self.adapter.score(maps[: 5 * size], pairs.at[: 5 * size], pooled)
+            logits = self.adapter.logit_scale.exp() * scores.view(5, size).T
+            located = None
+            if said:
+                hidden = pairs.condition["hidden"][5 * size :].float()
+                found = self.adapter.find(maps[5 * size :], pairs.at[5 * size :])
+                located = self._located(found, hidden, list(said.values()))
         of_texts, of_images = _choice(logits[:, TEXTS]), _choice(logits[:, IMAGES])
         loss, error = of_texts + of_images, None
         if predicted is not None:
@@ -123,10 +128,7 @@ class Dpt:
             )
             mse = ((predicted.float() - target) ** 2).mean()
             loss, error = loss + mse, mse.detach()
-        located = None
-        if said:
-            hidden = pairs.condition["hidden"][5 * size :]
-            located = self._located(read[5 * size :], hidden, list(said.values()))
+        if located is not None:
             loss = loss + located.total
         return Matching(
             loss,
@@ -145,13 +147,12 @@ class Dpt:
         return _Pairs(pairs.latents[rows], pairs.noise[rows], pairs.at[rows], texts)
 
     def _located(
-        self, read: Tensor, hidden: Tensor, expressions: Sequence[Expression]
+        self, found: Boxes, hidden: Tensor, expressions: Sequence[Expression]
     ) -> GroundingLosses:
-        """The losses of boxes, of what the queries have read [G, Q, W] with the texts' states [G, L, D]."""
+        """The losses of boxes that were found with the texts' states float32 [G, L, D]."""
         assert self.grounding is not None and self.adapter.grounding is not None
         targets = targets_of(self.denoiser, expressions)
-        found = self.adapter.grounding(read)
-        tokens = self.adapter.grounding.tokens(hidden.float())
+        tokens = self.adapter.grounding.tokens(hidden)
         return grounding_losses(found, tokens, targets, self.grounding)
 
     def _pairs(
