@@ -14,7 +14,7 @@ from tests.training_runs import losses
 pytestmark = pytest.mark.slow
 SMALL = (
     *("--objective", "dpt", "--model", "shapes", "--data", "shapes", "--scenes", 60),
-    *("--grounding", "shapes", "--cache-latents"),
+    *("--grounding", "shapes"),
     *("--batch-size", 4, "--effective-batch", 8, "--log-every", 1, "--validation-examples", 10),
 )
 TASKS = ("coco_neg_text", "coco_neg_image")

@@ -2,90 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffitm.commands import finetune, grounding
-from diffitm.commands.workers.dpt import ProbeModule, TuneModule
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError
-from diffitm.distributed.trainer import hand_over
 from diffitm.models.denoiser import Condition
 from diffitm.models.dpt import DptAdapter, load_adapter
-from diffitm.models.dpt_file import LORA, AdapterShape, find_adapter, save_adapter
+from diffitm.models.dpt_file import LORA, AdapterShape, find_adapter
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.stable_diffusion import StableDiffusion
-from diffitm.shapes.training import write_training
 from diffitm.training.dpt import step
-from diffitm.training.dpt.expressions import Expression, GroundingWeights
+from diffitm.training.dpt.expressions import GroundingWeights
 from diffitm.training.dpt.step import Dpt
 from diffitm.training.dpt.weights import save_weights
-from diffitm.training.job import DptJob
 from diffitm.training.lora.options import FinetuneConfig, find_problems, negatives_of
-from diffitm.training.lora.step import Posterior
-from diffitm.training.rows import TrainingRow, drop_equal, read_rows, usable
-from diffitm.training.sampler import BatchSampler, Item, draw_noise, images_in, seed_of
-from tests import plain_dpt, plain_grounding, tiny
-from tests.ranks import Ranks
-from tests.training_runs import norm
-
-SHAPE = (4, 8, 8)
-CAPTIONS = ["a red circle", "a blue square", "a green cross"]
+from diffitm.training.rows import TrainingRow, usable
+from diffitm.training.sampler import BatchSampler, images_in
+from tests import plain_dpt, tiny
+from tests.dpt_parts import CAPTIONS, SAID, SHAPE, dpt, items, posteriors, without_dropout
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_sd(tmp_path_factory.mktemp("sd"))
-
-
-def items() -> list[Item]:
-    return [
-        Item(
-            i, f"{i}", CAPTIONS[i], f"{i}-", CAPTIONS[(i + 1) % 3], seed_of("t", i),
-            random_image=f"{i}+", random_caption=CAPTIONS[(i + 2) % 3],
-        )
-        for i in range(2)
-    ]  # fmt: skip
-
-
-def posteriors(count: int = 2) -> list[Posterior]:
-    """Of the own, the hard and the random images."""
-    generator = torch.Generator().manual_seed(0)
-    draw = [torch.randn(count, *SHAPE, generator=generator) for _ in range(6)]
-    return [Posterior(draw[i], 0.1 * draw[i + 3].abs()) for i in range(3)]
-
-
-def without_dropout(adapter: DptAdapter) -> DptAdapter:
-    for module in adapter.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    return adapter
-
-
-def dpt(
-    folder: Path, name: str = "up1", rank: int | None = None, boxes: bool = False, **options: Any
-) -> Dpt:
-    """On a tiny model; a LoRA's B starts at zero, where half of the gradients vanish."""
-    channels = {"bottom0": 32, "mid": 64, "up0": 64, "up1": 32}[name]
-    adapter = without_dropout(DptAdapter(AdapterShape(name, channels, tiny.WIDTH, boxes), 5))
-    made = Dpt(StableDiffusion(str(folder)), adapter, rank, **options)
-    for key, parameter in made.unet.named_parameters():
-        if "lora_" in key:
-            generator = torch.Generator().manual_seed(3)
-            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
-    return made
 
 
 @pytest.mark.parametrize(
@@ -113,92 +59,6 @@ def test_losses_equal_plain_code(tmp_path: Path, prediction: str, name: str, tun
     for mine, plain in zip(gradients, expected, strict=True):
         # As a whole: a ReLU of the 2,048 that is at its kink may be on either side of it.
         assert (mine - plain).norm() < 2e-3 * plain.norm() + 1e-6
-
-
-SAID = [
-    Expression(
-        "0", "a red circle and a blue square", ((0.3, 0.4, 0.2, 0.3), (0.7, 0.6, 0.3, 0.2)),
-        (((0, 12),), ((17, 30),)),
-    ),
-    Expression("1", "a green cross to the left", ((0.2, 0.5, 0.2, 0.2),), (((0, 13),),)),
-]  # fmt: skip
-TOKENS = [[[1, 2, 3], [5, 6, 7]], [[1, 2, 3]]]
-LENGTHS = [9, 8]  # with the beginning and the end
-
-
-def plain_boxes(made: Dpt, name: str, own: list[Posterior], which: list[int]) -> list[Tensor]:
-    """The losses of boxes of these examples, one after the other."""
-    assert isinstance(made.denoiser, StableDiffusion)
-    model, state = made.denoiser, dict(made.adapter.named_parameters())
-    examples = []
-    for i in which:
-        seed, said = items()[i].seed, SAID[i]
-        drawn = draw_noise([seed], SHAPE, model.schedule)
-        at = int(drawn.timesteps[0])
-        clean = own[0].mean[i] + own[0].std[i] * drawn.posterior[0]
-        noised = model.schedule.signal[at] * clean + model.schedule.sigma[at] * drawn.noise[0]
-        hidden, _ = plain_dpt.encoded(model, said.caption)
-        map, _ = plain_dpt.read(model, name, noised, at, hidden)
-        read = plain_dpt.outputs(state, map, at)[10:]
-        boxes = plain_dpt.linear(state, "grounding.of_boxes.0", read).relu()
-        boxes = plain_dpt.linear(state, "grounding.of_boxes.2", boxes).relu()
-        aligned = [
-            plain_dpt.linear(state, f"grounding.of_{kind}", values)
-            for kind, values in (("queries", read), ("tokens", hidden[0]))
-        ]
-        examples.append(
-            (
-                plain_dpt.linear(state, "grounding.of_classes", read),
-                plain_dpt.linear(state, "grounding.of_boxes.4", boxes).sigmoid(),
-                *(vectors / vectors.norm(dim=1, keepdim=True) for vectors in aligned),
-                [torch.tensor(box) for box in said.boxes],
-                TOKENS[i],
-                LENGTHS[i],
-            )
-        )
-    return list(plain_grounding.losses(examples))
-
-
-@pytest.mark.parametrize(
-    ("name", "tunes", "which"), [("up1", False, [0, 1]), ("mid", True, [1]), ("up1", True, [0, 1])]
-)
-def test_losses_with_boxes_equal_plain_code(
-    folder: Path, name: str, tunes: bool, which: list[int]
-) -> None:
-    """Beside matching: an image with its expression, of those that have one. The plain code has all hundred
-    and ten queries in one sequence, as published."""
-    weights = GroundingWeights()
-    made, own = dpt(folder, name, 2 if tunes else None, True, grounding=weights), posteriors()
-    said = [SAID[i] if i in which else None for i in range(2)]
-    found = made.losses(items(), *own, said)
-    found.loss.backward()
-    gradients = [parameter.grad.clone() for parameter in made.parameters]
-    latents = [[(p.mean[i], p.std[i]) for p in own] for i in range(2)]
-    assert isinstance(made.denoiser, StableDiffusion) and found.grounding is not None
-    state = dict(made.adapter.named_parameters())
-    texts, images, error = plain_dpt.losses(made.denoiser, state, name, items(), latents)
-    classes, l1, giou, alignment = plain_boxes(made, name, own, which)
-    torch.testing.assert_close(found.grounding.giou, giou.detach(), rtol=1e-3, atol=1e-4)
-    total = texts + images + classes + 5 * l1 + 2 * giou + alignment + (error if tunes else 0)
-    torch.testing.assert_close(found.loss, total, rtol=1e-4, atol=1e-4)
-    expected = torch.autograd.grad(total, made.parameters, allow_unused=True)
-    for mine, plain in zip(gradients, expected, strict=True):
-        assert (mine - plain).norm() < 2e-3 * plain.norm() + 1e-5
-
-
-def test_without_expressions_nothing_is_of_boxes(folder: Path) -> None:
-    """The loss is that of matching; of an adapter that has learned boxes and is tuned without them what is of
-    boxes stays as it is."""
-    made = dpt(folder, boxes=True, grounding=GroundingWeights())
-    found = made.losses(items(), *posteriors(), [None, None])
-    assert found.grounding is None
-    torch.testing.assert_close(found.loss.detach(), found.of_texts + found.of_images)
-    plain = dpt(folder, rank=2, boxes=True)
-    assert made.adapter.grounding is not None and plain.adapter.grounding is not None
-    frozen = {id(p) for p in plain.adapter.grounding.parameters()}
-    assert frozen and not frozen & {id(p) for p in plain.parameters}
-    plain.losses(items(), *posteriors()).loss.backward()
-    assert all(p.grad is not None for p in plain.parameters)
 
 
 def reached(made: Dpt, loss: Tensor) -> set[str]:
@@ -393,6 +253,8 @@ def test_presets() -> None:
     assert (tune.batch_size, tune.effective_batch, tune.steps, tune.rank) == (8, 64, 5000, 4)
     assert (tune.lr_schedule, probe.lr_schedule, tune.warmup_steps) == ("cosine", "constant", 0)
     assert (tune.weight_decay, tune.clip_norm) == (1e-2, 1.0)
+    assert tune.grounding_weights == probe.grounding_weights == [1, 5, 2, 1]
+    assert GroundingWeights() == GroundingWeights(*probe.grounding_weights)
     assert tune.model == probe.model == "stabilityai/stable-diffusion-2-1-base"
 
 
@@ -437,131 +299,3 @@ def test_a_tuned_adapter_is_no_probe(folder: Path, tmp_path: Path) -> None:
     assert find_problems(config) == [
         f"--adapter {tmp_path}: was tuned with a LoRA already; give a probe's"
     ]
-
-
-def test_boxes_begin_with_a_probe_that_learned_them(folder: Path, tmp_path: Path) -> None:
-    """Another probe's adapter has no heads for them; one with heads is tuned with boxes and without."""
-    said: dict[str, Any] = {
-        "objective": "dpt",
-        "model": "shapes",
-        "data": "shapes",
-        "stage": "tune",
-    }
-    for boxes, told in ((False, 1), (True, 0)):
-        adapter = str(tmp_path / str(boxes))
-        save_weights(dpt(folder, boxes=boxes).weights(), adapter, "up1", 4)
-        config = FinetuneConfig(**said, adapter=adapter, grounding="shapes")
-        assert (
-            find_problems(config)
-            == [
-                f"--grounding shapes: the probe of --adapter {adapter} learned no boxes; give one that was "
-                "trained with --grounding, or leave it out"
-            ][:told]
-        )
-        assert not find_problems(FinetuneConfig(**said, adapter=adapter))
-
-
-def test_expressions_are_of_the_rows_images(tmp_path: Path) -> None:
-    """Those of others are left out, and a file that has none of them is refused."""
-    image = {"id": 1, "file_name": "a.jpg", "caption": "x", "width": 5, "height": 5}
-    uri = tmp_path / "a.json"
-    uri.write_text(
-        json.dumps({"images": [image, image | {"id": 2, "file_name": "b.jpg"}], "annotations": []})
-    )
-    config = FinetuneConfig(objective="dpt", grounding=str(uri), grounding_images="coco")
-    said = grounding.read(config, "/root", {"coco/b.jpg", "coco/c.jpg"})
-    assert [one.image for one in said.train] == ["coco/b.jpg"] and said.check is None
-    told = r"none of its images is one of the rows'; it has 'coco/a\.jpg' and they 'a\.jpg': --grounding-im"
-    with pytest.raises(InputError, match=told):
-        grounding.read(config, "/root", {"a.jpg"})
-    both = replace(config, grounding_validation=str(uri))
-    assert len(grounding.read(both, "/root", {"coco/a.jpg"}).check or ()) == 2
-
-
-# Workers ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("dpt") / "data"
-    write_training(str(root), 20)
-    return root
-
-
-def job(root: Path, adapter: Path | None = None, **more: Any) -> DptJob:
-    config = FinetuneConfig(
-        objective="dpt", model="shapes", batch_size=1, effective_batch=3, steps=2, lr=1e-3,
-        checkpoint_every=100, log_every=1, stage="tune" if adapter else "probe",
-        adapter=str(adapter) if adapter else None, grounding="shapes" if adapter else None,
-    )  # fmt: skip
-    rows, _ = drop_equal(read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))[0])
-    file = hand_over(str(root.parent / "out"), rows, range(len(rows)))
-    made = finetune._job(config, resolve("shapes"), "all", file, str(root), None, 0)
-    assert isinstance(made, DptJob)
-    if adapter is not None:
-        images = {row.image for row in rows[1:]}  # an image without an expression trains, too
-        said = grounding.read(config, str(root), images)
-        data = grounding.handed_over(said, config, made, str(root.parent / "out"))
-        made = replace(made, grounding=data)
-    return replace(made, **more)
-
-
-@pytest.mark.parametrize(
-    ("shape", "told"),
-    [
-        (AdapterShape("up1", 48, 768, True), "up1 of 48 channels and texts 768 wide; this model has 48 and 96"),
-        (AdapterShape("up1", 32, 96), "up1 of 32 channels and texts 96 wide; this model has 48 and 96"),
-        (AdapterShape("up3", 48, 96), "is an adapter of up3: the maps of this U-Net are bottom0, bottom1"),
-    ],
-)  # fmt: skip
-def test_a_tuning_with_another_models_adapter(
-    world: Path, tmp_path: Path, shape: AdapterShape, told: str
-) -> None:
-    """It is refused by the settings of the model, before anything is loaded."""
-    save_adapter(DptAdapter(shape).state_dict(), shape, str(tmp_path), tuned=False)
-    with pytest.raises(InputError) as caught:
-        job(world, tmp_path)
-    message = caught.value.on_command_line()
-    assert message.startswith(f"--adapter '{tmp_path}'") and told in message, message
-
-
-@pytest.fixture
-def _own_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks are threads here, which share torch's generator as processes do not."""
-    lock, plain = threading.Lock(), step.drawn_from
-
-    @contextlib.contextmanager
-    def alone(device: torch.device, seed: int) -> Iterator[None]:
-        with lock, plain(device, seed):
-            yield
-
-    monkeypatch.setattr(step, "drawn_from", alone)
-
-
-@pytest.mark.usefixtures("_own_draws")
-@pytest.mark.parametrize("stage", ["probe", "tune"])
-def test_on_any_number_of_workers_and_after_a_resume(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
-    """The same losses and weights, with dropout, of a tuning with boxes; one group of two workers goes on
-    from the checkpoint of another's."""
-    kind, adapter = (ProbeModule, None) if stage == "probe" else (TuneModule, tmp_path)
-    if adapter:
-        channels = AdapterShape("up1", 48, 96, grounding=True)
-        save_adapter(DptAdapter(channels, 2).state_dict(), channels, str(tmp_path), tuned=False)
-    runs = []
-    for name, groups in (("alone", [(1, 2)]), ("two", [(2, 1), (2, 2)])):
-        (tmp_path / name).mkdir()
-        ranks = Ranks(tmp_path / name, monkeypatch)
-        for workers, steps in groups:
-            made = job(world, adapter, steps=steps)
-            assert ranks.train(kind, made, workers) == [steps] * workers
-        runs.append(ranks)
-    assert runs[1].losses() == pytest.approx(runs[0].losses(), rel=1e-4)
-    ours, theirs = runs[1].weights(), runs[0].weights()
-    assert norm({k: ours[k] - theirs[k] for k in theirs}) < 1e-4 * norm(theirs)
-    has_lora = any(key.startswith("unet.") for key in ours)
-    assert has_lora == (stage == "tune")
-    has_boxes = "adapter.grounding.of_boxes.0.weight" in ours
-    assert has_boxes == (stage == "tune")
-    assert all(("of_giou" in line) == has_boxes for line in runs[1].monitor.lines)
