@@ -87,7 +87,9 @@ def build_plan(config: FinetuneConfig) -> Plan[DenoiserJob]:
     Raises InputError for bad input.
     """
     out = storage.absolute(config.out)
-    source = resolve(config.model, variant=config.variant)
+    source = resolve(
+        config.model, variant=config.variant, single_file_config=config.single_file_config
+    )
     rows_file, root, valid = _data(config, out)
     found, unusable = read_rows(rows_file)
     rows, equal = drop_equal(found)
