@@ -65,8 +65,8 @@ class Objective:
       mean E_ii.
 
     `clip_over` says where the bound holds: of each example, or of a micro-batch's means, which is
-    the published way. What only some objectives have is None where the published value is meant; of `diagonal`
-    it is Stable Diffusion's, which `fitted` changes for flow models.
+    the published way. What only some objectives have is None where the published value is meant; that of
+    `diagonal` is Stable Diffusion's, which `fitted` changes for flow models.
     Raises InputError for a value that none of them is, and for one that the objective does not take.
     """
 
