@@ -18,6 +18,7 @@ from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
 from diffitm.models.dpt_file import LORA, check_adapter, find_adapter, shape_of, unet_settings
 from diffitm.models.dpt_file import NAME as ADAPTER_FILE
+from diffitm.models.families import FAMILIES
 from diffitm.models.loading import ModelSource, resolve
 from diffitm.models.lora import save_lora
 from diffitm.models.model_check import check_loadable
@@ -88,7 +89,9 @@ def build_plan(config: FinetuneConfig) -> Plan[DenoiserJob]:
     Raises InputError for bad input.
     """
     out = storage.absolute(config.out)
-    source = resolve(config.model, variant=config.variant)
+    source = resolve(
+        config.model, variant=config.variant, single_file_config=config.single_file_config
+    )
     rows_file, root, valid = _data(config, out)
     found, unusable = read_rows(rows_file)
     rows, equal = drop_equal(found)
@@ -170,7 +173,8 @@ def _job(
         "texts": None,
     }
     if config.objective != DPT:
-        return LoraJob(**shared, objective=objective_of(config))
+        flow = FAMILIES[source.family].flow
+        return LoraJob(**shared, objective=objective_of(config).fitted(flow))
     adapter = None
     if config.stage == "tune":
         adapter = find_adapter(config.adapter or "", "adapter")
