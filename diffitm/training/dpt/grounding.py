@@ -89,8 +89,8 @@ def grounding_losses(
     chosen = found.boxes[rows, queries]
     of_l1 = (chosen - boxes).abs().sum() / count
     of_giou = (1 - generalized_box_iou(corners(chosen), corners(boxes)).diagonal()).sum() / count
-    named = torch.zeros(*found.logits.shape[:2], tokens.shape[1], dtype=torch.bool)
-    named = named.to(tokens.device)
+    shape = (*found.logits.shape[:2], tokens.shape[1])
+    named = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
     named[rows, queries] = torch.cat([target.tokens[box] for target, box in own])
     read = torch.stack([target.read for target in targets])
     of_alignment = alignment(found.aligned, tokens, named, read) / count
