@@ -16,7 +16,6 @@ from diffitm.models.language_flow import LanguageFlow, chat
 from diffitm.models.latent_diffusion import Folder, check_latents, check_text_width
 from diffitm.models.noise_schedule import FLOW_TIME
 
-
 FILLED = 32  # the network fills texts up to a multiple of it
 
 

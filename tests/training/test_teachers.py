@@ -59,7 +59,9 @@ def known(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     """Do not change it."""
     name = request.param
     if name == "shapes-flow":
-        absent = dict.fromkeys(f"{part}_{n}" for part in ("text_encoder", "tokenizer") for n in "23")
+        absent = dict.fromkeys(
+            f"{part}_{n}" for part in ("text_encoder", "tokenizer") for n in "23"
+        )
         pipe = DiffusionPipeline.from_pretrained(folder_of(name), **absent)
         return Known(name, folder_of(name), load_denoiser(resolve(name)), pipe, OneClip())
     folder = families.write(name, tmp_path_factory.mktemp("family") / name.replace(" ", "-"))
@@ -141,8 +143,8 @@ def test_diva_equals_plain_code(known: Known) -> None:
 
 @pytest.mark.parametrize("jacobian", [True, False])
 def test_sds_equals_plain_code(known: Known, jacobian: bool) -> None:
-    """An image at a time. Of a flow the error is the velocity's; with its network's answer held, the gradient by the
-    latents is 2 (v - (eps - z)) / (C h w), of a noise's z_t 2 (eps_theta - eps) / (C h w)."""
+    """An image at a time. Of a flow the error is the velocity's; with its network's answer held, the
+    gradient by the latents is 2 (v - (eps - z)) / (C h w), of a noise's z_t 2 (eps_theta - eps) / (C h w)."""
     made = sds(known.model, jacobian=jacobian)
     embedding = torch.randn(2, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
     found = made.errors(embedding, CAPTIONS, SEEDS)
@@ -231,7 +233,9 @@ def test_a_recap_that_the_network_has_no_places_for(tmp_path: Path, name: str, f
         if rows == fits:
             assert diva(model).errors(pixels(), posterior(model), SEEDS).isfinite().all()
             continue
-        with pytest.raises(InputError, match=r"recap all: has 17 tokens .* has places for \d+; take"):
+        with pytest.raises(
+            InputError, match=r"recap all: has 17 tokens .* has places for \d+; take"
+        ):
             diva(model)
         model.places = None
         with pytest.raises((IndexError, RuntimeError), match="out of"):
