@@ -115,7 +115,9 @@ ARMS = {
     "dpt, tuned": Arm(
         DPT | {"stage": "tune", "lr": 3e-4}, scores=("dpt", "error"), after="dpt, probe"
     ),
-    "sds-clip": Arm(SDS, tuple({"lr": 1e-3, "lambda_": v} for v in (1e-3, 1e-1)), scores=("clip",)),
+    "sds-clip": Arm(
+        SDS, tuple({"lr": 1e-3, "lambda_": v} for v in (1e-3, 1e-1, 10.0)), scores=("clip",)
+    ),
     "sds-clip's control": Arm(SDS | {"lambda_": 0.0, "lr": 1e-3}, scores=("clip",)),
     "diva": Arm(
         OF_CLIP

@@ -254,6 +254,7 @@ def load_scorer(
     dpt: str | None = None,
     dpt_timestep: int = 500,
     variant: str | None = None,
+    single_file_config: str | None = None,
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
     resolution: int | None = None,
     empty: Literal["text", "zeros"] = "text",
@@ -263,9 +264,10 @@ def load_scorer(
     """Load what scores images against texts.
 
     Args:
-        name: a diffusion model ('shapes', a diffusers folder or URI, a Hub id), a CLIP ('NAME:TAG' or
-            'NAME:FILE' of open_clip, 'hf-hub:org/name', a folder with open_clip_config.json, 'clip:' and any
-            of these, such as 'clip:shapes'), or a scorer of one's own ('file.py:Class').
+        name: a diffusion model ('shapes', a diffusers folder, a model in one file, a URI of these, a Hub
+            id), a CLIP ('NAME:TAG' or 'NAME:FILE' of open_clip, 'hf-hub:org/name', a folder with
+            open_clip_config.json, 'clip:' and any of these, such as 'clip:shapes'), or a scorer of one's own
+            ('file.py:Class').
         device: torch's; a GPU where there is one.
         dtype: of a diffusion model; 'auto' is fp16 on a GPU, bf16 of transformers, else fp32.
         protocol: how timesteps and noise are chosen, as in gdbench.
@@ -277,6 +279,8 @@ def load_scorer(
             forward a pair; an adapter that was trained with a LoRA brings it.
         dpt_timestep: of that score.
         variant: of a diffusion model's files, such as 'fp16'.
+        single_file_config: diffusers folder or Hub id whose configs a model in one file has; None for a Hub
+            id that diffusers tells by the weights.
         prediction_type: what a diffusion model predicts, where its scheduler's config does not say it.
         resolution: side of images in pixels, of flow models; None for the model's own.
         empty: what no text is to a diffusion model: the encoded empty text, or zeros.
@@ -303,7 +307,8 @@ def load_scorer(
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
 
-    source = settled(resolve(name, variant=variant).fetched(), prediction_type, resolution)
+    found = resolve(name, variant=variant, single_file_config=single_file_config)
+    source = settled(found.fetched(), prediction_type, resolution)
     adapter = find_adapter(dpt, "dpt") if dpt else None
     if adapter and lora:
         text = ": an adapter brings the LoRA that it was trained with; leave it out"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 COMMIT = "c0ffee" + 34 * "0"
 REPO = "org/tiny"
+TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 class Hub(ThreadingHTTPServer):

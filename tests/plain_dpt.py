@@ -68,7 +68,13 @@ def forward(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def queries(state: State, map: Tensor, step: int) -> Tensor:
-    """The adapter without dropout: its queries [10, D] of a map [C, h, w]."""
+    """The adapter without dropout: its matching queries [10, D] of a map [C, h, w]."""
+    out = outputs(state, map, step)[:10]
+    return linear(state, "head.2", linear(state, "head.0", out).relu())
+
+
+def outputs(state: State, map: Tensor, step: int) -> Tensor:
+    """What all queries have read: the ten of matching, then the hundred of boxes if there are any."""
     channels, height, width = map.shape
     weight = state["input_proj.weight"].view(WIDTH, channels)
     values, places = [], []
@@ -81,14 +87,15 @@ def queries(state: State, map: Tensor, step: int) -> Tensor:
     memory = norm(state, "encoder.norm1", memory + found)
     memory = norm(state, "encoder.norm2", memory + forward(state, "encoder", memory))
     asked = state["queries"]
+    if "grounding.queries" in state:
+        asked = torch.cat([asked, state["grounding.queries"]])
     targets = torch.zeros_like(asked)
     found = attention(state, "decoder.among", targets + asked, targets + asked, targets)
     targets = norm(state, "decoder.norm1", targets + found)
     found = attention(state, "decoder.to_memory", targets + asked, memory + at, memory)
     targets = norm(state, "decoder.norm2", targets + found)
     targets = norm(state, "decoder.norm3", targets + forward(state, "decoder", targets))
-    out = norm(state, "norm", targets)
-    return linear(state, "head.2", linear(state, "head.0", out).relu())
+    return norm(state, "norm", targets)
 
 
 def score(state: State, map: Tensor, step: int, pooled: Tensor) -> Tensor:

@@ -39,11 +39,13 @@ POOLED = 24
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-SDXL_ADDED = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + POOLED,
-}
+def sdxl_added(pooled: int = POOLED) -> dict[str, Any]:
+    """What an SDXL's U-Net has beside a Stable Diffusion's."""
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + pooled,
+    }
 
 
 def unet(**other: Any) -> UNet2DConditionModel:
@@ -76,15 +78,17 @@ def vae() -> AutoencoderKL:
     )
 
 
-def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def text_config(
+    tokenizer: CLIPTokenizer, width: int = WIDTH, pooled: int = POOLED
+) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
-        projection_dim=POOLED,
+        projection_dim=pooled,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -114,20 +118,23 @@ def write_sd(
     return folder
 
 
-def write_sdxl(folder: Path, seed: int = 0, zeros: bool = True) -> Path:
-    """Save a random Stable Diffusion XL, with the published scheduler; `zeros` for the empty text."""
+def write_sdxl(
+    folder: Path, seed: int = 0, zeros: bool = True, second: tuple[int, int] = (WIDTH, POOLED)
+) -> Path:
+    """Save a random Stable Diffusion XL, with the published scheduler; `zeros` for the empty text; `second`
+    are the widths of the second text encoder and of its pooled output."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizers = [write_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
         pipeline = StableDiffusionXLPipeline(
             vae=vae(),
             text_encoder=CLIPTextModel(text_config(tokenizers[0])),
-            text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizers[1])),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizers[1], *second)),
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
             unet=unet(
-                cross_attention_dim=2 * WIDTH,
-                **SDXL_ADDED,
+                cross_attention_dim=WIDTH + second[0],
+                **sdxl_added(second[1]),
             ),
             scheduler=EulerDiscreteScheduler(**BETAS),
             force_zeros_for_empty_prompt=zeros,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffitm.commands import tuning
+from diffitm.commands import grounding, tuning
 from diffitm.commands.tuning import TRAIN, Listener, Plan, Trained, Tuning, captioned, common
 from diffitm.core import storage
 from diffitm.core.errors import InputError
@@ -18,9 +18,11 @@ from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
 from diffitm.models.dpt_file import LORA, check_adapter, find_adapter, shape_of, unet_settings
 from diffitm.models.dpt_file import NAME as ADAPTER_FILE
+from diffitm.models.families import FAMILIES
 from diffitm.models.loading import ModelSource, resolve
 from diffitm.models.lora import save_lora
 from diffitm.models.model_check import check_loadable
+from diffitm.training.dpt.expressions import StoredExpressions
 from diffitm.training.dpt.options import DPT
 from diffitm.training.dpt.weights import save_weights
 from diffitm.training.job import DenoiserJob, DptJob, LoraJob, Validation
@@ -87,7 +89,9 @@ def build_plan(config: FinetuneConfig) -> Plan[DenoiserJob]:
     Raises InputError for bad input.
     """
     out = storage.absolute(config.out)
-    source = resolve(config.model, variant=config.variant)
+    source = resolve(
+        config.model, variant=config.variant, single_file_config=config.single_file_config
+    )
     rows_file, root, valid = _data(config, out)
     found, unusable = read_rows(rows_file)
     rows, equal = drop_equal(found)
@@ -97,6 +101,9 @@ def build_plan(config: FinetuneConfig) -> Plan[DenoiserJob]:
     kept, lost = usable(rows, negatives, rows_file)
     if lost:
         log.warning("%s: left out %s", rows_file, summarise_dropped(lost))
+    said = None
+    if config.grounding is not None:
+        said = grounding.read(config, root, {rows[position].image for position in kept})
 
     from diffitm.commands.weights import share
     from diffitm.distributed import session
@@ -108,11 +115,15 @@ def build_plan(config: FinetuneConfig) -> Plan[DenoiserJob]:
     tell_long_texts(source, texts_of([rows[position] for position in kept]))
     file = hand_over(out, rows, kept)
     job = _job(config, source, negatives, file, root, valid, session.gpus())
+    if said is not None and isinstance(job, DptJob):
+        job = replace(job, grounding=grounding.handed_over(said, config, job, out))
     settings = settings_of(
         config, pipeline="finetune.py", weights=source.digest, rows=file.digest, dtype=job.dtype
     )
     if isinstance(job, DptJob) and job.adapter is not None:
         settings["adapter_digest"] = job.adapter.digest
+    if isinstance(job, DptJob) and job.grounding is not None:
+        settings["grounding_digest"] = job.grounding.file.digest
     return Plan(job, settings, unusable)
 
 
@@ -162,7 +173,8 @@ def _job(
         "texts": None,
     }
     if config.objective != DPT:
-        return LoraJob(**shared, objective=objective_of(config))
+        flow = FAMILIES[source.family].flow
+        return LoraJob(**shared, objective=objective_of(config).fitted(flow))
     adapter = None
     if config.stage == "tune":
         adapter = find_adapter(config.adapter or "", "adapter")
@@ -181,10 +193,14 @@ def encoded(job: DenoiserJob, out: str) -> DenoiserJob:
     pool = session.choose_pool(None, None, None, None)
     encoder = Encoder(job.source, job.variant, job.dtype, job.root, job.resize)
     rows = StoredRows(job.rows)
+    texts = texts_of(rows)
+    if isinstance(job, DptJob) and job.grounding is not None:
+        said = StoredExpressions(job.grounding.file)
+        texts = sorted({*texts, *(one.caption for one in said)})
     return replace(
         job,
         latents=encode(out, "image", images_of(rows), encoder, pool),
-        texts=encode(out, "text", texts_of(rows), encoder, pool),
+        texts=encode(out, "text", texts, encoder, pool),
     )
 
 
@@ -196,6 +212,8 @@ def _describe(line: Line) -> str:
 def _describe_dpt(line: Line) -> str:
     values = (line["loss"], 100 * line["right_texts"], 100 * line["right_images"])
     text = "loss {:.4f}, right texts {:.0f}%, right images {:.0f}%".format(*values)
+    if "of_l1" in line:
+        text += ", boxes' L1 {of_l1:.4f}, GIoU {of_giou:.4f}".format(**line)
     return text + (f", error {line['error']:.4f}" if "error" in line else "")
 
 

@@ -52,7 +52,10 @@ def find_sources(config: ModelOptions) -> Sources:
     """Raises InputError for a name that means nothing, and for a LoRA that is not there."""
     for lora in filter(None, lora_names(config)):
         locate(lora)
-    models = [resolve(name, variant=config.variant) for name in dict.fromkeys(config.model)]
+    models = [
+        resolve(name, variant=config.variant, single_file_config=config.single_file_config)
+        for name in dict.fromkeys(config.model)
+    ]
     for source in models:
         try:
             plans(config, FAMILIES[source.family].flow)
@@ -70,6 +73,7 @@ def paths_read(config: ModelOptions) -> list[tuple[str, str | None]]:
         (option, name) for option, values in names.items() for name in values
     ]
     found += [("--clip", name.partition(":")[2]) for name in config.clip]
+    found += [("--single-file-config", config.single_file_config)]
     return found + [("--scorer", find_scorer(name).file) for name in config.scorer]
 
 

@@ -97,7 +97,8 @@ def build_plan(config: DivaConfig) -> Plan[SdsJob]:
     Raises InputError for bad input.
     """
     out = storage.absolute(config.out)
-    teacher, clip = resolve(config.teacher, "teacher", config.variant), resolve_clip(config.clip)
+    teacher = resolve(config.teacher, "teacher", config.variant, config.single_file_config)
+    clip = resolve_clip(config.clip)
 
     from diffitm.commands.weights import share
     from diffitm.distributed import session

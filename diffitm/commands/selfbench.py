@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -116,6 +117,8 @@ def _run(config: SelfbenchConfig, prompts: list[tuple[Prompt, tuple[str, ...]]],
     labels = None
     if config.labels:
         known = [line["image"] for own in lines for line in own]
+        # Those of prompts that were not chosen this time, too.
+        known += [picture for maker in makers for picture in pictures_of(maker, out)]
         labels = selfbench.read_labels(storage.absolute(config.labels), known)
     settings = {maker.folder: keep_settings(config, maker, prompts, out) for maker in makers}
     for maker in makers:
@@ -169,15 +172,17 @@ def check_makes(source: ModelSource) -> None:
 def find_makers(
     config: SelfbenchConfig, models: Sequence[ModelSource], specs: Sequence[Spec]
 ) -> list[Maker]:
-    """Each model and LoRA once, whatever the timesteps that it is scored at. Raises InputError for two of the
-    same name."""
+    """Each model and LoRA once, whatever the timesteps that it is scored at; models whose names end alike are
+    called by all of their names. Raises InputError for two of the same name."""
     guidances = dict(zip((m.name for m in models), config.guidance * len(models), strict=False))
     found: dict[str, Maker] = {}
     labels: dict[str, str] = {}
-    for spec in specs:
-        if not isinstance(spec, DiffusionSpec):
-            continue
+    makers = {spec.label: spec for spec in specs if isinstance(spec, DiffusionSpec)}
+    ends = Counter(map(_name, makers.values()))
+    for spec in makers.values():
         name, guidance = _name(spec), guidances[spec.source.name]
+        if ends[name] > 1:
+            name = _name(spec, whole=True)
         if labels.setdefault(name, spec.label) != spec.label:
             raise InputError(
                 f"pictures of {labels[name]} and {spec.label} both lie in {name}: rename one"
@@ -192,12 +197,19 @@ def find_makers(
     return list(found.values())
 
 
-def _name(spec: DiffusionSpec) -> str:
-    """The last part of a model's name and, of a LoRA's, the last two without the ending."""
-    parts = [storage.name(spec.source.name)]
+def pictures_of(maker: Maker, out: str) -> list[str]:
+    """The pictures that lie in a model's folder, by their paths below `out`."""
+    names = storage.sizes(storage.join(out, maker.folder), recursive=True)
+    return [f"{maker.folder}/{name}" for name in names if name.endswith(".png")]
+
+
+def _name(spec: DiffusionSpec, whole: bool = False) -> str:
+    """The last part of a model's name and, of a LoRA's, the last two without the ending, or the whole."""
+    name = spec.source.name
+    parts = [name.strip("/").replace("/", "--") if whole else storage.name(name)]
     if spec.lora_name:
         lora = spec.lora_name.removesuffix(".safetensors").rstrip("/").split("/")
-        parts.append("-".join(lora[-2:]))
+        parts.append("-".join(lora if whole else lora[-2:]))
     return re.sub(r"[^\w.-]+", "_", "+".join(parts)).strip("._") or "model"
 
 
@@ -220,7 +232,7 @@ def keep_settings(
     # Beside the tasks, too: pictures that somebody deleted were scored, and scores know them by their paths.
     kept = storage.join(out, "tasks", f"{maker.folder.replace('/', '_')}.json")
     notes = [uri for uri in (where, kept) if storage.exists(uri)]
-    if where not in notes and any(name.endswith(".png") for name in storage.sizes(folder, True)):
+    if where not in notes and pictures_of(maker, out):
         raise InputError(
             f"{folder} holds pictures and no {selfbench.SETTINGS}, so others than this command's: give "
             "another --out"

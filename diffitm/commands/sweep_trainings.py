@@ -20,10 +20,20 @@ SCENES, SEED = 100, 201  # of the drawn tasks that a sweep over recaps is valida
 # Encoded beforehand for all trials alike, so these must be the same in all.
 PATHS, MODELS = (
     ("data", "images", "validation_data", "adapter"),
-    ("model", "teacher", "clip", "validation_tasks"),
+    ("model", "teacher", "single_file_config", "clip", "validation_tasks"),
 )
 OF_LENGTH = ("steps", "epochs", "effective_batch", "validate_every", "max_images", "data")
-OF_CACHE = ("model", "teacher", "variant", "dtype", "resize", "data", "seed", "max_images")
+OF_CACHE = (
+    "model",
+    "teacher",
+    "single_file_config",
+    "variant",
+    "dtype",
+    "resize",
+    "data",
+    "seed",
+    "max_images",
+)
 
 
 def check(sweep: Sweep, out: str) -> Sweep:

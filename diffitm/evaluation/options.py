@@ -68,6 +68,11 @@ class ModelOptions(OnActors):
         None,
         "weights variant, such as fp16, of a diffusers folder, or of those of its parts that have it",
     )
+    single_file_config: str | None = option(
+        None,
+        "diffusers folder or Hub id whose configs and tokenizers models in one file have (default: a "
+        "Hub id that diffusers tells by the weights)",
+    )
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
         None,
         "what the diffusion models predict, where their scheduler's config does not say it or is wrong",

@@ -25,7 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from diffitm.core import storage
 from diffitm.core.errors import InputError
 from diffitm.models.hub_weights import Weights, fetch, needed
-from diffitm.models.loading import DTYPES, from_hub
+from diffitm.models.loading import DTYPES
+from diffitm.models.model_index import from_hub
 from diffitm.models.weight_cache import content_digest, on_disk
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

@@ -24,7 +24,7 @@ from diffitm.core.outside import is_transient, patiently
 from diffitm.models.clip_check import architectures_of, check_weights
 from diffitm.models.embedded import SHAPES
 from diffitm.models.hub_weights import Weights, fetch, go_offline_if_away, needed
-from diffitm.models.loading import from_hub
+from diffitm.models.model_index import from_hub
 from diffitm.models.parts import read_json
 from diffitm.models.weight_cache import content_digest, on_disk
 from diffitm.models.weight_files import (

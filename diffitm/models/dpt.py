@@ -18,11 +18,12 @@ from torch.nn.functional import cosine_similarity
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Condition, Denoiser
 from diffitm.models.dpt_file import AdapterFile, AdapterShape, check_fits
+from diffitm.models.dpt_grounding import WIDTH, Boxes, Grounding
 from diffitm.models.lora import lora_unet
 from diffitm.models.stable_diffusion import StableDiffusion
 
 QUERIES = 10
-WIDTH, HEADS, HIDDEN, DROPOUT = 256, 8, 2048, 0.1
+HEADS, HIDDEN, DROPOUT = 8, 2048, 0.1
 TIME_HIDDEN = 1024
 TEMPERATURE = 0.07  # of the logits at first
 FREQUENCIES, EPSILON = 10_000, 1e-6  # of DETR's positions
@@ -33,7 +34,10 @@ Encode = Callable[[Sequence[str]], Condition]
 class DptAdapter(nn.Module):
     """Queries that read a feature map, and a head that compares them with a text; float32.
 
-    All of it that is drawn is a function of the seed.
+    A shape with grounding brings a hundred queries more and the heads of their boxes. As published all
+    queries are one sequence; but since the decoder's one layer begins with targets of zero, none learns of
+    another in it, dropout aside, so each question asks its own queries alone. All that is drawn is a
+    function of the seed.
     """
 
     def __init__(self, shape: AdapterShape, seed: int = 0) -> None:
@@ -54,16 +58,28 @@ class DptAdapter(nn.Module):
                 for parameter in layer.parameters():
                     if parameter.dim() > 1:
                         nn.init.xavier_uniform_(parameter)
+            self.grounding = Grounding(shape.clip_dim) if shape.grounding else None
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))
 
     def forward(self, maps: Tensor, timesteps: Tensor) -> Tensor:
-        """The queries [B, Q, clip_dim] of maps float32 [B, C, h, w] at timesteps [B]."""
+        """The matching queries [B, Q, clip_dim] of maps float32 [B, C, h, w] at timesteps [B]."""
+        found: Tensor = self.head(self._read(maps, timesteps, self.queries))
+        return found
+
+    def find(self, maps: Tensor, timesteps: Tensor) -> Boxes:
+        """The boxes in maps float32 [B, C, h, w] at timesteps [B], of an adapter with grounding."""
+        assert self.grounding is not None, "the caller knows the shape"
+        found: Boxes = self.grounding(self._read(maps, timesteps, self.grounding.queries))
+        return found
+
+    def _read(self, maps: Tensor, timesteps: Tensor, queries: Tensor) -> Tensor:
+        """What queries [Q, WIDTH] have read of maps, [B, Q, WIDTH]."""
         memory = self.input_proj(maps).flatten(2).transpose(1, 2)
         time = self.time_embedding(self.time_freqs(timesteps.to(maps.device)))
         places = positions(*maps.shape[2:]).to(maps.device) + time[:, None]
         memory = self.encoder(memory, places)
-        queries = self.queries.expand(len(maps), -1, -1)
-        found: Tensor = self.head(self.norm(self.decoder(memory, places, queries)))
+        queries = queries.expand(len(maps), -1, -1)
+        found: Tensor = self.norm(self.decoder(memory, places, queries))
         return found
 
     def score(self, maps: Tensor, timesteps: Tensor, pooled: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ HEADER = 8  # bytes that say how long the header is
 @dataclass(frozen=True)
 class AdapterShape:
     """Which map of the U-Net it reads (of `channels` channels), and how wide the text encoder's pooled
-    output is."""
+    output is; with `grounding` it finds boxes, too."""
 
     map: str
     channels: int
     clip_dim: int
+    grounding: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,12 @@ def find_adapter(name: str, field: str) -> AdapterFile:
         load(data)
         length = int.from_bytes(data[:HEADER], "little")
         known = json.loads(json.loads(data[HEADER : HEADER + length])["__metadata__"][KEY])
-        shape = AdapterShape(known["map"], int(known["channels"]), int(known["clip_dim"]))
+        shape = AdapterShape(
+            known["map"],
+            int(known["channels"]),
+            int(known["clip_dim"]),
+            bool(known.get("grounding")),
+        )
         lora_digest = known["lora"]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         text = f"{name!r}: {uri} is no adapter of finetune --objective dpt: {error}"
@@ -135,7 +141,7 @@ def check_fits(shape: AdapterShape, unet: Mapping[str, Any], name: str, field: s
         wanted = shape_of(unet, shape.map, field)
     except InputError as error:
         raise InputError(f"{name!r}: is an adapter of {error.message}", field) from error
-    if shape != wanted:
+    if shape != replace(wanted, grounding=shape.grounding):
         raise InputError(
             f"{name!r}: is for a map {shape.map} of {shape.channels} channels and texts {shape.clip_dim} "
             f"wide; this model has {wanted.channels} and {wanted.clip_dim}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,19 +22,13 @@ from diffitm.models.hub_weights import (
     Weights,
     check_variant,
     fetch,
-    go_offline_if_away,
     needed,
 )
 from diffitm.models.lora import digest_of, lora_file, merge_file
+from diffitm.models.model_index import HUB_ID, INDEX, from_hub, index_of, read_index, snapshot_of
+from diffitm.models.single_file import ENDINGS, SingleFile
 from diffitm.models.weight_cache import on_disk
-from diffitm.models.weight_files import POINTER, WeightsError, check_whole
 
-INDEX = "model_index.json"
-SINGLE = (".safetensors", ".ckpt")  # how models in one file end
-CONVERT = (
-    "Once: StableDiffusionPipeline.from_single_file({file!r}).save_pretrained('FOLDER') with diffusers "
-    "(StableDiffusionXLPipeline of an SDXL), and give the FOLDER"
-)
 SETTINGS = ("config.json", "scheduler_config.json", "generation_config.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,6 +55,7 @@ class ModelSource:
     absent: tuple[str, ...] = ()  # optional parts of its family that it does without
     distilled: bool = False  # its model_index.json says so, though not all of its family are
     sizes: tuple[tuple[str, int], ...] = ()  # parameters of each part, once it was checked
+    single_file: SingleFile | None = None  # that its folder is made of
 
     @property
     def told(self) -> dict[str, Any]:
@@ -98,22 +92,32 @@ class ModelSource:
         return replace(self, weights=fetch(self.name, self.revision, choose, self.field))
 
 
-def resolve(name: str, field: str = "model", variant: str | None = None) -> ModelSource:
-    """Find a diffusers model by name: one of EMBEDDED, a local folder, a URI of one or a Hub id. Loads no
-    weights; those behind a URI are fetched. `variant` is that of the weights that will be loaded.
+def resolve(
+    name: str,
+    field: str = "model",
+    variant: str | None = None,
+    single_file_config: str | None = None,
+) -> ModelSource:
+    """Find a diffusers model by name: one of EMBEDDED, a local folder, a URI of one, a Hub id, or a model in
+    one file, a path or URI. Loads no weights; those behind a URI are fetched, and of one file a folder is
+    made once, with the configs of `single_file_config` (SingleFile). `variant` is that of the weights that
+    will be loaded.
 
     Raises InputError that names `field` and says what was looked for.
     """
     given, name = name, storage.without_query(name)
     folder = folder_of(name) if name in EMBEDDED else Path(name).expanduser()
-    if "://" in given:
+    single = _single_file(given, single_file_config, field)
+    if single is not None:
+        folder = single.folder()
+    elif "://" in given:
         folder = _copy(given, field, variant)
     if folder.is_dir():
         folder = snapshot_of(folder, name, field)
         index = folder / INDEX
         if not index.is_file():
             raise InputError(f"{name!r}: {_no_index(folder)}", field)
-        settings = _read_index(index, name, field)
+        settings = read_index(index, name, field)
         kind = kind_of(settings, name, field)
         family = FAMILIES[kind]
         absent = absent_parts(family, settings)
@@ -124,11 +128,11 @@ def resolve(name: str, field: str = "model", variant: str | None = None) -> Mode
         digest = _digest(folder, family, settings, variant)
         return ModelSource(
             name, location, None, kind, digest, field, variant=variant, absent=absent,
-            distilled=bool(settings.get("is_distilled")),
+            distilled=bool(settings.get("is_distilled")), single_file=single,
         )  # fmt: skip
     if folder.is_file():
-        raise InputError(f"{name!r}: {_of_one_file(folder)}", field)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
+        raise InputError(f"{name!r}: is a file, not a diffusers folder", field)
+    if not HUB_ID.fullmatch(name):
         raise InputError(
             f"{name!r} is neither a folder nor a Hub id such as 'org/name', nor one of "
             f"{', '.join(EMBEDDED)}",
@@ -136,7 +140,7 @@ def resolve(name: str, field: str = "model", variant: str | None = None) -> Mode
         )
     index = from_hub(name, INDEX, field)
     commit = index.parent.name
-    settings = _read_index(index, name, field)
+    settings = read_index(index, name, field)
     kind = kind_of(settings, name, field)
     absent = absent_parts(FAMILIES[kind], settings)
     return ModelSource(
@@ -216,57 +220,35 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
 
 
-def snapshot_of(folder: Path, name: str, field: str) -> Path:
-    """The newest files in a folder of the Hub's cache (models--org--name); another folder as it is.
-
-    Raises InputError where the cache has no whole commit.
-    """
-    commits = folder / "snapshots"
-    if (folder / INDEX).exists() or not commits.is_dir():
-        return folder
-    main = folder / "refs" / "main"
-    there = sorted(path.name for path in commits.iterdir() if path.is_dir())
-    if main.is_file() and main.read_text().strip() in there:
-        return commits / main.read_text().strip()
-    if len(there) == 1:
-        return commits / there[0]
-    raise InputError(
-        f"{name!r}: is a folder of the Hub's cache with {len(there)} commits, none of which is its main: "
-        f"give {commits}/COMMIT",
-        field,
-    )
-
-
 def _no_index(folder: Path) -> str:
     """What to say of a folder that is no model of diffusers."""
     below = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
-    single = sorted(path.name for path in folder.iterdir() if path.suffix in SINGLE)
+    single = sorted(path.name for path in folder.iterdir() if path.suffix in ENDINGS)
     text = "the folder has no model_index.json (diffusers layout)"
     if below:
         return f"{text}; its {below[0]} has one"
     if (folder / "open_clip_config.json").is_file():
         return f"{text}, but a CLIP's open_clip_config.json"
     if single:
-        return f"{text}, but {single[0]}: {CONVERT.format(file=single[0])}"
+        return f"{text}, but {single[0]}: give that file for a model in one file"
     return text
 
 
-def _of_one_file(file: Path) -> str:
-    """What to say of a model in one file."""
-    try:
-        check_whole(file)
-    except WeightsError as error:
-        return str(error)
-    if file.suffix not in SINGLE:
-        return "is a file, not a diffusers folder"
-    how = CONVERT.format(file=file.name)
-    return f"is a model in one file, which does not say all that scoring needs. {how}"
+def _single_file(given: str, config: str | None, field: str) -> SingleFile | None:
+    if not storage.name(given).endswith(ENDINGS):
+        return None
+    if "://" in given:
+        return SingleFile(given, config, field) if storage.is_file(given) else None
+    file = Path(given).expanduser()
+    return SingleFile(str(file.absolute()), config, field) if file.is_file() else None
 
 
 def on_machine(source: ModelSource) -> tuple[str, str | None]:
     """The local folder, or the Hub id and its commit, to load from."""
     if source.location in EMBEDDED:
         return str(folder_of(source.location)), None
+    if source.single_file is not None:
+        return str(source.single_file.folder()), None
     if source.weights is not None:
         return str(source.weights.on_machine()), None
     if "://" in source.location:
@@ -281,7 +263,7 @@ def _copy(uri: str, field: str, variant: str | None, digest: str | None = None) 
         raise InputError(
             f"{storage.without_query(uri)!r}: there is no {INDEX} (diffusers layout)", field
         )
-    settings = _index_of(
+    settings = index_of(
         storage.read_text(storage.join(uri, INDEX)), storage.without_query(uri), field
     )
     family = FAMILIES[kind_of(settings, storage.without_query(uri), field)]
@@ -296,26 +278,6 @@ def _copy(uri: str, field: str, variant: str | None, digest: str | None = None) 
 def lora_digest(path: str) -> str:
     """sha256 of a LoRA file and of the adapter_config.json beside it, which may hold its scale."""
     return digest_of(lora_file(path))
-
-
-def _read_index(index: Path, name: str, field: str) -> dict[str, Any]:
-    try:
-        return _index_of(index.read_text(encoding="utf-8-sig"), name, field)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name!r}: {INDEX} is not in UTF-8: {error}", field) from error
-
-
-def _index_of(text: str, name: str, field: str) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads(text)
-        settings["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        pointer = ", it is a pointer of Git LFS" if text.startswith(POINTER.decode()) else ""
-        broken = ": it is no whole JSON" if isinstance(error, ValueError) and not pointer else ""
-        raise InputError(
-            f"{name!r}: model_index.json names no _class_name{pointer}{broken}", field
-        ) from error
-    return settings
 
 
 def _digest(
@@ -340,28 +302,3 @@ def _is_loaded(name: str) -> bool:
     are, as their files have many names."""
     part, _, file = name.partition("/")
     return part.startswith("tokenizer") or file.startswith(STEMS) or file in SETTINGS
-
-
-def from_hub(name: str, file: str, field: str) -> Path:
-    """A file of a Hub repository, whose parent folder is named by the commit.
-
-    Raises InputError with what to do about it.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    go_offline_if_away()
-    try:
-        return Path(hf_hub_download(name, file))
-    except GatedRepoError as error:
-        raise InputError(f"{name!r} is gated: accept its terms and set HF_TOKEN", field) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(f"{name!r}: there is no such model on the Hub", field) from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{name!r}: no such folder, and the Hub gave none: {error}", field
-        ) from error

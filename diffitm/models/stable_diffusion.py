@@ -67,6 +67,22 @@ class StableDiffusion(LatentDiffusion):
         # What older configs say; the encoder takes the token of the highest number then.
         return ids.argmax(1) if end == _OLD_END else (ids == end).int().argmax(1)
 
+    def text_places(self, texts: Sequence[str]) -> Tensor:
+        """Which characters of its text each token is of, int64 [B, L, 2], from and to (not included); 0 and 0
+        of a token that is of none. Raises ValueError for a tokenizer that cannot tell."""
+        if not self.tokenizer.is_fast:
+            kind = type(self.tokenizer).__name__
+            raise ValueError(f"a {kind} does not tell which characters its tokens are of")
+        found: Tensor = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_offsets_mapping=True,
+            return_tensors="pt",
+        ).offset_mapping
+        return found
+
     def predict(self, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """See Denoiser."""
         hidden = condition["hidden"].to(self.dtype)

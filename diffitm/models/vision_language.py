@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffitm.core.errors import InputError
-from diffitm.models.loading import from_hub
+from diffitm.models.model_index import from_hub
 from diffitm.models.weight_cache import content_digest
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)

@@ -1,4 +1,4 @@
-"""Models of an object store: each machine keeps one copy of what it has loaded, by its content."""
+"""What each machine keeps of models: one copy of what it has loaded of an object store, by its content."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def on_disk(
     cache = cache_folder()
     names = fingerprint(sorted(listed))[:8]
     note = cache / fingerprint([storage.without_query(uri), sorted(listed.items())])[:32]
-    with _alone(cache, note.name):
+    with alone(cache, note.name):
         known = digest or (note.read_text() if note.exists() else None)
         if known is not None and (cache / f"{known}-{names}").is_dir():
             return cache / f"{known}-{names}", known
@@ -67,7 +67,7 @@ def on_disk(
 
 
 @contextmanager
-def _alone(cache: Path, name: str) -> Iterator[None]:
+def alone(cache: Path, name: str) -> Iterator[None]:
     """One process of the machine at a time."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".{name}.lock").open("w") as lock:

@@ -29,6 +29,13 @@ HELD_OUT = frozenset(
     {("red", "cross"), ("blue", "triangle"), ("yellow", "square"), ("green", "circle")}
 )
 RADIUS = {"small": 0.11, "large": 0.21}
+# In radii from the centre: to either side, up, down.
+REACH = {
+    "circle": (1.0, 1.0, 1.0),
+    "square": (0.86, 0.86, 0.86),
+    "triangle": (0.9, 1.0, 0.8),
+    "cross": (1.0, 1.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,12 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     upright = np.maximum(np.abs(x) - arm, np.abs(y) - radius)
     across = np.maximum(np.abs(x) - radius, np.abs(y) - arm)
     return np.minimum(upright, across)
+
+
+def bounds(thing: Thing) -> tuple[float, float, float, float]:
+    """left, top, right and bottom of a thing's outline, in shares of the picture."""
+    across, up, down = (RADIUS[thing.size] * reach for reach in REACH[thing.shape])
+    return thing.x - across, thing.y - up, thing.x + across, thing.y + down
 
 
 def _muted(rng: np.random.Generator) -> np.ndarray:

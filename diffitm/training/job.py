@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from diffitm.models.dpt_file import AdapterFile
 from diffitm.models.loading import ModelSource
 from diffitm.training.diva.recap import Recap
+from diffitm.training.dpt.expressions import GroundingData
 from diffitm.training.lora.objectives import Objective
 from diffitm.training.row_table import RowsFile, StoredRows
 from diffitm.training.sampler import BatchSampler
@@ -115,11 +116,12 @@ class LoraJob(DenoiserJob):
 @dataclass(frozen=True, kw_only=True)
 class DptJob(DenoiserJob):
     """Training of DPT's adapter on a map of the U-Net, `map` by its name, or with `adapter` tuning with what
-    a probe left, which stays as it is unless `trains_adapter`."""
+    a probe left, which stays as it is unless `trains_adapter`; with `grounding` by boxes, too."""
 
     map: str
     adapter: AdapterFile | None
     trains_adapter: bool
+    grounding: GroundingData | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

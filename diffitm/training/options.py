@@ -28,6 +28,11 @@ class Shared(OnRay):
     )
     clip_norm: float = option(1.0, "norm that the gradient is clipped to", above=0)
     variant: str | None = option(None, "weights variant, such as fp16, of a diffusers folder")
+    single_file_config: str | None = option(
+        None,
+        "diffusers folder or Hub id whose configs and tokenizers a model in one file has (default: a "
+        "Hub id that diffusers tells by the weights)",
+    )
     gradient_checkpointing: bool = option(False, "less memory, more time")
     seed: int = option(0, "of everything that is drawn", at_least=0)
     scenes: int = option(2000, "scenes that --data shapes draws for training", at_least=1)

@@ -75,7 +75,7 @@ class StoredRows(Sequence[TrainingRow]):
     """
 
     def __init__(self, file: RowsFile) -> None:
-        self.table = _mapped(file.uri)
+        self.table = mapped(file.uri)
         if (self.table.schema.metadata or {}).get(DIGEST) != file.digest.encode():
             raise InputError(f"{file.uri} has other rows than this run: delete it")
         self.columns = [self.table.column(name) for name in ROWS.names[:-1]]
@@ -99,7 +99,7 @@ def _row(values: Iterable[Any]) -> TrainingRow:
     return TrainingRow(image, caption, tuple(captions), tuple(images))
 
 
-def _mapped(uri: str) -> pa.Table:
+def mapped(uri: str) -> pa.Table:
     """The table of a Parquet file, decoded into a file without a name."""
     found, path = storage.filesystem(uri)
     with tempfile.NamedTemporaryFile(suffix=".arrow") as spool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from diffitm.tasks.registry import find_task
 from diffitm.training.job import Validation
 from diffitm.training.module import Worker
 
+E = TypeVar("E")
+
 
 def accuracy(name: str, check: Validation, scorer: RowScorer, worker: Worker) -> float | None:
     """Mean credit of a task's examples, which are shared out over the workers; None if none has one."""
@@ -25,7 +27,7 @@ def accuracy(name: str, check: Validation, scorer: RowScorer, worker: Worker) ->
     return float(sums[0] / sums[1]) if sums[1] else None
 
 
-def spread(examples: list[Example], most: int) -> list[Example]:
+def spread(examples: list[E], most: int) -> list[E]:
     """At most so many, evenly spread."""
     if most >= len(examples):
         return examples

@@ -14,7 +14,14 @@ import pytest
 from PIL import Image
 
 from diffitm.commands import selfbench as command
-from diffitm.commands.selfbench import Maker, SelfbenchConfig, find_makers, keep_settings, run
+from diffitm.commands.selfbench import (
+    Maker,
+    SelfbenchConfig,
+    find_makers,
+    keep_settings,
+    pictures_of,
+    run,
+)
 from diffitm.commands.stages import pictures
 from diffitm.commands.stages.pictures import Picture, PictureActor, Sampler, lacking
 from diffitm.core.config import parse
@@ -243,13 +250,28 @@ def test_folders_of_models(tmp_path: Path, spec: DiffusionSpec) -> None:
     other = replace(source, name="mine/stable-diffusion-v1-5")
     both = find_makers(config(guidance=[9.0, 4.0]), [source, spec.source], [base, spec])
     assert [maker.guidance for maker in both] == [9.0, 4.0]
-    with pytest.raises(
-        InputError, match="org/stable-diffusion-v1-5 and mine/stable-diffusion-v1-5"
-    ):
-        find_makers(config(), [source, other], [base, replace(spec, source=other)])
+    alike = find_makers(config(), [source, other], [base, tuned, replace(spec, source=other)])
+    assert [maker.name for maker in alike] == [
+        "org--stable-diffusion-v1-5", "stable-diffusion-v1-5_one-best", "mine--stable-diffusion-v1-5"
+    ]  # fmt: skip
+    names = ("my models/sd", "my_models/sd")
+    same = [replace(spec, source=replace(source, name=name)) for name in names]
+    with pytest.raises(InputError, match="my models/sd and my_models/sd both lie in my_models--sd"):
+        find_makers(config(), [s.source for s in same], same)
     correct = replace(source, name="org/stable-diffusion-v1-5-correct")
     with pytest.raises(InputError, match="are both the task by_stable-diffusion-v1-5-correct"):
         find_makers(config(), [source, correct], [base, replace(spec, source=correct)])
+
+
+def test_pictures_that_lie_there(tmp_path: Path, spec: DiffusionSpec) -> None:
+    """By the paths that labels name them with, whatever prompts are chosen."""
+    maker = Maker(spec, 9.0, "outputs/9/m")
+    assert pictures_of(maker, str(tmp_path)) == []
+    for name in ("00007/samples/00001.png", "00007/metadata.jsonl", "settings.json"):
+        file = tmp_path / maker.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    assert pictures_of(maker, str(tmp_path)) == ["outputs/9/m/00007/samples/00001.png"]
 
 
 def test_tasks_of_pictures(tmp_path: Path, spec: DiffusionSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,38 @@ def test_file_there_and_back(sd: StableDiffusion, tmp_path: Path) -> None:
     assert find_adapter(str(tmp_path), "dpt").digest != found.digest
     with pytest.raises(InputError, match="changed while the run was going on"):
         load_adapter(found, sd, "dpt")
+
+
+def test_an_adapter_with_boxes(sd: StableDiffusion, tmp_path: Path) -> None:
+    """It comes back as such; its matching is that of the same seed without them, and that of a hundred and
+    ten queries in one sequence, as published."""
+    shape = replace(SHAPE, grounding=True)
+    adapter, plain = write(tmp_path, shape), DptAdapter(SHAPE, 3)
+    found = find_adapter(str(tmp_path), "dpt")
+    assert found.shape == shape
+    loaded = load_adapter(found, sd, "dpt")
+    maps, at, pooled = torch.randn(1, 32, 8, 8), torch.tensor([500]), torch.randn(1, tiny.WIDTH)
+    score = loaded.score(maps, at, pooled)
+    assert torch.equal(score, adapter.eval().score(maps, at, pooled))
+    assert torch.equal(score, plain.eval().score(maps, at, pooled))
+    state = loaded.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
+    expected = plain_dpt.score(dict(loaded.named_parameters()), maps[0], 500, pooled[0])
+    torch.testing.assert_close(score[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_before_there_were_boxes(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / NAME
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    told = json.loads(header["__metadata__"]["dpt"])
+    del told["grounding"]
+    header["__metadata__"]["dpt"] = json.dumps(told)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    assert find_adapter(str(tmp_path), "dpt").shape == SHAPE
 
 
 def test_a_tuned_adapter_brings_its_lora(sd_folder: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from diffitm.models.embedded import SHAPES
 from diffitm.models.hub_weights import needed
 from diffitm.models.loading import load_denoiser, resolve
 from tests import tiny_language
-from tests.hub import COMMIT, REPO, Hub, serving
+from tests.hub import COMMIT, REPO, TEMPLATE, Hub
 
 SD = [
     "model_index.json", "README.md", "v1.safetensors",
@@ -68,23 +68,6 @@ def test_what_is_read_of_a_repository() -> None:
         "model.safetensors.index.fp16.json",
         "model.fp16-00001-of-00001.safetensors",
     ]
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty repository, and a cache of its own."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    with serving(folder) as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + TEMPLATE)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("DIFFITM_CACHE", str(tmp_path / "copies"))
-        yield served
-
-
-TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 def move_away(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,7 +325,7 @@ def test_images_that_are_no_squares(tmp_path: Path) -> None:
 def test_a_network_for_other_texts(tmp_path: Path, kind: str) -> None:
     folder = TEACHERS[kind](tmp_path)
     width = 40 if kind == "sd" else 48
-    more = {} if kind == "sd" else tiny.SDXL_ADDED
+    more = {} if kind == "sd" else tiny.sdxl_added()
     tiny.unet(cross_attention_dim=width, **more).save_pretrained(folder / "unet")
     with pytest.raises(InputError, match=rf"its U-Net takes {width}: parts of two models"):
         load_denoiser(resolve(str(folder)))

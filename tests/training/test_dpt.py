@@ -2,86 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffitm.commands import finetune
-from diffitm.commands.workers.dpt import ProbeModule, TuneModule
 from diffitm.core.config import parse
 from diffitm.core.errors import InputError
-from diffitm.distributed.trainer import hand_over
 from diffitm.models.denoiser import Condition
 from diffitm.models.dpt import DptAdapter, load_adapter
 from diffitm.models.dpt_file import LORA, AdapterShape, find_adapter
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.stable_diffusion import StableDiffusion
-from diffitm.shapes.training import write_training
 from diffitm.training.dpt import step
+from diffitm.training.dpt.expressions import GroundingWeights
 from diffitm.training.dpt.step import Dpt
 from diffitm.training.dpt.weights import save_weights
-from diffitm.training.job import DptJob
 from diffitm.training.lora.options import FinetuneConfig, find_problems, negatives_of
-from diffitm.training.lora.step import Posterior
-from diffitm.training.rows import TrainingRow, drop_equal, read_rows, usable
-from diffitm.training.sampler import BatchSampler, Item, images_in, seed_of
+from diffitm.training.rows import TrainingRow, usable
+from diffitm.training.sampler import BatchSampler, images_in
 from tests import plain_dpt, tiny
-from tests.ranks import Ranks
-from tests.training_runs import norm
-
-SHAPE = (4, 8, 8)
-CAPTIONS = ["a red circle", "a blue square", "a green cross"]
+from tests.dpt_parts import CAPTIONS, SAID, SHAPE, dpt, items, posteriors, without_dropout
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_sd(tmp_path_factory.mktemp("sd"))
-
-
-def items() -> list[Item]:
-    return [
-        Item(
-            i, f"{i}", CAPTIONS[i], f"{i}-", CAPTIONS[(i + 1) % 3], seed_of("t", i),
-            random_image=f"{i}+", random_caption=CAPTIONS[(i + 2) % 3],
-        )
-        for i in range(2)
-    ]  # fmt: skip
-
-
-def posteriors(count: int = 2) -> list[Posterior]:
-    """Of the own, the hard and the random images."""
-    generator = torch.Generator().manual_seed(0)
-    draw = [torch.randn(count, *SHAPE, generator=generator) for _ in range(6)]
-    return [Posterior(draw[i], 0.1 * draw[i + 3].abs()) for i in range(3)]
-
-
-def without_dropout(adapter: DptAdapter) -> DptAdapter:
-    for module in adapter.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    return adapter
-
-
-def dpt(folder: Path, name: str = "up1", rank: int | None = None, **options: Any) -> Dpt:
-    """On a tiny model; a LoRA's B starts at zero, where half of the gradients vanish."""
-    channels = {"bottom0": 32, "mid": 64, "up0": 64, "up1": 32}[name]
-    adapter = without_dropout(DptAdapter(AdapterShape(name, channels, tiny.WIDTH), 5))
-    made = Dpt(StableDiffusion(str(folder)), adapter, rank, **options)
-    for key, parameter in made.unet.named_parameters():
-        if "lora_" in key:
-            generator = torch.Generator().manual_seed(3)
-            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
-    return made
 
 
 @pytest.mark.parametrize(
@@ -132,9 +82,12 @@ def reached(made: Dpt, loss: Tensor) -> set[str]:
     ],
 )
 def test_where_gradients_reach(folder: Path, name: str, behind: set[str]) -> None:
-    """The matching losses' end at the map, the denoising error's are everywhere; what is frozen has none."""
-    made = dpt(folder, name, rank=2)
-    found = made.losses(items(), *posteriors())
+    """Those of matching and of boxes end at the map, the denoising error's are everywhere; what is frozen has
+    none."""
+    made = dpt(folder, name, rank=2, boxes=True, grounding=GroundingWeights())
+    found = made.losses(items(), *posteriors(), SAID)
+    assert found.grounding is not None
+    boxes = reached(made, found.grounding.total)
     found.loss.backward()
     everywhere = {"down_blocks.0", "mid_block", "up_blocks.1"}
     assert reached_all(made) == everywhere
@@ -144,7 +97,7 @@ def test_where_gradients_reach(folder: Path, name: str, behind: set[str]) -> Non
     # Without the error: the same five pairs, read up to the map alone.
     maps, nothing = made._read(made._pairs(items(), *posteriors()), whole=False)
     assert nothing is None
-    assert reached(made, maps.square().sum()) == everywhere - behind
+    assert reached(made, maps.square().sum()) == boxes == everywhere - behind
 
 
 def reached_all(made: Dpt) -> set[str]:
@@ -300,6 +253,8 @@ def test_presets() -> None:
     assert (tune.batch_size, tune.effective_batch, tune.steps, tune.rank) == (8, 64, 5000, 4)
     assert (tune.lr_schedule, probe.lr_schedule, tune.warmup_steps) == ("cosine", "constant", 0)
     assert (tune.weight_decay, tune.clip_norm) == (1e-2, 1.0)
+    assert tune.grounding_weights == probe.grounding_weights == [1, 5, 2, 1]
+    assert GroundingWeights() == GroundingWeights(*probe.grounding_weights)
     assert tune.model == probe.model == "stabilityai/stable-diffusion-2-1-base"
 
 
@@ -316,6 +271,19 @@ def test_presets() -> None:
         ({"stage": "tune", "feature_map": "mid"}, "--feature-map mid: --stage tune has the adapter's"),
         ({"objective": "hard-neg", "stage": "tune"}, "--stage is of --objective dpt"),
         ({"objective": "dtp"}, "'dtp' is unknown; did you mean 'dpt'?"),
+        ({"objective": "hard-neg", "grounding": "x"}, "--grounding is of --objective dpt"),
+        ({"objective": "hard-neg", "grounding_weights": [1.0]}, "--grounding-weights is of --obj"),
+        ({"grounding_images": "x"}, "--grounding-images is of --grounding"),
+        ({"grounding": "shapes", "data": "x"}, "--grounding shapes is of --data shapes: give a file"),
+        ({"grounding": "shapes", "grounding_validation": "x"}, "--grounding shapes has its own"),
+        (
+            {"grounding": "x", "grounding_validation": "y", "validate_every": 0},
+            "--grounding-validation y: --validate-every 0 measures none",
+        ),
+        (
+            {"grounding": "x", "grounding_weights": [1.0, -5.0, 2.0]},
+            "--grounding-weights 1 -5 2: must be four numbers of at least 0: classes, L1, GIoU",
+        ),
     ],
 )  # fmt: skip
 def test_problems_of_options(options: dict[str, Any], told: str) -> None:
@@ -331,67 +299,3 @@ def test_a_tuned_adapter_is_no_probe(folder: Path, tmp_path: Path) -> None:
     assert find_problems(config) == [
         f"--adapter {tmp_path}: was tuned with a LoRA already; give a probe's"
     ]
-
-
-# Workers ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("dpt") / "data"
-    write_training(str(root), 20)
-    return root
-
-
-def job(root: Path, adapter: Path | None = None, **more: Any) -> DptJob:
-    config = FinetuneConfig(
-        objective="dpt", model="shapes", batch_size=1, effective_batch=3, steps=2, lr=1e-3,
-        checkpoint_every=100, log_every=1, stage="tune" if adapter else "probe",
-        adapter=str(adapter) if adapter else None,
-    )  # fmt: skip
-    rows, _ = drop_equal(read_rows(str(root / "coco_neg" / "train_neg_clip.tsv"))[0])
-    file = hand_over(str(root.parent / "out"), rows, range(len(rows)))
-    made = finetune._job(config, resolve("shapes"), "all", file, str(root), None, 0)
-    assert isinstance(made, DptJob)
-    return replace(made, **more)
-
-
-@pytest.fixture
-def _own_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks are threads here, which share torch's generator as processes do not."""
-    lock, plain = threading.Lock(), step.drawn_from
-
-    @contextlib.contextmanager
-    def alone(device: torch.device, seed: int) -> Iterator[None]:
-        with lock, plain(device, seed):
-            yield
-
-    monkeypatch.setattr(step, "drawn_from", alone)
-
-
-@pytest.mark.usefixtures("_own_draws")
-@pytest.mark.parametrize("stage", ["probe", "tune"])
-def test_on_any_number_of_workers_and_after_a_resume(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
-    """The same losses and weights, with dropout; one group of two workers goes on from the checkpoint of
-    another's."""
-    kind, adapter = (ProbeModule, None) if stage == "probe" else (TuneModule, tmp_path)
-    if adapter:
-        channels = AdapterShape("up1", 48, 96)
-        from diffitm.models.dpt_file import save_adapter
-
-        save_adapter(DptAdapter(channels, 2).state_dict(), channels, str(tmp_path), tuned=False)
-    runs = []
-    for name, groups in (("alone", [(1, 2)]), ("two", [(2, 1), (2, 2)])):
-        (tmp_path / name).mkdir()
-        ranks = Ranks(tmp_path / name, monkeypatch)
-        for workers, steps in groups:
-            made = job(world, adapter, steps=steps)
-            assert ranks.train(kind, made, workers) == [steps] * workers
-        runs.append(ranks)
-    assert runs[1].losses() == pytest.approx(runs[0].losses(), rel=1e-4)
-    ours, theirs = runs[1].weights(), runs[0].weights()
-    assert norm({k: ours[k] - theirs[k] for k in theirs}) < 1e-4 * norm(theirs)
-    has_lora = any(key.startswith("unet.") for key in ours)
-    assert has_lora == (stage == "tune")

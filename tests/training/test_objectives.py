@@ -169,6 +169,15 @@ def test_softrepa_is_its_formula(diagonal: float) -> None:
             assert errors.grad[i, j].item() == pytest.approx(slope / 2e-6, abs=1e-5)
 
 
+def test_softrepa_of_flow_models() -> None:
+    """The published diagonal of SD3 is another one than Stable Diffusion's; what was told stays."""
+    errors = torch.rand(3, 3)
+    for flow, told, diagonal in ((False, None, 10.0), (True, None, 0.0), (True, 3.0, 3.0)):
+        loss = Objective("softrepa", diagonal=told).fitted(flow).match(errors)
+        assert loss == Objective("softrepa", diagonal=diagonal).match(errors)
+    assert Objective("dpo").fitted(True) == Objective("dpo")
+
+
 def test_softrepa_of_one_example_has_no_contrast() -> None:
     loss = Objective("softrepa", diagonal=0.0).match(torch.tensor([[0.3]]))
     assert loss.item() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -13,10 +14,15 @@ from diffitm.models.denoiser import Denoiser
 from diffitm.models.dpt import DptAdapter, Encode, load_adapter, settings_of
 from diffitm.models.dpt_file import shape_of
 from diffitm.scoring.dpt import DptScorer
+from diffitm.training.dpt.expressions import StoredExpressions
+from diffitm.training.dpt.locating import Locator, located
 from diffitm.training.dpt.step import Dpt
 from diffitm.training.job import DptJob, Validation
-from diffitm.training.module import Worker
+from diffitm.training.module import Measured, Worker
 from diffitm.training.sampler import Item
+from diffitm.training.validation import spread
+
+BOXES = ("of_classes", "of_l1", "of_giou", "of_alignment")
 
 
 class ProbeModule(DenoiserModule):
@@ -35,6 +41,12 @@ class ProbeModule(DenoiserModule):
         super().__init__(job, worker)
         self.tuner = build(job, self.denoiser, self.encode_texts)
         self.groups = [(self.tuner.parameters, job.lr)]
+        self.said, self.check = None, None
+        if job.grounding is not None:
+            self.names = (*self.names, *BOXES)
+            self.said = StoredExpressions(job.grounding.file)
+            if job.grounding.check is not None:
+                self.check = StoredExpressions(job.grounding.check)
 
     def losses(
         self, items: list[Item], images: dict[str, Any]
@@ -46,16 +58,34 @@ class ProbeModule(DenoiserModule):
             pick([item.image for item in items]),
             pick([item.negative_image for item in items]),
             pick([item.random_image for item in items]),
+            [self.said.draw(item.image, item.seed) for item in items] if self.said else (),
         )
         told = (made.of_texts, made.of_images, made.right_texts, made.right_images)
         error = () if made.error is None else (made.error,)
-        yield made.loss, (made.loss.detach(), *told, *error)
+        boxes: tuple[Tensor, ...] = ()
+        if self.said is not None:
+            found, zero = made.grounding, made.of_texts.new_zeros(())
+            boxes = (zero,) * len(BOXES)
+            if found is not None:
+                boxes = (found.classes, found.l1, found.giou, found.alignment)
+        yield made.loss, (made.loss.detach(), *told, *error, *boxes)
 
     def weights(self) -> dict[str, Tensor]:
         return self.tuner.weights()
 
     def load(self, weights: dict[str, Tensor]) -> None:
         self.tuner.load(weights)
+
+    def measure(self, step: int) -> Measured:
+        """Accuracy, and beside it how well boxes of other images are found, which chooses nothing."""
+        measured = super().measure(step)
+        check = self.job.validation
+        if self.check is None or check is None:
+            return measured
+        job = self.job
+        locator = Locator(self.denoiser, self.tuner.adapter.eval(), job.root, job.resize)
+        found = located(locator, spread(list(self.check), check.examples), self.worker)
+        return replace(measured, values=measured.values | found)
 
     def scorer(self, check: Validation) -> DptScorer:
         adapter = self.tuner.adapter.eval()
@@ -70,9 +100,12 @@ class TuneModule(ProbeModule):
 
 def build(job: DptJob, denoiser: Denoiser, encode_texts: Encode | None = None) -> Dpt:
     """What is trained. Raises InputError for a model without such a map, or that the adapter is not for."""
+    weights = job.grounding.weights if job.grounding else None
     if job.adapter is None:
         shape = shape_of(settings_of(denoiser, "model"), job.map, "feature_map")
-        return Dpt(denoiser, DptAdapter(shape, job.seed), encode_texts=encode_texts)
+        shape = replace(shape, grounding=weights is not None)
+        adapter = DptAdapter(shape, job.seed)
+        return Dpt(denoiser, adapter, encode_texts=encode_texts, grounding=weights)
     adapter = load_adapter(job.adapter, denoiser, "adapter")
     return Dpt(
         denoiser,
@@ -82,6 +115,7 @@ def build(job: DptJob, denoiser: Denoiser, encode_texts: Encode | None = None) -
         job.trains_adapter,
         job.checkpointing,
         encode_texts,
+        weights,
     )
 
 

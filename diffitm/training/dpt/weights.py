@@ -23,4 +23,6 @@ def save_weights(weights: dict[str, Tensor], folder: str, map: str, rank: int) -
     if lora:
         save_lora(lora, folder, rank)
     channels, width = adapter["input_proj.weight"].shape[1], adapter["head.2.weight"].shape[0]
-    save_adapter(adapter, AdapterShape(map, channels, width), folder, bool(lora))
+    grounding = any(key.startswith("grounding.") for key in adapter)
+    shape = AdapterShape(map, channels, width, grounding)
+    save_adapter(adapter, shape, folder, bool(lora))

@@ -8,7 +8,7 @@ compares both errors with those of the base model, softrepa every image of a bat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,7 @@ OWN: dict[Contrast, dict[str, Any]] = {
     "base": {"preference": "sigmoid", "beta": 2500.0},
     "batch": {"scale": 4.0, "temperature": 0.07, "diagonal": 10.0},
 }
+FLOW_DIAGONAL = 0.0  # the published value of SD3
 # The loss of a preference u, given beta.
 PREFERENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": lambda u, beta: -logsigmoid(beta * u),
@@ -64,8 +65,8 @@ class Objective:
       mean E_ii.
 
     `clip_over` says where the bound holds: of each example, or of a micro-batch's means, which is
-    the published way. What only some objectives have is None where the published value is meant (`diagonal`:
-    that of Stable Diffusion).
+    the published way. What only some objectives have is None where the published value is meant; that of
+    `diagonal` is Stable Diffusion's, which `fitted` changes for flow models.
     Raises InputError for a value that none of them is, and for one that the objective does not take.
     """
 
@@ -115,6 +116,12 @@ class Objective:
             which = "lambda" if self.bound != 1.0 else "clip_over"
             value = f"{self.bound:g}" if self.bound != 1.0 else self.clip_over
             raise InputError(f"{value}: {self.name} has no bound", which)
+
+    def fitted(self, flow: bool) -> Objective:
+        """The same with the published values of a flow model, if it is for one."""
+        if flow and self.contrast == "batch" and self.diagonal is None:
+            return replace(self, diagonal=FLOW_DIAGONAL)
+        return self
 
     @property
     def contrast(self) -> Contrast:

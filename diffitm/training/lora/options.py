@@ -66,7 +66,9 @@ class FinetuneConfig(DptOptions, Shared):
         None, "of softrepa's logits, in errors (default: 0.07)", above=0
     )
     diagonal: float | None = option(
-        None, "softrepa's weight of the right pairs' error (default: 10)", at_least=0
+        None,
+        "softrepa's weight of the right pairs' error (default: 10, of flow models 0)",
+        at_least=0,
     )
     negatives: Literal["hard-text", "random-text", "hard-image", "mixed"] = option(
         "mixed", "what wrong pairs are made of, where the objective has any"
