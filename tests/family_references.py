@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, Flux2Pipeline
 from torch import Tensor
 
 TEXTS = ["A red cube", "a small blue sphere, left of it", ""]
+
+
+class Text(NamedTuple):
+    """What a network is told: tokens [1, L, D], which of them count, [1, L], a pooled embedding [1, P]."""
+
+    hidden: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 class Reference:
@@ -31,6 +39,14 @@ class Reference:
 
     def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
         """The prediction for a text, [1, C, h, w]."""
+        return self.told(pipe, self.text(pipe, text), z, step)
+
+    def text(self, pipe: Any, text: str) -> Text:
+        """What the pipeline makes of a text."""
+        raise NotImplementedError
+
+    def told(self, pipe: Any, text: Text, z: Tensor, step: Tensor) -> Tensor:
+        """The prediction of a network that is told this, [1, C, h, w]."""
         raise NotImplementedError
 
     def no_text(self, pipe: Any) -> tuple[Tensor, Tensor | None]:
@@ -62,11 +78,13 @@ class Reference:
 class PixArt(Reference):
     asked = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}  # noqa: RUF012
 
-    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
-        hidden, mask, _, _ = pipe.encode_prompt(text, False)
+    def text(self, pipe: Any, text: str) -> Text:
+        return Text(*pipe.encode_prompt(text, False)[:2])
+
+    def told(self, pipe: Any, text: Text, z: Tensor, step: Tensor) -> Tensor:
         none = {"resolution": None, "aspect_ratio": None}
         out = pipe.transformer(
-            z, encoder_hidden_states=hidden, encoder_attention_mask=mask, timestep=step,
+            z, encoder_hidden_states=text.hidden, encoder_attention_mask=text.mask, timestep=step,
             added_cond_kwargs=none,
         )  # fmt: skip
         first: Tensor = out.sample.chunk(2, 1)[0]
@@ -81,14 +99,15 @@ class PixArt(Reference):
 class Sana(Reference):
     asked = {"guidance_scale": 1.0, "use_resolution_binning": False}  # noqa: RUF012
 
-    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
+    def text(self, pipe: Any, text: str) -> Text:
         from diffitm.models.sana import instruction
 
-        hidden, mask, _, _ = pipe.encode_prompt(
-            text, False, complex_human_instruction=[instruction()]
-        )
+        found = pipe.encode_prompt(text, False, complex_human_instruction=[instruction()])
+        return Text(*found[:2])
+
+    def told(self, pipe: Any, text: Text, z: Tensor, step: Tensor) -> Tensor:
         out: Tensor = pipe.transformer(
-            z, encoder_hidden_states=hidden, encoder_attention_mask=mask, timestep=step
+            z, encoder_hidden_states=text.hidden, encoder_attention_mask=text.mask, timestep=step
         ).sample
         return out
 
@@ -101,12 +120,15 @@ class Sana(Reference):
 
 
 class Sd3(Reference):
-    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
+    def text(self, pipe: Any, text: str) -> Text:
         hidden, _, pooled, _ = pipe.encode_prompt(
             text, None, None, do_classifier_free_guidance=False
         )
+        return Text(hidden, pooled=pooled)
+
+    def told(self, pipe: Any, text: Text, z: Tensor, step: Tensor) -> Tensor:
         out: Tensor = pipe.transformer(
-            z, encoder_hidden_states=hidden, pooled_projections=pooled, timestep=step
+            z, encoder_hidden_states=text.hidden, pooled_projections=text.pooled, timestep=step
         ).sample
         return out
 
@@ -130,12 +152,21 @@ class Packed(Reference):
 class Flux(Packed):
     length, guidance = 512, (1.0,)
 
-    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
-        side = z.shape[-1]
+    def text(self, pipe: Any, text: str) -> Text:
         hidden, pooled, ids = pipe.encode_prompt(text, None, max_sequence_length=self.length)
+        assert not ids.any()
+        return Text(hidden, pooled=pooled)
+
+    def no_text(self, pipe: Any) -> tuple[Tensor, Tensor | None]:
+        hidden, _, pooled = self.text(pipe, "")
+        return hidden, pooled
+
+    def told(self, pipe: Any, text: Text, z: Tensor, step: Tensor) -> Tensor:
+        side = z.shape[-1]
         out = pipe.transformer(
-            pipe._pack_latents(z, 1, z.shape[1], side, side), encoder_hidden_states=hidden,
-            pooled_projections=pooled, timestep=step / 1000, txt_ids=ids,
+            pipe._pack_latents(z, 1, z.shape[1], side, side), encoder_hidden_states=text.hidden,
+            pooled_projections=text.pooled, timestep=step / 1000,
+            txt_ids=torch.zeros(text.hidden.shape[1], 3),
             img_ids=pipe._prepare_latent_image_ids(1, side // 2, side // 2, "cpu", torch.float32),
             guidance=torch.tensor(self.guidance) if self.guidance else None,
         ).sample  # fmt: skip
@@ -152,12 +183,14 @@ class QwenImage(Packed):
     asked = {"true_cfg_scale": 1.0}  # noqa: RUF012
     guided = {"true_cfg_scale": 4.0, "negative_prompt": ["", ""]}  # noqa: RUF012
 
-    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
+    def text(self, pipe: Any, text: str) -> Text:
+        return Text(*pipe.encode_prompt(text, max_sequence_length=512))
+
+    def told(self, pipe: Any, text: Text, z: Tensor, step: Tensor) -> Tensor:
         side = z.shape[-1]
-        hidden, mask = pipe.encode_prompt(text, max_sequence_length=512)
         out = pipe.transformer(
-            pipe._pack_latents(z, 1, z.shape[1], side, side), encoder_hidden_states=hidden,
-            encoder_hidden_states_mask=mask, timestep=step / 1000,
+            pipe._pack_latents(z, 1, z.shape[1], side, side), encoder_hidden_states=text.hidden,
+            encoder_hidden_states_mask=text.mask, timestep=step / 1000,
             img_shapes=[[(1, side // 2, side // 2)]],
         ).sample  # fmt: skip
         found: Tensor = pipe._unpack_latents(out, side * 8, side * 8, 8)[:, :, 0]
@@ -186,10 +219,12 @@ class Reversed(Reference):
 
 
 class Lumina2(Reversed):
-    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
-        hidden, mask, _, _ = pipe.encode_prompt(text, False)
+    def text(self, pipe: Any, text: str) -> Text:
+        return Text(*pipe.encode_prompt(text, False)[:2])
+
+    def told(self, pipe: Any, text: Text, z: Tensor, step: Tensor) -> Tensor:
         out: Tensor = pipe.transformer(
-            z, 1 - step / 1000, encoder_hidden_states=hidden, encoder_attention_mask=mask
+            z, 1 - step / 1000, encoder_hidden_states=text.hidden, encoder_attention_mask=text.mask
         ).sample
         return -out
 
@@ -204,8 +239,12 @@ class ZImage(Reversed):
     def step(self, given: dict[str, Any]) -> Tensor:
         return super().step({"timestep": given["t"]})
 
-    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
-        texts, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
+    def text(self, pipe: Any, text: str) -> Text:
+        (hidden,), _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
+        return Text(hidden[None])
+
+    def told(self, pipe: Any, text: Text, z: Tensor, step: Tensor) -> Tensor:
+        texts = [text.hidden[0]]
         out: Tensor = pipe.transformer([z[0].unsqueeze(1)], 1 - step / 1000, texts).sample[0]
         return -out.squeeze(1)[None]
 
@@ -217,12 +256,14 @@ class Flux2(Reference):
     def step(self, given: dict[str, Any]) -> Tensor:
         return super().step(given) * 1000
 
-    def network(self, pipe: Any, text: str, z: Tensor, step: Tensor) -> Tensor:
-        hidden, ids = pipe.encode_prompt(text)
-        places = pipe._prepare_latent_ids(z)
+    def text(self, pipe: Any, text: str) -> Text:
+        return Text(pipe.encode_prompt(text)[0])
+
+    def told(self, pipe: Any, text: Text, z: Tensor, step: Tensor) -> Tensor:
+        places, ids = pipe._prepare_latent_ids(z), pipe._prepare_text_ids(text.hidden)
         guidance = torch.ones(1) if pipe.transformer.config.guidance_embeds else None
         out = pipe.transformer(
-            pipe._pack_latents(z), encoder_hidden_states=hidden, timestep=step / 1000,
+            pipe._pack_latents(z), encoder_hidden_states=text.hidden, timestep=step / 1000,
             txt_ids=ids, img_ids=places, guidance=guidance,
         ).sample  # fmt: skip
         found: Tensor = pipe._unpack_latents_with_ids(out, places)

@@ -56,6 +56,8 @@ class Denoiser(ABC):
 
     takes_lora: ClassVar[bool] = True
 
+    # Tokens of a condition that the network has places for; None where it takes any number.
+    places: int | None = None
     resolution: int  # side of the input image in pixels
     latent_shape: tuple[int, int, int]  # C, h, w
     schedule: Schedule
@@ -126,7 +128,7 @@ class Denoiser(ABC):
         """What the schedule calls the prediction, float32 [B, C, h, w], whatever sign, scale and channels
         the network's output has, for noised latents, timesteps [B], condition [B].
 
-        Gradients reach the condition.
+        Gradients reach the noised latents and the condition.
         """
 
     @abstractmethod

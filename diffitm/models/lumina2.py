@@ -12,7 +12,7 @@ from transformers import Gemma2Model, GemmaTokenizerFast
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.language_flow import LanguageFlow
-from diffitm.models.latent_diffusion import check_text_width
+from diffitm.models.latent_diffusion import Folder, check_text_width
 from diffitm.models.noise_schedule import FLOW_TIME
 
 
@@ -28,6 +28,10 @@ class Lumina2(LanguageFlow):
     network_kind = Lumina2Transformer2DModel
     encoder_kind = Gemma2Model
     tokenizer_kind = GemmaTokenizerFast
+
+    def finish(self, parts: Folder) -> None:
+        """See OneEncoder. The image has the place after the text's last token."""
+        self.places = self.transformer.config.axes_lens[0] - 1
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:

@@ -13,8 +13,10 @@ from transformers import Qwen2Tokenizer, Qwen3Model
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import side_of
 from diffitm.models.language_flow import LanguageFlow, chat
-from diffitm.models.latent_diffusion import check_latents, check_text_width
+from diffitm.models.latent_diffusion import Folder, check_latents, check_text_width
 from diffitm.models.noise_schedule import FLOW_TIME
+
+FILLED = 32  # the network fills texts up to a multiple of it
 
 
 class ZImage(LanguageFlow):
@@ -30,6 +32,10 @@ class ZImage(LanguageFlow):
     network_kind = ZImageTransformer2DModel
     encoder_kind = Qwen3Model
     tokenizer_kind = Qwen2Tokenizer
+
+    def finish(self, parts: Folder) -> None:
+        """See OneEncoder. A text's places begin with 1, and the image's is the one after the filled text."""
+        self.places = (self.transformer.config.axes_lens[0] - 2) // FILLED * FILLED
 
     @classmethod
     def templated(cls, text: str, tokenizer: Any) -> str:

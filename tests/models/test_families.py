@@ -34,9 +34,7 @@ from diffitm.scoring.pair_errors import pair_errors
 from diffitm.scoring.specs import DiffusionSpec
 from diffitm.scoring.text_cache import TextCache
 from diffitm.store.score_store import open_store
-from diffitm.training.diva.recap import parse_recap
-from diffitm.training.diva.step import Diva
-from tests import families, tiny, tiny_clip
+from tests import families, tiny
 from tests.family_references import TEXTS, flat, pipeline_of, reference, spied
 
 DISTILLED = ("FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-dev")  # without a negative prompt
@@ -554,12 +552,6 @@ def test_a_lora_in_diffusers_format(
     assert second
     with pytest.raises(InputError, match=r"LoRA of a transformer .* which a U-Net does not take"):
         check_loadable(resolve("shapes"), [str(tmp_path)])
-
-
-def test_no_teacher_yet(models: dict[str, Any]) -> None:
-    for name in ("SD3", "PixArt-alpha"):
-        with pytest.raises(InputError, match="cannot teach yet"):
-            Diva(tiny_clip.vit(), "tiny", models[name], parse_recap("all"))
 
 
 def test_parts_of_two_models(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -357,9 +357,14 @@ def test_overlaps_of_the_surest_queries(
     for i, tokens in ((0, [1, 2, 3]), (1, [8, 9, 10]), (0, [1, 2, 3])):
         surest = sorted(range(100), key=lambda q: -float(probabilities[q, tokens].sum()))
         rows.append([plain_grounding.iou(BOXES[i], boxes[q].tolist()) for q in surest[:10]])
+    wanted, tokens = [torch.tensor(box) for box in BOXES], [[1, 2, 3], [8, 9, 10]]
+    chosen = plain_grounding.assigned(logits, boxes, wanted, tokens)
+    alone = plain_grounding.assigned(logits, boxes, wanted[:1], tokens[:1])
+    for row, i, q in zip(rows, (0, 1, 0), (*chosen, *alone), strict=True):
+        row.insert(0, plain_grounding.iou(BOXES[i], boxes[q].tolist()))
     torch.testing.assert_close(overlaps, torch.tensor(rows), rtol=1e-4, atol=1e-5)
     assert [len(one) for one in maps] == [2] and maps[0].shape[1:] == (64, 4, 4)
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
     for rank in range(2):
         worker: Any = SimpleNamespace(
             rank=rank, world=2, summed=lambda v: sums.add_(torch.tensor(v))
@@ -367,9 +372,10 @@ def test_overlaps_of_the_surest_queries(
         found = located(locator, said, worker)
     assert found == pytest.approx(
         {
-            "boxes/iou": np.mean([row[0] for row in rows]),
+            "boxes/iou": np.mean([row[1] for row in rows]),
+            "boxes/iou_matched": np.mean([row[0] for row in rows]),
             **{
-                f"boxes/precision_at_{best}": np.mean([max(row[:best]) >= 0.5 for row in rows])
+                f"boxes/precision_at_{best}": np.mean([max(row[1:][:best]) >= 0.5 for row in rows])
                 for best in (1, 5, 10)
             },
         },

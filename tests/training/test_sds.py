@@ -309,11 +309,7 @@ def test_towers_of_two_widths(teacher: Denoiser) -> None:
         sds(teacher, clip)
 
 
-def test_teachers_that_cannot(teacher: Denoiser, folder: Path, tmp_path: Path) -> None:
-    flow = load_denoiser(resolve(str(folder)))
-    flow.schedule = FlowSchedule()
-    with pytest.raises(InputError, match="teacher: a StableDiffusion cannot teach yet"):
-        sds(flow)
+def test_a_teacher_of_classes_knows_no_captions(tmp_path: Path) -> None:
     dit = write_dit(tmp_path / "dit")
     with pytest.raises(InputError, match="teacher: cannot be told of captions: the text names no"):
         module_of(tmp_path, dit, 0.5)

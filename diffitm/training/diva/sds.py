@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffitm.core.errors import InputError
 from diffitm.models.clip_tokens import image_side
-from diffitm.models.denoiser import Condition, Denoiser
+from diffitm.models.denoiser import Denoiser
 from diffitm.scoring.text_cache import TEXT_CACHE_BYTES, TextCache
 from diffitm.training.diva.step import CLIP_SCALE, PROJECTION, normalisation
 from diffitm.training.sampler import draw_noise
@@ -50,9 +50,6 @@ class SdsClip:
         self.clip = clip
         self.tokenizer, self.teacher = tokenizer, teacher
         self.weight, self.jacobian = weight, jacobian
-        if teacher.schedule.prediction == "flow":
-            kind = type(teacher).__name__
-            raise InputError(f": a {kind} cannot teach yet, U-Nets can", "teacher")
         self.norms = norms_of(clip)
         for parameter in self.norms.values():
             parameter.requires_grad_(True)
@@ -94,8 +91,8 @@ class SdsClip:
         return loss.detach(), by_image, by_text
 
     def errors(self, images: Tensor, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Mean squared error [B] of the teacher's noise, given z_t of the projected embeddings [B, W] with
-        the timestep and noise of the seeds, and the captions."""
+        """Mean squared error [B] of the teacher's noise, of a flow model of its velocity, given z_t of the
+        projected embeddings [B, W] with the timestep and noise of the seeds, and the captions."""
         schedule, device = self.teacher.schedule, self.teacher.device
         drawn = draw_noise(seeds, self.teacher.latent_shape, schedule)
         at, noise = drawn.timesteps.to(device), drawn.noise.to(device)
@@ -105,10 +102,15 @@ class SdsClip:
             torch.set_grad_enabled(self.jacobian and torch.is_grad_enabled()),
             torch.autocast(device.type, self.teacher.dtype, enabled=self.autocast),
         ):
-            predicted = self.teacher.predict(noised, at, self._condition(captions))
-        wrong = schedule.noise(noised, predicted.float(), at) - noise
+            predicted = self.teacher.predict(noised, at, self.texts.repeated(captions))
+        is_flow = schedule.prediction == "flow"
+        if is_flow:
+            wrong = predicted.float() - schedule.target(latents, noise, at)
+        else:
+            wrong = schedule.noise(noised, predicted.float(), at) - noise
         error = (wrong**2).flatten(1).mean(1)
-        if self.jacobian:
+        # The velocity's target has z0 in it: past the network the gradient by z0 is 2 wrong / (C h w).
+        if self.jacobian or is_flow:
             return error
         # As if the network's Jacobian were the identity: d error / d z_t = 2 wrong / (C h w).
         past = 2 * (noised * wrong.detach()).flatten(1).mean(1)
@@ -148,13 +150,6 @@ class SdsClip:
                 "clip",
             )
         return image.shape[1]
-
-    def _condition(self, captions: Sequence[str]) -> Condition:
-        """Rows of the encoded captions, as tensors that a graph may keep."""
-        unique = list(dict.fromkeys(captions))
-        rows = torch.tensor([unique.index(caption) for caption in captions])
-        found = self.texts(unique)
-        return {name: value.clone()[rows.to(value.device)] for name, value in found.items()}
 
 
 def norms_of(clip: nn.Module) -> dict[str, nn.Parameter]:

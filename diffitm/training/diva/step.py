@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffitm.core.errors import InputError
 from diffitm.models.clip_tokens import find_tower, image_side, visual_tokens
-from diffitm.models.denoiser import Condition, Denoiser
+from diffitm.models.denoiser import Condition, Denoiser, rows_of
 from diffitm.training.diva.recap import Recap, add_text
 from diffitm.training.lora.step import Posterior
 from diffitm.training.sampler import draw_noise, seed_of
@@ -62,12 +62,14 @@ class Diva:
         with torch.no_grad():
             width, patches = _width_and_patches(self.tower, side, device)
             self.patches, self.side = patches, side
-            found = teacher.encode_texts([prompt])
-            self.text = {key: value.clone() for key, value in found.items()}
-        if "mask" in found or teacher.schedule.prediction == "flow":
-            kind = type(teacher).__name__
-            raise InputError(f": a {kind} cannot teach yet, U-Nets and DiT can", "teacher")
+            (self.text,) = rows_of(teacher.encode_texts([prompt]))
         kept, length = 1 + recap.kept(patches), self.text["hidden"].shape[1]
+        if teacher.places is not None and kept > teacher.places:
+            raise InputError(
+                f"{recap}: has {kept} tokens of {patches} patches and the class token, the teacher's "
+                f"network has places for {teacher.places}; take fewer patches",
+                "recap",
+            )
         if add == "tokens" and kept != length:
             raise InputError(
                 f"tokens: the recap {recap} has {kept} tokens of {patches} patches and "
@@ -92,11 +94,14 @@ class Diva:
         return list(self.tower.parameters()), list(self.projection.parameters())
 
     def condition(self, tokens: Tensor, seeds: Sequence[int]) -> Condition:
-        """What the teacher is conditioned on, from visual tokens [B, 1 + P, W]."""
+        """What the teacher is conditioned on, from visual tokens [B, 1 + P, W]: the recap where a text's
+        tokens stand, none of it masked, and what else it takes, such as a pooled embedding, of the text."""
         recap = self.recap(tokens, self.recap.draw(seeds, self.patches))
         hidden = add_text(self.projection(recap), self.text["hidden"][0], self.add)
-        others = {k: v.expand(len(tokens), *v.shape[1:]) for k, v in self.text.items()}
-        return others | {"hidden": hidden}
+        own = {"hidden": hidden}
+        if "mask" in self.text:
+            own["mask"] = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return self._of_the_text(len(tokens)) | own
 
     def losses(
         self, pixels: Tensor, posterior: Posterior, seeds: Sequence[int]
@@ -125,8 +130,11 @@ class Diva:
     def conditions(self, pixels: Tensor, seeds: Sequence[int], blind: bool = False) -> Condition:
         """The condition of uint8 images, or of none of them."""
         if blind:
-            return {k: v.expand(len(pixels), *v.shape[1:]) for k, v in self.text.items()}
+            return self._of_the_text(len(pixels))
         return self.condition(visual_tokens(self.tower, self.normalised(pixels)), seeds)
+
+    def _of_the_text(self, count: int) -> Condition:
+        return {k: v.expand(count, *v.shape[1:]) for k, v in self.text.items()}
 
     def noised(
         self, posterior: Posterior, seeds: Sequence[int], at: int | None = None

@@ -16,7 +16,7 @@ from diffitm.scoring.dpt import TIMESTEP
 from diffitm.scoring.image_reader import load_images
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.training.dpt.expressions import Expression
-from diffitm.training.dpt.grounding import corners
+from diffitm.training.dpt.grounding import corners, match
 from diffitm.training.dpt.step import targets_of
 from diffitm.training.module import Worker
 
@@ -36,10 +36,10 @@ class Locator:
 
     @torch.inference_mode()
     def overlaps(self, expressions: Sequence[Expression]) -> Tensor:
-        """Of each box the intersection over union with those of the ten queries that are surest to be of the
-        tokens which name it, surest first, [boxes, 10] on the CPU. Images that cannot be read are left
-        out."""
-        found = [torch.zeros(0, max(BEST))]
+        """Of each box the intersection over union with that of the query which training would match it with,
+        and then with those of the ten queries that are surest to be of the tokens which name it, surest
+        first, [boxes, 11] on the CPU. Images that cannot be read are left out."""
+        found = [torch.zeros(0, 1 + max(BEST))]
         for start in range(0, len(expressions), BATCH):
             found += self._batch(expressions[start : start + BATCH])
         return torch.cat(found)
@@ -64,19 +64,25 @@ class Locator:
         for i, target in enumerate(targets_of(self.denoiser, said)):
             sure = target.classes @ boxes.logits[i].softmax(-1).T
             every = box_iou(corners(target.boxes), corners(boxes.boxes[i]))
-            overlaps.append(every.gather(1, sure.topk(max(BEST)).indices).cpu())
+            query, box = match(boxes, i, target)
+            matched = every.new_zeros(len(every), 1)  # of a box beyond the queries' number
+            matched[box, 0] = every[box, query]
+            surest = every.gather(1, sure.topk(max(BEST)).indices)
+            overlaps.append(torch.cat([matched, surest], 1).cpu())
         return overlaps
 
 
 def located(
     locator: Locator, expressions: Sequence[Expression], worker: Worker
 ) -> dict[str, float]:
-    """Over all workers: the mean overlap of boxes with those of their surest queries, and shares of boxes
-    that the surest ones find; {} where no image could be read. All workers must call it alike."""
+    """Over all workers: the mean overlap of boxes with those of their surest queries and of the matched ones,
+    and shares of boxes that the surest ones find; {} where no image could be read. All workers must
+    call it alike."""
     overlaps = locator.overlaps(expressions[worker.rank :: worker.world])
-    hits = [float((overlaps[:, :best].amax(1) >= FOUND).sum()) for best in BEST]
-    *sums, count = worker.summed([float(overlaps[:, 0].sum()), *hits, len(overlaps)]).tolist()
+    hits = [float((overlaps[:, 1 : 1 + best].amax(1) >= FOUND).sum()) for best in BEST]
+    matched, surest = overlaps[:, :2].sum(0).tolist()
+    *sums, count = worker.summed([surest, matched, *hits, len(overlaps)]).tolist()
     if not count:
         return {}
-    names = ["boxes/iou", *(f"boxes/precision_at_{best}" for best in BEST)]
+    names = ["boxes/iou", "boxes/iou_matched", *(f"boxes/precision_at_{best}" for best in BEST)]
     return {name: total / count for name, total in zip(names, sums, strict=True)}
