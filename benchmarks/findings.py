@@ -111,11 +111,15 @@ ARMS = {
     "dpo": Arm(
         LORA | {"objective": "dpo"}, tuple({"lr": 3e-4, "beta": b} for b in (250.0, 2500.0))
     ),
-    "dpt, probe": Arm(DPT | {"steps": 400, "lr": 1e-3, "validate_every": 100}, scores=("dpt",)),
+    "dpt, probe": Arm(DPT | {"steps": 150, "lr": 1e-3}, scores=("dpt",)),
     "dpt, tuned": Arm(
-        DPT | {"stage": "tune", "lr": 3e-4}, scores=("dpt", "error"), after="dpt, probe"
+        DPT | {"stage": "tune", "steps": 100, "lr": 3e-4},
+        scores=("dpt", "error"),
+        after="dpt, probe",
     ),
-    "sds-clip": Arm(SDS, tuple({"lr": 1e-3, "lambda_": v} for v in (1e-3, 1e-1, 10.0)), scores=("clip",)),
+    "sds-clip": Arm(
+        SDS, tuple({"lr": 1e-3, "lambda_": v} for v in (1e-3, 1e-1, 10.0)), scores=("clip",)
+    ),
     "sds-clip's control": Arm(SDS | {"lambda_": 0.0, "lr": 1e-3}, scores=("clip",)),
     "diva": Arm(
         OF_CLIP
