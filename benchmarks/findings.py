@@ -100,7 +100,7 @@ SDS: Options = OF_CLIP | {
     "batch_size": 64,
     "validate_every": 300,
 }
-DPT = OF_DIFFUSION | {"objective": "dpt"}
+DPT = OF_DIFFUSION | {"objective": "dpt", "effective_batch": 16}
 ARMS = {
     "no-neg": Arm(LORA | {"objective": "no-neg"}, RATES),
     "hard-neg": Arm(LORA | {"objective": "hard-neg"}, RATES),
@@ -111,9 +111,11 @@ ARMS = {
     "dpo": Arm(
         LORA | {"objective": "dpo"}, tuple({"lr": 3e-4, "beta": b} for b in (250.0, 2500.0))
     ),
-    "dpt, probe": Arm(DPT | {"steps": 400, "lr": 1e-3, "validate_every": 100}, scores=("dpt",)),
+    "dpt, probe": Arm(DPT | {"steps": 300, "lr": 3e-4, "feature_map": "mid"}, scores=("dpt",)),
     "dpt, tuned": Arm(
-        DPT | {"stage": "tune", "lr": 3e-4}, scores=("dpt", "error"), after="dpt, probe"
+        DPT | {"stage": "tune", "steps": 100, "lr": 3e-4},
+        scores=("dpt", "error"),
+        after="dpt, probe",
     ),
     "sds-clip": Arm(
         SDS, tuple({"lr": 1e-3, "lambda_": v} for v in (1e-3, 1e-1, 10.0)), scores=("clip",)
