@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import secrets
 import time
@@ -187,14 +188,30 @@ class InStore:
     def _put(self, data: bytes, mode: Any, found: Content | None) -> bool:
         from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
+        with contextlib.suppress(BaseError):
+            if self._knows_conditions:
+                try:
+                    self.store.put(self.path, data, mode=mode)
+                except (AlreadyExistsError, PreconditionError):
+                    return False
+                return True
+        return self.plain.create(data) if found is None else self.plain.replace(data, found)
+
+    @functools.cached_property
+    def _knows_conditions(self) -> bool:
+        """Whether the server refuses to make what is there: some take a conditional write and say nothing.
+        Asked of a file beside, as a look after the write would come too early to see the last writer."""
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        beside = f"{self.path}.{secrets.token_hex(6)}"
+        self.store.put(beside, b"asks for conditions", mode="create")
         try:
-            self.store.put(self.path, data, mode=mode)
+            self.store.put(beside, b"asks for conditions", mode="create")
         except (AlreadyExistsError, PreconditionError):
-            return False
-        except BaseError:
-            return self.plain.create(data) if found is None else self.plain.replace(data, found)
-        now = self.read()  # a server may not know conditions and say nothing
-        return now is not None and now.data == data
+            return True
+        finally:
+            self.store.delete(beside)
+        return False
 
     def delete(self, found: Content) -> None:
         self.plain.delete(found)

@@ -149,6 +149,19 @@ def test_many_at_once(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(pool.map(one, range(8))) == 1
 
 
+def test_a_late_writer(out: str) -> None:
+    """What was found a while ago and is another's by now is not replaced, whatever the place knows."""
+    one, other = (lease.open_file(storage.join(out, "lease.json")) for _ in range(2))
+    assert one.create(b"dead")
+    old = [file.read() for file in (one, other)]
+    assert old[0] is not None and old[1] is not None
+    assert one.replace(b"one", old[0])
+    assert not other.replace(b"other", old[1])
+    found = other.read()
+    assert found is not None and found.data == b"one"
+    assert [name for name in storage.files(out) if not name.endswith("lease.json")] == []
+
+
 @pytest.mark.parametrize("knows_locks", [True, False])
 def test_the_file_on_a_disk_is_never_away_while_it_is_replaced(
     knows_locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
