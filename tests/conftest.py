@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from diffitm.datasets.client import Client
+from diffitm.models.folder import Folder
 from diffitm.models.stable_diffusion import StableDiffusion
 from tests import tiny
 from tests.loopback import Server
@@ -53,7 +54,7 @@ def golden_texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def golden_sd() -> StableDiffusion:
-    return StableDiffusion(str(DATA / "golden_model"))
+    return StableDiffusion(Folder(str(DATA / "golden_model")))
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +66,7 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sd(sd_folder: Path) -> StableDiffusion:
     """The tiny model loaded; do not change it."""
-    return StableDiffusion(str(sd_folder))
+    return StableDiffusion(Folder(str(sd_folder)))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from diffitm.models.dpt import DptAdapter
 from diffitm.models.dpt_file import AdapterShape
+from diffitm.models.folder import Folder
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.training.dpt.expressions import Expression
 from diffitm.training.dpt.step import Dpt
@@ -60,7 +61,7 @@ def dpt(
     """On a tiny model; a LoRA's B starts at zero, where half of the gradients vanish."""
     channels = {"bottom0": 32, "mid": 64, "up0": 64, "up1": 32}[name]
     adapter = without_dropout(DptAdapter(AdapterShape(name, channels, tiny.WIDTH, boxes), 5))
-    made = Dpt(StableDiffusion(str(folder)), adapter, rank, **options)
+    made = Dpt(StableDiffusion(Folder(str(folder))), adapter, rank, **options)
     for key, parameter in made.unet.named_parameters():
         if "lora_" in key:
             generator = torch.Generator().manual_seed(3)

@@ -11,8 +11,8 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from diffitm.models.denoiser import Condition
-from diffitm.models.latent_diffusion import Folder, LatentDiffusion
-from diffitm.models.sides import Side
+from diffitm.models.folder import Folder
+from diffitm.models.latent_diffusion import LatentDiffusion
 
 
 class Dit(LatentDiffusion):
@@ -20,22 +20,13 @@ class Dit(LatentDiffusion):
 
     The condition is {"hidden": [B, L, D]}: vectors whose mean stands where a class's embedding
     stands. A text stands for the classes whose labels it contains as whole words, whatever the case
-    and the longest label at each place; '' for the null class. Parameters as of StableDiffusion.
-    Raises OSError if a part cannot be read, there are no labels or the blocks' class tables differ.
+    and the longest label at each place; '' for the null class. Raises OSError if a part cannot be read,
+    there are no labels or the blocks' class tables differ.
     """
 
     takes_lora = False
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-        side: Side = "whole",
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
+    def __init__(self, parts: Folder) -> None:
         self.transformer = parts.model(DiTTransformer2DModel, "transformer")
         super().__init__(parts, self.transformer, parts.vae())
         self.table = _take_table(self.transformer)

@@ -9,7 +9,8 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from torch import Tensor
 
 from diffitm.core.errors import InputError
-from diffitm.models.latent_diffusion import Folder, LatentDiffusion
+from diffitm.models.folder import Folder
+from diffitm.models.latent_diffusion import LatentDiffusion
 from diffitm.models.noise_schedule import FlowSchedule, Schedule
 from diffitm.models.parts import read_flow
 

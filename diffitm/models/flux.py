@@ -21,15 +21,14 @@ from diffitm.models.flow import (
     side_of,
     unpack,
 )
+from diffitm.models.folder import Folder
 from diffitm.models.latent_diffusion import (
-    Folder,
     check_text_width,
     is_cut,
     sample,
     tokenize,
 )
 from diffitm.models.noise_schedule import FLOW_TIME
-from diffitm.models.sides import Side
 
 SCHNELL_LENGTH = 256  # tokens of a text that schnell was trained with
 
@@ -39,21 +38,12 @@ class Flux(FlowDiffusion):
 
     The condition is {"hidden": [B, L, D], "pooled": [B, P]}: the T5's tokens with their padding, which the
     network was trained to see, and CLIP's pooled embedding. A network that takes a guidance (dev) is told 1.
-    Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
+    Raises OSError if a part cannot be read.
     """
 
     lengths = {"tokenizer_2": 512}  # noqa: RUF012
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-        side: Side = "whole",
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
+    def __init__(self, parts: Folder) -> None:
         self.clip = parts.text_encoder(CLIPTextModel, "text_encoder")
         self.tokenizer = parts.tokenizer("tokenizer", self.clip)
         self.t5 = parts.text_encoder(T5EncoderModel, "text_encoder_2")

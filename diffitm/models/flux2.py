@@ -24,8 +24,9 @@ from transformers import (
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import GUIDANCE, PATCH, side_of
+from diffitm.models.folder import Folder
 from diffitm.models.language_flow import LanguageFlow, chat
-from diffitm.models.latent_diffusion import Folder, check_latents, check_text_width, tokenize_whole
+from diffitm.models.latent_diffusion import check_latents, check_text_width, tokenize_whole
 from diffitm.models.noise_schedule import FLOW_TIME
 
 
@@ -34,7 +35,7 @@ class Flux2(LanguageFlow):
 
     The condition is {"hidden": [B, L, 3 D]}, with the padding, which the network sees. A cell's values are
     channels, [B, 4 C, h / 2, w / 2], normalised by the VAE's batch norm. A network that takes a guidance
-    (dev) is told 1. Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
+    (dev) is told 1. Raises OSError if a part cannot be read.
     """
 
     lengths = {"tokenizer": 512}  # noqa: RUF012

@@ -175,6 +175,8 @@ def load_denoiser(
     Raises InputError for an unknown family or dtype, unreadable weights, LoRA keys that do not fit,
     a LoRA for a model without a U-Net, weights that are larger than what a GPU has free.
     """
+    from diffitm.models.folder import Folder  # slow to import
+
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     _check_memory(source, dtype, device, side)
@@ -185,7 +187,8 @@ def load_denoiser(
     try:
         if revision is None:
             check_variant(files_of(Path(folder)), source.parts, variant)
-        denoiser: Denoiser = build(folder, DTYPES[dtype], device, revision, variant, side)
+        parts = Folder(folder, DTYPES[dtype], torch.device(device), revision, variant, side)
+        denoiser: Denoiser = build(parts)
     except InputError as error:
         raise InputError(
             f"{source.name!r} cannot be loaded: {error.message}", source.field

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizerFast
 
 from diffitm.models.denoiser import Condition
+from diffitm.models.folder import Folder
 from diffitm.models.language_flow import LanguageFlow
-from diffitm.models.latent_diffusion import Folder, check_text_width
+from diffitm.models.latent_diffusion import check_text_width
 from diffitm.models.noise_schedule import FLOW_TIME
 
 
@@ -20,7 +21,7 @@ class Lumina2(LanguageFlow):
     """A transformer over latents and Gemma-2's tokens (Qin et al. 2025), which predicts z0 - eps.
 
     A text follows the pipeline's system prompt, which counts among its tokens; '' comes without it.
-    Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
+    Raises OSError if a part cannot be read.
     """
 
     lengths = {"tokenizer": 256}  # noqa: RUF012

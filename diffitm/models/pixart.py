@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5TokenizerFast
 
 from diffitm.models.denoiser import Condition
+from diffitm.models.folder import Folder
 from diffitm.models.latent_diffusion import (
-    Folder,
     OneEncoder,
     check_text_width,
     is_cut,
@@ -28,7 +28,7 @@ class PixArt(OneEncoder):
 
     The condition is {"hidden": [B, L, D], "mask": [B, L]}. Texts are in lower case and without space around
     them, as the pipeline has them where it does not clean them further. Where the network takes the image's
-    size (alpha at 1024 pixels), it is that of the model. Parameters as of StableDiffusion. Raises OSError if
+    size (alpha at 1024 pixels), it is that of the model. Raises OSError if
     a part cannot be read.
     """
 

@@ -13,8 +13,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import PATCH, check_packed, pack, side_of, unpack
+from diffitm.models.folder import Folder
 from diffitm.models.language_flow import LanguageFlow
-from diffitm.models.latent_diffusion import Folder, check_text_width
+from diffitm.models.latent_diffusion import check_text_width
 from diffitm.models.noise_schedule import FLOW_TIME
 
 SKIPPED = 34  # tokens before a text, which the network is not given
@@ -25,7 +26,7 @@ class QwenImage(LanguageFlow):
     """A transformer over packed latents and the tokens of Qwen2.5-VL (Wu et al. 2025).
 
     Each text, '' too, stands in the pipeline's template. The VAE is one of videos, here of one picture, and
-    each of its channels is shifted and scaled on its own. Parameters as of StableDiffusion. Raises OSError
+    each of its channels is shifted and scaled on its own. Raises OSError
     if a part cannot be read.
     """
 

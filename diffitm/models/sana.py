@@ -36,7 +36,7 @@ class Sana(OneEncoder, FlowDiffusion):
     The condition is {"hidden": [B, L, D], "mask": [B, L]}. A text follows the pipeline's instruction to the
     language model, whose tokens are then left out but for the first; '' comes without it. Texts are in lower
     case and without space around them. The autoencoder has no posterior: a sample of it is its mean.
-    Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
+    Raises OSError if a part cannot be read.
     """
 
     lengths = {"tokenizer": LENGTH}  # noqa: RUF012

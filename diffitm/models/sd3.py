@@ -20,14 +20,13 @@ from transformers import (
 from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import FlowDiffusion
+from diffitm.models.folder import Folder
 from diffitm.models.latent_diffusion import (
-    Folder,
     check_text_width,
     is_cut,
     sample,
     tokenize,
 )
-from diffitm.models.sides import Side
 
 _CLIPS = ("", "_2")  # how the names of their parts end
 
@@ -39,21 +38,12 @@ class StableDiffusion3(FlowDiffusion):
     of the T5 with its padding, which the network was trained to see; and the CLIPs' projected embeddings.
     Without `text_encoder_3` zeros stand for the T5's tokens, as the pipeline has it. One CLIP alone, without
     a projection, gives its tokens as they are and what it pools; the network has to be of their width.
-    Parameters as of StableDiffusion. Raises OSError if a part cannot be read.
+    Raises OSError if a part cannot be read.
     """
 
     lengths = {"tokenizer_3": 256}  # noqa: RUF012
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-        side: Side = "whole",
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
+    def __init__(self, parts: Folder) -> None:
         ends = _CLIPS if parts.has("text_encoder_2") else _CLIPS[:1]
         self.is_alone = len(ends) == 1
         kind = CLIPTextModel if self.is_alone else CLIPTextModelWithProjection

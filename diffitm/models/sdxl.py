@@ -12,15 +12,14 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffitm.models.denoiser import Condition
+from diffitm.models.folder import Folder
 from diffitm.models.latent_diffusion import (
-    Folder,
     LatentDiffusion,
     check_width,
     is_cut,
     sample,
     tokenize,
 )
-from diffitm.models.sides import Side
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -31,21 +30,11 @@ class StableDiffusionXL(LatentDiffusion):
 
     The condition is {"hidden": [B, L, D], "pooled": [B, P]}: the encoders' penultimate hidden states
     side by side, and the second's projected embedding. The VAE is in float32 unless its config says that
-    it need not be (`force_upcast`), because the published one overflows in fp16. Parameters as of
-    StableDiffusion. Raises OSError if a part cannot be read or the model, like the refiner, comes without
-    one.
+    it need not be (`force_upcast`), because the published one overflows in fp16. Raises OSError if a part
+    cannot be read or the model, like the refiner, comes without one.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-        side: Side = "whole",
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
+    def __init__(self, parts: Folder) -> None:
         index = parts.index()
         if absent := [part for part in _TEXT_PARTS if not (index.get(part) or [None])[0]]:
             raise OSError(f"model_index.json names no {', '.join(absent)} (a refiner has not all)")

@@ -12,15 +12,14 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from diffitm.models.denoiser import Condition
+from diffitm.models.folder import Folder
 from diffitm.models.latent_diffusion import (
-    Folder,
     LatentDiffusion,
     check_width,
     is_cut,
     sample,
     tokenize,
 )
-from diffitm.models.sides import Side
 
 _OLD_END = 2
 
@@ -28,21 +27,10 @@ _OLD_END = 2
 class StableDiffusion(LatentDiffusion):
     """VAE, text encoder and U-Net; epsilon or v-prediction, as the scheduler's config says.
 
-    `folder` is a local folder or a Hub id, `revision` a commit of the latter. The scheduler gives
-    the training schedule only. Of one `side` the other's weights are not loaded. Raises OSError if a part
-    cannot be read.
+    The scheduler gives the training schedule only. Raises OSError if a part cannot be read.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        revision: str | None = None,
-        variant: str | None = None,
-        side: Side = "whole",
-    ) -> None:
-        parts = Folder(folder, dtype, torch.device(device), revision, variant, side)
+    def __init__(self, parts: Folder) -> None:
         self.text_encoder = parts.text_encoder(CLIPTextModel, "text_encoder")
         self.tokenizer = parts.tokenizer("tokenizer", self.text_encoder)
         self.unet = parts.model(UNet2DConditionModel, "unet")

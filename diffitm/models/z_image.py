@@ -12,8 +12,9 @@ from transformers import Qwen2Tokenizer, Qwen3Model
 
 from diffitm.models.denoiser import Condition
 from diffitm.models.flow import side_of
+from diffitm.models.folder import Folder
 from diffitm.models.language_flow import LanguageFlow, chat
-from diffitm.models.latent_diffusion import Folder, check_latents, check_text_width
+from diffitm.models.latent_diffusion import check_latents, check_text_width
 from diffitm.models.noise_schedule import FLOW_TIME
 
 FILLED = 32  # the network fills texts up to a multiple of it
@@ -23,8 +24,7 @@ class ZImage(LanguageFlow):
     """A transformer over latents and Qwen3's tokens (Z-Image Team 2025), which predicts z0 - eps.
 
     Each text, '' too, is a message in the chat template of its tokenizer. The network is given lists: an
-    item's own tokens alone, filled up to a multiple of 32 by itself. Parameters as of StableDiffusion.
-    Raises OSError if a part cannot be read.
+    item's own tokens alone, filled up to a multiple of 32 by itself. Raises OSError if a part cannot be read.
     """
 
     lengths = {"tokenizer": 512}  # noqa: RUF012

@@ -11,6 +11,7 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
+from diffitm.models.folder import Folder
 from diffitm.models.lora import merge_lora, read_lora
 from diffitm.models.stable_diffusion import StableDiffusion
 from tests import pipeline
@@ -57,7 +58,7 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
     assert all("accuracy/coco_neg_image" in line for line in lines if line["step"] == 0)
     assert list((undisturbed / "tensorboard").glob("events*"))
     assert json.loads((undisturbed / "failures.json").read_text()) == {}
-    model = StableDiffusion(str(SHAPES))
+    model = StableDiffusion(Folder(str(SHAPES)))
     before = {k: v.clone() for k, v in model.unet.state_dict().items()}
     tensors, scale = read_lora(str(undisturbed / "last"))
     assert merge_lora(model.unet, tensors, scale) == len(tensors) == 112
@@ -101,7 +102,9 @@ def test_other_objectives_killed_and_on_two_workers(tmp_path: Path, objective: s
     run(*options, "--out", out)
     assert_same(out, tmp_path / "alone")
     tensors, scale = read_lora(str(out))
-    assert merge_lora(StableDiffusion(str(SHAPES)).unet, tensors, scale) == len(tensors) == 112
+    assert (
+        merge_lora(StableDiffusion(Folder(str(SHAPES))).unet, tensors, scale) == len(tensors) == 112
+    )
 
 
 def test_preempted_nodes(undisturbed: Path, tmp_path: Path) -> None:

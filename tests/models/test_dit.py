@@ -17,6 +17,7 @@ from torch import Tensor
 from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
 from diffitm.models.dit import Dit
+from diffitm.models.folder import Folder
 from diffitm.models.loading import DTYPES, load_denoiser, resolve
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.specs import DiffusionSpec
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dit(folder: Path) -> Dit:
     """Do not change it."""
-    return Dit(str(folder))
+    return Dit(Folder(str(folder)))
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_texts_are_classes(folder: Path, dit: Dit) -> None:
 def test_the_longest_label_at_a_place(tmp_path: Path) -> None:
     """Wherever it stands among the labels, with signs that patterns have a meaning for."""
     labels = ("cat", "cat's eye (gem)", "cat's eye", "a.b", *("dog",) * 3)
-    model = Dit(str(tiny.write_dit(tmp_path, labels)))
+    model = Dit(Folder(str(tiny.write_dit(tmp_path, labels))))
     expected = {"a cat's eye (gem).": 1, "a cat's eye": 2, "a cat eye": 0, "a.b": 3}
     for text, row in expected.items():
         assert torch.equal(model.encode_texts([text])["hidden"][0, 0], model.table[row])
@@ -141,7 +142,7 @@ def test_vectors_are_averaged(dit: Dit) -> None:
 
 def test_gradients_reach_the_condition(folder: Path) -> None:
     """Each vector, the same with recomputed activations, of which fewer are kept."""
-    model = Dit(str(folder))
+    model = Dit(Folder(str(folder)))
     condition = {"hidden": torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(2))}
     plain, kept = tiny.gradients(model, condition)
     model.checkpoint_gradients()

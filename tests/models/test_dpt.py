@@ -24,6 +24,7 @@ from diffitm.models.dpt_file import (
     save_adapter,
     shape_of,
 )
+from diffitm.models.folder import Folder
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import add_lora, lora_weights, save_lora
 from diffitm.models.stable_diffusion import StableDiffusion
@@ -102,7 +103,7 @@ def test_up_and_down_samplers_are_of_their_block(sd: StableDiffusion) -> None:
 @pytest.mark.parametrize("old", [False, True])
 def test_pooled_is_the_encoders_own(sd_folder: Path, old: bool) -> None:
     """Also where the config has the end token of older versions, and of a text that is cut."""
-    model = StableDiffusion(str(sd_folder))
+    model = StableDiffusion(Folder(str(sd_folder)))
     if old:
         model.text_encoder.config.eos_token_id = 2
         for part in (model.text_encoder, getattr(model.text_encoder, "text_model", None)):
@@ -168,7 +169,7 @@ def test_a_file_of_before_there_were_boxes(tmp_path: Path) -> None:
 
 def test_a_tuned_adapter_brings_its_lora(sd_folder: Path, tmp_path: Path) -> None:
     """And nothing else's: one that is missing, or another, is refused."""
-    model = StableDiffusion(str(sd_folder))
+    model = StableDiffusion(Folder(str(sd_folder)))
     add_lora(model.unet, 2, 0)
     save_lora(lora_weights(model.unet), str(tmp_path), 2)
     save_adapter(DptAdapter(SHAPE).state_dict(), SHAPE, str(tmp_path), tuned=True)

@@ -19,7 +19,7 @@ from diffitm.core import registry
 from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
 from diffitm.evaluation.evaluate import evaluate
-from diffitm.models import flux2, latent_diffusion, lumina2, qwen_image, sana
+from diffitm.models import flux2, lumina2, qwen_image, sana
 from diffitm.models.denoiser import Denoiser
 from diffitm.models.distilled import tell_untrained
 from diffitm.models.families import FAMILIES
@@ -210,7 +210,7 @@ def test_where_a_gpu_has_channels_last(
 ) -> None:
     """As its half precisions do: also a VAE of videos, whose weights cannot lie so, is loaded."""
     last = torch.channels_last
-    monkeypatch.setattr(latent_diffusion, "layout", lambda device, dtype: last)
+    monkeypatch.setattr("diffitm.models.folder.layout", lambda device, dtype: last)
     found: Any = load_denoiser(resolve(str(folders[name])))
     pixels = torch.rand(1, 3, found.resolution, found.resolution)
     expected = models[name].encode_images(pixels)

@@ -13,8 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffitm.models import latent_diffusion
-from diffitm.models.latent_diffusion import layout
+from diffitm.models.folder import layout
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import add_lora, lora_weights, save_lora
 from diffitm.scoring.noise_plan import make_plan
@@ -142,7 +141,7 @@ def test_channels_last(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     reference = errors(load_denoiser(source))
     last: Callable[..., Any] = lambda device, dtype: torch.channels_last  # noqa: E731
-    monkeypatch.setattr(latent_diffusion, "layout", last)
+    monkeypatch.setattr("diffitm.models.folder.layout", last)
     model: Any = load_denoiser(source)
     assert all(map(is_last, four_dimensional(model.network) + four_dimensional(model.vae)))
     found = errors(model)
@@ -164,7 +163,7 @@ def test_a_lora_of_convolutions_in_channels_last(
     lora = str(tmp_path / "lora.safetensors")
     expected: Any = load_denoiser(source, lora=lora)
     plain: Any = load_denoiser(source)
-    monkeypatch.setattr(latent_diffusion, "layout", lambda device, dtype: torch.channels_last)
+    monkeypatch.setattr("diffitm.models.folder.layout", lambda device, dtype: torch.channels_last)
     found: Any = load_denoiser(source, lora=lora)
     assert torch.equal(found.unet.conv_in.weight, expected.unet.conv_in.weight)
     assert not torch.equal(found.unet.conv_in.weight, plain.unet.conv_in.weight)

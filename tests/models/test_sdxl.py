@@ -17,6 +17,7 @@ from torch import Tensor
 from diffitm.core.errors import InputError
 from diffitm.core.schema import PairRow
 from diffitm.models.embedded import SHAPES
+from diffitm.models.folder import Folder
 from diffitm.models.loading import DTYPES, load_denoiser, resolve
 from diffitm.models.sdxl import StableDiffusionXL
 from diffitm.models.stable_diffusion import StableDiffusion
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sdxl(folder: Path) -> StableDiffusionXL:
     """Do not change it."""
-    return StableDiffusionXL(str(folder))
+    return StableDiffusionXL(Folder(str(folder)))
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_attributes(sdxl: StableDiffusionXL) -> None:
 def test_texts_are_the_pipelines(tmp_path: Path, zeros: bool) -> None:
     """Of prompts and of the empty text, beside others and alone."""
     folder = tiny.write_sdxl(tmp_path / "m", zeros=zeros)
-    found = StableDiffusionXL(str(folder)).encode_texts(TEXTS)
+    found = StableDiffusionXL(Folder(str(folder))).encode_texts(TEXTS)
     with torch.no_grad():
         hidden, empty, pooled, pooled_empty = pipeline_of(folder).encode_prompt(TEXTS[:2])
     assert found["hidden"].shape == (3, 16, SHAPE[0])
@@ -75,7 +76,7 @@ def test_texts_are_the_pipelines(tmp_path: Path, zeros: bool) -> None:
     torch.testing.assert_close(found["hidden"], torch.cat([hidden, empty[:1]]))
     torch.testing.assert_close(found["pooled"], torch.cat([pooled, pooled_empty[:1]]))
     assert bool((found["pooled"][2] == 0).all()) is zeros
-    alone = StableDiffusionXL(str(folder)).encode_texts([""])
+    alone = StableDiffusionXL(Folder(str(folder))).encode_texts([""])
     torch.testing.assert_close(alone["hidden"][0], found["hidden"][2])
 
 
@@ -138,7 +139,7 @@ def test_scores_do_not_depend_on_the_batch(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", [StableDiffusion, StableDiffusionXL])
 def test_gradients_reach_the_condition(folder: Path, sd_folder: Path, kind: Any) -> None:
     """Every part of it, the same with recomputed activations, of which fewer are kept."""
-    model = kind(str(folder if kind is StableDiffusionXL else sd_folder))
+    model = kind(Folder(str(folder if kind is StableDiffusionXL else sd_folder)))
     condition = model.encode_texts(TEXTS[:2])
     plain, kept = tiny.gradients(model, condition)
     model.checkpoint_gradients()
@@ -178,7 +179,7 @@ def test_lora_is_the_pipelines(folder: Path, tmp_path: Path) -> None:
     layers = {}
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        plain: Any = StableDiffusionXL(str(folder))
+        plain: Any = StableDiffusionXL(Folder(str(folder)))
         for name, module in plain.unet.named_modules():
             if name.endswith(("to_q", "to_out.0")):
                 layers[f"{name}.lora_A.weight"] = 0.3 * torch.randn(2, module.in_features)

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffitm.core.errors import InputError
 from diffitm.models import families, loading
 from diffitm.models.denoiser import Denoiser, select
+from diffitm.models.folder import Folder
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.noise_plan import make_plan
 from diffitm.scoring.pair_errors import PairErrors, pair_errors
@@ -108,7 +109,7 @@ def test_true_target_makes_no_error(
 ) -> None:
     """A U-Net that knows the latents and answers as the scheduler's config demands is never wrong,
     and one that answers with the noise is wrong unless noise is what is asked for."""
-    model = StableDiffusion(str(tiny.write_sd(tmp_path / "m", prediction)))
+    model = StableDiffusion(Folder(str(tiny.write_sd(tmp_path / "m", prediction))))
     assert model.schedule.prediction == prediction
     latents = model.encode_images(pixels())[:1]
     abar = model.schedule.signal.double() ** 2
@@ -138,7 +139,7 @@ def test_prediction_type_of_a_folder_with_another_sampler(tmp_path: Path) -> Non
     file = folder / "scheduler" / "scheduler_config.json"
     pndm = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False}
     file.write_text(json.dumps(json.loads(file.read_text()) | pndm))
-    model = StableDiffusion(str(folder))
+    model = StableDiffusion(Folder(str(folder)))
     table = model.scheduler.alphas_cumprod
     model.take_prediction("v_prediction")
     assert model.schedule.prediction == model.sampler().config.prediction_type == "v_prediction"
@@ -147,7 +148,7 @@ def test_prediction_type_of_a_folder_with_another_sampler(tmp_path: Path) -> Non
 
 def test_prediction_type_changes_the_error_only(tmp_path: Path, sd: StableDiffusion) -> None:
     """The same weights under v-prediction: other errors, the same latents and texts."""
-    other = StableDiffusion(str(tiny.write_sd(tmp_path / "v", "v_prediction")))
+    other = StableDiffusion(Folder(str(tiny.write_sd(tmp_path / "v", "v_prediction"))))
     assert torch.equal(other.encode_images(pixels()), sd.encode_images(pixels()))
     assert not torch.allclose(all_errors(other).l2, all_errors(sd).l2, rtol=1e-2)
 

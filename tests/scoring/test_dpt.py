@@ -22,6 +22,7 @@ from diffitm.evaluation.options import GdbenchConfig, check_models, check_option
 from diffitm.models.dpt import DptAdapter, load_adapter
 from diffitm.models.dpt_file import NAME, AdapterShape, find_adapter, save_adapter
 from diffitm.models.dpt_sampling import Corrected
+from diffitm.models.folder import Folder
 from diffitm.models.loading import resolve
 from diffitm.models.lora import add_lora, lora_weights, save_lora
 from diffitm.models.stable_diffusion import StableDiffusion
@@ -130,7 +131,7 @@ def test_what_a_score_depends_on(sd_folder: Path, adapter: str, tmp_path: Path) 
 def test_a_tuned_adapter_scores_with_its_lora(
     sd_folder: Path, adapter: str, root: Path, tmp_path: Path
 ) -> None:
-    model = StableDiffusion(str(sd_folder))
+    model = StableDiffusion(Folder(str(sd_folder)))
     for parameter in add_lora(model.unet, 2, 0):
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(1))
     save_lora(lora_weights(model.unet), str(tmp_path), 2)

@@ -12,6 +12,7 @@ from torch import nn
 from benchmarks import flops
 from benchmarks.flops import Counts, Size
 from diffitm.core.schema import Example, PairRow
+from diffitm.models.folder import Folder
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.scoring.diffusion import DiffusionScorer
 from diffitm.scoring.noise_plan import make_plan
@@ -86,7 +87,7 @@ def test_the_counting_model_counts_as_a_real_one(sd_folder: Path, tmp_path: Path
     """The same rows through a Stable Diffusion whose parts are watched."""
     files = [tiny.write_image(tmp_path / f"{i}.png", seed=i) for i in range(5)]
     rows = [PairRow(i, file.name, ["", "red", f"{i}"]) for i, file in enumerate(files)]
-    real, counting = StableDiffusion(str(sd_folder)), flops.Counting()
+    real, counting = StableDiffusion(Folder(str(sd_folder))), flops.Counting()
     found = flops.watch(real)
     for model in (real, counting):
         plan = make_plan(STEPS, model.latent_shape)

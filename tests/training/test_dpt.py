@@ -16,6 +16,7 @@ from diffitm.core.errors import InputError
 from diffitm.models.denoiser import Condition
 from diffitm.models.dpt import DptAdapter, load_adapter
 from diffitm.models.dpt_file import LORA, AdapterShape, find_adapter
+from diffitm.models.folder import Folder
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.stable_diffusion import StableDiffusion
 from diffitm.training.dpt import step
@@ -147,7 +148,7 @@ def test_checkpointing_changes_no_gradient(folder: Path) -> None:
 
 def test_texts_that_were_encoded_beforehand(folder: Path) -> None:
     """Their pooled output is a row of what was kept; nothing is encoded again."""
-    model, made = StableDiffusion(str(folder)), dpt(folder)
+    model, made = StableDiffusion(Folder(str(folder))), dpt(folder)
     kept = {text: model.encode_texts([text])["hidden"][0] for text in CAPTIONS}
 
     def read(texts: Sequence[str]) -> Condition:
@@ -164,7 +165,7 @@ def test_texts_that_were_encoded_beforehand(folder: Path) -> None:
 def test_dropout_is_the_examples_own(folder: Path) -> None:
     """The same again, whatever was drawn before; of other examples another; none where it validates."""
     adapter = DptAdapter(AdapterShape("up1", 32, tiny.WIDTH))
-    made = Dpt(StableDiffusion(str(folder)), adapter)
+    made = Dpt(StableDiffusion(Folder(str(folder))), adapter)
     first = made.losses(items(), *posteriors()).loss
     torch.manual_seed(99)
     before = torch.get_rng_state()

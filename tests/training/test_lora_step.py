@@ -31,6 +31,7 @@ from diffitm.core.errors import Incomplete, InputError
 from diffitm.core.schema import Example, PairRow
 from diffitm.evaluation import evaluate
 from diffitm.metrics.credit import Credit
+from diffitm.models.folder import Folder
 from diffitm.models.lora import lora_weights, merge_lora, read_lora, save_lora
 from diffitm.models.noise_schedule import NoiseSchedule
 from diffitm.models.stable_diffusion import StableDiffusion
@@ -558,7 +559,7 @@ def plain_error(model: StableDiffusion, p: Posterior, item: Item, i: int, text: 
 @pytest.mark.parametrize("name", ["no-neg", "hard-neg", "relativistic", "soft-neg"])
 def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
     """Right and wrong in one batch as one pair after the other, loss and gradients."""
-    tuner = Tuner(StableDiffusion(str(folder)), Objective(name), rank=2)
+    tuner = Tuner(StableDiffusion(Folder(str(folder))), Objective(name), rank=2)
     disturb(tuner)
     right, wrong = posteriors()
     found = tuner.losses(items(), right, wrong if images else None)
@@ -592,7 +593,7 @@ def test_losses_equal_plain_code(folder: Path, name: str, images: bool) -> None:
 @pytest.mark.parametrize("images", [False, True])
 def test_dpo_equals_plain_code(folder: Path, images: bool) -> None:
     """The reference is the same network without its LoRA, one pair after the other."""
-    model, base = StableDiffusion(str(folder)), StableDiffusion(str(folder))
+    model, base = StableDiffusion(Folder(str(folder))), StableDiffusion(Folder(str(folder)))
     tuner = Tuner(model, Objective("dpo", beta=4.0), rank=2)
     right, wrong = posteriors()
     start = tuner.losses(items(), right, wrong if images else None)
@@ -624,7 +625,7 @@ def test_dpo_equals_plain_code(folder: Path, images: bool) -> None:
 
 def test_softrepa_equals_plain_code(folder: Path) -> None:
     """Every image with every text, at the first example's timestep and noise."""
-    model = StableDiffusion(str(folder))
+    model = StableDiffusion(Folder(str(folder)))
     tuner = Tuner(model, Objective("softrepa", temperature=2.0, diagonal=3.0), rank=2)
     disturb(tuner)
     right, _ = posteriors()
@@ -669,13 +670,13 @@ def disturb(tuner: Tuner) -> None:
 
 def test_only_the_lora_learns(folder: Path) -> None:
     """A new LoRA changes nothing; an update changes it alone; frozen guards take the base model."""
-    model = StableDiffusion(str(folder))
+    model = StableDiffusion(Folder(str(folder)))
     before = {k: v.clone() for k, v in model.unet.state_dict().items()}
     right, _ = posteriors()
-    base = Tuner(StableDiffusion(str(folder)), Objective("soft-neg", guard="frozen"))
+    base = Tuner(StableDiffusion(Folder(str(folder))), Objective("soft-neg", guard="frozen"))
     tuner = Tuner(model, Objective("soft-neg"))
     for seed in (0, 1):
-        other = Tuner(StableDiffusion(str(folder)), Objective("no-neg"), seed=seed)
+        other = Tuner(StableDiffusion(Folder(str(folder))), Objective("no-neg"), seed=seed)
         same = all(map(torch.equal, tuner.parameters, other.parameters))
         assert same == (seed == 0)
     contrast = base.losses(items(), right, None).contrast
@@ -697,7 +698,7 @@ def test_only_the_lora_learns(folder: Path) -> None:
 
 def test_lora_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) -> None:
     """A stock pipeline with the file predicts what the tuner does; so does gdbench's merge."""
-    tuner = Tuner(StableDiffusion(str(folder)), Objective("no-neg"), rank=2)
+    tuner = Tuner(StableDiffusion(Folder(str(folder))), Objective("no-neg"), rank=2)
     for parameter in tuner.parameters:
         torch.nn.init.normal_(parameter, std=0.2)
     save_lora(lora_weights(tuner.network), str(tmp_path), 2)
@@ -724,7 +725,7 @@ def test_lora_file_is_read_by_diffusers_and_by_us(folder: Path, tmp_path: Path) 
 def test_validation_equals_gdbench(tmp_path: Path, name: str) -> None:
     """The same scores and credits as those of a store that gdbench evaluates."""
     write_world(str(tmp_path), 20)
-    model = StableDiffusion(str(tiny.write_sd(tmp_path / "sd")))
+    model = StableDiffusion(Folder(str(tiny.write_sd(tmp_path / "sd"))))
     scorer = DiffusionScorer(model, make_plan(STEPS, SHAPE), str(tmp_path))
     task = find_task(name)()
     examples = list(task.examples(str(tmp_path)))
@@ -750,7 +751,7 @@ def test_validation_equals_gdbench(tmp_path: Path, name: str) -> None:
 def test_an_unreadable_image_costs_a_validation_its_own_examples(tmp_path: Path) -> None:
     """A scorer gives the lines of failures first."""
     write_world(str(tmp_path), 20)
-    model = StableDiffusion(str(tiny.write_sd(tmp_path / "sd")))
+    model = StableDiffusion(Folder(str(tiny.write_sd(tmp_path / "sd"))))
     scorer = DiffusionScorer(model, make_plan(STEPS, SHAPE), str(tmp_path))
     task = find_task("coco_neg_text")()
     examples = list(task.examples(str(tmp_path)))

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffitm.commands.stages.encode import EncodeActor, Encoder
 from diffitm.core.errors import InputError
 from diffitm.models.dit import Dit
+from diffitm.models.folder import Folder
 from diffitm.models.loading import load_denoiser, resolve
 from diffitm.models.lora import lora_network, lora_weights, restore_adapter, save_lora
 from diffitm.models.model_check import check_loadable
@@ -174,4 +175,4 @@ def test_times_of_a_flow_are_logit_normal() -> None:
 
 def test_a_model_of_classes_is_not_tuned(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a Dit takes no LoRA"):
-        lora_network(Dit(str(tiny.write_dit(tmp_path))))
+        lora_network(Dit(Folder(str(tiny.write_dit(tmp_path)))))
