@@ -303,11 +303,12 @@ def load_scorer(
     from diffitm.models.distilled import tell_untrained
     from diffitm.models.dpt_file import check_adapter, find_adapter
     from diffitm.models.families import FAMILIES
-    from diffitm.models.loading import resolve
+    from diffitm.models.loading import check_config_used, resolve
     from diffitm.models.lora import locate
     from diffitm.models.model_check import check_loadable, settled
 
     found = resolve(name, variant=variant, single_file_config=single_file_config)
+    check_config_used(single_file_config, found)
     source = settled(found.fetched(), prediction_type, resolution)
     adapter = find_adapter(dpt, "dpt") if dpt else None
     if adapter and lora:

@@ -23,7 +23,7 @@ from diffitm.core.provenance import fingerprint, record
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
 from diffitm.models.clip import ClipSource, check_clip, resolve_clip
-from diffitm.models.loading import ModelSource, resolve
+from diffitm.models.loading import ModelSource, check_config_used, resolve
 from diffitm.models.model_check import check_loadable
 from diffitm.training.diva.options import DivaConfig, find_problems, micro_batch
 from diffitm.training.diva.recap import parse_recap
@@ -75,6 +75,7 @@ def build_plan(config: DivaConfig) -> Plan[Any]:
         return sds.build_plan(config)
     out = storage.absolute(config.out)
     teacher = resolve(config.teacher, "teacher", config.variant, config.single_file_config)
+    check_config_used(config.single_file_config, teacher)
     clip = resolve_clip(config.clip)
 
     from diffitm.commands.weights import share
@@ -231,7 +232,7 @@ def _describe(line: Line) -> str:
 
 TUNING = Tuning(
     loop="diffitm.commands.workers.diva",
-    read=("teacher", "clip", "data", "validation_data"),
+    read=("teacher", "single_file_config", "clip", "data", "validation_data"),
     find_problems=find_problems,
     plan=build_plan,
     encode=encoded,

@@ -19,7 +19,7 @@ from diffitm.distributed.trainer import hand_over, settings_of
 from diffitm.models.dpt_file import LORA, check_adapter, find_adapter, shape_of, unet_settings
 from diffitm.models.dpt_file import NAME as ADAPTER_FILE
 from diffitm.models.families import FAMILIES
-from diffitm.models.loading import ModelSource, resolve
+from diffitm.models.loading import ModelSource, check_config_used, resolve
 from diffitm.models.lora import save_lora
 from diffitm.models.model_check import check_loadable
 from diffitm.training.dpt.expressions import StoredExpressions
@@ -92,6 +92,7 @@ def build_plan(config: FinetuneConfig) -> Plan[DenoiserJob]:
     source = resolve(
         config.model, variant=config.variant, single_file_config=config.single_file_config
     )
+    check_config_used(config.single_file_config, source)
     rows_file, root, valid = _data(config, out)
     found, unusable = read_rows(rows_file)
     rows, equal = drop_equal(found)
@@ -219,7 +220,7 @@ def _describe_dpt(line: Line) -> str:
 
 TUNING = Tuning(
     loop="diffitm.commands.workers.lora",
-    read=("model", "data", "images", "validation_data", "adapter"),
+    read=("model", "single_file_config", "data", "images", "validation_data", "adapter"),
     find_problems=find_problems,
     plan=build_plan,
     encode=encoded,

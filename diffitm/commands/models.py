@@ -20,7 +20,7 @@ from diffitm.metrics.score import other_dtype
 from diffitm.models.distilled import tell_untrained
 from diffitm.models.dpt_file import AdapterFile, check_adapter, find_adapter
 from diffitm.models.families import FAMILIES
-from diffitm.models.loading import ModelSource, resolve, size_note
+from diffitm.models.loading import ModelSource, check_config_used, resolve, size_note
 from diffitm.models.lora import locate
 from diffitm.models.model_check import check_loadable, settled
 from diffitm.scoring.custom import CustomSpec, find_scorer
@@ -57,6 +57,7 @@ def find_sources(config: ModelOptions) -> Sources:
         resolve(name, variant=config.variant, single_file_config=config.single_file_config)
         for name in dict.fromkeys(config.model)
     ]
+    check_config_used(config.single_file_config, *models)
     for source in models:
         try:
             plans(config, FAMILIES[source.family].flow)

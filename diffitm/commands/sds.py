@@ -16,7 +16,7 @@ from diffitm.core.provenance import record
 from diffitm.distributed.monitor import Line
 from diffitm.distributed.trainer import hand_over, settings_of
 from diffitm.models.clip import check_clip, resolve_clip
-from diffitm.models.loading import resolve
+from diffitm.models.loading import check_config_used, resolve
 from diffitm.models.model_check import check_loadable
 from diffitm.training.diva.options import DivaConfig, find_problems, micro_batch
 from diffitm.training.diva.sds import load_norms
@@ -98,6 +98,7 @@ def build_plan(config: DivaConfig) -> Plan[SdsJob]:
     """
     out = storage.absolute(config.out)
     teacher = resolve(config.teacher, "teacher", config.variant, config.single_file_config)
+    check_config_used(config.single_file_config, teacher)
     clip = resolve_clip(config.clip)
 
     from diffitm.commands.weights import share
@@ -158,7 +159,7 @@ def _describe(line: Line) -> str:
 
 TUNING = Tuning(
     loop="diffitm.commands.workers.sds",
-    read=("teacher", "clip", "data", "validation_data"),
+    read=("teacher", "single_file_config", "clip", "data", "validation_data"),
     find_problems=find_problems,
     plan=build_plan,
     encode=None,

@@ -238,6 +238,12 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
 
 
+def check_config_used(config: str | None, *sources: ModelSource) -> None:
+    """Raises InputError for a single_file_config where no model is in one file."""
+    if config is not None and not any(source.single_file for source in sources):
+        raise InputError(f"{config}: no model is in one file", "single_file_config")
+
+
 def _no_index(folder: Path) -> str:
     """What to say of a folder that is no model of diffusers."""
     below = sorted(path.parent.name for path in folder.glob(f"*/{INDEX}"))
@@ -255,6 +261,10 @@ def _no_index(folder: Path) -> str:
 def _single_file(given: str, config: str | None, field: str) -> SingleFile | None:
     if not storage.name(given).endswith(ENDINGS):
         return None
+    if (
+        config is not None and Path(config).expanduser().is_dir()
+    ):  # actors may run in another folder
+        config = str(Path(config).expanduser().absolute())
     if "://" in given:
         return SingleFile(given, config, field) if storage.is_file(given) else None
     file = Path(given).expanduser()

@@ -110,6 +110,18 @@ def test_it_is_made_once(
     assert len({source.digest, other.digest, third.digest}) == 3
 
 
+def test_paths_of_another_folder(
+    sd: tuple[Path, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor runs somewhere else than the driver, on a machine that has made no folder yet."""
+    monkeypatch.chdir(tmp_path)
+    source = resolve(sd[0].name, single_file_config=Path(sd[1]).name)
+    shutil.rmtree(cache)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Path(on_machine(source)[0], "unet").is_dir()
+
+
 def test_half_precision(tmp_path: Path) -> None:
     """Weights are those of the file, in whatever precision they are scored."""
     folder = tiny.write_sd(tmp_path / "folder")
@@ -191,6 +203,8 @@ def test_scores_of_a_file(sd: tuple[Path, str], tmp_path: Path) -> None:
     """By the Python interface, as of the folder that it was made of."""
     file, config = sd
     image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
+    with pytest.raises(InputError, match=r"single_file_config .*: no model is in one file"):
+        diffitm.load_scorer(str(tmp_path / "folder"), single_file_config=config)
     scores = [
         diffitm.load_scorer(name, single_file_config=told, timesteps=2)([image], ["a cat"])
         for name, told in ((str(file), config), (str(tmp_path / "folder"), None))
