@@ -185,10 +185,25 @@ def garbled(caption: Caption, rng: np.random.Generator) -> str:
     if len(caption.mentions) == 2 and rng.random() < 0.5:
         change = str(rng.choice(["shape", "colour", "size", "order"]))
         caption = reordered(caption) if change == "order" else swapped(caption, change)
-    words = np.array(caption.text().split())
-    moved = np.flatnonzero(rng.random(len(words)) < rng.choice([0.5, 1.0]))
-    words[moved] = words[rng.permutation(moved)]
-    return " ".join(words)
+    return " ".join(_moved(caption.text().split(), (0.5, 1.0), rng))
+
+
+def disordered(text: str, rng: np.random.Generator) -> str:
+    """The words in another order, of a few or of all."""
+    words = text.split()
+    if len(set(words)) < 2:
+        raise ValueError(f"{text!r} has no other order")
+    while (found := _moved(words, (0.3, 0.5, 1.0), rng)) == words:
+        pass
+    return " ".join(found)
+
+
+def _moved(words: list[str], shares: tuple[float, ...], rng: np.random.Generator) -> list[str]:
+    """The words, with one of the shares of them in other places."""
+    found = np.array(words)
+    moved = np.flatnonzero(rng.random(len(words)) < rng.choice(shares))
+    found[moved] = found[rng.permutation(moved)]
+    return found.tolist()
 
 
 def vocabulary() -> list[str]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from diffitm.shapes.language import Caption, garbled, layout_caption, mention
-from diffitm.shapes.world import Scene, Thing, sample_scene
-from tools.shapes import train
+from diffitm.shapes.language import Caption, disordered, garbled, layout_caption, mention
+from diffitm.shapes.world import COLOURS, SHAPES, SIZES, Scene, Thing, sample_scene
+from tools.shapes import architecture, train
 from tools.shapes.architecture import write_tokenizer
-from tools.shapes.layout import UNKNOWN, TextLoss, _slots, layout_set
+from tools.shapes.layout import UNKNOWN, TextLoss, _slots, layout_set, order_set, training_scene
+from tools.shapes.losses import ClipLoss, ClipTextLoss, OrderLoss
 
 RED = Thing("circle", "red", "large", 0.25, 0.5)
 BLUE = Thing("cross", "blue", "small", 0.75, 0.5)
@@ -84,15 +86,92 @@ def test_layout_set_is_drawn_once(tmp_path: Path, tokenizer: CLIPTokenizer) -> N
     assert (drawn["classes"][drawn["said"]] != UNKNOWN).all()
 
 
-def test_a_bag_is_half_of_the_words(tokenizer: CLIPTokenizer) -> None:
+def test_disordered_words_are_the_same_in_another_order() -> None:
+    rng, text = np.random.default_rng(0), "a red circle is above a blue cross"
+    texts = [disordered(text, rng) for _ in range(200)]
+    assert text not in texts
+    assert {tuple(sorted(found.split())) for found in texts} == {tuple(sorted(text.split()))}
+    moved = [sum(a != b for a, b in zip(t.split(), text.split(), strict=True)) for t in texts]
+    assert min(moved) == 2 and max(moved) == 8
+    with pytest.raises(ValueError, match="'a a' has no other order"):
+        disordered("a a", rng)
+
+
+def test_order_set(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+    """A quarter of the captions is in disorder, half of which is told of another scene."""
+    drawn = order_set(tmp_path / "a.npz", 20, 300, tokenizer)["tokens"]
+    np.testing.assert_array_equal(
+        drawn, order_set(tmp_path / "b.npz", 20, 300, tokenizer)["tokens"]
+    )
+    assert drawn.shape == (300, 12, 16)
+    strange = total = 0
+    for index, rows in enumerate(drawn):
+        things = training_scene(20, index)[0].things
+        known = {word for thing in things for word in (thing.shape, thing.colour, thing.size)}
+        for text in tokenizer.batch_decode(rows, skip_special_tokens=True):
+            words = set(text.replace("!", "").replace(".", "").split())
+            strange += not words & {*SHAPES, *COLOURS, *SIZES} <= known
+            total += 1
+    # Another scene's words are nearly always other ones, too.
+    assert 0.09 < strange / total < 0.13
+
+
+@pytest.mark.parametrize(
+    ("kind", "halves", "wholes"), [(ClipLoss, 0.75, 0.0), (ClipTextLoss, 0.2, 0.4)]
+)
+def test_bags(
+    tokenizer: CLIPTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[ClipLoss],
+    halves: float,
+    wholes: float,
+) -> None:
+    """Shares of captions with half of the words in any order, and with all."""
     text = "a red circle to the left of a blue cross"
-    ids = np.array(tokenizer(text, padding="max_length", max_length=16).input_ids)
-    clip = train.ClipLoss(tokenizer)
-    bag = clip._bag(ids, np.random.default_rng(0))
-    words = tokenizer.decode(bag[: list(bag).index(clip.special[2])], skip_special_tokens=True)
-    assert len(words.split()) == 5
-    assert set(words.split()) < set(text.split())
-    assert len(bag) == 16
+    ids = np.array(tokenizer(text, padding="max_length", max_length=16).input_ids, np.int16)
+    loss, seen = kind(tokenizer, 1000), []
+
+    def shown(images: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.extend(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        feature = torch.ones(len(tokens), 2)
+        return {
+            "logit_scale": torch.tensor(1.0),
+            "image_features": feature,
+            "text_features": feature,
+        }
+
+    monkeypatch.setattr(loss.clip, "forward", shown)
+    data = {"images": np.zeros((1, 32, 32, 3), np.uint8), "tokens": ids[None, None]}
+    loss(data, np.random.default_rng(0))
+    found = [line.replace("!", "").split() for line in seen]
+    assert np.mean([len(words) == 5 for words in found]) == pytest.approx(halves, abs=0.04)
+    moved = [sorted(w) == sorted(text.split()) and w != text.split() for w in found]
+    assert np.mean(moved) == pytest.approx(wholes, abs=0.05)
+    assert all(set(words) <= set(text.split()) for words in found)
+
+
+def test_what_later_stages_leave_fixed(tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
+    """CLIP's image tower, and the text encoder of the U-Net."""
+    first = ClipLoss(tokenizer, 2)
+    save_file(first.state_dict(), tmp_path / "clip.safetensors")
+    clip = train.clip_text(tokenizer, tmp_path)
+    assert all(
+        torch.equal(value, first.state_dict()[name]) for name, value in clip.state_dict().items()
+    )
+    tuned = {name.split(".")[1] for name, p in clip.named_parameters() if p.requires_grad}
+    assert "transformer" in tuned and not tuned & {"visual", "logit_scale"}
+    text = architecture.build_text_encoder(tokenizer)
+    save_file(OrderLoss(tokenizer, text, 2).state_dict(), tmp_path / "layout.safetensors")
+    later = train.third_diffusion(tokenizer, tmp_path)
+    assert {name.split(".")[0] for name, p in later.named_parameters() if p.requires_grad} == {
+        "unet"
+    }
+    data = {
+        "latents": np.zeros((3, 4, 8, 8), np.float32),
+        "tokens": np.zeros((3, 12, 16), np.int16),
+    }
+    later(data, np.random.default_rng(0)).backward()
+    assert all(p.grad is not None for p in later.unet.parameters())
 
 
 class _Killed(TextLoss):
@@ -113,7 +192,7 @@ def test_training_resumes_as_if_undisturbed(
     """From its last checkpoint, which is read without trust."""
     data = layout_set(tmp_path / "data.npz", 20, range(20), tokenizer)
     monkeypatch.setattr(train, "EVERY", 2)
-    monkeypatch.setitem(train.STEPS, "text", 5)
+    monkeypatch.setitem(train.STAGES, "text", replace(train.STAGES["text"], steps=5))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for name, kinds in (("whole", [TextLoss]), ("resumed", [_Killed, TextLoss])):

@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffitm import shapes
 from tools.shapes import architecture as arch
 from tools.shapes.layout import layout_set
-from tools.shapes.train import BATCH, SEED, encode, fit, spawn, training_set
+from tools.shapes.train import SEED, STAGES, encode, fit, spawn, training_set
 
 log = logging.getLogger("tools.shapes.flow")
 STAGE = "flow"
@@ -48,7 +48,7 @@ class FlowLoss(nn.Module):
         self.empty = torch.tensor(empty.input_ids)
 
     def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
-        size = BATCH[STAGE]
+        size = STAGES[STAGE].size
         chosen = rng.integers(len(data["latents"]), size=size)
         latents = torch.from_numpy(data["latents"][chosen])
         captions = rng.integers(data["tokens"].shape[1], size=size)

@@ -19,15 +19,18 @@ from diffitm.shapes.language import (
     OPPOSITE,
     PLACES,
     Caption,
+    disordered,
     garbled,
     is_placed,
     layout_caption,
+    training_caption,
 )
 from diffitm.shapes.world import COLOURS, SHAPES, SIZES, Scene, Thing, sample_scene
 from tools.shapes import architecture as arch
 
 CAPTIONS = 12  # of a scene
 GARBLED = 0.12  # of the captions
+DISORDERED = 0.25  # of the captions of the order stage
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 SLOTS = 2 + len(PLACES)  # the mentions in their order, then the places
 UNKNOWN = -1
@@ -67,6 +70,33 @@ def layout_set(
             classes=np.stack([c for c, _ in found]).reshape(*shape, SLOTS, len(ATTRIBUTES)),
             said=np.stack([s for _, s in found]).reshape(*shape, SLOTS, len(ATTRIBUTES)),
         )
+    with np.load(path) as data:
+        return {name: data[name] for name in data.files}
+
+
+def order_set(path: Path, seed: int, count: int, tokenizer: CLIPTokenizer) -> dict[str, np.ndarray]:
+    """Token ids int16 [N, CAPTIONS, 16], drawn once and kept: every other caption says where.
+
+    One in four is in disorder, and then as often another scene's as its own: words in disorder are not
+    to be relied upon.
+    """
+    if not path.exists():
+        texts = []
+        for index in range(count):
+            scene, _ = training_scene(seed, index)
+            rng = np.random.default_rng([seed, index, 2])
+            for number in range(CAPTIONS):
+                wrong, told = rng.random() < DISORDERED, scene
+                if wrong and rng.random() < 0.5:
+                    told, _ = training_scene(seed, int(rng.integers(count)))
+                if number % 2 == 0:
+                    text = training_caption(told, rng)
+                else:
+                    caption, _ = layout_caption(told, rng)
+                    text = caption.text() if wrong else _styled(caption, rng)
+                texts.append(disordered(text, rng) if wrong else text)
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=arch.LENGTH)
+        np.savez(path, tokens=np.array(ids.input_ids, np.int16).reshape(count, CAPTIONS, -1))
     with np.load(path) as data:
         return {name: data[name] for name in data.files}
 

@@ -1,10 +1,10 @@
 """Train the embedded default: `python -m tools.shapes.train --work DIR`.
 
-Stages, each resumed from its own checkpoint in the work folder: the VAE; CLIP; a text encoder and the
-U-Net on the VAE's cached latents; a text encoder that first learns what stands where (layout.py); the
-U-Net once more, with that one and captions that say where; then the export as fp16 safetensors in the
-standard layouts. What a step does is a function of (seed, stage, step, process), so a resumed run
-repeats an undisturbed one.
+Stages, each resumed from its own checkpoint in the work folder: the VAE; CLIP, and its text tower alone; a
+text encoder and the U-Net on the VAE's cached latents; a text encoder that first learns what stands where
+(layout.py); the U-Net with that one and captions that say where, and once more with captions of all kinds;
+then the export as fp16 safetensors in the standard layouts. What a step does is a function of (seed, stage,
+step, process), so a resumed run repeats an undisturbed one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,53 +30,55 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from diffitm import shapes
 from diffitm.shapes.language import training_caption
 from diffitm.shapes.world import render
 from tools.shapes import architecture as arch
-from tools.shapes.layout import TextLoss, accuracy, layout_set, training_scene
+from tools.shapes.layout import TextLoss, accuracy, layout_set, order_set, training_scene
+from tools.shapes.losses import (
+    ClipLoss,
+    ClipTextLoss,
+    DiffusionLoss,
+    LayoutLoss,
+    OrderLoss,
+    VaeLoss,
+    pixels,
+)
 
 log = logging.getLogger("tools.shapes.train")
 SEED = 20
 CAPTIONS = 6
-BAGS = 0.75  # of CLIP's captions
 EVERY = 250  # steps, a checkpoint
 LOGGED = 100  # steps, a line of the log
 UNSEEN = 500  # scenes that the text encoder's reading is measured on
-STEPS = {
-    "vae": 5000,
-    "clip": 2500,
-    "diffusion": 5500,
-    "text": 600,
-    "layout": 3500,
-    "flow": 4100,
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage is trained; `size` is the batch of one process, `decay` how far the averages of the
+    weights look back, `flat` the share of the steps before the rate begins to fall."""
+
+    steps: int
+    size: int
+    rate: float
+    decay: float
+    flat: float = 0.0
+
+
+# A stage's place here is part of its seed.
+STAGES = {
+    "vae": Stage(5000, 24, 1.5e-3, 0.999),
+    "clip": Stage(2500, 128, 1e-3, 0.999),
+    "diffusion": Stage(5500, 64, 1e-3, 0.999),
+    "text": Stage(600, 64, 1e-3, 0.0),
+    "layout": Stage(3500, 48, 8e-4, 0.996),
+    "flow": Stage(4100, 64, 1.5e-3, 0.999, 0.62),
+    "order": Stage(4500, 48, 5e-4, 0.996),
+    "clip-text": Stage(800, 128, 5e-4, 0.99),
 }
-BATCH = {"vae": 24, "clip": 128, "diffusion": 64, "text": 64, "layout": 48, "flow": 64}
-RATE = {
-    "vae": 1.5e-3,
-    "clip": 1e-3,
-    "diffusion": 1e-3,
-    "text": 1e-3,
-    "layout": 8e-4,
-    "flow": 1.5e-3,
-}
-# How far the averages of the weights look back; those of the text encoder are its last ones.
-DECAY = {
-    "vae": 0.999,
-    "clip": 0.999,
-    "diffusion": 0.999,
-    "text": 0.0,
-    "layout": 0.996,
-    "flow": 0.999,
-}
-# Share of the steps before the rate begins to fall.
-FLAT = {"vae": 0.0, "clip": 0.0, "diffusion": 0.0, "text": 0.0, "layout": 0.0, "flow": 0.62}
-MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
-STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
 
 
 def training_set(path: Path, count: int, tokenizer: CLIPTokenizer) -> dict[str, np.ndarray]:
@@ -96,131 +99,6 @@ def training_set(path: Path, count: int, tokenizer: CLIPTokenizer) -> dict[str, 
         return {name: data[name] for name in data.files}
 
 
-def pixels(images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class VaeLoss(nn.Module):
-    """Reconstruction (absolute and squared) with a light pull of the latents to a unit normal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vae = arch.build_vae()
-
-    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
-        chosen = rng.integers(len(data["images"]), size=BATCH["vae"])
-        images = pixels(data["images"][chosen])
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = self.vae.encode(images).latent_dist
-            decoded = self.vae.decode(posterior.sample()).sample
-        wrong = decoded.float() - images
-        return wrong.abs().mean() + 2 * wrong.square().mean() + 1e-5 * posterior.kl().mean()
-
-
-class DiffusionLoss(nn.Module):
-    """Noise prediction; one caption in ten is dropped; most timesteps are those where texture is decided."""
-
-    stage = "diffusion"
-    # Of two draws in three, mean and deviation of the timestep's logit.
-    timesteps = (-1.1, 0.9)
-    # Most weight of an item; the weight is 1 / alphas_cumprod, with which an error of the noise
-    # becomes one of the velocity (Salimans and Ho 2022).
-    most = 1.0
-
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-        self.unet = arch.build_unet()
-        empty = tokenizer("", padding="max_length", max_length=arch.LENGTH).input_ids
-        self.empty = torch.tensor(empty)
-        self.alphas_cumprod = arch.build_scheduler().alphas_cumprod
-
-    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
-        size = BATCH[self.stage]
-        chosen = rng.integers(len(data["latents"]), size=size)
-        latents = torch.from_numpy(data["latents"][chosen])
-        captions = rng.integers(data["tokens"].shape[1], size=size)
-        tokens = torch.from_numpy(data["tokens"][chosen, captions]).long()
-        tokens = torch.where(torch.from_numpy(rng.random(size) < 0.1)[:, None], self.empty, tokens)
-        centred = 1 / (1 + np.exp(-rng.normal(*self.timesteps, size)))
-        share = np.where(rng.random(size) < 0.65, centred, rng.random(size))
-        timesteps = torch.from_numpy((share * 1000).astype(np.int64).clip(0, 999))
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-        kept = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        noised = kept.sqrt() * latents + (1 - kept).sqrt() * noise
-        condition = self.text_encoder(tokens).last_hidden_state
-        wrong = self.unet(noised, timesteps, condition).sample - noise
-        return (wrong.square() * (1 / kept).clamp(max=self.most)).mean()
-
-
-class LayoutLoss(DiffusionLoss):
-    """Noise prediction with a fixed text encoder, and more weight on the noisy timesteps: things are so
-    large that half of the noise does not hide where they stand, and there a text has nothing to tell."""
-
-    stage = "layout"
-    timesteps = (-0.2, 1.0)
-    most = 20.0
-
-    def __init__(
-        self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, former: DiffusionLoss
-    ) -> None:
-        super().__init__(tokenizer, text_encoder.requires_grad_(False))
-        self.unet = former.unet
-        self._move_attention(former.text_encoder, tokenizer)
-
-    @torch.no_grad()
-    def _move_attention(self, former: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
-        """Let cross-attention go on with the other encoder's tokens: of those, its keys and values
-        are by least squares what they were."""
-        rng = np.random.default_rng(SEED)
-        texts = [training_caption(training_scene(SEED, i)[0], rng) for i in range(2000)]
-        ids = tokenizer(texts, padding="max_length", max_length=arch.LENGTH, return_tensors="pt")
-        new, old = (
-            encoder(ids.input_ids).last_hidden_state.flatten(0, 1)
-            for encoder in (self.text_encoder, former)
-        )
-        across = torch.linalg.lstsq(new, old).solution
-        for name, module in self.unet.named_modules():
-            if name.endswith("attn2"):
-                for part in (module.to_k, module.to_v):
-                    part.weight.copy_(part.weight @ across.T)
-
-
-class ClipLoss(nn.Module):
-    """The symmetric contrastive loss over one process's batch.
-
-    Three captions in four are bags of words: half of their words, in any order. So this CLIP learns, as
-    real ones do, what there is and hardly who has what or stands where.
-    """
-
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        super().__init__()
-        self.special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self.clip = open_clip.CLIP(**arch.clip_config(tokenizer), output_dict=True)
-
-    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
-        chosen = rng.integers(len(data["images"]), size=BATCH["clip"])
-        images = ((pixels(data["images"][chosen]) + 1) / 2 - MEAN) / STD
-        captions = rng.integers(CAPTIONS, size=len(chosen))
-        tokens = data["tokens"][chosen, captions]
-        for row in np.flatnonzero(rng.random(len(tokens)) < BAGS):
-            tokens[row] = self._bag(tokens[row], rng)
-        out = self.clip(images, torch.from_numpy(tokens).long())
-        logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
-        target = torch.arange(len(chosen))
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-    def _bag(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Half of the words, in any order."""
-        pad, start, end = self.special
-        words = rng.permutation(tokens[~np.isin(tokens, self.special)])
-        words = words[: (len(words) + 1) // 2]
-        bag = np.full_like(tokens, pad)
-        bag[: len(words) + 2] = [start, *words, end]
-        return bag
-
-
 def fit(
     stage: str,
     module: nn.Module,
@@ -230,10 +108,11 @@ def fit(
     snapshots: tuple[int, ...] = (),
 ) -> None:
     """Train to the stage's number of steps; the averaged weights end in {stage}.safetensors."""
-    rank, steps, rate, flat = dist.get_rank(), STEPS[stage], RATE[stage], FLAT[stage]
+    plan, rank = STAGES[stage], dist.get_rank()
+    steps, rate = plan.steps, plan.rate
     model = DistributedDataParallel(module)
     average = torch.optim.swa_utils.AveragedModel(
-        module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY[stage])
+        module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(plan.decay)
     )
     optimizer = torch.optim.AdamW(module.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-3)
     checkpoint, first = work / f"{stage}.ckpt", 0
@@ -245,9 +124,9 @@ def fit(
         first = state["step"]
     start, total = time.time(), 0.0
     for step in range(first, steps):
-        rng = np.random.default_rng([seed, list(STEPS).index(stage), step, rank])
+        rng = np.random.default_rng([seed, list(STAGES).index(stage), step, rank])
         torch.manual_seed(int(rng.integers(2**31)))
-        fallen = max(0.0, (step / steps - flat) / (1 - flat))
+        fallen = max(0.0, (step / steps - plan.flat) / (1 - plan.flat))
         warm = min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * fallen))
         for group in optimizer.param_groups:
             group["lr"] = rate * (0.02 + 0.98 * warm)
@@ -312,27 +191,31 @@ def run(rank: int, args: argparse.Namespace) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     data = training_set(work / "data.npz", args.scenes, tokenizer)
     placed = layout_set(work / "layout.npz", SEED, range(args.scenes), tokenizer)
+    mixed = order_set(work / "order.npz", SEED, args.scenes, tokenizer)
     stages: dict[str, Callable[[], nn.Module]] = {
-        "vae": VaeLoss,
-        "clip": lambda: ClipLoss(tokenizer),
+        "vae": lambda: VaeLoss(STAGES["vae"].size),
+        "clip": lambda: ClipLoss(tokenizer, STAGES["clip"].size),
+        "clip-text": lambda: clip_text(tokenizer, work),
         "diffusion": lambda: first_diffusion(tokenizer),
-        "text": lambda: TextLoss(tokenizer, BATCH["text"]),
+        "text": lambda: TextLoss(tokenizer, STAGES["text"].size),
         "layout": lambda: second_diffusion(tokenizer, work),
+        "order": lambda: third_diffusion(tokenizer, work),
     }
+    captions = {"text": placed, "layout": placed, "order": mixed}
     for stage, build in stages.items():
         torch.manual_seed(args.seed)
         if stage == "diffusion":
             if rank == 0 and not (work / "latents.npy").exists():
-                vae = _load(VaeLoss(), work / "vae.safetensors").vae
+                vae = _load(VaeLoss(0), work / "vae.safetensors").vae
                 standardise(vae, data["images"])
                 save_file(vae.state_dict(), work / "vae-standard.safetensors")
                 np.save(work / "latents.npy", encode(vae, data["images"]).numpy())
             dist.barrier()
-            data["latents"] = placed["latents"] = np.load(work / "latents.npy")
+            latents = np.load(work / "latents.npy")
+            data["latents"] = placed["latents"] = mixed["latents"] = latents
         if not (work / f"{stage}.safetensors").exists():
-            seen = placed if stage in ("text", "layout") else data
-            snapshots = tuple(args.snapshots) if stage == "layout" else ()
-            fit(stage, build(), seen, work, args.seed, snapshots)
+            snapshots = tuple(args.snapshots) if stage == "order" else ()
+            fit(stage, build(), captions.get(stage, data), work, args.seed, snapshots)
             if rank == 0 and stage == "text":
                 unseen = range(args.scenes, args.scenes + UNSEEN)
                 drawn = layout_set(work / "unseen.npz", SEED, unseen, tokenizer)
@@ -359,18 +242,37 @@ def _prepare(work: Path, scenes: int) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     training_set(work / "data.npz", scenes, tokenizer)
     layout_set(work / "layout.npz", SEED, range(scenes), tokenizer)
+    order_set(work / "order.npz", SEED, scenes, tokenizer)
+
+
+def clip_text(tokenizer: CLIPTokenizer, work: Path) -> ClipTextLoss:
+    """CLIP as it was left, its image tower fixed."""
+    loss: ClipTextLoss = _load(
+        ClipTextLoss(tokenizer, STAGES["clip-text"].size), work / "clip.safetensors"
+    )
+    return loss.train()
 
 
 def first_diffusion(tokenizer: CLIPTokenizer) -> DiffusionLoss:
     """The U-Net with a text encoder that learns from noise prediction alone."""
-    return DiffusionLoss(tokenizer, arch.build_text_encoder(tokenizer, layers=2, inner=256))
+    text = arch.build_text_encoder(tokenizer, layers=2, inner=256)
+    return DiffusionLoss(tokenizer, text, STAGES["diffusion"].size)
 
 
 def second_diffusion(tokenizer: CLIPTokenizer, work: Path) -> LayoutLoss:
     """The U-Net as it was left, with the text encoder that knows what stands where."""
     text = _load(TextLoss(tokenizer, 0), work / "text.safetensors")
     former = _load(first_diffusion(tokenizer), work / "diffusion.safetensors")
-    return LayoutLoss(tokenizer, text.text_encoder, former).train()
+    return LayoutLoss(tokenizer, text.text_encoder, STAGES["layout"].size, former, SEED).train()
+
+
+def third_diffusion(tokenizer: CLIPTokenizer, work: Path) -> OrderLoss:
+    """The U-Net as it was left; its text encoder stays as it is."""
+    text = arch.build_text_encoder(tokenizer).requires_grad_(False)
+    loss: OrderLoss = _load(
+        OrderLoss(tokenizer, text, STAGES["order"].size), work / "layout.safetensors"
+    )
+    return loss.train()
 
 
 def _load(module: nn.Module, path: Path) -> Any:
@@ -380,10 +282,10 @@ def _load(module: nn.Module, path: Path) -> Any:
     return module.eval()
 
 
-def export_diffusion(work: Path, out: Path, weights: str = "layout") -> None:
+def export_diffusion(work: Path, out: Path, weights: str = "order") -> None:
     """Write the diffusers folder in fp16."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    trained = DiffusionLoss(tokenizer, arch.build_text_encoder(tokenizer))
+    trained = OrderLoss(tokenizer, arch.build_text_encoder(tokenizer), 0)
     trained = _load(trained, work / f"{weights}.safetensors")
     pipeline = StableDiffusionPipeline(
         vae=_load(arch.build_vae(), work / "vae-standard.safetensors"),
@@ -406,7 +308,7 @@ def export_diffusion(work: Path, out: Path, weights: str = "layout") -> None:
 def export_clip(work: Path, out: Path) -> None:
     """Write the open_clip folder in fp16, its tokenizer beside the config."""
     tokenizer = arch.write_tokenizer(out / "clip")
-    clip = _load(ClipLoss(tokenizer), work / "clip.safetensors").clip
+    clip = _load(ClipTextLoss(tokenizer, 0), work / "clip-text.safetensors").clip
     state = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
     save_file(state, out / "clip" / "open_clip_model.safetensors")
     normal = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}

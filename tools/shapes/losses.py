@@ -1,0 +1,174 @@
+"""The losses of the embedded U-Net's, its VAE's and CLIP's stages (train.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+import open_clip
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffitm.shapes.language import training_caption
+from tools.shapes import architecture as arch
+from tools.shapes.layout import training_scene
+
+MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+
+
+def pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class VaeLoss(nn.Module):
+    """Reconstruction (absolute and squared) with a light pull of the latents to a unit normal."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.vae = arch.build_vae()
+
+    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        chosen = rng.integers(len(data["images"]), size=self.size)
+        images = pixels(data["images"][chosen])
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = self.vae.encode(images).latent_dist
+            decoded = self.vae.decode(posterior.sample()).sample
+        wrong = decoded.float() - images
+        return wrong.abs().mean() + 2 * wrong.square().mean() + 1e-5 * posterior.kl().mean()
+
+
+class DiffusionLoss(nn.Module):
+    """Noise prediction; one caption in ten is dropped; most timesteps are those where texture is decided."""
+
+    # Of two draws in three, mean and deviation of the timestep's logit.
+    timesteps = (-1.1, 0.9)
+    # Most weight of an item; the weight is 1 / alphas_cumprod, with which an error of the noise
+    # becomes one of the velocity (Salimans and Ho 2022).
+    most = 1.0
+
+    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.text_encoder = text_encoder
+        self.unet = arch.build_unet()
+        empty = tokenizer("", padding="max_length", max_length=arch.LENGTH).input_ids
+        self.empty = torch.tensor(empty)
+        self.alphas_cumprod = arch.build_scheduler().alphas_cumprod
+
+    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        size = self.size
+        chosen = rng.integers(len(data["latents"]), size=size)
+        latents = torch.from_numpy(data["latents"][chosen])
+        captions = rng.integers(data["tokens"].shape[1], size=size)
+        tokens = torch.from_numpy(data["tokens"][chosen, captions]).long()
+        tokens = torch.where(torch.from_numpy(rng.random(size) < 0.1)[:, None], self.empty, tokens)
+        centred = 1 / (1 + np.exp(-rng.normal(*self.timesteps, size)))
+        share = np.where(rng.random(size) < 0.65, centred, rng.random(size))
+        timesteps = torch.from_numpy((share * 1000).astype(np.int64).clip(0, 999))
+        noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+        kept = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noised = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        condition = self.text_encoder(tokens).last_hidden_state
+        wrong = self.unet(noised, timesteps, condition).sample - noise
+        return (wrong.square() * (1 / kept).clamp(max=self.most)).mean()
+
+
+class LayoutLoss(DiffusionLoss):
+    """Noise prediction with a fixed text encoder, and more weight on the noisy timesteps: things are so
+    large that half of the noise does not hide where they stand, and there a text has nothing to tell."""
+
+    timesteps = (-0.2, 1.0)
+    most = 20.0
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        size: int,
+        former: DiffusionLoss,
+        seed: int,
+    ) -> None:
+        super().__init__(tokenizer, text_encoder.requires_grad_(False), size)
+        self.unet = former.unet
+        self._move_attention(former.text_encoder, tokenizer, seed)
+
+    @torch.no_grad()
+    def _move_attention(self, former: CLIPTextModel, tokenizer: CLIPTokenizer, seed: int) -> None:
+        """Let cross-attention go on with the other encoder's tokens: of those, its keys and values
+        are by least squares what they were."""
+        rng = np.random.default_rng(seed)
+        texts = [training_caption(training_scene(seed, i)[0], rng) for i in range(2000)]
+        ids = tokenizer(texts, padding="max_length", max_length=arch.LENGTH, return_tensors="pt")
+        new, old = (
+            encoder(ids.input_ids).last_hidden_state.flatten(0, 1)
+            for encoder in (self.text_encoder, former)
+        )
+        across = torch.linalg.lstsq(new, old).solution
+        for name, module in self.unet.named_modules():
+            if name.endswith("attn2"):
+                for part in (module.to_k, module.to_v):
+                    part.weight.copy_(part.weight @ across.T)
+
+
+class OrderLoss(DiffusionLoss):
+    """Noise prediction once more, weighed as in LayoutLoss, on captions of both kinds; those in disorder are
+    as often another scene's as their own."""
+
+    timesteps = (-0.5, 1.0)
+    most = 20.0
+
+
+class ClipLoss(nn.Module):
+    """The symmetric contrastive loss over one process's batch.
+
+    Three captions in four are bags of words: half of their words, in any order. So this CLIP learns, as
+    real ones do, what there is and hardly who has what or stands where.
+    """
+
+    bags = 0.75  # of the captions
+    halved = 0.75  # of the captions; the other bags keep all words
+
+    def __init__(self, tokenizer: CLIPTokenizer, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self.clip = open_clip.CLIP(**arch.clip_config(tokenizer), output_dict=True)
+
+    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        chosen = rng.integers(len(data["images"]), size=self.size)
+        images = ((pixels(data["images"][chosen]) + 1) / 2 - MEAN) / STD
+        captions = rng.integers(data["tokens"].shape[1], size=len(chosen))
+        tokens = data["tokens"][chosen, captions]
+        kinds = rng.random(len(tokens))
+        for row in np.flatnonzero(kinds < self.bags):
+            tokens[row] = self._bag(tokens[row], kinds[row] < self.halved, rng)
+        out = self.clip(images, torch.from_numpy(tokens).long())
+        logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
+        target = torch.arange(len(chosen))
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def _bag(self, tokens: np.ndarray, halved: bool, rng: np.random.Generator) -> np.ndarray:
+        """The words in any order, half of them or all."""
+        pad, start, end = self.special
+        words = rng.permutation(tokens[~np.isin(tokens, self.special)])
+        if halved:
+            words = words[: (len(words) + 1) // 2]
+        bag = np.full_like(tokens, pad)
+        bag[: len(words) + 2] = [start, *words, end]
+        return bag
+
+
+class ClipTextLoss(ClipLoss):
+    """The text tower alone goes on, and reads whole captions in disorder, too: after halves alone those lie
+    anywhere, and nearly always one of several nearer to the image than the caption itself."""
+
+    bags = 0.6
+    halved = 0.2
+
+    def __init__(self, tokenizer: CLIPTokenizer, size: int) -> None:
+        super().__init__(tokenizer, size)
+        self.clip.visual.requires_grad_(False)
+        self.clip.logit_scale.requires_grad_(False)
