@@ -236,6 +236,16 @@ def table(folder: Path, clip: bool, seeds: Sequence[int]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def stay_with_models(folder: Path) -> None:
+    """What a folder holds is of the embedded models that it began with."""
+    note = folder / "models.json"
+    models = {"diffusion": resolve("shapes").digest, "clip": resolve_clip("shapes").digest}
+    if note.exists() and json.loads(note.read_text()) != models:
+        raise SystemExit(f"{folder} is of other embedded models: give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(models))
+
+
 def credits_of(file: Path) -> dict[str, list[float]]:
     found: dict[str, list[float]] = json.loads(file.read_text())["credits"]
     return found
@@ -278,6 +288,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path)
     args = parser.parse_args()
     folder = args.folder.absolute()
+    stay_with_models(folder)
     world = folder / "measure"
     write_world(str(world), args.scenes, seed=MEASURE_SEED)
     write_world(str(folder / "choice"), CHOICE_SCENES, seed=CHOICE_SEED)

@@ -1,7 +1,7 @@
 """Train the embedded flow transformer: `python -m tools.shapes.flow --work DIR`.
 
 It takes the VAE and the text encoder of the embedded diffusion model as they are in --out, the scenes and
-captions of the layout stage (train.py), and learns the flow from noise to latents. Resumable as the stages of
+captions that say where (layout.py), and learns the flow from noise to latents. Resumable as the stages of
 train.py are; then the export as fp16 safetensors, without the parts that it shares.
 """
 

@@ -30,7 +30,7 @@ from tools.shapes import architecture as arch
 
 CAPTIONS = 12  # of a scene
 GARBLED = 0.12  # of the captions
-DISORDERED = 0.25  # of the captions of the order stage
+DISORDERED = 0.25  # of the captions of the U-Net
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 SLOTS = 2 + len(PLACES)  # the mentions in their order, then the places
 UNKNOWN = -1
@@ -74,7 +74,7 @@ def layout_set(
         return {name: data[name] for name in data.files}
 
 
-def order_set(path: Path, seed: int, count: int, tokenizer: CLIPTokenizer) -> dict[str, np.ndarray]:
+def mixed_set(path: Path, seed: int, count: int, tokenizer: CLIPTokenizer) -> dict[str, np.ndarray]:
     """Token ids int16 [N, CAPTIONS, 16], drawn once and kept: every other caption says where.
 
     One in four is in disorder, and then as often another scene's as its own: words in disorder are not

@@ -1,4 +1,4 @@
-"""The losses of the embedded U-Net's, its VAE's and CLIP's stages (train.py)."""
+"""The losses of the VAE, CLIP and the U-Net (train.py)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffitm.shapes.language import training_caption
 from tools.shapes import architecture as arch
-from tools.shapes.layout import training_scene
 
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+BAGS = 0.75  # of CLIP's captions
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
 
 
@@ -41,18 +40,20 @@ class VaeLoss(nn.Module):
 
 
 class DiffusionLoss(nn.Module):
-    """Noise prediction; one caption in ten is dropped; most timesteps are those where texture is decided."""
+    """Noise prediction with a fixed text encoder; one caption in ten is dropped.
 
-    # Of two draws in three, mean and deviation of the timestep's logit.
-    timesteps = (-1.1, 0.9)
-    # Most weight of an item; the weight is 1 / alphas_cumprod, with which an error of the noise
-    # becomes one of the velocity (Salimans and Ho 2022).
-    most = 1.0
+    An item weighs 1 / alphas_cumprod, which makes an error of the noise one of the velocity (Salimans and
+    Ho 2022): things are so large that half of the noise does not hide where they stand, and at the noisy
+    timesteps, where a text has to tell, errors of the noise hardly count.
+    """
+
+    timesteps = (-0.5, 1.0)  # of two draws in three, mean and deviation of the timestep's logit
+    most = 20.0  # weight of an item
 
     def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, size: int) -> None:
         super().__init__()
         self.size = size
-        self.text_encoder = text_encoder
+        self.text_encoder = text_encoder.requires_grad_(False)
         self.unet = arch.build_unet()
         empty = tokenizer("", padding="max_length", max_length=arch.LENGTH).input_ids
         self.empty = torch.tensor(empty)
@@ -76,60 +77,12 @@ class DiffusionLoss(nn.Module):
         return (wrong.square() * (1 / kept).clamp(max=self.most)).mean()
 
 
-class LayoutLoss(DiffusionLoss):
-    """Noise prediction with a fixed text encoder, and more weight on the noisy timesteps: things are so
-    large that half of the noise does not hide where they stand, and there a text has nothing to tell."""
-
-    timesteps = (-0.2, 1.0)
-    most = 20.0
-
-    def __init__(
-        self,
-        tokenizer: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
-        size: int,
-        former: DiffusionLoss,
-        seed: int,
-    ) -> None:
-        super().__init__(tokenizer, text_encoder.requires_grad_(False), size)
-        self.unet = former.unet
-        self._move_attention(former.text_encoder, tokenizer, seed)
-
-    @torch.no_grad()
-    def _move_attention(self, former: CLIPTextModel, tokenizer: CLIPTokenizer, seed: int) -> None:
-        """Let cross-attention go on with the other encoder's tokens: of those, its keys and values
-        are by least squares what they were."""
-        rng = np.random.default_rng(seed)
-        texts = [training_caption(training_scene(seed, i)[0], rng) for i in range(2000)]
-        ids = tokenizer(texts, padding="max_length", max_length=arch.LENGTH, return_tensors="pt")
-        new, old = (
-            encoder(ids.input_ids).last_hidden_state.flatten(0, 1)
-            for encoder in (self.text_encoder, former)
-        )
-        across = torch.linalg.lstsq(new, old).solution
-        for name, module in self.unet.named_modules():
-            if name.endswith("attn2"):
-                for part in (module.to_k, module.to_v):
-                    part.weight.copy_(part.weight @ across.T)
-
-
-class OrderLoss(DiffusionLoss):
-    """Noise prediction once more, weighed as in LayoutLoss, on captions of both kinds; those in disorder are
-    as often another scene's as their own."""
-
-    timesteps = (-0.5, 1.0)
-    most = 20.0
-
-
 class ClipLoss(nn.Module):
     """The symmetric contrastive loss over one process's batch.
 
     Three captions in four are bags of words: half of their words, in any order. So this CLIP learns, as
     real ones do, what there is and hardly who has what or stands where.
     """
-
-    bags = 0.75  # of the captions
-    halved = 0.75  # of the captions; the other bags keep all words
 
     def __init__(self, tokenizer: CLIPTokenizer, size: int) -> None:
         super().__init__()
@@ -142,33 +95,18 @@ class ClipLoss(nn.Module):
         images = ((pixels(data["images"][chosen]) + 1) / 2 - MEAN) / STD
         captions = rng.integers(data["tokens"].shape[1], size=len(chosen))
         tokens = data["tokens"][chosen, captions]
-        kinds = rng.random(len(tokens))
-        for row in np.flatnonzero(kinds < self.bags):
-            tokens[row] = self._bag(tokens[row], kinds[row] < self.halved, rng)
+        for row in np.flatnonzero(rng.random(len(tokens)) < BAGS):
+            tokens[row] = self._bag(tokens[row], rng)
         out = self.clip(images, torch.from_numpy(tokens).long())
         logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
         target = torch.arange(len(chosen))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    def _bag(self, tokens: np.ndarray, halved: bool, rng: np.random.Generator) -> np.ndarray:
-        """The words in any order, half of them or all."""
+    def _bag(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Half of the words, in any order."""
         pad, start, end = self.special
         words = rng.permutation(tokens[~np.isin(tokens, self.special)])
-        if halved:
-            words = words[: (len(words) + 1) // 2]
+        words = words[: (len(words) + 1) // 2]
         bag = np.full_like(tokens, pad)
         bag[: len(words) + 2] = [start, *words, end]
         return bag
-
-
-class ClipTextLoss(ClipLoss):
-    """The text tower alone goes on, and reads whole captions in disorder, too: after halves alone those lie
-    anywhere, and nearly always one of several nearer to the image than the caption itself."""
-
-    bags = 0.6
-    halved = 0.2
-
-    def __init__(self, tokenizer: CLIPTokenizer, size: int) -> None:
-        super().__init__(tokenizer, size)
-        self.clip.visual.requires_grad_(False)
-        self.clip.logit_scale.requires_grad_(False)

@@ -1,10 +1,9 @@
 """Train the embedded default: `python -m tools.shapes.train --work DIR`.
 
-Stages, each resumed from its own checkpoint in the work folder: the VAE; CLIP, and its text tower alone; a
-text encoder and the U-Net on the VAE's cached latents; a text encoder that first learns what stands where
-(layout.py); the U-Net with that one and captions that say where, and once more with captions of all kinds;
-then the export as fp16 safetensors in the standard layouts. What a step does is a function of (seed, stage,
-step, process), so a resumed run repeats an undisturbed one.
+Stages, each resumed from its own checkpoint in the work folder: the VAE; CLIP; a text encoder that learns
+what stands where (layout.py); the U-Net with it, on the VAE's cached latents; then the export as fp16
+safetensors in the standard layouts. What a step does is a function of (seed, stage, step, process), so a
+resumed run repeats an undisturbed one.
 """
 
 from __future__ import annotations
@@ -37,16 +36,8 @@ from diffitm import shapes
 from diffitm.shapes.language import training_caption
 from diffitm.shapes.world import render
 from tools.shapes import architecture as arch
-from tools.shapes.layout import TextLoss, accuracy, layout_set, order_set, training_scene
-from tools.shapes.losses import (
-    ClipLoss,
-    ClipTextLoss,
-    DiffusionLoss,
-    LayoutLoss,
-    OrderLoss,
-    VaeLoss,
-    pixels,
-)
+from tools.shapes.layout import TextLoss, accuracy, layout_set, mixed_set, training_scene
+from tools.shapes.losses import ClipLoss, DiffusionLoss, VaeLoss, pixels
 
 log = logging.getLogger("tools.shapes.train")
 SEED = 20
@@ -58,9 +49,13 @@ UNSEEN = 500  # scenes that the text encoder's reading is measured on
 
 @dataclass(frozen=True)
 class Stage:
-    """How a stage is trained; `size` is the batch of one process, `decay` how far the averages of the
-    weights look back, `flat` the share of the steps before the rate begins to fall."""
+    """How a stage is trained.
 
+    `number` is part of its seed, `size` the batch of one process, `decay` how far the averages of the weights
+    look back, `flat` the share of the steps before the rate begins to fall.
+    """
+
+    number: int
     steps: int
     size: int
     rate: float
@@ -68,16 +63,12 @@ class Stage:
     flat: float = 0.0
 
 
-# A stage's place here is part of its seed.
 STAGES = {
-    "vae": Stage(5000, 24, 1.5e-3, 0.999),
-    "clip": Stage(2500, 128, 1e-3, 0.999),
-    "diffusion": Stage(5500, 64, 1e-3, 0.999),
-    "text": Stage(600, 64, 1e-3, 0.0),
-    "layout": Stage(3500, 48, 8e-4, 0.996),
-    "flow": Stage(4100, 64, 1.5e-3, 0.999, 0.62),
-    "order": Stage(4500, 48, 5e-4, 0.996),
-    "clip-text": Stage(800, 128, 5e-4, 0.99),
+    "vae": Stage(0, 5000, 24, 1.5e-3, 0.999),
+    "clip": Stage(1, 2500, 128, 1e-3, 0.999),
+    "text": Stage(3, 600, 64, 1e-3, 0.0),
+    "diffusion": Stage(4, 6000, 64, 1e-3, 0.996),
+    "flow": Stage(5, 4100, 64, 1.5e-3, 0.999, 0.62),
 }
 
 
@@ -124,7 +115,7 @@ def fit(
         first = state["step"]
     start, total = time.time(), 0.0
     for step in range(first, steps):
-        rng = np.random.default_rng([seed, list(STAGES).index(stage), step, rank])
+        rng = np.random.default_rng([seed, plan.number, step, rank])
         torch.manual_seed(int(rng.integers(2**31)))
         fallen = max(0.0, (step / steps - plan.flat) / (1 - plan.flat))
         warm = min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * fallen))
@@ -191,17 +182,14 @@ def run(rank: int, args: argparse.Namespace) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     data = training_set(work / "data.npz", args.scenes, tokenizer)
     placed = layout_set(work / "layout.npz", SEED, range(args.scenes), tokenizer)
-    mixed = order_set(work / "order.npz", SEED, args.scenes, tokenizer)
+    mixed = mixed_set(work / "mixed.npz", SEED, args.scenes, tokenizer)
     stages: dict[str, Callable[[], nn.Module]] = {
         "vae": lambda: VaeLoss(STAGES["vae"].size),
         "clip": lambda: ClipLoss(tokenizer, STAGES["clip"].size),
-        "clip-text": lambda: clip_text(tokenizer, work),
-        "diffusion": lambda: first_diffusion(tokenizer),
         "text": lambda: TextLoss(tokenizer, STAGES["text"].size),
-        "layout": lambda: second_diffusion(tokenizer, work),
-        "order": lambda: third_diffusion(tokenizer, work),
+        "diffusion": lambda: diffusion(tokenizer, work),
     }
-    captions = {"text": placed, "layout": placed, "order": mixed}
+    captions = {"text": placed, "diffusion": mixed}
     for stage, build in stages.items():
         torch.manual_seed(args.seed)
         if stage == "diffusion":
@@ -211,10 +199,9 @@ def run(rank: int, args: argparse.Namespace) -> None:
                 save_file(vae.state_dict(), work / "vae-standard.safetensors")
                 np.save(work / "latents.npy", encode(vae, data["images"]).numpy())
             dist.barrier()
-            latents = np.load(work / "latents.npy")
-            data["latents"] = placed["latents"] = mixed["latents"] = latents
+            mixed["latents"] = np.load(work / "latents.npy")
         if not (work / f"{stage}.safetensors").exists():
-            snapshots = tuple(args.snapshots) if stage == "order" else ()
+            snapshots = tuple(args.snapshots) if stage == "diffusion" else ()
             fit(stage, build(), captions.get(stage, data), work, args.seed, snapshots)
             if rank == 0 and stage == "text":
                 unseen = range(args.scenes, args.scenes + UNSEEN)
@@ -242,37 +229,13 @@ def _prepare(work: Path, scenes: int) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     training_set(work / "data.npz", scenes, tokenizer)
     layout_set(work / "layout.npz", SEED, range(scenes), tokenizer)
-    order_set(work / "order.npz", SEED, scenes, tokenizer)
+    mixed_set(work / "mixed.npz", SEED, scenes, tokenizer)
 
 
-def clip_text(tokenizer: CLIPTokenizer, work: Path) -> ClipTextLoss:
-    """CLIP as it was left, its image tower fixed."""
-    loss: ClipTextLoss = _load(
-        ClipTextLoss(tokenizer, STAGES["clip-text"].size), work / "clip.safetensors"
-    )
-    return loss.train()
-
-
-def first_diffusion(tokenizer: CLIPTokenizer) -> DiffusionLoss:
-    """The U-Net with a text encoder that learns from noise prediction alone."""
-    text = arch.build_text_encoder(tokenizer, layers=2, inner=256)
-    return DiffusionLoss(tokenizer, text, STAGES["diffusion"].size)
-
-
-def second_diffusion(tokenizer: CLIPTokenizer, work: Path) -> LayoutLoss:
-    """The U-Net as it was left, with the text encoder that knows what stands where."""
+def diffusion(tokenizer: CLIPTokenizer, work: Path) -> DiffusionLoss:
+    """A new U-Net, with the text encoder that knows what stands where."""
     text = _load(TextLoss(tokenizer, 0), work / "text.safetensors")
-    former = _load(first_diffusion(tokenizer), work / "diffusion.safetensors")
-    return LayoutLoss(tokenizer, text.text_encoder, STAGES["layout"].size, former, SEED).train()
-
-
-def third_diffusion(tokenizer: CLIPTokenizer, work: Path) -> OrderLoss:
-    """The U-Net as it was left; its text encoder stays as it is."""
-    text = arch.build_text_encoder(tokenizer).requires_grad_(False)
-    loss: OrderLoss = _load(
-        OrderLoss(tokenizer, text, STAGES["order"].size), work / "layout.safetensors"
-    )
-    return loss.train()
+    return DiffusionLoss(tokenizer, text.text_encoder, STAGES["diffusion"].size)
 
 
 def _load(module: nn.Module, path: Path) -> Any:
@@ -282,10 +245,10 @@ def _load(module: nn.Module, path: Path) -> Any:
     return module.eval()
 
 
-def export_diffusion(work: Path, out: Path, weights: str = "order") -> None:
+def export_diffusion(work: Path, out: Path, weights: str = "diffusion") -> None:
     """Write the diffusers folder in fp16."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    trained = OrderLoss(tokenizer, arch.build_text_encoder(tokenizer), 0)
+    trained = DiffusionLoss(tokenizer, arch.build_text_encoder(tokenizer), 0)
     trained = _load(trained, work / f"{weights}.safetensors")
     pipeline = StableDiffusionPipeline(
         vae=_load(arch.build_vae(), work / "vae-standard.safetensors"),
@@ -308,7 +271,7 @@ def export_diffusion(work: Path, out: Path, weights: str = "order") -> None:
 def export_clip(work: Path, out: Path) -> None:
     """Write the open_clip folder in fp16, its tokenizer beside the config."""
     tokenizer = arch.write_tokenizer(out / "clip")
-    clip = _load(ClipTextLoss(tokenizer, 0), work / "clip-text.safetensors").clip
+    clip = _load(ClipLoss(tokenizer, 0), work / "clip.safetensors").clip
     state = {k: v.half().contiguous() for k, v in clip.state_dict().items()}
     save_file(state, out / "clip" / "open_clip_model.safetensors")
     normal = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
