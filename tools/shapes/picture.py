@@ -79,7 +79,7 @@ def _errors(axes: Any, example: Example, root: str) -> None:
         axes.plot(scorer.timesteps, none - error, "o-", color=colour, markersize=4, label=label)
     axes.set(title="How much each caption helps\nto predict the noise", xlabel="timestep")
     axes.set_ylabel("error without text, less that with it")
-    axes.legend(frameon=False, loc="lower right", fontsize=9, handlelength=1.2)
+    axes.legend(frameon=False, loc="upper left", fontsize=9, handlelength=1.2)
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
