@@ -240,7 +240,8 @@ def stay_with_models(folder: Path) -> None:
     """What a folder holds is of the embedded models that it began with."""
     note = folder / "models.json"
     models = {"diffusion": resolve("shapes").digest, "clip": resolve_clip("shapes").digest}
-    if note.exists() and json.loads(note.read_text()) != models:
+    known = json.loads(note.read_text()) if note.exists() else None
+    if (folder / "measured").exists() and known != models:
         raise SystemExit(f"{folder} is of other embedded models: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(models))

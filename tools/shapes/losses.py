@@ -11,8 +11,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tools.shapes import architecture as arch
 
-MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
 BAGS = 0.75  # of CLIP's captions
+MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
 
 
