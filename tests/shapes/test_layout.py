@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import socket
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+from diffitm import load_scorer
+from diffitm.models.embedded import SHAPES as EMBEDDED
 from diffitm.shapes.language import Caption, disordered, garbled, layout_caption, mention
 from diffitm.shapes.world import COLOURS, SHAPES, SIZES, Scene, Thing, sample_scene
 from tools.shapes import train
@@ -174,3 +179,38 @@ def test_training_resumes_as_if_undisturbed(
         dist.destroy_process_group()
     whole, resumed = (load_file(tmp_path / n / "text.safetensors") for n in ("whole", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_all_stages_and_what_they_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of each: what reads the embedded folders reads these, and nothing is done twice."""
+    for name, stage in train.STAGES.items():
+        monkeypatch.setitem(train.STAGES, name, replace(stage, steps=3, size=4))
+    monkeypatch.setattr(train, "UNSEEN", 5)
+    monkeypatch.setattr(train.logging, "basicConfig", lambda **_: None)  # of other tests, too
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    work, out, threads = tmp_path / "work", tmp_path / "out", torch.get_num_threads()
+    work.mkdir()
+    args = argparse.Namespace(work=work, processes=1, scenes=40, seed=5, snapshots=[2])
+    try:
+        train.run(0, args)
+        first = {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+        train.run(0, args)
+    finally:
+        torch.set_num_threads(threads)
+    assert {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")} == first
+    assert work / "diffusion-2.safetensors" in first
+    train.export_diffusion(work, out)
+    train.export_clip(work, out)
+    embedded = {path.relative_to(EMBEDDED) for path in EMBEDDED.rglob("*.*") if path.is_file()}
+    found = {path.relative_to(out) for path in out.rglob("*.*")}
+    assert found == {path for path in embedded if path.parts[0] != "flow"}
+    unet = load_file(out / "diffusion/unet/diffusion_pytorch_model.safetensors")
+    trained = load_file(work / "diffusion.safetensors")
+    assert all(torch.equal(unet[name], trained[f"unet.{name}"].half()) for name in unet)
+    image = Image.new("RGB", (64, 64), "red")
+    for folder in ("diffusion", "clip"):
+        scores = load_scorer(str(out / folder))([image], ["a red circle", "a blue cross"])
+        assert np.isfinite(scores).all() and scores[0, 0] != scores[0, 1]
