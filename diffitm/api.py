@@ -18,6 +18,7 @@ from pyarrow import parquet
 from diffitm.core import images as image_files
 from diffitm.core import storage
 from diffitm.core.errors import InputError
+from diffitm.core.lease import held
 from diffitm.core.schema import SCORES, PairRow, block_rows, read_block
 from diffitm.metrics.score import averaged, conditional_score, normalised_score, other_dtype
 from diffitm.scoring.custom import CustomSpec, find_scorer, is_own
@@ -398,7 +399,8 @@ def evaluate(
         A row a figure: model, task, group, metric, score, value, low, high, n, failures and more.
 
     Raises:
-        InputError: a task whose data is not there, an option out of range, or as load_scorer.
+        InputError: a task whose data is not there, an option out of range, another run that works on OUT,
+            or as load_scorer.
     """
     if isinstance(scorer, str):
         scorer = load_scorer(scorer)
@@ -412,7 +414,9 @@ def evaluate(
     if out is None:
         with tempfile.TemporaryDirectory(prefix="diffitm-") as folder:
             return _evaluate(scorer, _listed(tasks), data, folder, limit, scenes, options)
-    return _evaluate(scorer, _listed(tasks), data, storage.absolute(out), limit, scenes, options)
+    out = storage.absolute(out)
+    with held(out):
+        return _evaluate(scorer, _listed(tasks), data, out, limit, scenes, options)
 
 
 def _evaluate(

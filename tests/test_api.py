@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import diffitm
-from diffitm.core import images
+from diffitm.core import images, lease
 from diffitm.core.errors import InputError
 from diffitm.models.embedded import SHAPES
 from diffitm.shapes.layouts import write_world
@@ -250,6 +250,13 @@ def test_what_is_stored_is_not_scored_again(
     assert sum(asked) == 20
     assert last.equals(again) and not first.equals(again)
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_out_is_one_runs(clip: diffitm.ImageTextScorer, world: Path, tmp_path: Path) -> None:
+    with lease.held(str(tmp_path)), pytest.raises(InputError, match="another run works on it"):
+        diffitm.evaluate(clip, ["winoground"], str(world), out=str(tmp_path), limit=4)
+    assert not (tmp_path / "scores").exists() and not (tmp_path / "lease.json").exists()
+    assert len(diffitm.evaluate(clip, ["winoground"], str(world), out=str(tmp_path), limit=4))
 
 
 @pytest.mark.parametrize("is_open", [False, True])

@@ -30,7 +30,7 @@ from tools.shapes import architecture as arch
 
 CAPTIONS = 12  # of a scene
 GARBLED = 0.12  # of the captions
-DISORDERED = 0.25  # of the captions of the U-Net
+DISORDERED = 0.2  # of the captions of the U-Net
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 SLOTS = 2 + len(PLACES)  # the mentions in their order, then the places
 UNKNOWN = -1
@@ -77,8 +77,7 @@ def layout_set(
 def mixed_set(path: Path, seed: int, count: int, tokenizer: CLIPTokenizer) -> dict[str, np.ndarray]:
     """Token ids int16 [N, CAPTIONS, 16], drawn once and kept: every other caption says where.
 
-    One in four is in disorder, and then as often another scene's as its own: words in disorder are not
-    to be relied upon.
+    One in five is another scene's, in disorder: words in disorder are not to be relied upon.
     """
     if not path.exists():
         texts = []
@@ -87,7 +86,7 @@ def mixed_set(path: Path, seed: int, count: int, tokenizer: CLIPTokenizer) -> di
             rng = np.random.default_rng([seed, index, 2])
             for number in range(CAPTIONS):
                 wrong, told = rng.random() < DISORDERED, scene
-                if wrong and rng.random() < 0.5:
+                if wrong:
                     told, _ = training_scene(seed, int(rng.integers(count)))
                 if number % 2 == 0:
                     text = training_caption(told, rng)

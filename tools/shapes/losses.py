@@ -11,7 +11,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tools.shapes import architecture as arch
 
-BAGS = 0.75  # of CLIP's captions
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
 
@@ -80,13 +79,15 @@ class DiffusionLoss(nn.Module):
 class ClipLoss(nn.Module):
     """The symmetric contrastive loss over one process's batch.
 
-    Three captions in four are bags of words: half of their words, in any order. So this CLIP learns, as
-    real ones do, what there is and hardly who has what or stands where.
+    Of the captions the share `halved` is half of their words in any order, the share `shuffled` all of
+    them. So this CLIP learns, as real ones do, what there is and hardly who has what or stands where.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, size: int) -> None:
+    def __init__(
+        self, tokenizer: CLIPTokenizer, size: int, halved: float, shuffled: float = 0.0
+    ) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.halved, self.shuffled = size, halved, shuffled
         self.special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
         self.clip = open_clip.CLIP(**arch.clip_config(tokenizer), output_dict=True)
 
@@ -95,18 +96,20 @@ class ClipLoss(nn.Module):
         images = ((pixels(data["images"][chosen]) + 1) / 2 - MEAN) / STD
         captions = rng.integers(data["tokens"].shape[1], size=len(chosen))
         tokens = data["tokens"][chosen, captions]
-        for row in np.flatnonzero(rng.random(len(tokens)) < BAGS):
-            tokens[row] = self._bag(tokens[row], rng)
+        kinds = rng.random(len(tokens))
+        for row in np.flatnonzero(kinds < self.halved + self.shuffled):
+            tokens[row] = self._bag(tokens[row], bool(kinds[row] < self.halved), rng)
         out = self.clip(images, torch.from_numpy(tokens).long())
         logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
         target = torch.arange(len(chosen))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    def _bag(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Half of the words, in any order."""
+    def _bag(self, tokens: np.ndarray, half: bool, rng: np.random.Generator) -> np.ndarray:
+        """The words in any order, half of them or all."""
         pad, start, end = self.special
         words = rng.permutation(tokens[~np.isin(tokens, self.special)])
-        words = words[: (len(words) + 1) // 2]
+        if half:
+            words = words[: (len(words) + 1) // 2]
         bag = np.full_like(tokens, pad)
         bag[: len(words) + 2] = [start, *words, end]
         return bag
