@@ -30,7 +30,6 @@ from tools.shapes import architecture as arch
 
 CAPTIONS = 12  # of a scene
 GARBLED = 0.12  # of the captions
-DISORDERED = 0.2  # of the captions of the U-Net
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 SLOTS = 2 + len(PLACES)  # the mentions in their order, then the places
 UNKNOWN = -1
@@ -74,10 +73,18 @@ def layout_set(
         return {name: data[name] for name in data.files}
 
 
-def mixed_set(path: Path, seed: int, count: int, tokenizer: CLIPTokenizer) -> dict[str, np.ndarray]:
+def mixed_set(
+    path: Path,
+    seed: int,
+    count: int,
+    tokenizer: CLIPTokenizer,
+    disordered_share: float,
+    others: float,
+) -> dict[str, np.ndarray]:
     """Token ids int16 [N, CAPTIONS, 16], drawn once and kept: every other caption says where.
 
-    One in five is another scene's, in disorder: words in disorder are not to be relied upon.
+    A share is in disorder, and of those the share `others` is another scene's: words in disorder are not to
+    be relied upon.
     """
     if not path.exists():
         texts = []
@@ -85,8 +92,8 @@ def mixed_set(path: Path, seed: int, count: int, tokenizer: CLIPTokenizer) -> di
             scene, _ = training_scene(seed, index)
             rng = np.random.default_rng([seed, index, 2])
             for number in range(CAPTIONS):
-                wrong, told = rng.random() < DISORDERED, scene
-                if wrong:
+                wrong, told = rng.random() < disordered_share, scene
+                if wrong and rng.random() < others:
                     told, _ = training_scene(seed, int(rng.integers(count)))
                 if number % 2 == 0:
                     text = training_caption(told, rng)

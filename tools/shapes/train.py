@@ -44,6 +44,8 @@ SEED = 20
 CAPTIONS = 6
 EVERY = 250  # steps, a checkpoint
 LOGGED = 100  # steps, a line of the log
+# Of the U-Net's captions, the share in disorder, and of those the share that is another scene's.
+DISORDERED = {"diffusion": (0.25, 0.5), "diffusion_on": (0.2, 1.0)}
 UNSEEN = 500  # scenes that the text encoder's reading is measured on
 
 
@@ -69,6 +71,7 @@ STAGES = {
     "clip_text": Stage(2, 800, 256, 1e-3, 0.0),
     "text": Stage(3, 600, 64, 1e-3, 0.0),
     "diffusion": Stage(4, 6000, 64, 1e-3, 0.996),
+    "diffusion_on": Stage(6, 1500, 64, 4e-4, 0.996),
     "flow": Stage(5, 4100, 64, 1.5e-3, 0.999, 0.62),
 }
 
@@ -183,15 +186,16 @@ def run(rank: int, args: argparse.Namespace) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     data = training_set(work / "data.npz", args.scenes, tokenizer)
     placed = layout_set(work / "layout.npz", SEED, range(args.scenes), tokenizer)
-    mixed = mixed_set(work / "mixed.npz", SEED, args.scenes, tokenizer)
+    mixed = _mixed_sets(work, args.scenes, tokenizer)
     stages: dict[str, Callable[[], nn.Module]] = {
         "vae": lambda: VaeLoss(STAGES["vae"].size),
         "clip": lambda: ClipLoss(tokenizer, STAGES["clip"].size, halved=0.75),
         "clip_text": lambda: clip_text(tokenizer, work),
         "text": lambda: TextLoss(tokenizer, STAGES["text"].size),
         "diffusion": lambda: diffusion(tokenizer, work),
+        "diffusion_on": lambda: _load(diffusion(tokenizer, work), work / "diffusion.safetensors"),
     }
-    captions = {"text": placed, "diffusion": mixed}
+    captions = {"text": placed, **mixed}
     for stage, build in stages.items():
         torch.manual_seed(args.seed)
         if stage == "diffusion":
@@ -201,15 +205,16 @@ def run(rank: int, args: argparse.Namespace) -> None:
                 save_file(vae.state_dict(), work / "vae-standard.safetensors")
                 np.save(work / "latents.npy", encode(vae, data["images"]).numpy())
             dist.barrier()
-            mixed["latents"] = np.load(work / "latents.npy")
+            for drawn in mixed.values():
+                drawn["latents"] = np.load(work / "latents.npy")
         if not (work / f"{stage}.safetensors").exists():
             snapshots = tuple(args.snapshots) if stage == "diffusion" else ()
             fit(stage, build(), captions.get(stage, data), work, args.seed, snapshots)
             if rank == 0 and stage == "text":
                 unseen = range(args.scenes, args.scenes + UNSEEN)
-                drawn = layout_set(work / "unseen.npz", SEED, unseen, tokenizer)
+                read = layout_set(work / "unseen.npz", SEED, unseen, tokenizer)
                 text = _load(TextLoss(tokenizer, 0), work / "text.safetensors")
-                log.info("read right: mentions %.4f, places %.4f", *accuracy(text, drawn))
+                log.info("read right: mentions %.4f, places %.4f", *accuracy(text, read))
         dist.barrier()
     dist.destroy_process_group()
 
@@ -231,7 +236,17 @@ def _prepare(work: Path, scenes: int) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     training_set(work / "data.npz", scenes, tokenizer)
     layout_set(work / "layout.npz", SEED, range(scenes), tokenizer)
-    mixed_set(work / "mixed.npz", SEED, scenes, tokenizer)
+    _mixed_sets(work, scenes, tokenizer)
+
+
+def _mixed_sets(
+    work: Path, scenes: int, tokenizer: CLIPTokenizer
+) -> dict[str, dict[str, np.ndarray]]:
+    """The captions of each stage of the U-Net."""
+    return {
+        stage: mixed_set(work / f"{stage}.npz", SEED, scenes, tokenizer, *shares)
+        for stage, shares in DISORDERED.items()
+    }
 
 
 def clip_text(tokenizer: CLIPTokenizer, work: Path) -> ClipLoss:
@@ -261,7 +276,7 @@ def _load(module: nn.Module, path: Path) -> Any:
     return module.eval()
 
 
-def export_diffusion(work: Path, out: Path, weights: str = "diffusion") -> None:
+def export_diffusion(work: Path, out: Path, weights: str = "diffusion_on") -> None:
     """Write the diffusers folder in fp16."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     trained = DiffusionLoss(tokenizer, arch.build_text_encoder(tokenizer), 0)
