@@ -230,7 +230,7 @@ def test_all_stages_and_what_they_export(tmp_path: Path, monkeypatch: pytest.Mon
     found = {path.relative_to(out) for path in out.rglob("*.*")}
     assert found == {path for path in embedded if path.parts[0] != "flow"}
     unet = load_file(out / "diffusion/unet/diffusion_pytorch_model.safetensors")
-    trained = load_file(work / "diffusion.safetensors")
+    trained = load_file(work / "diffusion_on.safetensors")
     assert all(torch.equal(unet[name], trained[f"unet.{name}"].half()) for name in unet)
     image = Image.new("RGB", (64, 64), "red")
     for folder in ("diffusion", "clip"):
