@@ -18,20 +18,26 @@ from tools.shapes.picture import BARS, KINDS, draw
 
 
 def test_picture(tmp_path: Path) -> None:
-    """A text task has no normalised score of its own: its bar is that of the naive one."""
+    """A text task has no normalised score of its own: its bar is that of the naive one. Other models that the
+    run scored, too, are not shown."""
     write_world(str(tmp_path / "shapes-10-v2"), 10)
     with pytest.raises(InputError, match="is no OUT of gdbench"):
         draw(tmp_path, str(tmp_path / "picture.png"))
     figure = {"group": "all", "value": 0.5, "low": 0.4, "high": 0.6, "chance": 0.25}
     rows = [
-        {"task": task, "metric": metric, "score": score, **figure}
+        {"task": task, "metric": metric, "score": score, "model": "shapes", **figure}
         for task, metric, _ in BARS
         for score, *_ in KINDS
         if metric != "text" or score != "normalised"
     ]
-    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
-    draw(tmp_path, str(tmp_path / "picture.png"))
-    assert Image.open(tmp_path / "picture.png").width > 1000
+    found = []
+    for more in ([], [row | {"model": "shapes-flow", "value": 0.9} for row in rows]):
+        (tmp_path / "results.json").write_text(json.dumps({"rows": rows + more}))
+        draw(tmp_path, str(tmp_path / "picture.png"))
+        picture = Image.open(tmp_path / "picture.png")
+        assert picture.width > 1000
+        found.append(picture.tobytes())
+    assert found[0] == found[1]
 
 
 def test_what_the_model_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,12 +79,15 @@ def _errors(axes: Any, example: Example, root: str) -> None:
         axes.plot(scorer.timesteps, none - error, "o-", color=colour, markersize=4, label=label)
     axes.set(title="How much each caption helps\nto predict the noise", xlabel="timestep")
     axes.set_ylabel("error without text, less that with it")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.2 * (high - low))  # for the legend
     axes.legend(frameon=False, loc="upper left", fontsize=9, handlelength=1.2)
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Accuracy in %, with 95% intervals and chance."""
-    found = {(r["task"], r["metric"], r["score"]): r for r in rows if r["group"] == "all"}
+    shown = [r for r in rows if r["group"] == "all" and r["model"] in ("shapes", "CLIP shapes")]
+    found = {(r["task"], r["metric"], r["score"]): r for r in shown}
     width = 0.8 / len(KINDS)
     for i, (task, metric, _) in enumerate(BARS):
         for k, (score, name, colour) in enumerate(KINDS):
