@@ -159,7 +159,7 @@ def test_the_text_encoder_stays_fixed_under_the_unet(
 ) -> None:
     text = TextLoss(tokenizer, 0)
     save_file(text.state_dict(), tmp_path / "text.safetensors")
-    loss = train.diffusion(tokenizer, tmp_path)
+    loss = train.diffusion(tokenizer, tmp_path, 64)
     for name, value in text.text_encoder.state_dict().items():
         assert torch.equal(loss.text_encoder.state_dict()[name], value)
     assert {n.split(".")[0] for n, p in loss.named_parameters() if p.requires_grad} == {"unet"}

@@ -192,8 +192,10 @@ def run(rank: int, args: argparse.Namespace) -> None:
         "clip": lambda: ClipLoss(tokenizer, STAGES["clip"].size, halved=0.75),
         "clip_text": lambda: clip_text(tokenizer, work),
         "text": lambda: TextLoss(tokenizer, STAGES["text"].size),
-        "diffusion": lambda: diffusion(tokenizer, work),
-        "diffusion_on": lambda: _load(diffusion(tokenizer, work), work / "diffusion.safetensors"),
+        "diffusion": lambda: diffusion(tokenizer, work, STAGES["diffusion"].size),
+        "diffusion_on": lambda: _load(
+            diffusion(tokenizer, work, STAGES["diffusion_on"].size), work / "diffusion.safetensors"
+        ),
     }
     captions = {"text": placed, **mixed}
     for stage, build in stages.items():
@@ -205,8 +207,9 @@ def run(rank: int, args: argparse.Namespace) -> None:
                 save_file(vae.state_dict(), work / "vae-standard.safetensors")
                 np.save(work / "latents.npy", encode(vae, data["images"]).numpy())
             dist.barrier()
+            latents = np.load(work / "latents.npy")
             for drawn in mixed.values():
-                drawn["latents"] = np.load(work / "latents.npy")
+                drawn["latents"] = latents
         if not (work / f"{stage}.safetensors").exists():
             snapshots = tuple(args.snapshots) if stage == "diffusion" else ()
             fit(stage, build(), captions.get(stage, data), work, args.seed, snapshots)
@@ -252,7 +255,7 @@ def _mixed_sets(
 def clip_text(tokenizer: CLIPTokenizer, work: Path) -> ClipLoss:
     """CLIP, its image tower and temperature fixed; half of the captions are as they are.
 
-    From bags alone disorder looks better to it than the caption; real ones prefer the caption a little.
+    From bags alone disorder looks better to it than the caption; published ones prefer the caption.
     """
     loss: ClipLoss = _load(
         ClipLoss(tokenizer, STAGES["clip_text"].size, halved=0.25, shuffled=0.25),
@@ -263,10 +266,10 @@ def clip_text(tokenizer: CLIPTokenizer, work: Path) -> ClipLoss:
     return loss
 
 
-def diffusion(tokenizer: CLIPTokenizer, work: Path) -> DiffusionLoss:
+def diffusion(tokenizer: CLIPTokenizer, work: Path, size: int) -> DiffusionLoss:
     """A new U-Net, with the text encoder that knows what stands where."""
     text = _load(TextLoss(tokenizer, 0), work / "text.safetensors")
-    return DiffusionLoss(tokenizer, text.text_encoder, STAGES["diffusion"].size)
+    return DiffusionLoss(tokenizer, text.text_encoder, size)
 
 
 def _load(module: nn.Module, path: Path) -> Any:
@@ -276,11 +279,11 @@ def _load(module: nn.Module, path: Path) -> Any:
     return module.eval()
 
 
-def export_diffusion(work: Path, out: Path, weights: str = "diffusion_on") -> None:
+def export_diffusion(work: Path, out: Path) -> None:
     """Write the diffusers folder in fp16."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     trained = DiffusionLoss(tokenizer, arch.build_text_encoder(tokenizer), 0)
-    trained = _load(trained, work / f"{weights}.safetensors")
+    trained = _load(trained, work / "diffusion_on.safetensors")
     pipeline = StableDiffusionPipeline(
         vae=_load(arch.build_vae(), work / "vae-standard.safetensors"),
         text_encoder=trained.text_encoder,
