@@ -115,7 +115,9 @@ def gemma(words: int) -> Gemma2Model:
 
 def qwen_tokenizer() -> Any:
     """Bytes, each a token, with the marks of Qwen."""
-    made = Qwen2Tokenizer(vocab={byte: i for i, byte in enumerate(ByteLevel.alphabet())}, merges=[])
+    made = Qwen2Tokenizer(
+        vocab={byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, merges=[]
+    )
     made.add_tokens([AddedToken(f"<|im_{mark}|>", special=True) for mark in ("start", "end")])
     made.chat_template = CHAT
     return made
@@ -134,7 +136,7 @@ def pixtral_processor() -> Any:
     """Bytes, each a token, with the marks of Mistral, beside the part that reads pictures."""
     marks = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]"]
     marks += ["[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
-    words = {word: i for i, word in enumerate([*marks, *ByteLevel.alphabet()])}
+    words = {word: i for i, word in enumerate([*marks, *sorted(ByteLevel.alphabet())])}
     plain = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
     plain.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
     plain.pre_tokenizer, plain.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
