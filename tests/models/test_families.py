@@ -55,6 +55,18 @@ def models(folders: dict[str, Path]) -> dict[str, Any]:
     return {name: load_denoiser(resolve(str(folder))) for name, folder in folders.items()}
 
 
+@pytest.mark.parametrize("name", ["Qwen-Image", "FLUX.2-dev"])
+def test_a_tiny_model_is_always_the_same(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every file: the library's list of bytes has another order at each call."""
+    again = families.write(name, tmp_path / "again")
+    first = sorted(path for path in folders[name].rglob("*") if path.is_file())
+    assert len(first) > 8
+    for path in first:
+        assert path.read_bytes() == (again / path.relative_to(folders[name])).read_bytes(), path
+
+
 def latents_of(model: Denoiser, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(count, *model.latent_shape, generator=generator)
