@@ -2,18 +2,19 @@
 
 Noise prediction alone does not teach a small text encoder left from right. So it first learns to
 let one layer of cross-attention, which is what a U-Net has, find in its tokens what each mention is and
-what stands at each place. That layer is then thrown away.
+what stands at each place; later also whether the words are in order. That layer is then thrown away.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffitm.shapes.language import (
     OPPOSITE,
@@ -30,6 +31,7 @@ from tools.shapes import architecture as arch
 
 CAPTIONS = 12  # of a scene
 GARBLED = 0.12  # of the captions
+PHOTO = 0.25  # of the captions that say where, behind 'a photo of', as MMVP-VLM and others put it
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 SLOTS = 2 + len(PLACES)  # the mentions in their order, then the places
 UNKNOWN = -1
@@ -81,13 +83,14 @@ def mixed_set(
     disordered_share: float,
     others: float,
 ) -> dict[str, np.ndarray]:
-    """Token ids int16 [N, CAPTIONS, 16], drawn once and kept: every other caption says where.
+    """Token ids int16 [N, CAPTIONS, 16] and bool [N, CAPTIONS], whether the words are in disorder, drawn once
+    and kept: every other caption says where.
 
     A share is in disorder, and of those the share `others` is another scene's: words in disorder are not to
     be relied upon.
     """
     if not path.exists():
-        texts = []
+        texts, moved = [], []
         for index in range(count):
             scene, _ = training_scene(seed, index)
             rng = np.random.default_rng([seed, index, 2])
@@ -101,8 +104,10 @@ def mixed_set(
                     caption, _ = layout_caption(told, rng)
                     text = caption.text() if wrong else _styled(caption, rng)
                 texts.append(disordered(text, rng) if wrong else text)
+                moved.append(wrong)
         ids = tokenizer(texts, padding="max_length", truncation=True, max_length=arch.LENGTH)
-        np.savez(path, tokens=np.array(ids.input_ids, np.int16).reshape(count, CAPTIONS, -1))
+        tokens = np.array(ids.input_ids, np.int16).reshape(count, CAPTIONS, -1)
+        np.savez(path, tokens=tokens, disordered=np.array(moved).reshape(count, CAPTIONS))
     with np.load(path) as data:
         return {name: data[name] for name in data.files}
 
@@ -112,6 +117,8 @@ def _styled(caption: Caption, rng: np.random.Generator) -> str:
     words = caption.text(style).split()
     if rng.random() < 0.15:
         words = ["the" if word in ("a", "an") else word for word in words]
+    if rng.random() < PHOTO and words[0] in ("a", "an", "the") and len(words) <= arch.LENGTH - 5:
+        words = words if "photo" in words else ["a", "photo", "of", *words]
     text = " ".join(words)
     return f"{text.capitalize()}." if rng.random() < 0.2 else text
 
@@ -178,6 +185,46 @@ class TextLoss(nn.Module):
             for k, found in enumerate(logits)
         ]
         return torch.stack(losses).mean()
+
+
+class OrderLoss(nn.Module):
+    """TextLoss, and whether a caption's words are in order, read off the tokens by another such layer.
+
+    Tokens of captions in order are held where they were, both what comes out and those of the last layer
+    but one, which a flow model reads: so a network that knows them has only to learn what disorder looks
+    like. One that can't see it mistrusts every caption a little.
+    """
+
+    def __init__(self, text: TextLoss) -> None:
+        super().__init__()
+        self.size, self.text = text.size, text
+        self.before = copy.deepcopy(text.text_encoder).requires_grad_(False)
+        width = self.before.config.hidden_size
+        self.query = nn.Parameter(torch.randn(1, width))
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.head = nn.Linear(width, 1)
+
+    def read(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [B] of disorder, from the text encoder's tokens [B, 16, width]."""
+        query = self.query.expand(len(hidden), -1, -1)
+        seen = self.attention(query, hidden, hidden, need_weights=False)[0]
+        return self.head(seen).flatten()
+
+    def forward(self, data: dict[str, np.ndarray], rng: np.random.Generator) -> torch.Tensor:
+        chosen = rng.integers(len(data["mixed"]), size=self.size)
+        captions = rng.integers(CAPTIONS, size=self.size)
+        tokens = torch.from_numpy(data["mixed"][chosen, captions]).long()
+        wrong = torch.from_numpy(data["disordered"][chosen, captions])
+        hidden = _layers(self.text.text_encoder, tokens)
+        order = F.binary_cross_entropy_with_logits(self.read(hidden[-1]), wrong.float())
+        held = F.mse_loss(hidden[:, ~wrong], _layers(self.before, tokens[~wrong]))
+        return self.text(data, rng) + order + 20 * held
+
+
+def _layers(text_encoder: CLIPTextModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [2, B, 16, width]: of the last layer but one, and what comes out."""
+    out = text_encoder(tokens, output_hidden_states=True)
+    return torch.stack([out.hidden_states[-2], out.last_hidden_state])
 
 
 @torch.no_grad()

@@ -41,17 +41,18 @@ class VaeLoss(nn.Module):
 class DiffusionLoss(nn.Module):
     """Noise prediction with a fixed text encoder; one caption in ten is dropped.
 
-    An item weighs 1 / alphas_cumprod, which makes an error of the noise one of the velocity (Salimans and
-    Ho 2022): things are so large that half of the noise does not hide where they stand, and at the noisy
-    timesteps, where a text has to tell, errors of the noise hardly count.
+    An item weighs 1 / alphas_cumprod, at most `most`, which makes an error of the noise one of the velocity
+    (Salimans and Ho 2022): things are so large that half of the noise does not hide where they stand, and at
+    the noisy timesteps, where a text has to tell, errors of the noise hardly count.
     """
 
     timesteps = (-0.5, 1.0)  # of two draws in three, mean and deviation of the timestep's logit
-    most = 20.0  # weight of an item
 
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, size: int) -> None:
+    def __init__(
+        self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, size: int, most: float
+    ) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.most = size, most
         self.text_encoder = text_encoder.requires_grad_(False)
         self.unet = arch.build_unet()
         empty = tokenizer("", padding="max_length", max_length=arch.LENGTH).input_ids

@@ -2,8 +2,9 @@
 
 Stages, each resumed from its own checkpoint in the work folder: the VAE; CLIP, and its text tower alone
 once more; a text encoder that learns what stands where (layout.py); the U-Net with it, on the VAE's cached
-latents; then the export as fp16 safetensors in the standard layouts. What a step does is a function of
-(seed, stage, step, process), so a resumed run repeats an undisturbed one.
+latents; the text encoder again, which learns what disorder is, and the U-Net with that; then the export as
+fp16 safetensors in the standard layouts. What a step does is a function of (seed, stage, step, process), so
+a resumed run repeats an undisturbed one.
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ from diffitm import shapes
 from diffitm.shapes.language import training_caption
 from diffitm.shapes.world import render
 from tools.shapes import architecture as arch
-from tools.shapes.layout import TextLoss, accuracy, layout_set, mixed_set, training_scene
+from tools.shapes.layout import (
+    OrderLoss,
+    TextLoss,
+    accuracy,
+    layout_set,
+    mixed_set,
+    training_scene,
+)
 from tools.shapes.losses import ClipLoss, DiffusionLoss, VaeLoss, pixels
 
 log = logging.getLogger("tools.shapes.train")
@@ -44,8 +52,9 @@ SEED = 20
 CAPTIONS = 6
 EVERY = 250  # steps, a checkpoint
 LOGGED = 100  # steps, a line of the log
-# Of the U-Net's captions, the share in disorder, and of those the share that is another scene's.
-DISORDERED = {"diffusion": (0.25, 0.5), "diffusion_on": (0.2, 1.0)}
+# Of a stage's captions, the share in disorder, and of those the share that is another scene's.
+DISORDERED = {"diffusion": (0.25, 0.5), "text_on": (0.5, 0.0), "diffusion_on": (0.2, 1.0)}
+MOST = {"diffusion": 20.0, "diffusion_on": 5.0}  # weight of an item's error
 UNSEEN = 500  # scenes that the text encoder's reading is measured on
 
 
@@ -71,7 +80,8 @@ STAGES = {
     "clip_text": Stage(2, 800, 256, 1e-3, 0.0),
     "text": Stage(3, 600, 64, 1e-3, 0.0),
     "diffusion": Stage(4, 6000, 64, 1e-3, 0.996),
-    "diffusion_on": Stage(6, 1500, 64, 4e-4, 0.996),
+    "text_on": Stage(7, 900, 64, 1e-3, 0.0),
+    "diffusion_on": Stage(6, 1800, 64, 6e-4, 0.996),
     "flow": Stage(5, 4100, 64, 1.5e-3, 0.999, 0.62),
 }
 
@@ -192,12 +202,14 @@ def run(rank: int, args: argparse.Namespace) -> None:
         "clip": lambda: ClipLoss(tokenizer, STAGES["clip"].size, halved=0.75),
         "clip_text": lambda: clip_text(tokenizer, work),
         "text": lambda: TextLoss(tokenizer, STAGES["text"].size),
-        "diffusion": lambda: diffusion(tokenizer, work, STAGES["diffusion"].size),
-        "diffusion_on": lambda: _load(
-            diffusion(tokenizer, work, STAGES["diffusion_on"].size), work / "diffusion.safetensors"
+        "diffusion": lambda: diffusion(tokenizer, work),
+        "text_on": lambda: OrderLoss(
+            _load(TextLoss(tokenizer, STAGES["text_on"].size), work / "text.safetensors")
         ),
+        "diffusion_on": lambda: diffusion_on(tokenizer, work),
     }
-    captions = {"text": placed, **mixed}
+    ordered = {"mixed" if k == "tokens" else k: v for k, v in mixed.pop("text_on").items()}
+    captions = {"text": placed, "text_on": placed | ordered, **mixed}
     for stage, build in stages.items():
         torch.manual_seed(args.seed)
         if stage == "diffusion":
@@ -245,7 +257,7 @@ def _prepare(work: Path, scenes: int) -> None:
 def _mixed_sets(
     work: Path, scenes: int, tokenizer: CLIPTokenizer
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The captions of each stage of the U-Net."""
+    """The captions of each stage of the U-Net, and of the text encoder's second."""
     return {
         stage: mixed_set(work / f"{stage}.npz", SEED, scenes, tokenizer, *shares)
         for stage, shares in DISORDERED.items()
@@ -266,10 +278,20 @@ def clip_text(tokenizer: CLIPTokenizer, work: Path) -> ClipLoss:
     return loss
 
 
-def diffusion(tokenizer: CLIPTokenizer, work: Path, size: int) -> DiffusionLoss:
+def diffusion(tokenizer: CLIPTokenizer, work: Path) -> DiffusionLoss:
     """A new U-Net, with the text encoder that knows what stands where."""
     text = _load(TextLoss(tokenizer, 0), work / "text.safetensors")
-    return DiffusionLoss(tokenizer, text.text_encoder, size)
+    size = STAGES["diffusion"].size
+    return DiffusionLoss(tokenizer, text.text_encoder, size, MOST["diffusion"])
+
+
+def diffusion_on(tokenizer: CLIPTokenizer, work: Path) -> DiffusionLoss:
+    """The U-Net so far, with the text encoder that knows disorder, too."""
+    ordered = _load(OrderLoss(TextLoss(tokenizer, 0)), work / "text_on.safetensors")
+    loss: DiffusionLoss = _load(diffusion(tokenizer, work), work / "diffusion.safetensors")
+    loss.text_encoder.load_state_dict(ordered.text.text_encoder.state_dict())
+    loss.size, loss.most = STAGES["diffusion_on"].size, MOST["diffusion_on"]
+    return loss
 
 
 def _load(module: nn.Module, path: Path) -> Any:
@@ -282,7 +304,7 @@ def _load(module: nn.Module, path: Path) -> Any:
 def export_diffusion(work: Path, out: Path) -> None:
     """Write the diffusers folder in fp16."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    trained = DiffusionLoss(tokenizer, arch.build_text_encoder(tokenizer), 0)
+    trained = DiffusionLoss(tokenizer, arch.build_text_encoder(tokenizer), 0, 0.0)
     trained = _load(trained, work / "diffusion_on.safetensors")
     pipeline = StableDiffusionPipeline(
         vae=_load(arch.build_vae(), work / "vae-standard.safetensors"),
